@@ -1,0 +1,46 @@
+"""The architecture: one small frozen dataclass, saved beside the weights."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid"))
+class GPTConfig:
+    """A GPT-2 decoder (Radford et al., 2019, "Language Models are Unsupervised Multitask Learners").
+
+    Raises:
+        pydantic.ValidationError (a ValueError): a size is not positive, or heads do not divide the width.
+    """
+
+    vocab_size: Positive = 50257
+    context_length: Positive = 1024
+    n_layer: Positive = 12
+    n_head: Positive = 12
+    n_embd: Positive = 768
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    qkv_bias: bool = True
+    tie_weights: bool = True
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> GPTConfig:
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"n_head: {self.n_head} heads do not divide the width n_embd = {self.n_embd}; "
+                "choose a divisor"
+            )
+        return self
+
+
+GPT2_SIZES: dict[str, GPTConfig] = {
+    "124M": GPTConfig(n_layer=12, n_head=12, n_embd=768),
+    "355M": GPTConfig(n_layer=24, n_head=16, n_embd=1024),
+    "774M": GPTConfig(n_layer=36, n_head=20, n_embd=1280),
+    "1558M": GPTConfig(n_layer=48, n_head=25, n_embd=1600),
+}
+"""The published GPT-2 models by their number of parameters (tied head, qkv bias, context 1,024)."""

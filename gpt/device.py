@@ -1,0 +1,58 @@
+"""Where and with how many threads the tensors are worked on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Literal
+
+import torch
+
+from gpt.errors import InputError
+
+DeviceName = Literal["auto", "cpu", "cuda", "mps"]
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto` is CUDA, then Apple's GPU, then the CPU.
+
+    Raises:
+        InputError: the named device is not on this machine.
+    """
+    here = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        return torch.device(next(kind for kind, present in here.items() if present))
+    if not here.get(name, False):
+        raise InputError(
+            f"device: {name!r} is not on this machine; use 'auto' or one of "
+            f"{', '.join(kind for kind, present in here.items() if present)}"
+        )
+    return torch.device(name)
+
+
+def prepare(device: str = "auto", threads: int = 0) -> torch.device:
+    """Pick the device and make results repeatable on it.
+
+    Args:
+        device: `auto`, `cpu`, `cuda` or `mps`.
+        threads: CPU threads for tensor work; 0 means every core. The number is part of what
+            makes two runs equal to the byte: sums are split by thread.
+    """
+    picked = pick_device(device)
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+    if picked.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    return picked
+
+
+def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[None]:
+    """Mixed precision: `auto` is bf16 on CUDA and fp32 elsewhere."""
+    if precision == "bf16" or (precision == "auto" and device.type == "cuda"):
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return contextlib.nullcontext()

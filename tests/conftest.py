@@ -1,0 +1,22 @@
+"""Fixtures that every test may use."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Tests are small: threads cost more than they give, and one thread is the same everywhere."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def mirror() -> Path:
+    """The folder of real data; a test that needs it is skipped where there is none."""
+    folder = os.environ.get("GPT_PIPELINE_MIRROR")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("real data: set GPT_PIPELINE_MIRROR to a folder that holds it")
+    return Path(folder)
