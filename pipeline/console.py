@@ -1,0 +1,304 @@
+"""What a person sees while stages run: bars on a terminal, plain lines everywhere else.
+
+A stage sends `gpt.events`; `make_log` picks who listens. A stage that runs by itself draws its
+own bar or prints its own lines. A stage inside the flow appends its events as JSON lines to the
+file named by the environment variable `GPT_PIPELINE_EVENTS`, and the flow, which alone knows what
+else is running, draws them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, Protocol, TextIO
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+)
+from rich.progress import (
+    Progress as Bars,
+)
+from rich.progress import (
+    Task as Bar,
+)
+from rich.text import Text as Styled
+
+from gpt.events import Event, Log, Message, Metrics, Progress, Text
+
+EVENTS_VARIABLE = "GPT_PIPELINE_EVENTS"
+"""Names the file to which a stage inside the flow appends its events."""
+
+PLAIN_INTERVAL = 5.0
+"""Seconds between two progress lines of one task where there is no terminal."""
+
+Level = Literal["info", "warning", "error", "good", "quiet"]
+
+_KINDS: dict[str, type[Event]] = {
+    "message": Message,
+    "progress": Progress,
+    "metrics": Metrics,
+    "text": Text,
+}
+_NAMES = {kind: name for name, kind in _KINDS.items()}
+
+
+def event_to_json(event: Event) -> str:
+    """One event as one line of JSON, without the line's end."""
+    return json.dumps({"event": _NAMES[type(event)], **dataclasses.asdict(event)})
+
+
+def event_from_json(line: str) -> Event:
+    """The event that `event_to_json` wrote.
+
+    Raises:
+        ValueError: the line is not such an event (the end of a file still being written, say).
+    """
+    try:
+        fields = json.loads(line)
+        return _KINDS[fields.pop("event")](**fields)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"not an event: {line[:80]!r}") from error
+
+
+def seconds_in_words(seconds: float) -> str:
+    """A duration as a person says it: `0.4 s`, `12 s`, `3 min 05 s`, `2 h 10 min`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _figures(values: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
+def _in_one_line(text: str, width: int = 96) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= width else line[: width - 1] + "…"
+
+
+def _line_of(event: Event) -> tuple[str, Level] | None:
+    """The line for an event that is no progress; None for what a terminal need not show."""
+    match event:
+        case Message(text, level):
+            return text, level
+        case Text(name, text):
+            return f"{name}: {_in_one_line(text)}", "quiet"
+    return None
+
+
+class Display(Protocol):
+    """Shows what stages do. Safe to call from several threads."""
+
+    def event(self, stage: str, event: Event) -> None:
+        """Show what a stage said."""
+
+    def line(self, stage: str, text: str, level: Level = "info") -> None:
+        """Show one line about a stage."""
+
+    def done(self, stage: str) -> None:
+        """Take away what is drawn for a stage that has ended."""
+
+
+class PlainDisplay:
+    """Lines such as `pretrain | step 200/800  loss 3.21  12.3 step/s  49 s left`."""
+
+    def __init__(
+        self,
+        stream: TextIO | None = None,
+        *,
+        interval: float = PLAIN_INTERVAL,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._stream = stream or sys.stdout
+        self._interval = interval
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._first: dict[tuple[str, str], tuple[float, int]] = {}  # when, and done by then
+        self._shown: dict[tuple[str, str], float] = {}
+
+    def event(self, stage: str, event: Event) -> None:
+        """Show a message at once and progress at most once in `interval` seconds."""
+        if isinstance(event, Progress):
+            self._progress(stage, event)
+        elif shown := _line_of(event):
+            self.line(stage, *shown)
+
+    def line(self, stage: str, text: str, level: Level = "info") -> None:
+        """Print one line, flushed, so that a log file grows as the work goes on."""
+        prefix = f"{stage} | " if stage else ""
+        mark = f"{level}: " if level in ("warning", "error") else ""
+        with self._lock:
+            print(f"{prefix}{mark}{text}", file=self._stream, flush=True)
+
+    def done(self, stage: str) -> None:
+        """Forget the pace of a stage's tasks."""
+        for times in (self._first, self._shown):
+            for key in [key for key in times if key[0] == stage]:
+                del times[key]
+
+    def _progress(self, stage: str, event: Progress) -> None:
+        key, now = (stage, event.task), self._clock()
+        began, before = self._first.setdefault(key, (now, event.done))
+        last = self._shown.get(key, began)
+        if now - last < self._interval and event.done < event.total:
+            return
+        self._shown[key] = now
+        parts = [f"{event.task}: {event.unit} {event.done}/{event.total}"]
+        if event.info:
+            parts.append(_figures(event.info))
+        if now > began and event.done > before:
+            rate = (event.done - before) / (now - began)
+            parts.append(f"{rate:.3g} {event.unit}/s")
+            if event.done < event.total:
+                parts.append(f"{seconds_in_words((event.total - event.done) / rate)} left")
+        self.line(stage, "  ".join(parts))
+
+
+class _Pace(ProgressColumn):
+    """Rate and time left."""
+
+    def render(self, task: Bar) -> Styled:
+        speed = task.finished_speed or task.speed
+        if not speed:
+            return Styled("")
+        pace = f"{speed:.3g} {task.fields['unit']}/s"
+        if task.time_remaining and not task.finished:
+            pace += f"  {seconds_in_words(task.time_remaining)} left"
+        return Styled(pace, style="cyan")
+
+
+_STYLES: dict[Level, str] = {
+    "info": "",
+    "warning": "yellow",
+    "error": "bold red",
+    "good": "green",
+    "quiet": "dim",
+}
+
+
+class LiveDisplay:
+    """A bar for each running task of each stage at the foot of the terminal, lines above it."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._bars = Bars(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            _Pace(),
+            TextColumn("{task.fields[info]}", style="dim", markup=False),
+            console=console or Console(highlight=False),
+            transient=True,
+            refresh_per_second=5,
+        )
+        self._lock = threading.Lock()
+        self._tasks: dict[tuple[str, str], TaskID] = {}
+
+    def __enter__(self) -> LiveDisplay:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def event(self, stage: str, event: Event) -> None:
+        """Move a bar, or print a line above the bars."""
+        if isinstance(event, Progress):
+            self._progress(stage, event)
+        elif shown := _line_of(event):
+            self.line(stage, *shown)
+
+    def line(self, stage: str, text: str, level: Level = "info") -> None:
+        """Print one line above the bars."""
+        prefix = Styled(f"{stage:<20} " if stage else "", style="bold")
+        self._bars.console.print(prefix + Styled(text, style=_STYLES[level]))
+
+    def done(self, stage: str) -> None:
+        """Take the stage's bars away."""
+        with self._lock:
+            for key in [key for key in self._tasks if key[0] == stage]:
+                self._bars.remove_task(self._tasks.pop(key))
+
+    def _progress(self, stage: str, event: Progress) -> None:
+        key = (stage, event.task)
+        name = f"{stage} {event.task}" if stage and event.task != stage else event.task
+        with self._lock:
+            if key not in self._tasks:
+                self._tasks[key] = self._bars.add_task(
+                    name, total=event.total, completed=event.done, unit=event.unit, info=""
+                )
+            self._bars.update(
+                self._tasks[key],
+                total=event.total,
+                completed=event.done,
+                unit=event.unit,
+                info=_figures(event.info),
+            )
+            if event.done >= event.total:
+                self._bars.remove_task(self._tasks.pop(key))
+
+
+@contextmanager
+def make_display() -> Iterator[Display]:
+    """Bars where standard output is a terminal, plain lines where it is not."""
+    if sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
+        with LiveDisplay() as display:
+            yield display
+    else:
+        yield PlainDisplay()
+
+
+@contextmanager
+def make_log(stage: str = "") -> Iterator[Log]:
+    """The listener of a stage that runs in this process, picked by the environment.
+
+    Inside the flow (`GPT_PIPELINE_EVENTS` is set): JSON lines to the flow. Else on a terminal:
+    a bar with rate and time left. Else: plain lines.
+    """
+    if path := os.environ.get(EVENTS_VARIABLE):
+        # One event, one write, flushed with its line end: the flow reads whole lines only.
+        with Path(path).open("a", encoding="utf-8", buffering=1) as file:
+            yield lambda event: _write(file, event)
+    else:
+        with make_display() as display:
+            yield lambda event: display.event(stage, event)
+
+
+def _write(file: TextIO, event: Event) -> None:
+    file.write(event_to_json(event) + "\n")
+
+
+class EventReader:
+    """Follows a file of events while a stage writes it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+
+    def read(self) -> Iterator[Event]:
+        """The events since the last call; a line still being written waits for the next."""
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            written = file.read()
+        whole = written[: written.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        for line in whole.decode("utf-8").split("\n")[:-1]:
+            yield event_from_json(line)
