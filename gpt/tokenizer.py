@@ -1,0 +1,228 @@
+"""Byte-level BPE in GPT-2's form: published, newly trained, or plain bytes.
+
+All three are kept on disk in one layout, GPT-2's `vocab.json` and `merges.txt`, and all three
+encode through one `tiktoken.Encoding`. The plain-bytes tokenizer is the case without merges.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import tiktoken
+
+from gpt.errors import InputError
+from gpt.files import whole_file
+
+END_OF_TEXT = "<|endoftext|>"
+
+# How GPT-2 cuts text into words before merging (`r50k_pat_str` in tiktoken).
+_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+
+
+def _byte_symbols() -> list[str]:
+    """The printable symbol that stands for each byte in GPT-2's files, in the order of bytes.
+
+    Printable bytes stand for themselves; the others are moved up to U+0100 and on, so that a
+    vocabulary file holds no blanks or control characters.
+    """
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    moved = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(moved)) for byte in range(256)]
+
+
+_SYMBOL_OF = _byte_symbols()
+_BYTE_OF = {symbol: byte for byte, symbol in enumerate(_SYMBOL_OF)}
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    Args:
+        vocab: every token's id; tokens are written in byte symbols, the ids are 0 … n - 1.
+        merges: the pairs that may be joined, the earliest-learnt first.
+
+    Raises:
+        InputError: vocabulary and merges do not fit together.
+    """
+
+    def __init__(self, vocab: dict[str, int], merges: Sequence[tuple[str, str]]) -> None:
+        _check(vocab, merges)
+        self._vocab = vocab
+        self._merges = list(merges)
+        self.eot = vocab[END_OF_TEXT]
+        """The id of `<|endoftext|>`, which stands between documents and ends an answer."""
+        self._encoding = tiktoken.Encoding(
+            "gpt2",
+            pat_str=_WORDS,
+            mergeable_ranks={
+                bytes(_BYTE_OF[symbol] for symbol in token): rank
+                for token, rank in vocab.items()
+                if token != END_OF_TEXT
+            },
+            special_tokens={END_OF_TEXT: self.eot},
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of tokens, `<|endoftext|>` among them."""
+        return len(self._vocab)
+
+    @property
+    def hash(self) -> str:
+        """The sha256 of vocabulary and merges: equal hashes mean equal ids for every text."""
+        content = json.dumps([self._tokens(), self._merges])
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`; a literal `<|endoftext|>` in it is text like any other."""
+        return self._encoding.encode_ordinary(text)
+
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
+        """`encode` for many texts; the result does not depend on the number of threads."""
+        return self._encoding.encode_ordinary_batch(list(texts), num_threads=threads)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`; bytes that do not form a character become U+FFFD."""
+        return self._encoding.decode(list(ids), errors="replace")
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """The UTF-8 bytes of `ids`: what to gather when a character may span two tokens."""
+        return self._encoding.decode_bytes(list(ids))
+
+    def save(self, directory: Path) -> None:
+        """Write `vocab.json` and `merges.txt` into `directory`; equal tokenizers, equal bytes."""
+        vocab = {token: rank for rank, token in enumerate(self._tokens())}
+        lines = ["#version: 0.2", *(f"{left} {right}" for left, right in self._merges)]
+        for name, content in (
+            ("vocab.json", json.dumps(vocab, ensure_ascii=False)),
+            ("merges.txt", "\n".join(lines)),
+        ):
+            with whole_file(directory / name) as partial:
+                partial.write_bytes(f"{content}\n".encode())
+
+    def _tokens(self) -> list[str]:
+        return sorted(self._vocab, key=self._vocab.__getitem__)
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """Read a tokenizer from GPT-2's vocabulary files.
+
+    Args:
+        directory: holds `vocab.json` and `merges.txt`, or the same files under the names of
+            their first publication, `encoder.json` and `vocab.bpe`.
+
+    Raises:
+        InputError: a file is missing, unreadable, or does not fit the other.
+    """
+    vocab_file = _find(directory, "vocab.json", "encoder.json")
+    merges_file = _find(directory, "merges.txt", "vocab.bpe")
+    try:
+        vocab = json.loads(vocab_file.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{vocab_file}: not valid JSON ({error}); fetch the file again") from None
+    if not isinstance(vocab, dict) or not all(type(rank) is int for rank in vocab.values()):
+        raise InputError(f"{vocab_file}: not a table of tokens and their ids; fetch the file again")
+
+    try:
+        lines = merges_file.read_text("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{merges_file}: not UTF-8 ({error}); fetch the file again") from None
+    merges = []
+    for number, line in enumerate(lines, start=1):
+        if not line or (number == 1 and line.startswith("#version")):
+            continue
+        left, _, right = line.partition(" ")
+        if not left or not right or " " in right:
+            raise InputError(
+                f"{merges_file}: line {number}: {line!r} is not a pair of tokens; "
+                "fetch the file again"
+            )
+        merges.append((left, right))
+    try:
+        return Tokenizer(vocab, merges)
+    except InputError as error:
+        raise InputError(f"{vocab_file}: {error}") from None
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Learn a byte-level BPE from `texts` (Sennrich et al., 2016; over bytes as in GPT-2).
+
+    Args:
+        texts: read once, in order; not kept in memory.
+        vocab_size: the number of tokens wanted, `<|endoftext|>` (the last id) among them. A short
+            text may not hold that many pairs; the tokenizer is smaller then.
+
+    Raises:
+        InputError: `vocab_size` has no room for the 256 bytes and `<|endoftext|>`.
+    """
+    # Imported here: only training needs it, and whoever reads a tokenizer should not wait for it.
+    import tokenizers
+
+    if vocab_size < 257:
+        raise InputError(
+            f"vocab_size: {vocab_size} is too few; 256 bytes and {END_OF_TEXT} make 257"
+        )
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    model.train_from_iterator(texts, trainer)
+    vocab = model.get_vocab(with_added_tokens=False)
+    # Every way to build a token counts as a merge, because tiktoken knows tokens, not pairs:
+    # so a reader of merges.txt joins exactly what tiktoken joins.
+    merges = [
+        (token[:cut], token[cut:])
+        for token in sorted(vocab, key=vocab.__getitem__)
+        for cut in range(1, len(token))
+        if token[:cut] in vocab and token[cut:] in vocab
+    ]
+    return Tokenizer({**vocab, END_OF_TEXT: len(vocab)}, merges)
+
+
+def byte_tokenizer() -> Tokenizer:
+    """The tokenizer whose ids are the bytes of the text, and 256 for `<|endoftext|>`."""
+    return Tokenizer({**{s: byte for byte, s in enumerate(_SYMBOL_OF)}, END_OF_TEXT: 256}, [])
+
+
+def _find(directory: Path, *names: str) -> Path:
+    for name in names:
+        if (directory / name).is_file():
+            return directory / name
+    raise InputError(f"{directory}: no {' or '.join(names)} here; a tokenizer needs it")
+
+
+def _check(vocab: dict[str, int], merges: Sequence[tuple[str, str]]) -> None:
+    """Refuse what tiktoken would encode in another way than its vocabulary files say."""
+    if sorted(vocab.values()) != list(range(len(vocab))):
+        raise InputError(f"the ids are not 0 to {len(vocab) - 1}, each once; fetch the files again")
+    missing = [token for token in (*_SYMBOL_OF, END_OF_TEXT) if token not in vocab]
+    if missing:
+        raise InputError(f"{missing[0]!r} has no id; the vocabulary must be a byte-level one")
+    made, last = set(), -1
+    for left, right in merges:
+        rank = vocab.get(left + right)
+        if rank is None or left not in vocab or right not in vocab:
+            raise InputError(
+                f"the merge of {left!r} and {right!r} is not in the vocabulary; "
+                "take both files from one tokenizer"
+            )
+        if rank < last:  # tiktoken joins the pair of lowest id first
+            raise InputError(
+                f"the merge of {left!r} and {right!r} is not in the order of ids; "
+                "only vocabularies numbered in the order of merging can be used"
+            )
+        made.add(left + right)
+        last = rank
+    unmade = next(
+        (t for t in vocab if t not in made and t not in _BYTE_OF and t != END_OF_TEXT), None
+    )
+    if unmade is not None:
+        raise InputError(
+            f"no merge makes {unmade!r}; take both files from one tokenizer, without added tokens"
+        )
