@@ -1,7 +1,7 @@
 """Token files and the three datasets: windows over a text, labelled texts, instructions.
 
 A dataset is a sequence of items that knows how to `collate` some of them into a `Batch`. Which
-items come at which step is a pure function (`step_indices`), so a loop can start at any step.
+items come at which step is a pure function (`batch_indices`), so a loop can start at any step.
 """
 
 from __future__ import annotations
@@ -42,6 +42,11 @@ class Batch:
     targets: Tensor
     lengths: Tensor | None = None
 
+    @property
+    def n_targets(self) -> int:
+        """How many targets a loss counts."""
+        return int((self.targets != IGNORED).sum())
+
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""
         lengths = None if self.lengths is None else self.lengths.to(device)
@@ -63,7 +68,7 @@ class Dataset(Protocol):
 # --- the order of items ---------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=2)  # a step needs the order of its whole epoch
+@functools.lru_cache(maxsize=2)  # a batch needs the order of its whole epoch
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     """A permutation of 0 … n - 1 that depends on the arguments only; read-only."""
     order = np.random.default_rng([seed, epoch]).permutation(n)
@@ -71,24 +76,27 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     return order
 
 
-def steps_per_epoch(n: int, batch_size: int) -> int:
-    """The full batches in `n` items; the rest is dropped, but there is never less than one."""
-    return max(n // batch_size, 1)
+def batch_indices(
+    n: int, batch_size: int, seed: int, index: int, per_epoch: int | None = None
+) -> list[int]:
+    """The items of training batch `index` (from 0), a pure function of its arguments.
 
-
-def step_indices(n: int, batch_size: int, seed: int, step: int) -> np.ndarray:
-    """The items of training step `step` (from 0), a pure function of its arguments.
-
-    Each epoch goes through a new permutation; its last, incomplete batch is dropped. With fewer
-    items than `batch_size`, every step sees them all.
+    Args:
+        n: the number of items.
+        batch_size: items a batch, at most `n`.
+        seed: picks the permutation of every epoch.
+        index: the batch, counted over all epochs.
+        per_epoch: batches until the next permutation; by default all full ones, n // batch_size.
+            The items left over at an epoch's end are dropped.
     """
-    epoch, within = divmod(step, steps_per_epoch(n, batch_size))
-    return epoch_order(n, seed, epoch)[within * batch_size : (within + 1) * batch_size]
+    epoch, within = divmod(index, per_epoch or n // batch_size)
+    chosen: list[int] = epoch_order(n, seed, epoch)[within * batch_size :][:batch_size].tolist()
+    return chosen
 
 
-def take(dataset: Dataset, indices: Sequence[int] | np.ndarray) -> Batch:
+def take(dataset: Dataset, indices: Sequence[int]) -> Batch:
     """The batch of these items."""
-    return dataset.collate([dataset[int(index)] for index in indices])
+    return dataset.collate([dataset[index] for index in indices])
 
 
 def batches(dataset: Dataset, batch_size: int, *, drop_last: bool = False) -> Iterator[Batch]:

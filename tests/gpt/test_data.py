@@ -12,11 +12,10 @@ from gpt.data import (
     InstructionDataset,
     TokenFile,
     WindowDataset,
+    batch_indices,
     batches,
     epoch_order,
     open_tokens,
-    step_indices,
-    steps_per_epoch,
     take,
     token_dtype,
 )
@@ -51,21 +50,27 @@ def test_the_verdict_gives_nine_training_batches_and_one_for_validation(mirror):
     )
     in_train = list(batches(train, 2, drop_last=True))
     in_validation = list(batches(validation, 2))
-    assert len(in_train) == steps_per_epoch(len(train), 2) == 9
+    assert len(in_train) == len(train) // 2 == 9
     assert sum(batch.inputs.numel() for batch in in_train) == 4608
     assert len(in_validation) == 1
     assert sum(batch.inputs.numel() for batch in in_validation) == 512
 
 
 @given(n=st.integers(1, 60), size=st.integers(1, 20), seed=st.integers(0, 2**32))
-def test_an_epoch_of_steps_sees_each_item_at_most_once_and_drops_only_the_rest(n, size, seed):
-    steps = steps_per_epoch(n, size)
+def test_an_epoch_sees_each_item_at_most_once_and_drops_only_the_rest(n, size, seed):
+    size = min(size, n)
+    per_epoch = n // size
     for epoch in (0, 1, 5):
-        seen = np.concatenate(
-            [step_indices(n, size, seed, epoch * steps + i) for i in range(steps)]
-        )
-        assert len(set(seen.tolist())) == len(seen) == (steps * size if n >= size else n)
-        assert seen.tolist() == epoch_order(n, seed, epoch)[: len(seen)].tolist()
+        first = epoch * per_epoch
+        seen = [i for b in range(first, first + per_epoch) for i in batch_indices(n, size, seed, b)]
+        assert len(set(seen)) == len(seen) == per_epoch * size
+        assert seen == epoch_order(n, seed, epoch)[: len(seen)].tolist()
+
+
+def test_an_epoch_may_be_shortened_to_whole_steps_of_accumulation():
+    # 10 items, batches of 3, 2 batches a step: one step an epoch, the third batch is dropped.
+    assert batch_indices(10, 3, 0, 2, per_epoch=2) == epoch_order(10, 0, 1)[:3].tolist()
+    assert batch_indices(10, 3, 0, 2) == epoch_order(10, 0, 0)[6:9].tolist()
 
 
 def test_the_order_is_a_pure_function_of_size_seed_and_epoch():
@@ -98,6 +103,7 @@ def test_only_the_response_and_its_end_are_learnt():
     records = InstructionDataset([[1, 2, 3], [1]], [[4, 5], [6]], end=0)
     batch = take(records, [0, 1])
     assert batch.inputs.tolist() == [[1, 2, 3, 4, 5], [1, 6, 0, 0, 0]]
+    assert batch.n_targets == 5
     assert batch.targets.tolist() == [
         [IGNORED, IGNORED, 4, 5, 0],
         [6, 0, IGNORED, IGNORED, IGNORED],
