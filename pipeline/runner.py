@@ -1,0 +1,356 @@
+"""One stage executed: its parameters, its paths, its MLflow run, its exit code.
+
+`dvc repro`, the Prefect flow and a person all come through here: `python -m pipeline stage NAME`.
+What is read from the environment, the registry, git or the clock is read here, so that the stage
+itself stays a function of its arguments.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+import yaml
+
+from gpt.errors import InputError, RunError
+from gpt.events import Event, Log, Message
+from gpt.files import write_json
+from pipeline.console import make_log
+from pipeline.params import load_params
+from pipeline.tracking import StageRun, Status, dvc_md5, mark_killed
+
+MIRROR_VARIABLE = "GPT_PIPELINE_MIRROR"
+
+EXIT_OK, EXIT_FAILED, EXIT_INPUT = 0, 1, 2
+EXIT_INTERRUPTED, EXIT_TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageSpec:
+    """What a stage is called with.
+
+    Args:
+        function: `module:function`, imported only when the stage runs.
+        inputs: keyword -> path relative to the project; `{name}` stands for the stage's
+            parameter of that name.
+        outputs: keyword -> path relative to the project.
+        trains: it can be cut off and continued, and takes a `state` folder for that.
+        model: under which name its model is registered; none if it makes no model to serve.
+    """
+
+    function: str
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    outputs: Mapping[str, str]
+    trains: bool = False
+    model: str | None = None
+
+    def load(self) -> Callable[..., dict[str, Any]]:
+        """The stage's function."""
+        module, _, name = self.function.partition(":")
+        function: Callable[..., dict[str, Any]] = getattr(importlib.import_module(module), name)
+        return function
+
+    def input_paths(self, params: Any) -> dict[str, str]:
+        """The inputs under these parameters."""
+        values = {f.name: getattr(params, f.name) for f in dataclasses.fields(params)}
+        return {keyword: path.format_map(values) for keyword, path in self.inputs.items()}
+
+
+STAGES: dict[str, StageSpec] = {
+    "download": StageSpec(
+        function="stages.download:download",
+        inputs={"local": "{local}"},
+        outputs={
+            "corpus": "data/raw/corpus",
+            "messages": "data/raw/messages",
+            "instructions": "data/raw/instructions",
+            "gpt2": "data/raw/gpt2",
+            "metrics": "reports/download/metrics.json",
+        },
+    ),
+    "tokenize": StageSpec(
+        function="stages.tokenize:tokenize",
+        inputs={"corpus": "data/raw/corpus", "vocabulary": "data/raw/gpt2"},
+        outputs={"out": "data/tokens", "metrics": "reports/tokenize/metrics.json"},
+    ),
+    "pretrain": StageSpec(
+        function="stages.pretrain:pretrain",
+        inputs={"tokens": "data/tokens"},
+        outputs={
+            "out": "models/pretrain",
+            "metrics": "reports/pretrain/metrics.json",
+            "history": "reports/pretrain/history.csv",
+        },
+        trains=True,
+        model="base",
+    ),
+    "load_gpt2": StageSpec(
+        function="stages.load_gpt2:load_gpt2",
+        inputs={"weights": "data/raw/gpt2", "tokens": "data/tokens"},
+        outputs={"out": "models/gpt2", "metrics": "reports/load_gpt2/metrics.json"},
+    ),
+    "finetune_classifier": StageSpec(
+        function="stages.finetune_classifier:finetune_classifier",
+        inputs={"base": "models/{base}", "messages": "data/raw/messages"},
+        outputs={
+            "out": "models/classifier",
+            "metrics": "reports/finetune_classifier/metrics.json",
+            "history": "reports/finetune_classifier/history.csv",
+        },
+        trains=True,
+        model="classifier",
+    ),
+    "finetune_instruct": StageSpec(
+        function="stages.finetune_instruct:finetune_instruct",
+        inputs={"base": "models/{base}", "instructions": "data/raw/instructions"},
+        outputs={
+            "out": "models/assistant",
+            "metrics": "reports/finetune_instruct/metrics.json",
+            "history": "reports/finetune_instruct/history.csv",
+        },
+        trains=True,
+        model="assistant",
+    ),
+    "evaluate": StageSpec(
+        function="stages.evaluate:evaluate",
+        inputs={
+            "pretrain": "models/pretrain",
+            "gpt2": "models/gpt2",
+            "classifier": "models/classifier",
+            "assistant": "models/assistant",
+            "tokens": "data/tokens",
+            "messages": "data/raw/messages",
+            "instructions": "data/raw/instructions",
+        },
+        outputs={"out": "reports/evaluate/predictions", "metrics": "reports/evaluate/metrics.json"},
+    ),
+}
+
+
+def run_stage(name: str, root: Path) -> int:
+    """Execute one stage in `root`, tracked; what went wrong is said in one line on stderr.
+
+    Returns:
+        The exit code: 0, 2 for input that cannot be used, 1 for a failed run, 130 or 143 for
+        one that Ctrl-C or SIGTERM ended. The same code and line are left in
+        `.pipeline/exit/NAME.json` for the flow.
+    """
+    verdict = root / ".pipeline" / "exit" / f"{name}.json"
+    verdict.unlink(missing_ok=True)
+    code, error = EXIT_OK, ""
+    try:
+        with _terminable():
+            _run(name, root)
+    except InputError as caught:
+        code, error = EXIT_INPUT, str(caught)
+    except RunError as caught:
+        code, error = EXIT_FAILED, str(caught)
+    except _Terminated:
+        code, error = EXIT_TERMINATED, f"{name} was stopped by SIGTERM"
+    except KeyboardInterrupt as caught:
+        code, error = EXIT_INTERRUPTED, str(caught) or f"{name} was interrupted"
+    except Exception as caught:  # a mistake of ours: nothing is hidden
+        traceback.print_exc()
+        code, error = EXIT_FAILED, f"{type(caught).__name__}: {caught}"
+    if code:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        write_json(verdict, {"code": code, "error": error})
+    return code
+
+
+def _run(name: str, root: Path) -> None:
+    spec = STAGES[name]
+    # the whole file is checked, so that a mistake in a later stage's section stops before any work
+    params = getattr(load_params(root / "params.yaml"), name)
+    inputs = {keyword: root / path for keyword, path in spec.input_paths(params).items()}
+    for path in inputs.values():
+        if not path.exists():
+            raise InputError(
+                f"{path.relative_to(root)} is missing; `gpt-pipeline run` makes whatever {name} "
+                "needs"
+            )
+    function = spec.load()
+    input_md5 = _md5s(root, inputs)
+    state = None
+    if spec.trains:
+        fingerprint = _fingerprint(root, name, params, input_md5)
+        state = root / ".checkpoints" / name / fingerprint
+
+    started = time.monotonic()
+    _end_abandoned(root, name, state)
+    run = StageRun(root, name, params, input_md5, state=state)
+    note = _RunNote(root, name, run)
+    try:
+        with make_log(name) as log:
+            outputs = {keyword: root / path for keyword, path in spec.outputs.items()}
+            metrics = function(
+                _with_mirror(params),
+                **inputs,
+                **outputs,
+                **({"state": state} if state else {}),
+                log=_to_both(log, run),
+            )
+            _finish(root, name, spec, run, outputs, metrics, log)
+    except BaseException as error:
+        killed = isinstance(error, KeyboardInterrupt | SystemExit | _Terminated)
+        status: Status = "KILLED" if killed else "FAILED"
+        with contextlib.suppress(RunError):  # the first failure is the one to tell
+            run.close(status, error=_one_line(error))
+        note.write(status, time.monotonic() - started)
+        raise
+    note.write("FINISHED", time.monotonic() - started)
+    if state:
+        shutil.rmtree(state)
+
+
+def _finish(
+    root: Path,
+    name: str,
+    spec: StageSpec,
+    run: StageRun,
+    outputs: Mapping[str, Path],
+    metrics: Mapping[str, Any],
+    log: Log,
+) -> None:
+    """What the run keeps of a stage that went well: pictures, the model, checksums, metrics."""
+    output_md5 = _md5s(root, outputs)
+    with tempfile.TemporaryDirectory() as folder:
+        for picture in _pictures(name, outputs, Path(folder)):
+            run.add_picture(picture)
+    if spec.model:
+        from pipeline.models import register
+
+        directory = outputs["out"]
+        version = register(run, spec.model, directory, output_md5[_relative(root, directory)])
+        log(Message(f"registered as models:/{spec.model}/{version}"))
+    run.close("FINISHED", metrics=metrics, outputs=output_md5)
+
+
+def _pictures(stage: str, outputs: Mapping[str, Path], folder: Path) -> list[Path]:
+    from pipeline.plots import draw_confusion, draw_curves
+
+    if "history" in outputs:
+        return draw_curves(outputs["history"], stage, folder)
+    predictions = outputs["out"] / "classifier.csv" if stage == "evaluate" else None
+    if predictions and predictions.is_file():
+        return [draw_confusion(predictions, folder / "confusion_matrix.png")]
+    return []
+
+
+@dataclass(frozen=True, slots=True)
+class _RunNote:
+    """`.pipeline/runs/NAME.json`: a stage's latest MLflow run, for the flow and the report."""
+
+    root: Path
+    stage: str
+    run: StageRun
+
+    def __post_init__(self) -> None:
+        self.write("RUNNING", 0.0)
+
+    def write(self, status: str, seconds: float) -> None:
+        write_json(
+            _note_path(self.root, self.stage),
+            {
+                "run_id": self.run.id,
+                "experiment_id": self.run.experiment_id,
+                "experiment": self.run.experiment,
+                "url": self.run.url,
+                "status": status,
+                "seconds": round(seconds, 2),
+                "pid": os.getpid(),
+            },
+        )
+
+
+def _note_path(root: Path, stage: str) -> Path:
+    return root / ".pipeline" / "runs" / f"{stage}.json"
+
+
+def _end_abandoned(root: Path, stage: str, state: Path | None) -> None:
+    """A process that was killed hard left its run RUNNING: end it, unless it goes on now."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        note = json.loads(_note_path(root, stage).read_text())
+        going_on = state is not None and (state / "run.json").exists()
+        if note["status"] == "RUNNING" and not going_on and not psutil.pid_exists(note["pid"]):
+            mark_killed(root, note["run_id"])
+
+
+def _to_both(console: Log, run: StageRun) -> Log:
+    def log(event: Event) -> None:
+        console(event)
+        run(event)
+
+    return log
+
+
+def _with_mirror(params: Any) -> Any:
+    """`GPT_PIPELINE_MIRROR` takes the place of `download.mirror`.
+
+    A mirror is only a place: the sha256 decides what is taken, so no output depends on it.
+    """
+    mirror = os.environ.get(MIRROR_VARIABLE)
+    if mirror and any(f.name == "mirror" for f in dataclasses.fields(params)):
+        return dataclasses.replace(params, mirror=mirror)
+    return params
+
+
+def _relative(root: Path, path: Path) -> str:
+    return path.relative_to(root).as_posix()
+
+
+def _md5s(root: Path, paths: Mapping[str, Path]) -> dict[str, str]:
+    return {_relative(root, path): dvc_md5(path) for path in paths.values()}
+
+
+def _fingerprint(root: Path, stage: str, params: Any, inputs: Mapping[str, str]) -> str:
+    """What a training run's state depends on: parameters, inputs and code, in 16 digits.
+
+    The code is the stage's import closure as `dvc.yaml` lists it.
+    """
+    deps = yaml.safe_load((root / "dvc.yaml").read_text())["stages"][stage]["deps"]
+    code = {dep: dvc_md5(root / dep) for dep in deps if dep.endswith(".py")}
+    whole = json.dumps([dataclasses.asdict(params), dict(inputs), code], sort_keys=True)
+    return hashlib.sha256(whole.encode()).hexdigest()[:16]
+
+
+def _one_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    if isinstance(error, InputError | RunError) and lines:
+        return lines[0]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+class _Terminated(BaseException):
+    """SIGTERM came."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Within the block SIGTERM unwinds the stack as Ctrl-C does, so that the run is closed."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough; what follows is short
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
