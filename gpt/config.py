@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Self
 
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
@@ -11,14 +11,14 @@ Positive = Annotated[int, Field(gt=0)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid"))
-class GPTConfig:
-    """A GPT-2 decoder (Radford et al., 2019, "Language Models are Unsupervised Multitask Learners").
+class Architecture:
+    """What of a GPT can be chosen before its vocabulary is known; the defaults are GPT-2 124M.
 
     Raises:
-        pydantic.ValidationError (a ValueError): a size is not positive, or heads do not divide the width.
+        pydantic.ValidationError (a ValueError): a size is not positive, or heads do not divide
+            the width.
     """
 
-    vocab_size: Positive = 50257
     context_length: Positive = 1024
     n_layer: Positive = 12
     n_head: Positive = 12
@@ -28,13 +28,23 @@ class GPTConfig:
     tie_weights: bool = True
 
     @model_validator(mode="after")
-    def _heads_divide_width(self) -> GPTConfig:
+    def _heads_divide_width(self) -> Self:
         if self.n_embd % self.n_head:
             raise ValueError(
                 f"n_head: {self.n_head} heads do not divide the width n_embd = {self.n_embd}; "
                 "choose a divisor"
             )
         return self
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid"))
+class GPTConfig(Architecture):
+    """A GPT-2 decoder.
+
+    Radford et al. (2019), "Language Models are Unsupervised Multitask Learners".
+    """
+
+    vocab_size: Positive = 50257
 
 
 GPT2_SIZES: dict[str, GPTConfig] = {

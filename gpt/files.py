@@ -33,13 +33,13 @@ def _partial(path: Path) -> Path:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it becomes `path` if the block ends well, else it goes."""
+    """Yield a path beside `path`; it becomes `path` if the block ends well, else goes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial(path)
     try:
         yield partial
         _sync_file(partial)
-        os.replace(partial, path)
+        partial.replace(path)
         _sync_directory(path.parent)
     finally:
         partial.unlink(missing_ok=True)
@@ -47,7 +47,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_directory(path: Path) -> Iterator[Path]:
-    """Yield a new empty directory beside `path`; it becomes `path` if the block ends well, else it goes.
+    """Yield a new directory beside `path`; it becomes `path` if the block ends well, else goes.
 
     What stood at `path` before is replaced as a whole. A directory left behind by a killed
     process is cleared on the next call.
@@ -64,7 +64,7 @@ def whole_directory(path: Path) -> Iterator[Path]:
                 _sync_file(file)
         if path.exists():
             shutil.rmtree(path)
-        os.replace(partial, path)
+        partial.replace(path)
         _sync_directory(path.parent)
     finally:
         if partial.exists():

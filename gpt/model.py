@@ -1,0 +1,261 @@
+"""The decoder-only transformer of GPT-2, with a language-model head or a classification head.
+
+Architecture: Radford et al. (2019); attention: Vaswani et al. (2017), computed by PyTorch's
+fused `scaled_dot_product_attention`. Parameters carry GPT-2's names (`wte`, `h.0.attn.c_attn`, …)
+in `nn.Linear` layout; GPT-2's transposed files are `gpt.weights`' concern alone.
+
+Shapes: B rows, T positions, C = n_embd channels, H heads of D = C / H channels, V = vocab_size.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gpt.config import GPTConfig
+from gpt.errors import InputError
+
+LAYER_NORM_EPS = 1e-5
+INIT_STD = 0.02
+
+
+class KVCache:
+    """The keys and values of the positions seen so far, so that each is computed once.
+
+    Holds up to `length` positions for `batch` rows: two tensors (n_layer, B, H, length, D).
+    `used` counts the positions that are filled; every row fills the same number, shorter
+    prompts being padded on the left.
+    """
+
+    def __init__(
+        self, config: GPTConfig, batch: int, length: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        shape = (
+            config.n_layer,
+            batch,
+            config.n_head,
+            length,
+            config.n_embd // config.n_head,
+        )
+        self.keys = torch.empty(shape, device=device, dtype=dtype)
+        self.values = torch.empty(shape, device=device, dtype=dtype)
+        self.used = 0
+
+    @property
+    def length(self) -> int:
+        """How many positions there is room for."""
+        return self.keys.shape[3]
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Put new keys and values (B, H, T, D) behind the old ones; return all of that layer."""
+        end = self.used + keys.shape[2]
+        self.keys[layer, :, :, self.used : end] = keys
+        self.values[layer, :, :, self.used : end] = values
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention in which a position sees itself and what came before it."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.qkv_bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        """(B, T, C) to (B, T, C); `mask` is True where a query sees a key."""
+        B, T, C = x.shape
+        # (B, T, 3C) -> three of (B, H, T, D)
+        q, k, v = (
+            part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+            for part in self.c_attn(x).split(C, dim=2)
+        )
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            # one query against a cache sees everything in it; more of them come with a mask
+            is_causal=mask is None and T > 1,
+        )
+        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    """Widen four times, bend (GELU's tanh form, as GPT-2), narrow again."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) to (B, T, C)."""
+        x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return F.dropout(x, self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """Attention, then the MLP, each behind a layer norm and around a shortcut."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        """(B, T, C) to (B, T, C)."""
+        x = x + self.attn(self.ln_1(x), mask, cache)
+        return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
+
+
+class Decoder(nn.Module):
+    """Embeddings, blocks and the final norm: token ids in, one vector a position out."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.context_length, config.n_embd)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.wte.weight.device
+
+    @property
+    def n_params(self) -> int:
+        """How many numbers the model holds; a tied head is counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def hidden(
+        self,
+        idx: Tensor,
+        *,
+        cache: KVCache | None = None,
+        padding: Tensor | None = None,
+    ) -> Tensor:
+        """The final hidden states.
+
+        Args:
+            idx: token ids, (B, T) int64.
+            cache: positions seen before these; the new ones are added to it.
+            padding: how many positions on each row's left are padding, (B,) int64; their own
+                outputs mean nothing, and no real position sees them.
+
+        Returns:
+            (B, T, C).
+
+        Raises:
+            InputError: more positions than the context holds.
+        """
+        T = idx.shape[1]
+        past = cache.used if cache is not None else 0
+        if past + T > self.config.context_length:
+            raise InputError(
+                f"the text is {past + T} tokens long but the model's context holds "
+                f"{self.config.context_length}; shorten it or use a model with a longer context"
+            )
+        positions = torch.arange(past, past + T, device=idx.device)  # (T,)
+        mask = None
+        if padding is not None or (past and T > 1):
+            seen = torch.arange(past + T, device=idx.device)
+            mask = (seen <= positions[:, None])[None, None]  # (1, 1, T, past + T)
+        if padding is not None:
+            assert mask is not None
+            visible = mask & (seen >= padding[:, None])[:, None, None]  # (B, 1, T, past + T)
+            # padding sees itself: a row of no keys at all would be 0 / 0
+            mask = visible | (seen == positions[:, None])
+            positions = (positions - padding[:, None]).clamp(min=0)  # (B, T)
+        x = self.wte(idx) + self.wpe(positions)  # (B, T, C)
+        x = F.dropout(x, self.config.dropout, self.training)
+        for block in self.h:
+            x = block(x, mask, cache)
+        if cache is not None:
+            cache.used += T
+        return self.ln_f(x)  # type: ignore[no-any-return]
+
+    def new_cache(self, batch: int, length: int | None = None) -> KVCache:
+        """An empty cache for `batch` rows of up to `length` positions (default: the context)."""
+        return KVCache(
+            self.config,
+            batch,
+            length or self.config.context_length,
+            self.device,
+            self.wte.weight.dtype,
+        )
+
+    def _init_weights(self) -> None:
+        """GPT-2's: normal of 0.02, the outputs of both shortcuts scaled by 1/sqrt(2 n_layer)."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif "ln_" in name:
+                nn.init.ones_(parameter)
+            else:
+                scale = 1 / math.sqrt(2 * self.config.n_layer) if "c_proj" in name else 1
+                nn.init.normal_(parameter, std=INIT_STD * scale)
+
+
+class GPT(Decoder):
+    """The decoder with a language-model head; the head is `wte` itself where weights are tied."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__(config)
+        self.lm_head = (
+            None if config.tie_weights else nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        )
+        self._init_weights()
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Hidden states (..., C) to logits over the next token (..., V)."""
+        weight = self.wte.weight if self.lm_head is None else self.lm_head.weight
+        return F.linear(hidden, weight)
+
+    def forward(
+        self, idx: Tensor, *, cache: KVCache | None = None, padding: Tensor | None = None
+    ) -> Tensor:
+        """Token ids (B, T) int64 to logits (B, T, V); the arguments are those of `hidden`."""
+        return self.head(self.hidden(idx, cache=cache, padding=padding))
+
+
+class GPTClassifier(Decoder):
+    """The decoder with a linear classification head on the last real position of each row."""
+
+    def __init__(self, config: GPTConfig, labels: list[str]) -> None:
+        super().__init__(config)
+        self.labels = labels
+        self.score = nn.Linear(config.n_embd, len(labels), bias=False)
+        self._init_weights()
+
+    def forward(self, idx: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Class logits.
+
+        Args:
+            idx: token ids, (B, T) int64, padded on the right with anything.
+            lengths: real tokens in each row, (B,) int64; None where nothing is padded.
+
+        Returns:
+            (B, number of classes).
+        """
+        hidden = self.hidden(idx)  # (B, T, C)
+        if lengths is None:
+            last = hidden[:, -1]  # (B, C)
+        else:
+            last = hidden[torch.arange(idx.shape[0], device=idx.device), lengths - 1]  # (B, C)
+        return self.score(last)  # type: ignore[no-any-return]
