@@ -1,0 +1,293 @@
+"""A model directory to a model and back.
+
+Every model is a directory in Hugging Face's GPT-2 layout: `config.json`, `model.safetensors`,
+`vocab.json`, `merges.txt`, `generation_config.json`, so that `transformers` and every other tool
+of that layout loads it as it stands. This is the only module that knows of GPT-2's `Conv1D`,
+which stores its matrices input-major, and of the `transformer.` prefix.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gpt.config import GPTConfig
+from gpt.errors import InputError
+from gpt.files import whole_directory, write_json
+from gpt.model import GPT, INIT_STD, LAYER_NORM_EPS, GPTClassifier
+from gpt.tokenizer import Tokenizer, load_tokenizer
+
+_PREFIX = "transformer."
+_CONV1D = re.compile(r"h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
+# causal masks that old files carry along; the architecture implies them
+_IGNORED = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
+_HEADS = ("lm_head.weight", "score.weight")
+
+# config.json's name -> the only value under which the architecture is the one in gpt.model
+_FIXED = {
+    "model_type": ("gpt2",),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "layer_norm_epsilon": (LAYER_NORM_EPS,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "reorder_and_upcast_attn": (False, True),  # a matter of rounding, not of architecture
+    "add_cross_attention": (False,),
+}
+
+
+def save_model(
+    model: GPT | GPTClassifier,
+    directory: Path,
+    *,
+    tokenizer: Tokenizer,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Write `model` and its tokenizer as a model directory, whole or not at all.
+
+    Args:
+        model: weights are written in their own precision.
+        directory: replaced as a whole if it exists.
+        tokenizer: saved beside the weights.
+        extra: further files, name to JSON value: `prompt.json` for an assistant, `split.json`
+            for what was held out of its training.
+
+    Raises:
+        InputError: the tokenizer's vocabulary is not the model's.
+    """
+    config = model.config
+    if tokenizer.vocab_size != config.vocab_size:
+        raise InputError(
+            f"{directory}: the model has {config.vocab_size} tokens, its tokenizer "
+            f"{tokenizer.vocab_size}; use the tokenizer that the model was trained with"
+        )
+    with whole_directory(directory) as partial:
+        save_file(dict(_to_file(model)), partial / "model.safetensors", metadata={"format": "pt"})
+        write_json(partial / "config.json", _config_json(model, tokenizer.eot))
+        if isinstance(model, GPT):
+            write_json(
+                partial / "generation_config.json",
+                {
+                    "bos_token_id": tokenizer.eot,
+                    "eos_token_id": tokenizer.eot,
+                    "pad_token_id": tokenizer.eot,
+                },
+            )
+        tokenizer.save(partial)
+        for name, value in (extra or {}).items():
+            write_json(partial / name, value)
+
+
+def load_model(
+    directory: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> GPT | GPTClassifier:
+    """Read a model directory.
+
+    Tensor by tensor: memory stays near the model's own size.
+
+    Args:
+        directory: in Hugging Face's GPT-2 layout, with or without the `transformer.` prefix.
+        device: where the model is put.
+        dtype: the precision of its weights; None keeps fp32, and widens anything narrower to it.
+
+    Returns:
+        `GPTClassifier` where the file holds a classification head, `GPT` otherwise; in
+        evaluation mode.
+
+    Raises:
+        InputError: a file is missing or damaged, the configuration is of another architecture,
+            or a tensor is missing, unknown or of another shape; each named.
+    """
+    directory = Path(directory)
+    config, labels = read_config(directory)
+    path = directory / "model.safetensors"
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; a model directory holds its weights there")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            names = {_plain_name(name): name for name in file.keys()}  # noqa: SIM118
+            if "score.weight" in names and labels is None:
+                n_classes = file.get_slice(names["score.weight"]).get_shape()[0]
+                labels = [f"LABEL_{i}" for i in range(n_classes)]  # transformers' own default
+            with torch.device("meta"):
+                model = (
+                    GPTClassifier(config, labels)
+                    if "score.weight" in names and labels is not None
+                    else GPT(config)
+                )
+            wanted = model.state_dict()
+            _account_for_every_name(path, names, wanted, config)
+            for name, empty in wanted.items():
+                tensor = file.get_tensor(names[name])
+                if _CONV1D.fullmatch(name):
+                    tensor = tensor.t()
+                if tensor.shape != empty.shape:
+                    raise InputError(
+                        f"{path}: {names[name]} has the shape {tuple(tensor.shape)}, config.json "
+                        f"asks for {tuple(empty.shape)}; the file and config.json do not belong "
+                        "together"
+                    )
+                if not tensor.is_floating_point():
+                    raise InputError(
+                        f"{path}: {names[name]} holds {tensor.dtype}, not floating-point weights; "
+                        "get the unquantized file"
+                    )
+                value = tensor.to(device=device, dtype=dtype or torch.float32).contiguous()
+                _assign(model, name, value)
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{path}: damaged or cut short ({error}); fetch or make it again"
+        ) from error
+    return model.eval()
+
+
+def load_base(directory: Path) -> tuple[GPT, Tokenizer]:
+    """Read a language model and its own tokenizer, on the CPU in fp32.
+
+    Raises:
+        InputError: as `load_model` and `load_tokenizer`; or the directory holds a classifier, or
+            a tokenizer of another vocabulary than the model's.
+    """
+    model = load_model(directory)
+    tokenizer = load_tokenizer(directory)
+    if not isinstance(model, GPT):
+        raise InputError(
+            f"{directory}: holds a classifier; a language model is needed, from the stages "
+            "pretrain, load_gpt2 or finetune_instruct"
+        )
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise InputError(
+            f"{directory}: the model has {model.config.vocab_size} tokens, its vocab.json "
+            f"{tokenizer.vocab_size}; take both from the same place"
+        )
+    return model, tokenizer
+
+
+def read_config(directory: Path) -> tuple[GPTConfig, list[str] | None]:
+    """Read a model directory's `config.json`: the architecture, and a classifier's labels.
+
+    Raises:
+        InputError: no such file, not JSON, or not GPT-2's architecture.
+    """
+    path = directory / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(
+            f"{path}: no such file; {directory} is no model directory, run the stage that makes it"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not JSON ({error}); fetch or make it again") from error
+    for key, allowed in _FIXED.items():
+        if raw.get(key, allowed[0]) not in allowed:
+            raise InputError(
+                f"{path}: {key} is {raw[key]!r}; this is GPT-2's architecture, with {allowed[0]!r}"
+            )
+    if raw.get("n_inner") not in (None, 4 * raw.get("n_embd", 0)):
+        raise InputError(f"{path}: n_inner is {raw['n_inner']}; GPT-2's MLP is 4 x n_embd wide")
+    try:
+        config = GPTConfig(
+            vocab_size=raw["vocab_size"],
+            context_length=raw.get("n_positions", raw.get("n_ctx")),
+            n_layer=raw["n_layer"],
+            n_head=raw["n_head"],
+            n_embd=raw["n_embd"],
+            dropout=raw.get("resid_pdrop", 0.0),
+            qkv_bias=raw.get("qkv_bias", True),
+            tie_weights=raw.get("tie_word_embeddings", True),
+        )
+    except KeyError as error:
+        raise InputError(f"{path}: lacks {error}; get the model's own config.json") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InputError(
+            f"{path}: {where} {first['msg']}; get the model's own config.json"
+        ) from None
+    names = raw.get("id2label")
+    return config, [names[str(i)] for i in range(len(names))] if names else None
+
+
+def _plain_name(name: str) -> str:
+    return name.removeprefix(_PREFIX)
+
+
+def _account_for_every_name(
+    path: Path, names: Mapping[str, str], wanted: Mapping[str, Tensor], config: GPTConfig
+) -> None:
+    missing = [name for name in wanted if name not in names]
+    if missing:
+        raise InputError(
+            f"{path}: lacks {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}; "
+            "get a complete file of this architecture"
+        )
+    ignored = {name for name in names if _IGNORED.fullmatch(name)}
+    if config.tie_weights:
+        ignored.add("lm_head.weight")  # a copy of wte.weight
+    if not config.qkv_bias:
+        ignored |= {name for name in names if name.endswith("attn.c_attn.bias")}  # zeros
+    unknown = sorted(set(names) - set(wanted) - ignored)
+    if unknown:
+        raise InputError(
+            f"{path}: holds {', '.join(unknown[:3])}{' …' if len(unknown) > 3 else ''}, which "
+            "GPT-2's architecture does not have; config.json and the weights do not belong together"
+        )
+
+
+def _assign(model: torch.nn.Module, name: str, value: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(value))
+
+
+def _to_file(model: GPT | GPTClassifier) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in model.state_dict().items():
+        value = tensor.t() if _CONV1D.fullmatch(name) else tensor
+        target = name if name in _HEADS else _PREFIX + name
+        yield target, value.detach().cpu().contiguous()
+    if not model.config.qkv_bias:  # the layout has no place without one: zeros change nothing
+        for layer in range(model.config.n_layer):
+            yield (
+                f"{_PREFIX}h.{layer}.attn.c_attn.bias",
+                torch.zeros(3 * model.config.n_embd, dtype=model.wte.weight.dtype),
+            )
+
+
+def _config_json(model: GPT | GPTClassifier, eot: int) -> dict[str, Any]:
+    config = model.config
+    result: dict[str, Any] = {
+        "model_type": "gpt2",
+        "vocab_size": config.vocab_size,
+        "n_positions": config.context_length,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_embd": config.n_embd,
+        "n_inner": None,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": LAYER_NORM_EPS,
+        "initializer_range": INIT_STD,
+        "resid_pdrop": config.dropout,
+        "embd_pdrop": config.dropout,
+        "attn_pdrop": config.dropout,
+        "qkv_bias": config.qkv_bias,
+        "tie_word_embeddings": config.tie_weights,
+        "bos_token_id": eot,
+        "eos_token_id": eot,
+        "dtype": str(model.wte.weight.dtype).removeprefix("torch."),
+    }
+    if isinstance(model, GPT):
+        return result | {"architectures": ["GPT2LMHeadModel"]}
+    return result | {
+        "architectures": ["GPT2ForSequenceClassification"],
+        "pad_token_id": eot,  # transformers finds the last real token as the last that is not this
+        "id2label": {str(i): label for i, label in enumerate(model.labels)},
+        "label2id": {label: i for i, label in enumerate(model.labels)},
+        "problem_type": "single_label_classification",
+    }
