@@ -106,6 +106,27 @@ def batches(dataset: Dataset, batch_size: int, *, drop_last: bool = False) -> It
         yield take(dataset, range(start, min(start + batch_size, end)))
 
 
+def spread(dataset: Dataset, n: int) -> Dataset:
+    """At most `n` of a dataset's items, evenly spread over it, the first among them."""
+    indices = np.linspace(0, len(dataset), min(n, len(dataset)), endpoint=False).astype(int)
+    return _Part(dataset, indices)
+
+
+class _Part:
+    """Some items of a dataset."""
+
+    def __init__(self, dataset: Dataset, indices: np.ndarray) -> None:
+        self._dataset = dataset
+        self._indices = indices
+        self.collate = dataset.collate
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._dataset[int(self._indices[index])]
+
+
 # --- token files ----------------------------------------------------------------------------------
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from gpt.errors import InputError
+
+TemplateName = Literal["alpaca", "phi3"]
 
 
 @dataclass(frozen=True, slots=True)

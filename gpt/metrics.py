@@ -1,0 +1,91 @@
+"""What is measured: losses on data, perplexity, classification scores, overlap of texts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gpt.data import IGNORED, Batch
+from gpt.model import GPT, GPTClassifier
+
+
+def lm_loss_sum(model: GPT, batch: Batch) -> tuple[Tensor, int]:
+    """The summed cross-entropy of the next token, in nats, and the number of targets.
+
+    Logits are made only where a target counts: prompts and padding cost no head.
+    """
+    hidden = model.hidden(batch.inputs)  # (B, T, C)
+    counts = batch.targets != IGNORED  # (B, T)
+    n_targets = batch.n_targets
+    if n_targets < counts.numel():
+        hidden, targets = hidden[counts], batch.targets[counts]  # (n, C), (n,)
+    else:
+        hidden, targets = hidden.flatten(0, 1), batch.targets.flatten()
+    logits = model.head(hidden).float()  # (n, V)
+    return F.cross_entropy(logits, targets, reduction="sum"), n_targets
+
+
+def class_loss_sum(model: GPTClassifier, batch: Batch) -> tuple[Tensor, int]:
+    """The summed cross-entropy of the class, in nats, and the number of rows."""
+    logits = model(batch.inputs, batch.lengths).float()  # (B, classes)
+    return F.cross_entropy(logits, batch.targets, reduction="sum"), batch.n_targets
+
+
+@torch.no_grad()
+def mean_loss(
+    model: Any,
+    batches: Iterable[Batch],
+    loss: Callable[[Any, Batch], tuple[Tensor, int]] = lm_loss_sum,
+) -> float:
+    """The mean loss over every target of `batches`, in nats; NaN where there is none."""
+    total, targets = 0.0, 0
+    for batch in batches:
+        summed, n = loss(model, batch.to(model.device))
+        total += summed.item()
+        targets += n
+    return total / targets if targets else math.nan
+
+
+@torch.no_grad()
+def classify(model: GPTClassifier, batches: Iterable[Batch]) -> Tensor:
+    """The probability of each class for every row of `batches`, (rows, classes) on the CPU."""
+    logits = []
+    for batch in batches:
+        here = batch.to(model.device)
+        logits.append(model(here.inputs, here.lengths).float().cpu())
+    return torch.cat(logits).softmax(dim=1)
+
+
+def perplexity(loss: float) -> float:
+    """exp of a mean loss in nats: as uncertain as a choice among so many equal tokens."""
+    return math.exp(loss)
+
+
+def bits_per_byte(loss: float, tokens: int, n_bytes: int) -> float:
+    """A mean loss in nats a token as bits a byte of text: comparable between tokenizers."""
+    return loss / math.log(2) * tokens / n_bytes
+
+
+def classification_scores(
+    actual: Sequence[str], predicted: Sequence[str], labels: Sequence[str]
+) -> dict[str, float]:
+    """Accuracy, macro F1, and precision, recall and F1 of each class, all in 0..1.
+
+    A class that was never predicted has a precision of 0.
+    """
+    from sklearn.metrics import accuracy_score, precision_recall_fscore_support
+
+    precision, recall, f1, _ = precision_recall_fscore_support(
+        actual, predicted, labels=list(labels), zero_division=0
+    )
+    scores = {"accuracy": float(accuracy_score(actual, predicted)), "f1_macro": float(f1.mean())}
+    for i, label in enumerate(labels):
+        scores[f"precision_{label}"] = float(precision[i])
+        scores[f"recall_{label}"] = float(recall[i])
+        scores[f"f1_{label}"] = float(f1[i])
+    return scores
