@@ -1,0 +1,158 @@
+"""Fine-tune a base model into an assistant that follows instructions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from gpt.data import InstructionDataset, batches
+from gpt.device import prepare
+from gpt.errors import InputError
+from gpt.events import Log, Message, discard
+from gpt.files import write_json
+from gpt.generate import complete
+from gpt.metrics import lm_loss_sum, mean_loss, perplexity
+from gpt.prompts import TemplateName, render_prompt
+from gpt.text import Instruction, Split, read_instructions, split_instructions
+from gpt.train import TrainParams, fit
+from gpt.weights import load_base, save_model
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid"))
+class FinetuneInstructParams:
+    """Which base, which records, in which form, and how."""
+
+    base: Literal["pretrain", "gpt2"] = "gpt2"
+    """The model to start from; its architecture and tokenizer are kept."""
+    split: Split = Split(train=0.85, validation=0.05)
+    template: TemplateName = "alpaca"
+    mask_prompt: bool = True
+    """Learn the response only; otherwise the prompt's tokens count as well."""
+    max_length: Annotated[int, Field(gt=0)] | None = None
+    """Tokens a record is cut to; None is the base's context."""
+    sample_tokens: Annotated[int, Field(gt=0)] = 40
+    train: TrainParams
+
+
+def finetune_instruct(
+    params: FinetuneInstructParams,
+    *,
+    base: Path,
+    instructions: Path,
+    out: Path,
+    metrics: Path,
+    history: Path,
+    state: Path | None = None,
+    log: Log = discard,
+) -> dict[str, float]:
+    """Train on the training part of the records; the test part is never looked at.
+
+    Args:
+        params: what and how.
+        base: the model directory of a language model.
+        instructions: a raw folder of instruction records.
+        out: the model directory to write; `prompt.json` in it names the template, `split.json`
+            says what was held out.
+        metrics: the final figures, written as JSON: losses in nats a token.
+        history: the curve, written as CSV, a row an evaluation.
+        state: the folder of the loop's resume state.
+        log: hears what goes on, and answers to the first validation records.
+
+    Returns:
+        The final figures.
+
+    Raises:
+        InputError: the records cannot be used, or `max_length` is above the base's context.
+        RunError: the loss is no longer finite.
+    """
+    train = params.train
+    device = prepare(train.device, train.threads)
+    model, tokenizer = load_base(base)
+    model.to(device)
+    context = model.config.context_length
+    max_length = params.max_length or context
+    if max_length > context:
+        raise InputError(
+            f"finetune_instruct.max_length: {max_length} tokens are more than the context of "
+            f"{base} holds ({context}); use at most that"
+        )
+    records = read_instructions(instructions)
+    parts = split_instructions(records, params.split)
+    for name, part in parts.items():
+        if not part:
+            raise InputError(
+                f"{instructions}: the {name} part of {len(records)} records is empty; add records "
+                "or change finetune_instruct.split"
+            )
+
+    def prompts(part: Sequence[Instruction]) -> list[list[int]]:
+        return tokenizer.encode_batch(
+            [render_prompt(params.template, r.instruction, r.input) for r in part]
+        )
+
+    data = {
+        name: InstructionDataset(
+            prompts(parts[name]),
+            tokenizer.encode_batch([record.output for record in parts[name]]),
+            end=tokenizer.eot,
+            mask_prompt=params.mask_prompt,
+            max_length=max_length,
+        )
+        for name in ("train", "validation")
+    }
+    log(Message(f"finetune_instruct: {len(data['train'])} training records"))
+    shown = parts["validation"][:3]
+    shown_prompts = [ids[-max_length:] for ids in prompts(shown)]
+
+    def sample() -> str:
+        answers = complete(model, shown_prompts, params.sample_tokens, stop=tokenizer.eot)
+        return "\n\n".join(
+            f"{record.instruction}\n{record.input}".strip() + f"\n-> {tokenizer.decode(ids)}"
+            for record, ids in zip(shown, answers, strict=True)
+        )
+
+    def validation_loss() -> float:
+        return mean_loss(model, batches(data["validation"], train.batch_size))
+
+    torch.manual_seed(train.seed)
+    before = validation_loss()
+    result = fit(
+        model,
+        params=train,
+        train=data["train"],
+        loss=lm_loss_sum,
+        validate=lambda: {"validation_loss": validation_loss()},
+        sample=sample,
+        task="finetune_instruct",
+        state=state,
+        log=log,
+    )
+    loss = validation_loss()
+    final = {
+        "validation_loss": loss,
+        "validation_loss_before": before,
+        "perplexity": perplexity(loss),
+        "train_loss": result.history[-1]["train_loss"],
+        "records_train": float(len(parts["train"])),
+        "records_validation": float(len(parts["validation"])),
+        "records_test": float(len(parts["test"])),
+        "steps": float(result.steps),
+    }
+    save_model(
+        model,
+        out,
+        tokenizer=tokenizer,
+        extra={
+            "prompt.json": {"template": params.template},
+            "split.json": {"split": asdict(params.split)},
+        },
+    )
+    result.write_history(history)
+    write_json(metrics, final)
+    return final
