@@ -116,17 +116,24 @@ class Display(Protocol):
         """Take away what is drawn for a stage that has ended."""
 
 
+def _print_line(stage: str, text: str, level: Level) -> None:
+    """Flushed, so that a log file grows as the work goes on."""
+    prefix = f"{stage} | " if stage else ""
+    mark = f"{level}: " if level in ("warning", "error") else ""
+    print(f"{prefix}{mark}{text}", flush=True)
+
+
 class PlainDisplay:
     """Lines such as `pretrain | step 200/800  loss 3.21  12.3 step/s  49 s left`."""
 
     def __init__(
         self,
-        stream: TextIO | None = None,
+        write: Callable[[str, str, Level], None] = _print_line,
         *,
         interval: float = PLAIN_INTERVAL,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._stream = stream or sys.stdout
+        self._write = write
         self._interval = interval
         self._clock = clock
         self._lock = threading.Lock()
@@ -141,11 +148,9 @@ class PlainDisplay:
             self.line(stage, *shown)
 
     def line(self, stage: str, text: str, level: Level = "info") -> None:
-        """Print one line, flushed, so that a log file grows as the work goes on."""
-        prefix = f"{stage} | " if stage else ""
-        mark = f"{level}: " if level in ("warning", "error") else ""
+        """Write one line."""
         with self._lock:
-            print(f"{prefix}{mark}{text}", file=self._stream, flush=True)
+            self._write(stage, text, level)
 
     def done(self, stage: str) -> None:
         """Forget the pace of a stage's tasks."""

@@ -63,14 +63,13 @@ def test_a_half_written_line_waits_for_its_end(tmp_path):
     assert list(reader.read()) == [EVENTS[3]]
 
 
-def test_plain_lines_are_prefixed_and_progress_comes_seldom_with_rate_and_time_left():
+def test_plain_lines_are_prefixed_and_progress_comes_seldom_with_rate_and_time_left(capsys):
     now = 0.0
-    out = io.StringIO()
-    display = PlainDisplay(out, interval=5, clock=lambda: now)
+    display = PlainDisplay(interval=5, clock=lambda: now)
     for done in range(101):
         now = done * 0.5
         display.event("pretrain", Progress("train", done, 100, "step", {"loss": 3.21}))
-    lines = out.getvalue().splitlines()
+    lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "pretrain | train: step 10/100  loss 3.21  2 step/s  45 s left"
     assert lines[-1] == "pretrain | train: step 100/100  loss 3.21  2 step/s"
     assert len(lines) == 10

@@ -1,0 +1,239 @@
+"""The DAG as DVC knows it: stages, edges, and what is out of date and why.
+
+`dvc.yaml`, `dvc.lock` and the files are read through DVC itself, in this process; nothing is
+decided here that DVC does not decide.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gpt.errors import InputError
+from gpt.files import whole_file
+
+if TYPE_CHECKING:
+    from dvc.repo import Repo
+    from dvc.stage import PipelineStage
+
+LOCK_FILE = "dvc.lock"
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One stage of `dvc.yaml`; its paths are relative to the project's root."""
+
+    name: str
+    upstream: tuple[str, ...]
+    """The stages whose outputs it reads."""
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    metrics: tuple[str, ...]
+    """Those of the outputs that hold metrics."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One reason why a stage is out of date."""
+
+    what: str
+    """A file or a parameter (`pretrain.train.steps`)."""
+    how: str
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.how}"
+
+
+def find_root(start: Path) -> Path:
+    """The project's root: the nearest folder at or above `start` that holds `dvc.yaml`.
+
+    Raises:
+        InputError: there is none.
+    """
+    start = start.resolve()
+    for folder in (start, *start.parents):
+        if (folder / "dvc.yaml").is_file():
+            return folder
+    raise InputError(f"{start}: no dvc.yaml here or above; change into the project's folder")
+
+
+def allow_missing_git(root: Path) -> None:
+    """Let DVC work in a source archive: without a git repository it wants to be told so."""
+    local = root / ".dvc" / "config.local"
+    if any((folder / ".git").exists() for folder in (root, *root.parents)) or local.exists():
+        return
+    with whole_file(local) as partial:
+        partial.write_text("[core]\n    no_scm = true\n", encoding="utf-8")
+
+
+class Dag:
+    """The stages in the order in which `dvc repro` would run them.
+
+    Safe to use from several threads and beside running `dvc` processes: it reads under DVC's own
+    lock and waits for it.
+
+    Raises:
+        InputError: `dvc.yaml` cannot be read.
+    """
+
+    def __init__(self, root: Path) -> None:
+        from dvc.exceptions import DvcException
+        from dvc.lock import make_lock
+        from dvc.repo import Repo
+
+        allow_missing_git(root)
+        self.root = root
+        self._thread_lock = threading.RLock()
+        try:
+            self._repo: Repo = Repo(str(root))
+            # DVC's own lock, but without its message on the terminal, and patient.
+            self._repo.lock = make_lock(
+                self._repo.lock.lockfile,
+                tmp_dir=self._repo.tmp_dir,
+                hardlink_lock=self._repo.config["core"].get("hardlink_lock", False),
+                wait=True,
+            )
+            self.stages: dict[str, Stage] = self._load()
+        except DvcException as error:
+            raise InputError(f"dvc.yaml: {_in_one_line(error)}") from None
+
+    def plan(self, targets: Iterable[str] = ()) -> list[str]:
+        """The targets and all that they depend on, in order; everything without targets.
+
+        Raises:
+            InputError: a target is no stage.
+        """
+        targets = list(targets)
+        for target in targets:
+            if target not in self.stages:
+                raise InputError(f"{target}: no such stage; use one of {', '.join(self.stages)}")
+        wanted = set(targets or self.stages)
+        for name in reversed(self.stages):
+            if name in wanted:
+                wanted.update(self.stages[name].upstream)
+        return [name for name in self.stages if name in wanted]
+
+    def changes(self, names: Iterable[str] | None = None) -> dict[str, list[Change]]:
+        """Why each stage (by default all) is out of date; an empty list is up to date."""
+        with self._locked() as stages:
+            return {name: list(_changes(stages[name], self.root)) for name in names or list(stages)}
+
+    def recorded(self) -> list[str]:
+        """The stages that have an entry in `dvc.lock`, in its order."""
+        with self._locked():
+            return list(self._read_lock())
+
+    def sort_lock(self, recorded: Iterable[str]) -> None:
+        """Put the entries of `dvc.lock` in the order that `dvc repro` gives them.
+
+        DVC appends the entry of a stage that has none yet when it ends, and stages that run side
+        by side end in any order. `recorded` is what stood there before they ran.
+        """
+        from dvc.utils.serialize import modify_yaml
+
+        with self._locked():
+            now = self._read_lock()
+            order = [name for name in recorded if name in now]
+            order += [name for name in self.stages if name in now and name not in order]
+            if order == list(now) or set(order) != set(now):
+                return
+            with modify_yaml(str(self.root / LOCK_FILE)) as content:
+                entries = content["stages"]
+                content["stages"] = {name: entries[name] for name in order}
+
+    def _read_lock(self) -> Mapping[str, Any]:
+        from dvc.utils.serialize import load_yaml
+
+        path = self.root / LOCK_FILE
+        if not path.exists():
+            return {}
+        stages: Mapping[str, Any] = load_yaml(str(path)).get("stages", {})
+        return stages
+
+    def _load(self) -> dict[str, Stage]:
+        from dvc.repo.reproduce import get_active_graph, plan_repro
+
+        with self._locked():
+            graph = get_active_graph(self._repo.index.graph)
+            order = [stage for stage in plan_repro(graph) if hasattr(stage, "name")]
+            return {
+                stage.name: Stage(
+                    name=stage.name,
+                    upstream=tuple(each.name for each in order if graph.has_edge(stage, each)),
+                    inputs=tuple(_relative(dep, self.root) for dep in stage.deps),
+                    outputs=tuple(_relative(out, self.root) for out in stage.outs),
+                    metrics=tuple(_relative(out, self.root) for out in stage.outs if out.metric),
+                )
+                for stage in order
+            }
+
+    @contextmanager
+    def _locked(self) -> Iterator[dict[str, PipelineStage]]:
+        """The stages as they are now, held still against other threads and processes."""
+        from dvc.repo import lock_repo
+
+        with self._thread_lock, lock_repo(self._repo):
+            stages = (stage for stage in self._repo.index.stages if hasattr(stage, "name"))
+            yield {stage.name: stage for stage in stages}
+
+
+def _in_one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _relative(entry: Any, root: Path) -> str:
+    return Path(os.path.relpath(entry.fs_path, root)).as_posix()
+
+
+_WORDS = {
+    "deleted": "is missing",
+    "modified": "changed",
+    "new": "is new",
+    "not in cache": "is not in DVC's cache",
+}
+
+
+def _changes(stage: PipelineStage, root: Path) -> Iterator[Change]:
+    from dvc.dependency.param import ParamsDependency
+
+    if not any(entry.hash_info for entry in (*stage.deps, *stage.outs)):
+        yield Change("dvc.lock", "no run of this stage is recorded")
+        return
+    if stage.cmd_changed:
+        yield Change("dvc.yaml", "the command changed")
+    for dep in stage.deps:
+        if isinstance(dep, ParamsDependency):
+            before, now = dep.hash_info.value or {}, dep.read_params()
+            for name in dep.params or sorted({*before, *now}):
+                yield from _compare(before.get(name, _ABSENT), now.get(name, _ABSENT), name)
+        else:
+            for status in dep.status().values():
+                yield Change(_relative(dep, root), _WORDS.get(status, str(status)))
+    for out in stage.outs:
+        for status in out.status().values():
+            yield Change(_relative(out, root), f"output {_WORDS.get(status, status)}")
+
+
+_ABSENT = object()
+
+
+def _compare(old: Any, new: Any, path: str) -> Iterator[Change]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(key for key in new if key not in old)]:
+            yield from _compare(old.get(key, _ABSENT), new.get(key, _ABSENT), f"{path}.{key}")
+    elif old is _ABSENT:
+        yield Change(path, f"added: {_shown(new)}")
+    elif new is _ABSENT:
+        yield Change(path, f"removed, was {_shown(old)}")
+    elif old != new:
+        yield Change(path, f"{_shown(old)} → {_shown(new)}")
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,98 @@
+"""A small real project: git, DVC, four stages in a diamond, no training."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+
+STAGE = '''\
+"""One stage of the small project: joins its inputs, as large and as slow as it is told."""
+import json, os, pathlib, sys, time
+name, out, seconds, size, *inputs = sys.argv[1:]
+if os.environ.get("FAIL") == name:
+    verdict = pathlib.Path(".pipeline/exit", name + ".json")
+    verdict.parent.mkdir(parents=True, exist_ok=True)
+    verdict.write_text(json.dumps({"code": 2, "error": f"{name}.txt: no good; mend it"}))
+    sys.exit(2)
+if os.environ.get("GPT_PIPELINE_EVENTS"):
+    with open(os.environ["GPT_PIPELINE_EVENTS"], "a") as file:
+        file.write(json.dumps({"event": "message", "text": f"hello from {name}"}) + "\\n")
+print("printed by", name, flush=True)
+with open(f"ran-{name}", "a") as file:
+    file.write(f"{time.time()} ")
+    time.sleep(float(seconds))
+    file.write(f"{time.time()}\\n")
+text = name + "".join(pathlib.Path(path).read_text() for path in inputs)
+pathlib.Path(out).mkdir()
+for index in range(20):
+    pathlib.Path(out, f"{index}.bin").write_bytes(f"{text[:100]}{index}".encode() * int(size))
+pathlib.Path(out + ".txt").write_text(text)
+pathlib.Path(out + ".json").write_text(json.dumps({"length": len(text), "deep": {"pi": 3.14159265}}))
+'''
+
+
+def _stage(name: str, inputs: list[str], seconds: float = 0.0, size: int = 10) -> str:
+    deps = "".join(f"      - {path}\n" for path in ["stage.py", *inputs])
+    files = " ".join(inputs)
+    return (
+        f"  {name}:\n    cmd: python stage.py {name} {name} {seconds} {size} {files}\n"
+        f"    deps:\n{deps}    params:\n      - {name}\n"
+        f"    outs:\n      - {name}\n      - {name}.txt\n"
+        f"    metrics:\n      - {name}.json:\n          cache: false\n"
+    )
+
+
+@pytest.fixture
+def make_project(tmp_path, monkeypatch):
+    """Makes the project: `first` feeds `left` and `right`, both feed `last`."""
+
+    def make(seconds: float = 0.0, size: int = 10, git: bool = True) -> Path:
+        root = tmp_path / "project"
+        (root / ".dvc").mkdir(parents=True)
+        shutil.copy(REPOSITORY / ".dvc" / "config", root / ".dvc")
+        (root / ".dvc" / ".gitignore").write_text("/config.local\n/tmp\n/cache\n")
+        (root / "stage.py").write_text(STAGE)
+        (root / "seed.txt").write_text("seed ")
+        (root / "dvc.yaml").write_text(
+            "stages:\n"
+            + _stage("last", ["left.txt", "right.txt"])
+            + _stage("left", ["first.txt"], seconds, size)
+            + _stage("right", ["first.txt"], seconds, size)
+            + _stage("first", ["seed.txt"])
+        )
+        (root / "params.yaml").write_text(
+            "first: {a: 1}\nleft: {train: {rate: 0.001, steps: 3}}\nright: {a: 1}\nlast: {a: 1}\n"
+        )
+        if git:
+            subprocess.run(["git", "init", "-q", str(root)], check=True)
+        monkeypatch.chdir(root)
+        monkeypatch.setenv("DVC_NO_ANALYTICS", "true")
+        monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / "site"))
+        monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+        return root
+
+    return make
+
+
+@pytest.fixture
+def project(make_project):
+    return make_project()
+
+
+@pytest.fixture
+def dvc():
+    """Runs DVC in the current folder; its output."""
+
+    def run(*arguments: str) -> str:
+        result = subprocess.run(
+            [sys.executable, "-m", "dvc", *arguments], capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
+
+    return run

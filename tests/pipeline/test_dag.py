@@ -1,0 +1,148 @@
+"""What is out of date, and why, is what DVC says."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import pipeline
+from gpt.errors import InputError
+from pipeline.dag import Change, Dag, find_root
+
+
+def changed(dag, name):
+    return [str(change) for change in dag.changes([name])[name]]
+
+
+def test_stages_come_in_an_order_that_respects_the_edges(project):
+    dag = Dag(project)
+    names = list(dag.stages)
+    assert sorted(names) == ["first", "last", "left", "right"]
+    assert names[0] == "first"
+    assert names[-1] == "last"
+    assert dag.stages["first"].upstream == ()
+    assert set(dag.stages["last"].upstream) == {"left", "right"}
+    assert dag.stages["left"].inputs[:2] == ("stage.py", "first.txt")
+    assert dag.stages["left"].outputs == ("left", "left.txt", "left.json")
+    assert dag.stages["left"].metrics == ("left.json",)
+
+
+def test_a_plan_is_the_targets_and_their_ancestors(project):
+    dag = Dag(project)
+    assert dag.plan() == list(dag.stages)
+    assert dag.plan(["left"]) == ["first", "left"]
+    assert set(dag.plan(["right", "left"])) == {"first", "left", "right"}
+    with pytest.raises(InputError, match=r"middle: no such stage; use one of first, "):
+        dag.plan(["middle"])
+
+
+def test_the_reason_names_the_parameter_with_both_values(project, dvc):
+    dag = Dag(project)
+    assert changed(dag, "left") == ["dvc.lock: no run of this stage is recorded"]
+    dvc("repro", "-q")
+    assert all(not changes for changes in dag.changes().values())
+
+    params = project / "params.yaml"
+    before = params.read_text()
+    params.write_text(before.replace("rate: 0.001, steps: 3", "rate: 0.002, warmup: 5"))
+    assert dag.changes()["left"] == [
+        Change("left.train.rate", "0.001 → 0.002"),
+        Change("left.train.steps", "removed, was 3"),
+        Change("left.train.warmup", "added: 5"),
+    ]
+    assert not dag.changes()["right"]
+
+
+def test_the_reason_names_the_file(project, dvc):
+    dvc("repro", "-q")
+    dag = Dag(project)
+    (project / "seed.txt").write_text("another seed ")
+    assert changed(dag, "first") == ["seed.txt: changed"]
+    (project / "seed.txt").unlink()
+    assert changed(dag, "first") == ["seed.txt: is missing"]
+    (project / "right.txt").unlink()
+    (project / "left" / "0.bin").unlink()
+    assert changed(dag, "right") == ["right.txt: output is missing"]
+    assert changed(dag, "left") == ["left: output changed"]
+    assert changed(dag, "last") == ["right.txt: is missing"]
+
+
+def test_the_reason_names_the_command(project, dvc):
+    dvc("repro", "-q")
+    dag = Dag(project)
+    definition = (project / "dvc.yaml").read_text()
+    (project / "dvc.yaml").write_text(definition.replace("stage.py right", "./stage.py right"))
+    assert changed(dag, "right") == ["dvc.yaml: the command changed"]
+
+
+def test_reasons_agree_with_dvc_status(project, dvc):
+    dvc("repro", "-q")
+    dag = Dag(project)
+    (project / "params.yaml").write_text(
+        (project / "params.yaml").read_text().replace("right: {a: 1}", "right: {a: 2}")
+    )
+    (project / "last.json").unlink()
+    said = set(json.loads(dvc("status", "--json")))
+    assert {name for name, changes in dag.changes().items() if changes} == said == {"right", "last"}
+
+
+def test_the_lock_file_is_put_in_the_order_of_dvc_repro(project, dvc):
+    dvc("repro", "-q")
+    expected = (project / "dvc.lock").read_bytes()
+    (project / "dvc.lock").unlink()
+    dag = Dag(project)
+    recorded = dag.recorded()
+    for name in [*(n for n in reversed(dag.stages) if n not in ("first", "last"))]:
+        dvc("repro", "-q", "--single-item", name)
+    dvc("repro", "-q", "--single-item", "first")
+    dvc("repro", "-q", "--single-item", "last")
+    assert (project / "dvc.lock").read_bytes() != expected
+    dag.sort_lock(recorded)
+    assert (project / "dvc.lock").read_bytes() == expected
+
+    # entries that stood there before keep their places, as they do under `dvc repro`
+    dvc("repro", "-q", "--force")
+    dag.sort_lock(dag.recorded())
+    assert (project / "dvc.lock").read_bytes() == expected
+
+
+def test_it_works_in_a_source_archive_without_git(make_project, dvc):
+    root = make_project(git=False)
+    dag = Dag(root)
+    dvc("repro", "-q")
+    assert not any(dag.changes().values())
+    assert "no_scm = true" in (root / ".dvc" / "config.local").read_text()
+
+
+def test_the_root_is_found_from_below(project, tmp_path):
+    (project / "a" / "b").mkdir(parents=True)
+    assert find_root(project / "a" / "b") == project.resolve()
+    with pytest.raises(InputError, match=r"no dvc\.yaml here or above"):
+        find_root(tmp_path)
+
+
+def test_a_broken_dvc_yaml_is_one_line(project):
+    (project / "dvc.yaml").write_text("stages: [")
+    with pytest.raises(InputError, match=r"^dvc\.yaml: .*$"):
+        Dag(project)
+
+
+def test_it_is_quick_and_imports_no_torch(project):
+    code = (
+        "import sys, pathlib; from pipeline.dag import Dag; Dag(pathlib.Path.cwd()).changes();"
+        "print([m for m in ('torch', 'prefect', 'mlflow', 'pandas') if m in sys.modules])"
+    )
+    began = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(Path(pipeline.__file__).parent.parent)},
+    )
+    assert result.stdout.strip() == "[]"
+    assert time.monotonic() - began < 10
