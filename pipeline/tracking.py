@@ -128,7 +128,7 @@ def run_url(root: Path, experiment_id: str, run_id: str) -> str:
     if not uri.startswith("http"):
         uri = DEFAULT_UI
         with contextlib.suppress(OSError, ValueError, KeyError):
-            uri = json.loads((root / ".pipeline" / "ui.json").read_text())["mlflow"]["url"]
+            uri = json.loads((root / ".pipeline" / "ui.json").read_text())["mlflow"]
     return f"{uri.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
 
 
