@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from string import punctuation
 from typing import Any
 
 import torch
@@ -69,6 +71,20 @@ def perplexity(loss: float) -> float:
 def bits_per_byte(loss: float, tokens: int, n_bytes: int) -> float:
     """A mean loss in nats a token as bits a byte of text: comparable between tokenizers."""
     return loss / math.log(2) * tokens / n_bytes
+
+
+def word_f1(answer: str, reference: str) -> float:
+    """How many words two texts share, as F1 in 0..1 (SQuAD's measure, Rajpurkar et al., 2016).
+
+    Case and the punctuation around words are passed over; order does not count.
+    """
+    ours, theirs = _words(answer), _words(reference)
+    shared = (ours & theirs).total()
+    return 2 * shared / (ours.total() + theirs.total()) if shared else 0.0
+
+
+def _words(text: str) -> Counter[str]:
+    return Counter(word for raw in text.lower().split() if (word := raw.strip(punctuation)))
 
 
 def classification_scores(

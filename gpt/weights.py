@@ -57,8 +57,8 @@ def save_model(
         model: weights are written in their own precision.
         directory: replaced as a whole if it exists.
         tokenizer: saved beside the weights.
-        extra: further files, name to JSON value: `prompt.json` for an assistant, `split.json`
-            for what was held out of its training.
+        extra: further files, name to JSON value: `prompt.json` for an assistant,
+            `training.json` for what was held out of its training.
 
     Raises:
         InputError: the tokenizer's vocabulary is not the model's.

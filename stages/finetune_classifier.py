@@ -55,7 +55,7 @@ def finetune_classifier(
         params: what and how.
         base: the model directory of a language model.
         messages: a raw folder of labelled messages.
-        out: the model directory to write; `split.json` in it says what was held out.
+        out: the model directory to write; `training.json` in it says what was held out.
         metrics: the final figures, written as JSON: accuracies in 0..1, losses in nats.
         history: the curve, written as CSV, a row an evaluation.
         state: the folder of the loop's resume state.
@@ -143,8 +143,13 @@ def finetune_classifier(
         "rows_test": float(len(parts["test"])),
         "steps": float(result.steps),
     }
-    held_out = {"split": asdict(params.split), "balance": params.balance, "max_length": max_length}
-    save_model(model, out, tokenizer=tokenizer, extra={"split.json": held_out})
+    training = {
+        "base": params.base,
+        "split": asdict(params.split),
+        "balance": params.balance,
+        "max_length": max_length,
+    }
+    save_model(model, out, tokenizer=tokenizer, extra={"training.json": training})
     result.write_history(history)
     write_json(metrics, final)
     return final

@@ -57,7 +57,7 @@ def finetune_instruct(
         params: what and how.
         base: the model directory of a language model.
         instructions: a raw folder of instruction records.
-        out: the model directory to write; `prompt.json` in it names the template, `split.json`
+        out: the model directory to write; `prompt.json` in it names the template, `training.json`
             says what was held out.
         metrics: the final figures, written as JSON: losses in nats a token.
         history: the curve, written as CSV, a row an evaluation.
@@ -150,7 +150,11 @@ def finetune_instruct(
         tokenizer=tokenizer,
         extra={
             "prompt.json": {"template": params.template},
-            "split.json": {"split": asdict(params.split)},
+            "training.json": {
+                "base": params.base,
+                "split": asdict(params.split),
+                "max_length": max_length,
+            },
         },
     )
     result.write_history(history)

@@ -18,7 +18,7 @@ from gpt.weights import load_base, save_model
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid"))
-class LoadGpt2Params:
+class LoadGPT2Params:
     """What is expected of the files, and the sample that shows that they work."""
 
     size: Literal["any", "124M", "355M", "774M", "1558M"] = "any"
@@ -28,7 +28,7 @@ class LoadGpt2Params:
 
 
 def load_gpt2(
-    params: LoadGpt2Params, *, weights: Path, out: Path, metrics: Path, log: Log = discard
+    params: LoadGPT2Params, *, weights: Path, out: Path, metrics: Path, log: Log = discard
 ) -> dict[str, float]:
     """Check published files tensor by tensor and write them as a model directory in fp32.
 

@@ -1,0 +1,288 @@
+"""Measure every model on data that none of them was trained on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+import torch
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from gpt.data import (
+    ClassificationDataset,
+    InstructionDataset,
+    WindowDataset,
+    batches,
+    open_tokens,
+    read_manifest,
+)
+from gpt.device import DeviceName, prepare
+from gpt.errors import InputError
+from gpt.events import Log, Message, Progress, discard
+from gpt.files import whole_directory, write_json
+from gpt.generate import complete
+from gpt.metrics import (
+    bits_per_byte,
+    classification_scores,
+    classify,
+    mean_loss,
+    perplexity,
+    word_f1,
+)
+from gpt.model import GPT, GPTClassifier
+from gpt.prompts import render_prompt
+from gpt.text import (
+    Balance,
+    Instruction,
+    Split,
+    read_instructions,
+    read_messages,
+    split_instructions,
+    split_messages,
+)
+from gpt.tokenizer import Tokenizer, load_tokenizer
+from gpt.weights import load_base, load_model
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid"))
+class EvaluateParams:
+    """Where and how much."""
+
+    device: DeviceName = "auto"
+    threads: Annotated[int, Field(ge=0)] = 0
+    batch_size: Annotated[int, Field(gt=0)] = 16
+    max_new_tokens: Annotated[int, Field(gt=0)] = 60
+    """The longest answer the assistant may give."""
+    seed: Annotated[int, Field(ge=0)] = 123
+    """Of the untrained model that the bases are compared with."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid"))
+class Training:
+    """`training.json` of a fine-tuned model: its base, and what was held out of its training."""
+
+    base: str
+    split: Split
+    balance: Balance = "none"
+    max_length: int
+
+
+def evaluate(
+    params: EvaluateParams,
+    *,
+    pretrain: Path,
+    gpt2: Path,
+    classifier: Path,
+    assistant: Path,
+    tokens: Path,
+    messages: Path,
+    instructions: Path,
+    predictions: Path,
+    metrics: Path,
+    log: Log = discard,
+) -> dict[str, dict[str, float]]:
+    """Measure the bases on the validation text, the fine-tuned models on their test parts.
+
+    Args:
+        params: where and how much.
+        pretrain: a base, the pipeline's own.
+        gpt2: a base, the published one.
+        classifier: a fine-tuned classifier.
+        assistant: a fine-tuned assistant.
+        tokens: the folder of token files; its validation split is the bases' test.
+        messages: the raw folder that the classifier was trained on a part of.
+        instructions: the raw folder that the assistant was trained on a part of.
+        predictions: written: `classifier.csv` and `assistant.csv`, a row a test example.
+        metrics: written: what is returned, as JSON.
+        log: hears what goes on.
+
+    Returns:
+        The figures of `pretrain`, `gpt2`, `classifier` and `assistant`: losses in nats a token,
+        bits a byte, scores in 0..1.
+
+    Raises:
+        InputError: a model or data set cannot be used, or does not belong to the others.
+    """
+    device = prepare(params.device, params.threads)
+    bases = {"pretrain": pretrain, "gpt2": gpt2}
+    work = [*bases, "classifier", "assistant"]
+    figures: dict[str, dict[str, float]] = {}
+    with whole_directory(predictions) as folder:
+        for done, name in enumerate(work):
+            log(Progress("evaluate", done, len(work), "model"))
+            log(Message(f"evaluate: {name}"))
+            if name in bases:
+                figures[name] = _base(params, bases[name], tokens, device)
+            elif name == "classifier":
+                figures[name], table = _classifier(params, classifier, messages, device)
+                table.to_csv(folder / "classifier.csv", index=False)
+            else:
+                figures[name], table = _assistant(params, assistant, bases, instructions, device)
+                table.to_csv(folder / "assistant.csv", index=False)
+        log(Progress("evaluate", len(work), len(work), "model"))
+    write_json(metrics, figures)
+    return figures
+
+
+def _base(
+    params: EvaluateParams, directory: Path, tokens: Path, device: torch.device
+) -> dict[str, float]:
+    model, tokenizer = load_base(directory)
+    ids = open_tokens(tokens, "validation")[:]
+    total = read_manifest(tokens).splits["validation"].total
+    written_by = load_tokenizer(tokens)
+    if written_by.hash != tokenizer.hash:
+        ids = _in_other_tokens(ids, written_by, tokenizer)
+    context = model.config.context_length
+    windows = WindowDataset(ids, context, context)
+    if len(windows) == 0:
+        raise InputError(
+            f"{tokens}: the validation split has {len(ids)} tokens, fewer than one context of "
+            f"{directory} and its target ({context} + 1); add text or raise tokenize.validation"
+        )
+    loss = mean_loss(model.to(device), batches(windows, params.batch_size))
+    torch.manual_seed(params.seed)
+    untrained = GPT(model.config).to(device).eval()
+    return {
+        "loss": loss,
+        "perplexity": perplexity(loss),
+        "bits_per_byte": bits_per_byte(loss, len(ids), total.bytes),
+        "untrained_loss": mean_loss(untrained, batches(windows, params.batch_size)),
+    }
+
+
+def _in_other_tokens(ids: torch.Tensor, old: Tokenizer, new: Tokenizer) -> torch.Tensor:
+    """The same documents, with the end of text between them, in another vocabulary."""
+    ends = (ids == old.eot).nonzero().flatten().tolist()
+    result: list[int] = []
+    start = 0
+    for end in [*ends, len(ids)]:
+        result += new.encode(old.decode(ids[start:end].tolist()))
+        if end < len(ids):
+            result.append(new.eot)
+        start = end + 1
+    return torch.tensor(result)
+
+
+def _classifier(
+    params: EvaluateParams, directory: Path, messages: Path, device: torch.device
+) -> tuple[dict[str, float], pd.DataFrame]:
+    model = load_model(directory, device)
+    if not isinstance(model, GPTClassifier):
+        raise InputError(f"{directory}: holds no classification head; run finetune_classifier")
+    tokenizer = load_tokenizer(directory)
+    training = _training(directory)
+    frame = read_messages(messages)
+    unknown = sorted(set(frame["label"]) - set(model.labels))
+    if unknown:
+        raise InputError(
+            f"{messages}: the class {unknown[0]!r} is unknown to {directory} "
+            f"({', '.join(model.labels)}); run finetune_classifier on these messages"
+        )
+    test = split_messages(frame, training.split, training.balance)["test"]
+    data = ClassificationDataset(
+        tokenizer.encode_batch(test["text"].tolist()),
+        [model.labels.index(label) for label in test["label"]],
+        padding=tokenizer.eot,
+        max_length=training.max_length,
+    )
+    probabilities = classify(model, batches(data, params.batch_size))  # (n, classes)
+    predicted = [model.labels[i] for i in probabilities.argmax(1).tolist()]
+    table = pd.DataFrame(
+        {"text": test["text"], "actual": test["label"], "predicted": predicted}
+        | {
+            f"probability_{label}": probabilities[:, i].double().numpy().round(6)
+            for i, label in enumerate(model.labels)
+        }
+    )
+    scores = classification_scores(test["label"].tolist(), predicted, model.labels)
+    return {**scores, "rows": float(len(test))}, table
+
+
+def _assistant(
+    params: EvaluateParams,
+    directory: Path,
+    bases: dict[str, Path],
+    instructions: Path,
+    device: torch.device,
+) -> tuple[dict[str, float], pd.DataFrame]:
+    training = _training(directory)
+    template = _read_json(directory / "prompt.json").get("template", "")
+    test = split_instructions(read_instructions(instructions), training.split)["test"]
+    figures: dict[str, float] = {}
+    answers: dict[str, list[str]] = {}
+    for name, source in (("", directory), ("base_", bases[training.base])):
+        model, tokenizer = load_base(source)
+        model.to(device)
+        prompts = tokenizer.encode_batch(
+            [render_prompt(template, record.instruction, record.input) for record in test]
+        )
+        data = InstructionDataset(
+            prompts,
+            tokenizer.encode_batch([record.output for record in test]),
+            end=tokenizer.eot,
+            max_length=training.max_length,
+        )
+        loss = mean_loss(model, batches(data, params.batch_size))
+        figures |= {f"{name}loss": loss, f"{name}perplexity": perplexity(loss)}
+        answers[name] = _answers(model, tokenizer, prompts, params)
+        figures |= {f"{name}{key}": value for key, value in _overlap(answers[name], test).items()}
+    table = pd.DataFrame(
+        {
+            "instruction": [record.instruction for record in test],
+            "input": [record.input for record in test],
+            "reference": [record.output for record in test],
+            "answer": answers[""],
+            "base_answer": answers["base_"],
+        }
+    )
+    return {**figures, "records": float(len(test))}, table
+
+
+def _answers(
+    model: GPT, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], params: EvaluateParams
+) -> list[str]:
+    answers = []
+    for start in range(0, len(prompts), params.batch_size):
+        rows = complete(
+            model,
+            prompts[start : start + params.batch_size],
+            params.max_new_tokens,
+            stop=tokenizer.eot,
+        )
+        answers += [tokenizer.decode(row).strip() for row in rows]
+    return answers
+
+
+def _overlap(answers: Sequence[str], records: Sequence[Instruction]) -> dict[str, float]:
+    pairs = list(zip(answers, (record.output.strip() for record in records), strict=True))
+    return {
+        "exact_match": sum(answer == reference for answer, reference in pairs) / len(pairs),
+        "word_f1": sum(word_f1(answer, reference) for answer, reference in pairs) / len(pairs),
+    }
+
+
+def _training(directory: Path) -> Training:
+    path = directory / "training.json"
+    try:
+        return TypeAdapter(Training).validate_python(_read_json(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"{path}: {where}: {first['msg']}; run the fine-tuning again") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; run the fine-tuning stage again") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not JSON ({error}); run the fine-tuning again") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: not a JSON object; run the fine-tuning again")
+    return value
