@@ -118,7 +118,7 @@ def test_padding_on_the_left_changes_no_logit():
 
 def test_text_longer_than_the_context_is_refused():
     model = GPT(SHAPES[0])
-    with pytest.raises(InputError, match="33 tokens long .* holds 32"):
+    with pytest.raises(InputError, match=r"33 tokens long .* holds 32"):
         model(torch.zeros(1, 33, dtype=torch.int64))
 
 

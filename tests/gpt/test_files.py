@@ -1,0 +1,71 @@
+"""A file or folder is whole under its name or not there."""
+
+import pytest
+
+from gpt.files import sha256_of, whole_directory, whole_file, write_json
+
+
+def test_a_file_appears_only_when_it_is_whole(tmp_path):
+    path = tmp_path / "new" / "file.txt"
+    with whole_file(path) as partial:
+        partial.write_text("text")
+        assert not path.exists()
+    assert path.read_text() == "text"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_failure_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+
+    def fail():
+        with whole_file(path) as partial:
+            partial.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_directory_is_replaced_as_a_whole(tmp_path):
+    path = tmp_path / "d"
+    with whole_directory(path) as partial:
+        (partial / "a").write_text("1")
+    with whole_directory(path) as partial:
+        (partial / "b").write_text("2")
+        assert (path / "a").exists()
+    assert [file.name for file in path.iterdir()] == ["b"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failure_leaves_the_old_directory_and_no_other(tmp_path):
+    path = tmp_path / "d"
+    with whole_directory(path) as partial:
+        (partial / "a").write_text("1")
+
+    def fail():
+        with whole_directory(path) as partial:
+            (partial / "b").write_text("2")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert [file.name for file in path.iterdir()] == ["a"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_process_left_behind_is_cleared(tmp_path):
+    (tmp_path / ".d.partial").mkdir()
+    (tmp_path / ".d.partial" / "stale").write_text("x")
+    with whole_directory(tmp_path / "d") as partial:
+        assert not list(partial.iterdir())
+    assert not list((tmp_path / "d").iterdir())
+
+
+def test_equal_values_give_equal_json_bytes(tmp_path):
+    write_json(tmp_path / "a.json", {"b": 1, "a": "é"})
+    write_json(tmp_path / "b.json", {"a": "é", "b": 1})
+    assert (tmp_path / "a.json").read_text(encoding="utf-8") == '{\n  "a": "é",\n  "b": 1\n}\n'
+    assert sha256_of(tmp_path / "a.json") == sha256_of(tmp_path / "b.json")

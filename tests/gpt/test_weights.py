@@ -1,0 +1,174 @@
+"""Model directories: read by others, read back, and refused by name when they are damaged."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
+
+from gpt.errors import InputError
+from gpt.model import GPT, GPTClassifier
+from gpt.tokenizer import byte_tokenizer
+from gpt.weights import load_base, load_model, save_model
+
+VARIANTS = [{}, {"qkv_bias": False}, {"tie_weights": False}]
+
+
+@pytest.fixture
+def saved(make_model, tmp_path):
+    """A small language model and the directory it was saved in."""
+    model = make_model()
+    save_model(model, tmp_path / "model", tokenizer=byte_tokenizer())
+    return model, tmp_path / "model"
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_transformers_loads_a_language_model_as_it_stands(make_model, tmp_path, changes):
+    model = make_model(**changes)
+    save_model(model, tmp_path / "m", tokenizer=byte_tokenizer())
+    theirs, info = GPT2LMHeadModel.from_pretrained(tmp_path / "m", output_loading_info=True)
+    assert not any(info.values())
+    idx = torch.randint(0, 257, (2, 48))
+    assert torch.allclose(theirs.eval()(idx).logits, model(idx), atol=1e-4)
+
+
+def test_transformers_loads_a_classifier_as_it_stands(make_model, tmp_path):
+    torch.manual_seed(1)
+    model = GPTClassifier(make_model().config, ["ham", "spam"]).eval()
+    save_model(model, tmp_path / "m", tokenizer=byte_tokenizer())
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "m").eval()
+    assert theirs.config.id2label == {0: "ham", 1: "spam"}
+    lengths = torch.tensor([9, 3])
+    idx = torch.randint(0, 256, (2, 9))
+    idx[1, 3:] = byte_tokenizer().eot
+    assert torch.allclose(theirs(idx).logits, model(idx, lengths), atol=1e-4)
+    ours = load_model(tmp_path / "m")
+    assert isinstance(ours, GPTClassifier)
+    assert ours.labels == ["ham", "spam"]
+    assert torch.equal(ours(idx, lengths), model(idx, lengths))
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_reading_back_gives_every_weight_and_the_same_bytes(make_model, tmp_path, changes):
+    model = make_model(**changes)
+    save_model(model, tmp_path / "a", tokenizer=byte_tokenizer())
+    again, tokenizer = load_base(tmp_path / "a")
+    assert again.config == model.config
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    save_model(again, tmp_path / "b", tokenizer=tokenizer)
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+def test_files_of_transformers_load_with_and_without_the_prefix(tmp_path, prefix):
+    torch.manual_seed(2)
+    config = GPT2Config(vocab_size=257, n_positions=32, n_embd=32, n_layer=2, n_head=4)
+    theirs = GPT2LMHeadModel(config).eval()
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = {
+        prefix + name.removeprefix("transformer."): value for name, value in load_file(path).items()
+    }
+    # masks that the published files carry along
+    tensors[f"{prefix}h.0.attn.bias"] = torch.ones(1, 1, 32, 32)
+    save_file(tensors, path)
+    idx = torch.randint(0, 257, (2, 32))
+    assert torch.allclose(load_model(tmp_path)(idx), theirs(idx).logits, atol=1e-4)
+
+
+def test_narrow_weights_are_widened(saved):
+    model, directory = saved
+    path = directory / "model.safetensors"
+    save_file({name: value.half() for name, value in load_file(path).items()}, path)
+    again = load_model(directory)
+    assert again.wte.weight.dtype == torch.float32
+    assert torch.allclose(again.wte.weight, model.wte.weight, atol=1e-3)
+
+
+def _change(directory, change):
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("transformer.h.1.ln_1.bias"), r"lacks h\.1\.ln_1\.bias"),
+        (lambda t: t.update(extra=torch.ones(1)), r"holds extra, which GPT-2's architecture"),
+        (
+            lambda t: t.update({"transformer.wpe.weight": torch.ones(7, 32)}),
+            r"transformer\.wpe\.weight has the shape \(7, 32\), config\.json asks for \(48, 32\)",
+        ),
+        (
+            lambda t: t.update({"transformer.ln_f.bias": torch.ones(32, dtype=torch.int8)}),
+            r"transformer\.ln_f\.bias holds torch\.int8",
+        ),
+    ],
+    ids=["missing", "unknown", "shape", "dtype"],
+)
+def test_a_wrong_tensor_is_refused_by_name(saved, change, message):
+    _, directory = saved
+    _change(directory, change)
+    with pytest.raises(InputError, match=message):
+        load_model(directory)
+
+
+@pytest.mark.parametrize("left", [0, 7, 100, 20_000])
+def test_a_truncated_file_is_refused(saved, left):
+    _, directory = saved
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:left])
+    with pytest.raises(InputError, match=r"model\.safetensors: damaged or cut short .*again"):
+        load_model(directory)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("activation_function", "relu", "activation_function is 'relu'"),
+        ("model_type", "llama", "model_type is 'llama'"),
+        ("n_head", 5, "5 heads do not divide"),
+        ("n_layer", None, "n_layer"),
+    ],
+)
+def test_another_architecture_is_refused(saved, key, value, message):
+    _, directory = saved
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(InputError, match=message) as error:
+        load_model(directory)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_directory_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"nowhere/config\.json: no such file"):
+        load_model(tmp_path / "nowhere")
+
+
+def test_a_base_with_another_vocabulary_than_its_tokenizer_is_refused(saved, tmp_path):
+    _, directory = saved
+    vocab = json.loads((directory / "vocab.json").read_text())
+    vocab["ab"] = len(vocab)
+    (directory / "vocab.json").write_text(json.dumps(vocab))
+    (directory / "merges.txt").write_text("#version: 0.2\na b\n")
+    with pytest.raises(InputError, match=r"the model has 257 tokens, its vocab\.json 258"):
+        load_base(directory)
+
+
+def test_a_classifier_is_no_base(make_model, tmp_path):
+    model = GPTClassifier(make_model().config, ["a", "b"])
+    save_model(model, tmp_path / "m", tokenizer=byte_tokenizer())
+    with pytest.raises(InputError, match="holds a classifier; a language model is needed"):
+        load_base(tmp_path / "m")
+
+
+def test_a_model_is_never_saved_with_a_foreign_tokenizer(make_model, tmp_path):
+    model: GPT = make_model(vocab_size=300)
+    with pytest.raises(InputError, match="300 tokens, its tokenizer 257"):
+        save_model(model, tmp_path / "m", tokenizer=byte_tokenizer())
+    assert not list(tmp_path.iterdir())
