@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,9 @@ from gpt.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 
 _CHUNK = 1 << 20
 """Characters that are encoded together: what is in memory at a time."""
+
+# A tail begins here, so that no word is halved: the two parts have the tokens of the whole.
+_WORD_START = re.compile(r"(?<=\S) (?=\S)")
 
 
 @checked_dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid"))
@@ -54,6 +58,7 @@ class _Piece:
     split: SplitName
     source: str
     text: str
+    continued: bool = False  # the rest of a document that is in the other split too
 
 
 def tokenize(
@@ -80,7 +85,7 @@ def tokenize(
 
     Returns:
         Documents, bytes, tokens and bytes per token, in all and of each split. A document that a
-        tail begins in counts in both splits.
+        tail begins in counts in both splits, and once in all.
 
     Raises:
         InputError: the corpus or a split of it is empty, or the vocabulary cannot be read.
@@ -107,7 +112,7 @@ def tokenize(
                 )
                 for piece, ids in zip(chunk, encoded, strict=True):
                     writers[piece.split].add(piece, ids)
-                done = min(done + len(chunk), n_documents)
+                done += sum(not piece.continued for piece in chunk)
                 log(Progress("tokenize", done, n_documents, "document"))
         _refuse_empty(params, corpus, writers)
         splits = {name: writer.manifest(folder) for name, writer in writers.items()}
@@ -125,6 +130,7 @@ def tokenize(
     for prefix, count in {"": sum(totals.values(), Counter[str]()), **totals}.items():
         figures |= {f"{prefix}{key}": n for key, n in count.items()}
         figures[f"{prefix}bytes_per_token"] = count["bytes"] / count["tokens"]
+    figures["documents"] = done
     write_json(metrics, figures)
     return figures
 
@@ -165,10 +171,13 @@ def _pieces(corpus: Path, params: TokenizeParams, cuts: dict[str, int]) -> Itera
             continue
         cut = max(cuts[source] - seen[source], 0)
         seen[source] += len(text)
+        if 0 < cut < len(text):
+            word = _WORD_START.search(text, cut, cut + 200)
+            cut = word.start() if word else cut
         if text[:cut]:
             yield _Piece("train", source, text[:cut])
         if text[cut:]:
-            yield _Piece("validation", source, text[cut:])
+            yield _Piece("validation", source, text[cut:], continued=cut > 0)
 
 
 def _chunks(pieces: Iterator[_Piece]) -> Iterator[list[_Piece]]:

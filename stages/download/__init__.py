@@ -23,7 +23,7 @@ from gpt.text import (
     read_messages,
     write_sources,
 )
-from stages.download.fetch import Fetched, Places, fetch
+from stages.download.fetch import Fetched, Places, fetch_source
 from stages.download.python_docs import python_docs
 from stages.download.sources import (
     CorpusSource,
@@ -139,7 +139,7 @@ def _messages(
     sources: Sequence[MessagesSource], folder: Path, places: Places, log: Log
 ) -> dict[str, int]:
     files = _fetch_all(sources, folder, places, log, lambda path, _: len(messages_in(path)))
-    with _errors_at(folder, f"download.messages ({', '.join(file.name for file in files)})"):
+    with _errors_at(folder, f"download.messages ({', '.join(file.file for file in files)})"):
         rows = read_messages(folder)["label"].value_counts()
     classes = {f"rows_{label}": int(n) for label, n in sorted(rows.items())}
     return {**_size(files), "rows": _records(files), **classes}
@@ -176,7 +176,9 @@ def _fetch_all(
     for source in sources:
         path = folder / source.saved_name
         fetched = (
-            _write_python_docs(path, log) if source.builtin else fetch(source, path, places, log)
+            _write_python_docs(path, log)
+            if source.builtin
+            else fetch_source(source, path, places, log)
         )
         file = RawFile(
             name=source.name,

@@ -59,7 +59,7 @@ class _TryAgainError(Exception):
     """A fault that may pass: a lost connection, a busy server."""
 
 
-def fetch(source: Source, target: Path, places: Places, log: Log) -> Fetched:
+def fetch_source(source: Source, target: Path, places: Places, log: Log) -> Fetched:
     """Write the file of `source` to `target`.
 
     Args:

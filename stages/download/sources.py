@@ -76,10 +76,9 @@ class Source:
     @property
     def saved_name(self) -> str:
         """The file's name in the output folder."""
-        made = f"{self.builtin}.jsonl"
-        return (
-            self.save_as or PurePosixPath(self.member or self.file or self._url_name or made).name
-        )
+        if self.save_as or self.builtin:
+            return self.save_as or f"{self.builtin}.jsonl"
+        return PurePosixPath(self.member or self.file or self._url_name).name
 
     @property
     def read_as(self) -> Format:

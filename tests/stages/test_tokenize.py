@@ -119,6 +119,15 @@ def test_a_tail_is_the_last_share_of_each_source(tmp_path):
     assert read_back(tokens, "validation") == ["hij", "rs", "t"]
 
 
+def test_a_tail_begins_with_a_word(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus", ["seven plain words stand in this text"])
+    params = TokenizeParams(tokenizer="bytes", validation=0.5, split="tail")
+    tokens, figures = run(tmp_path, params, corpus)
+    assert read_back(tokens, "train") == ["seven plain words stand"]
+    assert read_back(tokens, "validation") == [" in this text"]
+    assert figures["documents"] == 1
+
+
 def test_threads_and_chunks_change_no_byte(tmp_path, monkeypatch):
     corpus = write_corpus(tmp_path / "corpus", DOCUMENTS)
     params = {"tokenizer": "bpe", "vocab_size": 300, "validation": 0.3}
@@ -136,7 +145,8 @@ def test_the_verdict_has_5145_gpt2_tokens(tmp_path, mirror):
     write_sources(folder, [raw])
     params = TokenizeParams(tokenizer="gpt2", validation=0.1, split="tail")
     tokens, figures = run(tmp_path, params, folder, mirror / "gpt2")
-    assert figures["tokens"] == 5145
+    assert figures["tokens"] == figures["train_tokens"] + figures["validation_tokens"] == 5145
+    assert figures["documents"] == 1
     assert figures["vocab_size"] == 50257
     # The published notebook's nine training batches of 2 x 256 and one for validation.
     assert (figures["train_tokens"] - 1) // 512 == 9
