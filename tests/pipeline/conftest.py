@@ -25,14 +25,18 @@ if os.environ.get("GPT_PIPELINE_EVENTS"):
 print("printed by", name, flush=True)
 with open(f"ran-{name}", "a") as file:
     file.write(f"{time.time()} ")
-    time.sleep(float(seconds))
+    try:
+        time.sleep(float(seconds))
+    except KeyboardInterrupt:
+        sys.exit(130)
     file.write(f"{time.time()}\\n")
 text = name + "".join(pathlib.Path(path).read_text() for path in inputs)
 pathlib.Path(out).mkdir()
 for index in range(20):
     pathlib.Path(out, f"{index}.bin").write_bytes(f"{text[:100]}{index}".encode() * int(size))
 pathlib.Path(out + ".txt").write_text(text)
-pathlib.Path(out + ".json").write_text(json.dumps({"length": len(text), "deep": {"pi": 3.14159265}}))
+metrics = {"length": len(text), "deep": {"pi": 3.14159265}}
+pathlib.Path(out + ".json").write_text(json.dumps(metrics))
 '''
 
 

@@ -1,0 +1,243 @@
+"""The flow over a small real project, on a real Prefect API, through real DVC."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+import pipeline
+from pipeline.server import LocalServer, environment
+
+SCRIPT = """
+import json, sys
+from pipeline.flow import exit_code, gpt_pipeline
+sys.exit(exit_code(gpt_pipeline(**json.loads(sys.argv[1]), return_state=True)))
+"""
+
+
+@pytest.fixture(scope="module")
+def api(tmp_path_factory):
+    root = tmp_path_factory.mktemp("prefect")
+    server = LocalServer(root)
+    try:
+        server.wait()
+        yield server.url
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+def start(api, tmp_path):
+    """Starts the flow in a process of its own, as the command line does."""
+
+    def begin(root: Path, variables: dict[str, str] | None = None, **arguments) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, json.dumps(arguments)],
+            cwd=root,
+            env={
+                **os.environ,
+                **environment(tmp_path),
+                "PREFECT_API_URL": api,
+                "PYTHONPATH": str(Path(pipeline.__file__).parent.parent),
+                **(variables or {}),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    return begin
+
+
+@pytest.fixture
+def run(start):
+    """Runs the flow to its end: exit code and what the terminal showed."""
+
+    def whole(root: Path, *targets: str, fail: str = "", **arguments) -> tuple[int, str]:
+        process = start(root, {"FAIL": fail}, targets=targets, **arguments)
+        shown, _ = process.communicate(timeout=120)
+        return process.returncode, shown
+
+    return whole
+
+
+def ask(api: str, path: str, body: dict | None = None):
+    request = urllib.request.Request(
+        f"{api}/{path}",
+        data=json.dumps(body or {}).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request) as answer:
+        return json.load(answer)
+
+
+def task_runs(api: str) -> dict[str, dict]:
+    """The task runs of the newest flow run, by name; their last states arrive a moment later."""
+    (newest,) = ask(api, "flow_runs/filter", {"sort": "START_TIME_DESC", "limit": 1})
+    until = time.monotonic() + 20
+    while True:
+        found = ask(
+            api, "task_runs/filter", {"flow_runs": {"id": {"any_": [newest["id"]]}}, "limit": 50}
+        )
+        if all(each["state"]["type"] != "RUNNING" for each in found) or time.monotonic() > until:
+            return {each["name"]: each for each in found}
+        time.sleep(0.2)
+
+
+def executions(root: Path, name: str) -> list[list[float]]:
+    path = root / f"ran-{name}"
+    if not path.exists():
+        return []
+    return [[float(part) for part in line.split()] for line in path.read_text().splitlines()]
+
+
+def counts(root: Path) -> dict[str, int]:
+    return {name: len(executions(root, name)) for name in ("first", "left", "right", "last")}
+
+
+def test_after_the_flow_dvc_has_nothing_to_do_and_wrote_the_same_lock(make_project, run, dvc):
+    root = make_project()
+    code, shown = run(root)
+    assert code == 0, shown
+    assert counts(root) == {"first": 1, "left": 1, "right": 1, "last": 1}
+    by_flow = (root / "dvc.lock").read_bytes()
+    assert dvc("status", "--json").strip() == "{}"
+    dvc("repro", "-q")
+    assert counts(root) == {"first": 1, "left": 1, "right": 1, "last": 1}
+
+    (root / "dvc.lock").unlink()
+    dvc("repro", "-q", "--force")
+    assert (root / "dvc.lock").read_bytes() == by_flow
+
+
+def test_prefect_shows_stages_dependencies_logs_and_metrics(project, run, api):
+    assert run(project)[0] == 0
+    runs = task_runs(api)
+    assert {name: each["state"]["name"] for name, each in runs.items()} == dict.fromkeys(
+        ("first", "left", "right", "last"), "Completed"
+    )
+    by_id = {each["id"]: name for name, each in runs.items()}
+    upstream = {
+        name: {by_id[each["id"]] for each in task["task_inputs"]["wait_for"]}
+        for name, task in runs.items()
+        if task["task_inputs"].get("wait_for")
+    }
+    assert upstream == {"left": {"first"}, "right": {"first"}, "last": {"left", "right"}}
+
+    of_left = {"task_run_id": {"any_": [runs["left"]["id"]]}}
+    said = [each["message"] for each in ask(api, "logs/filter", {"logs": of_left})]
+    assert "hello from left" in said
+    assert "printed by left" in said
+    assert not [line for line in said if "git add" in line]
+    (artifact,) = ask(api, "artifacts/filter", {"artifacts": of_left})
+    assert artifact["key"] == "left"
+    assert "| deep.pi | 3.14159 |" in artifact["data"]
+
+    code, shown = run(project)
+    assert code == 0
+    assert shown.count("| cached") == 4
+    assert "4 of 4 stages are up to date" in shown
+    assert {(each["state"]["name"], each["state"]["type"]) for each in task_runs(api).values()} == {
+        ("Cached", "COMPLETED")
+    }
+
+
+def test_a_changed_parameter_runs_its_stage_and_what_follows_and_back_restores(project, run, api):
+    run(project)
+    params = project / "params.yaml"
+    before = params.read_text()
+    params.write_text(before.replace("0.001", "0.002"))
+    code, shown = run(project)
+    assert code == 0
+    assert "left | started: left.train.rate: 0.001 → 0.002" in shown
+    # the toy's output does not depend on the parameter, so what follows has nothing to do
+    assert counts(project) == {"first": 1, "left": 2, "right": 1, "last": 1}
+
+    params.write_text(before)
+    code, shown = run(project)
+    assert code == 0
+    assert "left | cached: restored from DVC's run cache" in shown
+    assert counts(project) == {"first": 1, "left": 2, "right": 1, "last": 1}
+    assert {each["state"]["name"] for each in task_runs(api).values()} == {"Cached"}
+
+
+def test_stages_side_by_side_end_well_again_and_again(make_project, run, dvc):
+    # some 40 MB each, so that hashing and writing dvc.lock overlap too
+    root = make_project(seconds=1.5, size=20_000)
+    params = root / "params.yaml"
+    for turn in range(5):
+        params.write_text(
+            f"first: {{}}\nleft: {{turn: {turn}}}\nright: {{turn: {turn}}}\nlast: {{}}\n"
+        )
+        code, shown = run(root)
+        assert code == 0, shown
+        (left_began, left_ended), (right_began, right_ended) = (
+            executions(root, name)[-1] for name in ("left", "right")
+        )
+        assert left_began < right_ended
+        assert right_began < left_ended
+        assert dvc("status", "--json").strip() == "{}"
+    assert counts(root) == {"first": 1, "left": 5, "right": 5, "last": 1}
+
+    params.write_text(params.read_text().replace("turn: 4", "turn: 5"))
+    assert run(root, jobs=1)[0] == 0
+    one, other = sorted(executions(root, name)[-1] for name in ("left", "right"))
+    assert one[1] <= other[0]
+
+
+def test_a_failed_stage_fails_with_its_line_and_code_and_stops_what_follows(project, run, api):
+    code, shown = run(project, fail="left")
+    assert code == 2
+    assert "left | error: left.txt: no good; mend it" in shown
+    assert "Traceback" not in shown
+    assert counts(project) == {"first": 1, "left": 0, "right": 1, "last": 0}
+    states = {name: each["state"] for name, each in task_runs(api).items()}
+    assert states["left"]["type"] == "FAILED"
+    assert states["left"]["message"] == "left.txt: no good; mend it"
+    assert states["right"]["type"] == "COMPLETED"
+    assert states["last"]["type"] == "PENDING"
+    assert not (project / "left.txt").exists()
+
+    code, shown = run(project)
+    assert code == 0
+    assert counts(project) == {"first": 1, "left": 1, "right": 1, "last": 1}
+
+
+def test_a_failure_of_dvc_itself_is_told_in_its_words(project, run):
+    (project / "seed.txt").unlink()
+    code, shown = run(project)
+    assert code == 1
+    assert "first | error: " in shown
+    assert "seed.txt" in shown
+    assert "Traceback" not in shown
+
+
+def test_targets_run_with_their_ancestors_only(project, run, api):
+    assert run(project, "left")[0] == 0
+    assert counts(project) == {"first": 1, "left": 1, "right": 0, "last": 0}
+    assert set(task_runs(api)) == {"first", "left"}
+    assert run(project, "left", force=True)[0] == 0
+    assert counts(project) == {"first": 2, "left": 2, "right": 0, "last": 0}
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"]
+)
+def test_a_signal_stops_the_stages_and_says_how_to_go_on(make_project, start, number, expected):
+    root = make_project(seconds=30)
+    process = start(root)
+    until = time.monotonic() + 60
+    while not (root / "ran-left").exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    process.send_signal(number)
+    shown, _ = process.communicate(timeout=30)
+    assert process.returncode == expected, shown
+    assert "`gpt-pipeline run` goes on from here" in shown
+    assert "Traceback" not in shown
+    assert not (root / "left.txt").exists()
