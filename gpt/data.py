@@ -76,20 +76,17 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     return order
 
 
-def batch_indices(
-    n: int, batch_size: int, seed: int, index: int, per_epoch: int | None = None
-) -> list[int]:
+def batch_indices(n: int, batch_size: int, seed: int, index: int) -> list[int]:
     """The items of training batch `index` (from 0), a pure function of its arguments.
 
     Args:
         n: the number of items.
         batch_size: items a batch, at most `n`.
         seed: picks the permutation of every epoch.
-        index: the batch, counted over all epochs.
-        per_epoch: batches until the next permutation; by default all full ones, n // batch_size.
-            The items left over at an epoch's end are dropped.
+        index: the batch, counted over all epochs. An epoch has n // batch_size; the items left
+            over at its end are dropped.
     """
-    epoch, within = divmod(index, per_epoch or n // batch_size)
+    epoch, within = divmod(index, n // batch_size)
     chosen: list[int] = epoch_order(n, seed, epoch)[within * batch_size :][:batch_size].tolist()
     return chosen
 

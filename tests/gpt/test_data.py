@@ -16,6 +16,7 @@ from gpt.data import (
     batches,
     epoch_order,
     open_tokens,
+    spread,
     take,
     token_dtype,
 )
@@ -67,12 +68,6 @@ def test_an_epoch_sees_each_item_at_most_once_and_drops_only_the_rest(n, size, s
         assert seen == epoch_order(n, seed, epoch)[: len(seen)].tolist()
 
 
-def test_an_epoch_may_be_shortened_to_whole_steps_of_accumulation():
-    # 10 items, batches of 3, 2 batches a step: one step an epoch, the third batch is dropped.
-    assert batch_indices(10, 3, 0, 2, per_epoch=2) == epoch_order(10, 0, 1)[:3].tolist()
-    assert batch_indices(10, 3, 0, 2) == epoch_order(10, 0, 0)[6:9].tolist()
-
-
 def test_the_order_is_a_pure_function_of_size_seed_and_epoch():
     first = epoch_order(100, 7, 3).tolist()
     epoch_order.cache_clear()
@@ -87,6 +82,14 @@ def test_evaluation_reads_everything_in_order():
     read = [batch.inputs for batch in batches(windows, 4)]
     assert [len(rows) for rows in read] == [4, 3]
     assert torch.cat(read).flatten().tolist() == list(range(21))
+
+
+def test_a_sample_is_spread_evenly_over_a_dataset():
+    windows = WindowDataset(torch.arange(21), context_length=1, stride=1)
+    part = spread(windows, 4)
+    assert [part[i][0].item() for i in range(len(part))] == [0, 5, 10, 15]
+    assert len(spread(windows, 100)) == len(windows)
+    assert take(part, [1, 2]).inputs.flatten().tolist() == [5, 10]
 
 
 def test_texts_are_padded_on_the_right_and_their_lengths_known():
