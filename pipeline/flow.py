@@ -96,7 +96,7 @@ class _Run:
     flow_run_name="{targets}",
     task_runner=ThreadPoolTaskRunner(max_workers=64),  # most wait: `jobs` says how many work
     validate_parameters=False,
-)
+)  # type: ignore[untyped-decorator]
 def gpt_pipeline(
     targets: Sequence[str] = (), force: bool = False, jobs: int = DEFAULT_JOBS
 ) -> State[Any]:
@@ -167,11 +167,11 @@ def _verdict(run: _Run, states: dict[str, State[Any]], began: float) -> State[An
 def _task_of(run: _Run, stage: Stage) -> Any:
     """The Prefect task of a stage, and its task run, bear the stage's name."""
 
-    @task(name=stage.name, task_run_name=stage.name, cache_policy=NO_CACHE, persist_result=False)
     def run_stage() -> State[Any]:
         return _bring_up_to_date(run, stage)
 
-    return run_stage
+    # DVC decides what is cached: Prefect has no say in it
+    return task(name=stage.name, task_run_name=stage.name, cache_policy=NO_CACHE)(run_stage)
 
 
 def _bring_up_to_date(run: _Run, stage: Stage) -> State[Any]:

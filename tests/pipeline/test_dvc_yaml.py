@@ -40,7 +40,9 @@ def imported(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: a relative import"
             found.update(
-                submodule if module_file(submodule := f"{node.module}.{alias.name}") else node.module
+                submodule
+                if module_file(submodule := f"{node.module}.{alias.name}")
+                else node.module
                 for alias in node.names
             )
         for child in ast.iter_child_nodes(node):
