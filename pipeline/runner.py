@@ -17,6 +17,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -31,7 +32,7 @@ import yaml
 from gpt.errors import InputError, RunError
 from gpt.events import Event, Log, Message
 from gpt.files import write_json
-from pipeline.console import make_log
+from pipeline.console import EVENTS_VARIABLE, make_log
 from pipeline.params import load_params
 from pipeline.tracking import StageRun, Status, dvc_md5, mark_killed
 
@@ -102,7 +103,7 @@ STAGES: dict[str, StageSpec] = {
     ),
     "load_gpt2": StageSpec(
         function="stages.load_gpt2:load_gpt2",
-        inputs={"weights": "data/raw/gpt2", "tokens": "data/tokens"},
+        inputs={"weights": "data/raw/gpt2"},
         outputs={"out": "models/gpt2", "metrics": "reports/load_gpt2/metrics.json"},
     ),
     "finetune_classifier": StageSpec(
@@ -138,7 +139,10 @@ STAGES: dict[str, StageSpec] = {
             "messages": "data/raw/messages",
             "instructions": "data/raw/instructions",
         },
-        outputs={"out": "reports/evaluate/predictions", "metrics": "reports/evaluate/metrics.json"},
+        outputs={
+            "predictions": "reports/evaluate/predictions",
+            "metrics": "reports/evaluate/metrics.json",
+        },
     ),
 }
 
@@ -156,6 +160,7 @@ def run_stage(name: str, root: Path) -> int:
     code, error = EXIT_OK, ""
     try:
         with _terminable():
+            _end_with_the_flow()
             _run(name, root)
     except InputError as caught:
         code, error = EXIT_INPUT, str(caught)
@@ -194,7 +199,8 @@ def _run(name: str, root: Path) -> None:
 
     started = time.monotonic()
     _end_abandoned(root, name, state)
-    run = StageRun(root, name, params, input_md5, state=state)
+    description = (sys.modules[function.__module__].__doc__ or "").partition("\n")[0]
+    run = StageRun(root, name, params, input_md5, state=state, description=description)
     note = _RunNote(root, name, run)
     try:
         with make_log(name) as log:
@@ -239,7 +245,10 @@ def _finish(
         directory = outputs["out"]
         version = register(run, spec.model, directory, output_md5[_relative(root, directory)])
         log(Message(f"registered as models:/{spec.model}/{version}"))
-    run.close("FINISHED", metrics=metrics, outputs=output_md5)
+    # beside the curves of a training run, its final figures are a group of their own
+    run.close(
+        "FINISHED", metrics={"final": metrics} if spec.trains else metrics, outputs=output_md5
+    )
 
 
 def _pictures(stage: str, outputs: Mapping[str, Path], folder: Path) -> list[Path]:
@@ -247,9 +256,9 @@ def _pictures(stage: str, outputs: Mapping[str, Path], folder: Path) -> list[Pat
 
     if "history" in outputs:
         return draw_curves(outputs["history"], stage, folder)
-    predictions = outputs["out"] / "classifier.csv" if stage == "evaluate" else None
-    if predictions and predictions.is_file():
-        return [draw_confusion(predictions, folder / "confusion_matrix.png")]
+    if "predictions" in outputs:
+        table = outputs["predictions"] / "classifier.csv"
+        return [draw_confusion(table, folder / "confusion_matrix.png")]
     return []
 
 
@@ -335,6 +344,18 @@ def _one_line(error: BaseException) -> str:
     if isinstance(error, InputError | RunError) and lines:
         return lines[0]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _end_with_the_flow() -> None:
+    """Inside the flow, stop as on SIGTERM once the flow is gone: our standard input is its pipe."""
+
+    def watch() -> None:
+        while os.read(0, 1024):  # not sys.stdin: its lock would be in the way when we end
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if os.environ.get(EVENTS_VARIABLE):
+        threading.Thread(target=watch, name="flow-watch", daemon=True).start()
 
 
 class _Terminated(BaseException):

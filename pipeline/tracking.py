@@ -37,6 +37,9 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 EXPERIMENT_PREFIX = "gpt-pipeline/"
 DEFAULT_UI = "http://127.0.0.1:5000"
+PAGES = "workflowType=machine_learning"
+"""In an address: MLflow's pages for training and models; it would show those for agents."""
+
 PACKAGES = (
     "torch",
     "tiktoken",
@@ -129,7 +132,7 @@ def run_url(root: Path, experiment_id: str, run_id: str) -> str:
         uri = DEFAULT_UI
         with contextlib.suppress(OSError, ValueError, KeyError):
             uri = json.loads((root / ".pipeline" / "ui.json").read_text())["mlflow"]
-    return f"{uri.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
+    return f"{uri.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}?{PAGES}"
 
 
 # --- what ------------------------------------------------------------------------------------
@@ -211,16 +214,16 @@ def git_state(root: Path) -> dict[str, str]:
 
 
 def _machine() -> dict[str, str]:
-    versions = {
-        f"version.{name}": importlib.metadata.version(name)
+    versions = [
+        f"{name} {importlib.metadata.version(name)}"
         for name in PACKAGES
         if importlib.util.find_spec(name)
-    }
+    ]
     return {
-        "version.python": platform.python_version(),
+        "python": platform.python_version(),
+        "packages": ", ".join(versions),
         "machine": platform.platform(),
         "machine.cores": str(os.cpu_count()),
-        **versions,
     }
 
 
@@ -238,6 +241,7 @@ class StageRun:
         state: where a stage that can be resumed keeps its state. The run's id and its step metrics
             are noted there too, so that a run that is cut off, by SIGKILL even, goes on as the
             same run, with no step missing and none logged twice.
+        description: what the stage does, for the experiment's page.
 
     Raises:
         RunError: MLflow cannot be reached.
@@ -250,13 +254,14 @@ class StageRun:
         params: Any,
         inputs: Mapping[str, str],
         state: Path | None = None,
+        description: str = "",
     ) -> None:
         self.root = root
         self.stage = stage
         self.experiment = EXPERIMENT_PREFIX + stage
         self.client = connect(root)
         with _named_failure(root, "does not take a run"):
-            self.experiment_id = self._experiment()
+            self.experiment_id = self._experiment(description)
             self._seen: dict[str, set[int]] = {}
             resumed = self._reopen(_noted_id(state))
             self.id = resumed or self._create(flatten(params), inputs)
@@ -350,7 +355,7 @@ class StageRun:
         journal.write("\n")  # ends a line that was cut
         return journal
 
-    def _experiment(self) -> str:
+    def _experiment(self, description: str) -> str:
         from mlflow.exceptions import MlflowException
 
         found = self.client.get_experiment_by_name(self.experiment)
@@ -360,8 +365,12 @@ class StageRun:
             return str(found.experiment_id)
         local = tracking_uri(self.root).startswith("sqlite:")
         folder = (self.root.resolve() / "mlartifacts" / self.stage).as_uri() if local else None
+        tags = {
+            "mlflow.experimentKind": "custom_model_development",
+            "mlflow.note.content": description,
+        }
         try:
-            return str(self.client.create_experiment(self.experiment, artifact_location=folder))
+            return str(self.client.create_experiment(self.experiment, folder, tags))
         except MlflowException:  # another process was quicker
             return str(self.client.get_experiment_by_name(self.experiment).experiment_id)
 
@@ -393,7 +402,7 @@ class StageRun:
             [
                 DatasetInput(
                     Dataset(path, md5, "local", json.dumps({"uri": path})),
-                    [InputTag("mlflow.data.context", self.stage)],
+                    [InputTag("mlflow.data.context", "input")],
                 )
                 for path, md5 in inputs.items()
             ],

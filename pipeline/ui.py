@@ -19,7 +19,7 @@ from types import FrameType
 from gpt.errors import RunError
 from gpt.files import write_json
 from pipeline import server
-from pipeline.tracking import connect, quiet_environment, tracking_uri
+from pipeline.tracking import PAGES, connect, quiet_environment, tracking_uri
 
 HOST = "127.0.0.1"
 MLFLOW_PORT, PREFECT_PORT = 5000, 4200
@@ -96,7 +96,7 @@ def serve(
                 service.wait(f"{mlflow}/health" if service.name == "MLflow" else f"{api}/health")
             pids = {service.name.lower(): service.process.pid for service in services}
             write_json(addresses, {"mlflow": mlflow, "prefect": api, "pids": pids})
-            say(f"MLflow   {mlflow}")
+            say(f"MLflow   {mlflow}/#/experiments?{PAGES}")
             say(f"Prefect  {api.removesuffix('/api')}")
             say("Ctrl-C stops both.")
             while True:
@@ -175,7 +175,7 @@ def _answers(url: str) -> bool:
 
 @contextlib.contextmanager
 def _one_interrupt() -> Iterator[None]:
-    """Within the block the first SIGINT or SIGTERM raises KeyboardInterrupt; others change nothing."""
+    """Within the block the first SIGINT or SIGTERM raises KeyboardInterrupt, others do nothing."""
     numbers = (signal.SIGINT, signal.SIGTERM)
 
     def interrupt(number: int, frame: FrameType | None) -> None:

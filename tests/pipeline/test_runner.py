@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import stand_in
+import yaml
 
 from pipeline import runner
 from pipeline.tracking import connect, dvc_md5
@@ -19,12 +21,28 @@ from pipeline.tracking import connect, dvc_md5
 HERE = Path(__file__).parent
 
 
+@pytest.fixture(scope="module")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's tables, made once: that takes longer than most of these tests."""
+    root = tmp_path_factory.mktemp("empty")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        connect(root)
+    return root / "mlflow.db"
+
+
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def fresh_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.delenv(runner.MIRROR_VARIABLE, raising=False)
     stand_in.install(monkeypatch)
     return stand_in.make_project(tmp_path)
+
+
+@pytest.fixture
+def project(fresh_project: Path, empty_database: Path) -> Path:
+    shutil.copy(empty_database, fresh_project / "mlflow.db")
+    return fresh_project
 
 
 def note(project: Path, stage: str) -> dict[str, Any]:
@@ -41,10 +59,12 @@ def steps(project: Path, stage: str, metric: str) -> list[int]:
 
 
 def start(stage: str, project: Path, **environment: str) -> subprocess.Popen[str]:
+    """The stage in a process of its own."""
     path = os.pathsep.join((str(HERE), str(HERE.parent.parent)))
     return subprocess.Popen(
         [sys.executable, str(HERE / "stand_in.py"), stage, str(project)],
         env={**os.environ, "PYTHONPATH": path, **environment},
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -68,14 +88,13 @@ def test_a_finished_stage_leaves_a_run_with_parameters_metrics_and_lineage(proje
     written = note(project, "learn")
     assert written["status"] == "FINISHED"
     assert written["experiment"] == "gpt-pipeline/learn"
-    assert written["url"].endswith(
-        f"/#/experiments/{written['experiment_id']}/runs/{written['run_id']}"
-    )
+    page = f"/#/experiments/{written['experiment_id']}/runs/{written['run_id']}"
+    assert page in written["url"]
     run = run_of(project, "learn")
     assert run.info.status == "FINISHED"
     assert run.data.params["train.learning_rate"] == "0.5"
     assert run.data.params["sources"] == "a, b"
-    assert run.data.metrics["validation_loss"] == 0.1
+    assert run.data.metrics["final/validation_loss"] == 0.1
     assert run.data.tags["dvc.stage"] == "learn"
     assert run.data.tags["input.data/prepared"] == dvc_md5(project / "data/prepared")
     assert run.data.tags["output.models/learnt"] == dvc_md5(project / "models/learnt")
@@ -139,8 +158,9 @@ def test_a_mistake_of_ours_shows_its_traceback_and_fails_the_run(
 
 
 def test_a_missing_input_is_named_with_its_remedy_and_no_run_is_made(
-    project: Path, capsys: pytest.CaptureFixture[str]
+    fresh_project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    project = fresh_project
     assert runner.run_stage("learn", project) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -203,6 +223,17 @@ def test_a_stopped_run_is_marked_killed(project: Path, number: signal.Signals, c
     assert note(project, "learn")["status"] == "KILLED"
 
 
+def test_a_stage_ends_with_the_flow_that_started_it(project: Path) -> None:
+    runner.run_stage("prepare", project)
+    stand_in.set_params(project, learn={"pause": 0.05, "train": {"steps": 1000}})
+    process = start("learn", project, GPT_PIPELINE_EVENTS=str(project / "events.jsonl"))
+    wait_for(lambda: checkpoint(project) is not None)
+    assert process.stdin is not None
+    process.stdin.close()  # as it is when the flow's process is gone
+    assert process.wait(timeout=30) == 143
+    assert run_of(project, "learn").info.status == "KILLED"
+
+
 def test_other_parameters_start_anew_and_end_the_run_that_was_left_behind(project: Path) -> None:
     runner.run_stage("prepare", project)
     stand_in.set_params(project, learn={"pause": 0.05, "train": {"steps": 1000}})
@@ -239,8 +270,9 @@ def test_state_is_found_again_only_under_equal_parameters_inputs_and_code(
 
 
 def test_stages_that_start_side_by_side_in_a_fresh_project_all_get_their_run(
-    project: Path,
+    fresh_project: Path,
 ) -> None:
+    project = fresh_project
     processes = [start("prepare", project) for _ in range(3)]
     errors = [process.communicate()[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], errors
@@ -255,3 +287,15 @@ def test_the_table_of_stages_names_what_the_functions_take() -> None:
         taken = inspect.signature(spec.load()).parameters
         given = {*spec.inputs, *spec.outputs, "params", "log", *(["state"] if spec.trains else [])}
         assert set(taken) == given, name
+
+
+def test_the_table_of_stages_says_what_dvc_yaml_says() -> None:
+    root = HERE.parent.parent
+    dag = yaml.safe_load((root / "dvc.yaml").read_text())["stages"]
+    assert list(dag) == list(runner.STAGES)
+    for name, spec in runner.STAGES.items():
+        data = [dep for dep in dag[name]["deps"] if not dep.endswith(".py")]
+        inputs = [path.replace("{", f"${{{name}.") for path in spec.inputs.values()]
+        assert sorted(data) == sorted(inputs), name
+        metrics = [path for entry in dag[name]["metrics"] for path in entry]
+        assert sorted([*dag[name]["outs"], *metrics]) == sorted(spec.outputs.values()), name

@@ -1,0 +1,149 @@
+"""The model registry: `base`, `classifier` and `assistant`, loadable and runnable from it alone.
+
+A version is a pyfunc 'model from code': the model directory, the `gpt` package and
+`pipeline/served.py`. The alias `candidate` stands at the newest one.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+import gpt
+from pipeline.tracking import StageRun, git_state
+
+if TYPE_CHECKING:
+    from mlflow.models import ModelSignature
+
+SERVED = Path(__file__).with_name("served.py")
+CANDIDATE = "candidate"
+MD5_TAG = "md5"
+
+_REQUIREMENTS = (
+    "mlflow",
+    "torch",
+    "tiktoken",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "pandas",
+    "pydantic",
+    "scikit-learn",
+)
+
+_DESCRIPTIONS = {
+    "base": "A GPT pretrained by this pipeline: continues a prompt.",
+    "classifier": "A GPT fine-tuned to classify short messages: a label and each probability.",
+    "assistant": "A GPT fine-tuned to follow instructions.",
+}
+
+_SAMPLING = {"max_new_tokens": 128, "temperature": 0.0, "top_k": 0, "top_p": 0.0, "seed": 123}
+"""What `predict(..., params=…)` takes, with defaults: greedy; 0 leaves top-k and top-p off."""
+
+_EXAMPLE_PARAMS = {"max_new_tokens": 8}
+"""With the example input; MLflow runs it once when a model is logged, so it is a short one."""
+
+
+def register(run: StageRun, name: str, directory: Path, md5: str) -> int:
+    """Make `directory` the newest version of the registered model `name`; move `candidate` there.
+
+    A directory that is registered already, by its md5, is not registered again: the alias moves
+    to that version.
+
+    Args:
+        run: the run that made it.
+        name: `base`, `classifier` or `assistant`.
+        directory: a model directory.
+        md5: its checksum as DVC computes it.
+
+    Returns:
+        The version.
+    """
+    client = run.client
+    known = client.search_model_versions(f"name = '{name}' and tags.`{MD5_TAG}` = '{md5}'")
+    if known:
+        version = int(known[0].version)
+    else:
+        if not client.search_registered_models(f"name = '{name}'"):
+            client.create_registered_model(name, description=_DESCRIPTIONS[name])
+        logged = _log(run, name, directory)
+        tags = {MD5_TAG: md5, "dvc.stage": run.stage, **git_state(run.root)}
+        created = client.create_model_version(
+            name,
+            source=logged.model_uri,
+            run_id=run.id,
+            model_id=logged.model_id,
+            tags={key: value for key, value in tags.items() if not key.startswith("mlflow.")},
+            description=f"{run.stage}, run {run.id}",
+        )
+        version = int(created.version)
+    client.set_registered_model_alias(name, CANDIDATE, str(version))
+    return version
+
+
+def _log(run: StageRun, name: str, directory: Path) -> Any:
+    """The directory as a logged model of the run."""
+    import mlflow
+
+    signature, example = _interface(name, directory)
+    with tempfile.TemporaryDirectory() as folder:
+        code = Path(folder) / "gpt"
+        shutil.copytree(
+            Path(gpt.__file__).parent, code, ignore=shutil.ignore_patterns("__pycache__")
+        )
+        with mlflow.start_run(run_id=run.id, log_system_metrics=False):
+            return mlflow.pyfunc.log_model(
+                name=name,
+                python_model=str(SERVED),
+                artifacts={"model": str(directory)},
+                code_paths=[str(code)],
+                model_config={"kind": name},
+                signature=signature,
+                input_example=example,
+                pip_requirements=_requirements(),
+            )
+
+
+def _requirements() -> list[str]:
+    """The running versions, without a build's suffix such as `+cpu`."""
+    return [
+        f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in _REQUIREMENTS
+    ]
+
+
+def _interface(name: str, directory: Path) -> tuple[ModelSignature, Any]:
+    """What goes in and comes out, and an example of what goes in."""
+    from mlflow.models import ModelSignature
+    from mlflow.types.schema import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+
+    def text(column: str, required: bool = True) -> ColSpec:
+        return ColSpec(DataType.string, column, required)
+
+    if name == "classifier":
+        labels = json.loads((directory / "config.json").read_text())["id2label"]
+        probabilities = [
+            ColSpec(DataType.double, f"probability_{label}") for label in labels.values()
+        ]
+        signature = ModelSignature(Schema([text("text")]), Schema([text("label"), *probabilities]))
+        return signature, pd.DataFrame({"text": ["Shall we meet for lunch tomorrow?"]})
+
+    kinds = {int: DataType.long, float: DataType.double}
+    params = ParamSchema(
+        [ParamSpec(key, kinds[type(value)], value) for key, value in _SAMPLING.items()]
+    )
+    if name == "base":
+        signature = ModelSignature(Schema([text("prompt")]), Schema([text("completion")]), params)
+        return signature, (pd.DataFrame({"prompt": ["Once upon a time"]}), _EXAMPLE_PARAMS)
+    signature = ModelSignature(
+        Schema([text("instruction"), text("input", required=False)]),
+        Schema([text("response")]),
+        params,
+    )
+    question = pd.DataFrame({"instruction": ["Name a colour."], "input": [""]})
+    return signature, (question, _EXAMPLE_PARAMS)

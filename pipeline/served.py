@@ -1,0 +1,157 @@
+"""The registered models, as MLflow runs them: 'models from code'.
+
+MLflow copies this file and the `gpt` package beside the model directory and executes it when a
+model is loaded, anywhere: nothing of the project but `gpt` may be imported here.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlflow
+import pandas as pd
+import torch
+from mlflow.pyfunc import PythonModel, PythonModelContext
+
+if TYPE_CHECKING:
+    from gpt.model import GPT, GPTClassifier
+    from gpt.tokenizer import Tokenizer
+
+BATCH = 16
+
+
+class _Served(PythonModel):  # type: ignore[misc]
+    """A model directory (the artifact `model`), read once."""
+
+    _model: Any
+    _tokenizer: Tokenizer
+
+    def load_context(self, context: PythonModelContext) -> None:
+        """Read the model and its tokenizer from the artifacts."""
+        import gpt
+
+        self._directory = Path(context.artifacts["model"])
+        self._model = gpt.load_model(self._directory)
+        self._tokenizer = gpt.load_tokenizer(self._directory)
+
+
+class Classifier(_Served):
+    """Column `text` in; `label` and a column `probability_LABEL` for each label out."""
+
+    _model: GPTClassifier
+    _longest: int
+
+    def load_context(self, context: PythonModelContext) -> None:
+        """Read the model, and at how many tokens its training cut a text."""
+        super().load_context(context)
+        training = self._directory / "training.json"
+        self._longest = self._model.config.context_length
+        if training.is_file():
+            self._longest = json.loads(training.read_text())["max_length"]
+
+    def predict(
+        self,
+        context: PythonModelContext,
+        model_input: pd.DataFrame,
+        params: dict[str, Any] | None = None,
+    ) -> pd.DataFrame:
+        """Classify each row."""
+        texts = [str(text) for text in model_input["text"]]
+        rows = [
+            row
+            for start in range(0, len(texts), BATCH)
+            for row in self._probabilities(texts[start : start + BATCH])
+        ]
+        labels = self._model.labels
+        return pd.DataFrame(
+            {
+                "label": [labels[max(range(len(labels)), key=row.__getitem__)] for row in rows],
+                **{
+                    f"probability_{label}": [row[i] for row in rows]
+                    for i, label in enumerate(labels)
+                },
+            },
+            index=model_input.index,
+        )
+
+    @torch.inference_mode()
+    def _probabilities(self, texts: list[str]) -> list[list[float]]:
+        eot = self._tokenizer.eot
+        ids = [self._tokenizer.encode(text)[: self._longest] or [eot] for text in texts]
+        lengths = torch.tensor([len(row) for row in ids])  # (B,)
+        padded = torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(row) for row in ids], batch_first=True, padding_value=eot
+        )  # (B, T)
+        rows: list[list[float]] = self._model(padded, lengths).softmax(-1).tolist()
+        return rows
+
+
+class _Writer(_Served):
+    """What the base model and the assistant share: prompts in, completions out."""
+
+    _model: GPT
+
+    def _complete(self, prompts: list[str], params: dict[str, Any] | None) -> list[str]:
+        from gpt.generate import complete
+
+        settings = dict(params or {})
+        eot = self._tokenizer.eot
+        answers = [
+            ids
+            for start in range(0, len(prompts), BATCH)
+            for ids in complete(
+                self._model,
+                [self._tokenizer.encode(text) or [eot] for text in prompts[start : start + BATCH]],
+                max_new_tokens=settings.get("max_new_tokens", 128),
+                temperature=settings.get("temperature", 0.0),
+                top_k=settings.get("top_k") or None,
+                top_p=settings.get("top_p") or None,
+                seed=settings.get("seed"),
+                stop=eot,
+            )
+        ]
+        return [self._tokenizer.decode(ids) for ids in answers]
+
+
+class Base(_Writer):
+    """Column `prompt` in, column `completion` out."""
+
+    def predict(
+        self,
+        context: PythonModelContext,
+        model_input: pd.DataFrame,
+        params: dict[str, Any] | None = None,
+    ) -> pd.DataFrame:
+        """Continue each prompt."""
+        completions = self._complete([str(text) for text in model_input["prompt"]], params)
+        return pd.DataFrame({"completion": completions}, index=model_input.index)
+
+
+class Assistant(_Writer):
+    """Columns `instruction` and `input` in, column `response` out."""
+
+    def predict(
+        self,
+        context: PythonModelContext,
+        model_input: pd.DataFrame,
+        params: dict[str, Any] | None = None,
+    ) -> pd.DataFrame:
+        """Answer each instruction."""
+        from gpt.prompts import render_prompt
+
+        template = json.loads((self._directory / "prompt.json").read_text())["template"]
+        inputs = model_input["input"] if "input" in model_input else [""] * len(model_input)
+        prompts = [
+            render_prompt(template, str(instruction), "" if pd.isna(extra) else str(extra))
+            for instruction, extra in zip(model_input["instruction"], inputs, strict=True)
+        ]
+        responses = [text.strip() for text in self._complete(prompts, params)]
+        return pd.DataFrame({"response": responses}, index=model_input.index)
+
+
+_KINDS = {"base": Base, "classifier": Classifier, "assistant": Assistant}
+
+if kind := mlflow.models.ModelConfig(development_config={"kind": ""}).get("kind"):
+    mlflow.models.set_model(_KINDS[kind]())

@@ -1,0 +1,169 @@
+"""The registered models load and answer from the registry alone."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+from gpt.config import GPTConfig
+from gpt.generate import complete
+from gpt.model import GPT, GPTClassifier
+from gpt.tokenizer import byte_tokenizer
+from gpt.weights import save_model
+from pipeline import models
+from pipeline.runner import STAGES
+from pipeline.tracking import StageRun, connect, dvc_md5
+
+CONFIG = GPTConfig(vocab_size=257, context_length=256, n_layer=1, n_head=2, n_embd=16)
+LABELS = ["ham", "spam"]
+
+# the project is made unfindable: what answers is what the registry holds
+ELSEWHERE = """
+import sys
+sys.path[:] = [entry for entry in sys.path if entry]
+sys.meta_path[:] = [f for f in sys.meta_path if "__editable__" not in str(f)]
+import importlib.util
+for package in ("gpt", "stages", "pipeline"):
+    assert importlib.util.find_spec(package) is None, package
+import json, os
+import mlflow, pandas as pd
+mlflow.set_tracking_uri(os.environ["TRACKED"])
+uri, rows, params = json.loads(sys.stdin.read())
+model = mlflow.pyfunc.load_model(uri)
+print(model.predict(pd.DataFrame(rows), params=params).to_json(orient="records"))
+import gpt
+assert "code" in gpt.__file__, gpt.__file__
+"""
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with its three models registered."""
+    root = tmp_path_factory.mktemp("project")
+    torch.manual_seed(1)
+    tokenizer = byte_tokenizer()
+    save_model(GPT(CONFIG), root / "models/pretrain", tokenizer=tokenizer)
+    save_model(GPTClassifier(CONFIG, LABELS), root / "models/classifier", tokenizer=tokenizer)
+    save_model(
+        GPT(CONFIG),
+        root / "models/assistant",
+        tokenizer=tokenizer,
+        extra={"prompt.json": {"template": "alpaca"}},
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        for stage, spec in STAGES.items():
+            if spec.model:
+                register(root, stage)
+    return root
+
+
+def register(root: Path, stage: str) -> int:
+    spec = STAGES[stage]
+    assert spec.model is not None
+    run = StageRun(root, stage, CONFIG, {})
+    directory = root / spec.outputs["out"]
+    version = models.register(run, spec.model, directory, dvc_md5(directory))
+    run.close("FINISHED")
+    return version
+
+
+def ask(
+    project: Path, cwd: Path, uri: str, rows: list[dict[str, str]], **params: Any
+) -> tuple[list[dict[str, Any]], str]:
+    """The model's answers in another process, elsewhere, and what that printed beside them."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment["TRACKED"] = f"sqlite:///{project / 'mlflow.db'}"
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", ELSEWHERE],
+        cwd=cwd,
+        env=environment,
+        input=json.dumps([uri, rows, params or None]),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), done.stderr
+
+
+def test_the_classifier_answers_with_label_and_probabilities(project: Path, tmp_path: Path) -> None:
+    texts = ["Win a prize now", "See you at six", "", "long " * 200]
+    rows, _ = ask(project, tmp_path, "models:/classifier@candidate", [{"text": t} for t in texts])
+    assert len(rows) == 4
+    for row in rows:
+        assert set(row) == {"label", "probability_ham", "probability_spam"}
+        assert row["probability_ham"] + row["probability_spam"] == pytest.approx(1, abs=1e-5)
+        assert row[f"probability_{row['label']}"] >= 0.5
+
+
+def test_the_assistant_answers_greedily_unless_told_otherwise(
+    project: Path, tmp_path: Path
+) -> None:
+    rows = [{"instruction": "Name a colour.", "input": ""}]
+    uri = "models:/assistant@candidate"
+    first, _ = ask(project, tmp_path, uri, rows)
+    assert set(first[0]) == {"response"}
+    warm, _ = ask(project, tmp_path, uri, rows, temperature=1.5, max_new_tokens=5)
+    assert warm != first
+    assert len(warm[0]["response"]) <= 5
+
+
+def test_the_base_model_continues_a_prompt_as_generate_does(project: Path, tmp_path: Path) -> None:
+    from gpt.weights import load_model
+
+    (row,), _ = ask(
+        project, tmp_path, "models:/base@candidate", [{"prompt": "Once"}], max_new_tokens=8
+    )
+    model, tokenizer = load_model(project / "models/pretrain"), byte_tokenizer()
+    assert isinstance(model, GPT)
+    (ids,) = complete(model, [tokenizer.encode("Once")], 8, stop=tokenizer.eot)
+    assert row["completion"] == tokenizer.decode(ids)
+
+
+def test_a_version_leads_back_to_its_run_and_its_bytes(project: Path) -> None:
+    client = connect(project)
+    version = client.get_model_version_by_alias("classifier", "candidate")
+    assert version.tags["md5"] == dvc_md5(project / "models/classifier")
+    assert version.tags["dvc.stage"] == "finetune_classifier"
+    assert client.get_run(version.run_id).data.tags["dvc.stage"] == "finetune_classifier"
+    assert version.description
+
+
+def test_an_equal_model_is_not_registered_twice(project: Path) -> None:
+    client = connect(project)
+    before = register(project, "finetune_classifier")
+    save_model(
+        GPTClassifier(CONFIG, LABELS), project / "models/classifier", tokenizer=byte_tokenizer()
+    )
+    other = register(project, "finetune_classifier")
+    assert other == before + 1
+    assert register(project, "finetune_classifier") == other
+    assert len(client.search_model_versions("name = 'classifier'")) == 2
+
+
+def test_requirements_are_pinned_to_what_can_be_installed() -> None:
+    pins = models._requirements()
+    assert any(pin.startswith("torch==") for pin in pins)
+    assert all("+" not in pin for pin in pins)
+
+
+def test_registering_says_nothing(project: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    save_model(GPT(CONFIG), project / "models/pretrain", tokenizer=byte_tokenizer())
+    register(project, "pretrain")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_same_answers_in_this_process(project: Path) -> None:
+    import mlflow
+
+    connect(project)
+    model = mlflow.pyfunc.load_model("models:/classifier@candidate")
+    frame = pd.DataFrame({"text": ["one", "two"]}, index=[7, 9])
+    assert list(model.predict(frame).index) == [7, 9]
