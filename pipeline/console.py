@@ -22,7 +22,6 @@ from typing import Literal, Protocol, TextIO
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     ProgressColumn,
     TaskID,
     TextColumn,
@@ -88,16 +87,31 @@ def _figures(values: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
 
 
+def _task_name(stage: str, event: Progress) -> str:
+    """What is going on, without the stage's name, which stands before it already."""
+    return event.task.removeprefix(stage).strip() or event.unit
+
+
+def _amount(event: Progress) -> str:
+    if event.unit == "B":
+        return f"{event.done / 1e6:.1f}/{event.total / 1e6:.1f} MB"
+    return f"{event.unit} {event.done}/{event.total}"
+
+
+def _rate(rate: float, unit: str) -> str:
+    return f"{rate / 1e6:.3g} MB/s" if unit == "B" else f"{rate:.3g} {unit}/s"
+
+
 def _in_one_line(text: str, width: int = 96) -> str:
     line = " ".join(text.split())
     return line if len(line) <= width else line[: width - 1] + "…"
 
 
-def _line_of(event: Event) -> tuple[str, Level] | None:
+def _line_of(stage: str, event: Event) -> tuple[str, Level] | None:
     """The line for an event that is no progress; None for what a terminal need not show."""
     match event:
         case Message(text, level):
-            return text, level
+            return text.removeprefix(f"{stage}: "), level
         case Text(name, text):
             return f"{name}: {_in_one_line(text)}", "quiet"
     return None
@@ -138,13 +152,13 @@ class PlainDisplay:
         self._clock = clock
         self._lock = threading.Lock()
         self._first: dict[tuple[str, str], tuple[float, int]] = {}  # when, and done by then
-        self._shown: dict[tuple[str, str], float] = {}
+        self._shown: dict[str, float] = {}  # when a stage last had a progress line
 
     def event(self, stage: str, event: Event) -> None:
         """Show a message at once and progress at most once in `interval` seconds."""
         if isinstance(event, Progress):
             self._progress(stage, event)
-        elif shown := _line_of(event):
+        elif shown := _line_of(stage, event):
             self.line(stage, *shown)
 
     def line(self, stage: str, text: str, level: Level = "info") -> None:
@@ -154,23 +168,24 @@ class PlainDisplay:
 
     def done(self, stage: str) -> None:
         """Forget the pace of a stage's tasks."""
-        for times in (self._first, self._shown):
-            for key in [key for key in times if key[0] == stage]:
-                del times[key]
+        self._shown.pop(stage, None)
+        for key in [key for key in self._first if key[0] == stage]:
+            del self._first[key]
 
     def _progress(self, stage: str, event: Progress) -> None:
-        key, now = (stage, event.task), self._clock()
-        began, before = self._first.setdefault(key, (now, event.done))
-        last = self._shown.get(key, began)
-        if now - last < self._interval and event.done < event.total:
+        now = self._clock()
+        began, before = self._first.setdefault((stage, event.task), (now, event.done))
+        last = self._shown.setdefault(stage, now)
+        ends = event.done >= event.total and now - began >= self._interval
+        if now - last < self._interval and not ends:
             return
-        self._shown[key] = now
-        parts = [f"{event.task}: {event.unit} {event.done}/{event.total}"]
+        self._shown[stage] = now
+        parts = [f"{_task_name(stage, event)}: {_amount(event)}"]
         if event.info:
             parts.append(_figures(event.info))
         if now > began and event.done > before:
             rate = (event.done - before) / (now - began)
-            parts.append(f"{rate:.3g} {event.unit}/s")
+            parts.append(_rate(rate, event.unit))
             if event.done < event.total:
                 parts.append(f"{seconds_in_words((event.total - event.done) / rate)} left")
         self.line(stage, "  ".join(parts))
@@ -183,7 +198,7 @@ class _Pace(ProgressColumn):
         speed = task.finished_speed or task.speed
         if not speed:
             return Styled("")
-        pace = f"{speed:.3g} {task.fields['unit']}/s"
+        pace = _rate(speed, task.fields["unit"])
         if task.time_remaining and not task.finished:
             pace += f"  {seconds_in_words(task.time_remaining)} left"
         return Styled(pace, style="cyan")
@@ -205,7 +220,7 @@ class LiveDisplay:
         self._bars = Bars(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),
-            MofNCompleteColumn(),
+            TextColumn("{task.fields[amount]}", style="green"),
             _Pace(),
             TextColumn("{task.fields[info]}", style="dim", markup=False),
             console=console or Console(highlight=False),
@@ -226,7 +241,7 @@ class LiveDisplay:
         """Move a bar, or print a line above the bars."""
         if isinstance(event, Progress):
             self._progress(stage, event)
-        elif shown := _line_of(event):
+        elif shown := _line_of(stage, event):
             self.line(stage, *shown)
 
     def line(self, stage: str, text: str, level: Level = "info") -> None:
@@ -242,17 +257,18 @@ class LiveDisplay:
 
     def _progress(self, stage: str, event: Progress) -> None:
         key = (stage, event.task)
-        name = f"{stage} {event.task}" if stage and event.task != stage else event.task
+        name = f"{stage} {_task_name(stage, event)}"
         with self._lock:
             if key not in self._tasks:
                 self._tasks[key] = self._bars.add_task(
-                    name, total=event.total, completed=event.done, unit=event.unit, info=""
+                    name, total=event.total, completed=event.done, unit="", info="", amount=""
                 )
             self._bars.update(
                 self._tasks[key],
                 total=event.total,
                 completed=event.done,
                 unit=event.unit,
+                amount=_amount(event),
                 info=_figures(event.info),
             )
             if event.done >= event.total:

@@ -6,6 +6,7 @@ decided here that DVC does not decide.
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -180,6 +181,15 @@ class Dag:
         with self._thread_lock, lock_repo(self._repo):
             stages = (stage for stage in self._repo.index.stages if hasattr(stage, "name"))
             yield {stage.name: stage for stage in stages}
+
+
+def last_run(root: Path, name: str) -> dict[str, Any]:
+    """What `.pipeline/runs` notes of the stage's last MLflow run; empty if there is none."""
+    try:
+        note = json.loads((root / ".pipeline" / "runs" / f"{name}.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return note if isinstance(note, dict) else {}
 
 
 def _in_one_line(error: BaseException) -> str:

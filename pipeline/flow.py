@@ -46,14 +46,20 @@ from pipeline.console import (
     make_display,
     seconds_in_words,
 )
-from pipeline.dag import Change, Dag, Stage, find_root
-
-DEFAULT_JOBS = 2
+from pipeline.dag import Change, Dag, Stage, find_root, last_run
 
 _POLL_SECONDS = 0.2
 _STOP_SECONDS = 60.0
 """So long a stopped stage may take to save its state before it is killed."""
 _LOCK_TRIES = 5
+
+_AFTERWARDS = (
+    "Generating lock file",
+    "Updating lock file",
+    "To track the changes",
+    "Use `dvc push`",
+)
+"""What DVC says when a stage has ended well: advice follows, which no one needs seven times."""
 
 _LEVELS: dict[Level, int] = {"warning": logging.WARNING, "error": logging.ERROR}
 
@@ -97,9 +103,7 @@ class _Run:
     task_runner=ThreadPoolTaskRunner(max_workers=64),  # most wait: `jobs` says how many work
     validate_parameters=False,
 )  # type: ignore[untyped-decorator]
-def gpt_pipeline(
-    targets: Sequence[str] = (), force: bool = False, jobs: int = DEFAULT_JOBS
-) -> State[Any]:
+def gpt_pipeline(targets: Sequence[str] = (), force: bool = False, jobs: int = 2) -> State[Any]:
     """Bring the targets (by default every stage) and all that they depend on up to date.
 
     Args:
@@ -268,7 +272,13 @@ def _repro(run: _Run, name: str) -> tuple[bool, int, list[str]]:
         process = subprocess.Popen(
             command,
             cwd=root,
-            env={**os.environ, EVENTS_VARIABLE: str(events), "PYTHONUNBUFFERED": "1"},
+            env={
+                **os.environ,
+                EVENTS_VARIABLE: str(events),
+                "PYTHONUNBUFFERED": "1",
+                # dvc.yaml says `python`, and that is the one that runs here
+                "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+            },
             # The stage holds the other end of this too: its end says that we are gone.
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -286,8 +296,8 @@ def _repro(run: _Run, name: str) -> tuple[bool, int, list[str]]:
                 assert process.stdout is not None
                 for line in process.stdout:
                     text = line.rstrip()
-                    if text.startswith(("Updating lock file", "Generating lock file")):
-                        process.stdout.read()  # what follows is DVC's advice
+                    if text.startswith(_AFTERWARDS):
+                        process.stdout.read()
                         break
                     if not text:
                         continue
@@ -366,15 +376,6 @@ def _stop_on_signals(run: _Run) -> Iterator[None]:
 
 
 # --- what stays to be seen ---------------------------------------------------------------------
-
-
-def last_run(root: Path, name: str) -> dict[str, Any]:
-    """What `.pipeline/runs` notes of the stage's last MLflow run; empty if there is none."""
-    try:
-        note = json.loads((root / ".pipeline" / "runs" / f"{name}.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return note if isinstance(note, dict) else {}
 
 
 def _publish(run: _Run, stage: Stage, headline: str) -> None:

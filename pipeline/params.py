@@ -80,6 +80,17 @@ def load_params(path: Path) -> Params:
     raise _input_error(path, problems)
 
 
+def check_sections(path: Path) -> None:
+    """Check the file's form and its sections' names only, which is quick.
+
+    Raises:
+        InputError: the file is missing or no YAML, or a section is unknown or missing.
+    """
+    _, problems = _read(path)
+    if problems:
+        raise _input_error(path, problems)
+
+
 def load_section(path: Path, name: str) -> Any:
     """Read and validate the parameters of one stage.
 

@@ -130,7 +130,8 @@ def serve(port: int) -> None:
     server = uvicorn.Server(config)
 
     def watch() -> None:
-        sys.stdin.buffer.read()
+        while os.read(0, 1024):  # not through sys.stdin, whose lock would outlive this thread
+            pass
         server.should_exit = True
 
     threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,353 @@
+"""The command line: `gpt-pipeline`, also `python -m pipeline`.
+
+Each command imports what it needs when it runs: `--help` loads no torch, `status` no Prefect.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from gpt.errors import InputError, RunError
+from gpt.files import whole_file
+
+if TYPE_CHECKING:
+    from pipeline.talk import Sampling
+
+
+class _Commands(TyperGroup):
+    """Says in one line what a person can do something about, with an exit code that tells how."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except InputError as error:
+            code, line = 2, str(error)
+        except RunError as error:
+            code, line = 1, str(error)
+        except KeyboardInterrupt:
+            code, line = 130, "stopped"
+        except BrokenPipeError:  # `gpt-pipeline status | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
+        print(f"error: {line}", file=sys.stderr)
+        raise typer.Exit(code)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="A GPT from raw text to a classifier and an assistant, every step reproducible.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> NoReturn:
+    """Run the command line; the process ends with its exit code."""
+    app(prog_name="gpt-pipeline")
+    raise AssertionError("typer ends the process")
+
+
+def _root() -> Path:
+    from pipeline.dag import find_root
+
+    return find_root(Path.cwd())
+
+
+@app.command()
+def run(
+    stages: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="STAGE", help="Only these and what they depend on."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Run them even if unchanged.")] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="So many stages run at the same time.")] = 2,
+) -> None:
+    """Bring the pipeline up to date: what did not change is not run again."""
+    root = _root()
+    code = _run_flow(root, stages or [], force, jobs)
+    if code:
+        raise typer.Exit(code)
+    if not stages:
+        from pipeline.report import print_report
+
+        print_report(root)
+
+
+def _run_flow(root: Path, stages: list[str], force: bool, jobs: int) -> int:
+    import atexit
+
+    from pipeline.params import PARAMS_FILE, SECTIONS, check_sections, load_params
+    from pipeline.server import LocalServer, environment, running_api
+
+    for name in stages:
+        if name not in SECTIONS:
+            raise InputError(f"{name}: no such stage; use one of {', '.join(SECTIONS)}")
+    check_sections(root / PARAMS_FILE)
+    os.chdir(root)
+    os.environ.update(environment(root))
+    server = None
+    if (url := running_api(root)) is None:
+        server = LocalServer(root)
+        # Registered before Prefect is imported, so that it ends after Prefect sent its last word.
+        atexit.register(server.stop)
+        url = server.url
+    os.environ["PREFECT_API_URL"] = url
+
+    from pipeline.dag import Dag
+
+    dag = Dag(root)
+    if force or any(dag.changes(dag.plan(stages)).values()):
+        # A mistake in any section stops here, before any work. Where nothing changed since the
+        # stages ran, their parameters are those that were found right then.
+        load_params(root / PARAMS_FILE)
+
+    from pipeline.flow import exit_code, gpt_pipeline
+
+    if server:
+        server.wait()
+    return exit_code(gpt_pipeline(stages, force=force, jobs=jobs, return_state=True))
+
+
+@app.command()
+def stage(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A stage of dvc.yaml.")],
+) -> None:
+    """Execute one stage here and now, as DVC does; `run` is what you want."""
+    from pipeline.console import EVENTS_VARIABLE
+    from pipeline.params import SECTIONS
+
+    root = _root()
+    if name not in SECTIONS:
+        raise InputError(f"{name}: no such stage; use one of {', '.join(SECTIONS)}")
+    if os.environ.get(EVENTS_VARIABLE):
+        threading.Thread(target=_end_with_the_flow, daemon=True).start()
+
+    from pipeline.runner import run_stage
+
+    raise typer.Exit(run_stage(name, root))
+
+
+def _end_with_the_flow() -> None:
+    """A flow that was killed cannot stop its stages; standard input, which it holds, ends then."""
+    with contextlib.suppress(OSError):
+        while os.read(0, 1024):  # not through sys.stdin, whose lock would outlive this thread
+            pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@app.command()
+def status() -> None:
+    """The DAG: what is up to date, what would run, and why."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from pipeline.console import seconds_in_words
+    from pipeline.dag import Dag, last_run
+
+    root = _root()
+    os.environ.setdefault("DVC_NO_ANALYTICS", "true")
+    dag = Dag(root)
+    console = Console(highlight=False, soft_wrap=True)
+    changes = dag.changes()
+    stale: set[str] = set()
+    width = max(map(len, dag.stages))
+    for name, each in dag.stages.items():
+        after = [upstream for upstream in each.upstream if upstream in stale]
+        if changes[name]:
+            state, style = "would run", "yellow"
+            why = "; ".join(map(str, changes[name]))
+        elif after:
+            state, style, why = "may run", "cyan", f"after {', '.join(after)}"
+        else:
+            state, style, why = "up to date", "green", ""
+        if changes[name] or after:
+            stale.add(name)
+        seconds = last_run(root, name).get("seconds")
+        took = seconds_in_words(seconds) if isinstance(seconds, int | float) else ""
+        line = Text(f"{name:<{width}}  ", style="bold")
+        line += Text(f"{state:<10}  ", style=style) + Text(f"{took:>12}  ", style="dim")
+        console.print(line + Text(why))
+    if stale:
+        console.print(f"\n`gpt-pipeline run` brings {len(stale)} of {len(changes)} up to date.")
+
+
+@app.command()
+def preset(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="The one to use.")] = None,
+) -> None:
+    """List the presets; or put one in place as params.yaml."""
+    root = _root()
+    presets = {path.stem: path for path in sorted((root / "presets").glob("*.yaml"))}
+    current = root / "params.yaml"
+    now = current.read_bytes() if current.exists() else None
+    if name is None:
+        width = max(map(len, presets), default=0)
+        for each, path in presets.items():
+            mark = "*" if path.read_bytes() == now else " "
+            print(f"{mark} {each:<{width}}  {_description(path)}")
+        return
+    if name not in presets:
+        raise InputError(f"{name}: no such preset; there are {', '.join(presets)}")
+    chosen = presets[name].read_bytes()
+    if now is not None and now not in [_committed(root), *map(Path.read_bytes, presets.values())]:
+        _keep(root, now)
+    with whole_file(current) as partial:
+        partial.write_bytes(chosen)
+    print(f"params.yaml is now presets/{name}.yaml; `gpt-pipeline status` says what would run")
+
+
+def _keep(root: Path, params: bytes) -> None:
+    """Nothing that is kept nowhere else is written over.
+
+    Without git no one can tell edits from the file as it came, so it becomes a preset.
+    """
+    kept = root / "presets" / "replaced.yaml"
+    if _has_git(root) or kept.exists():
+        raise InputError(
+            "params.yaml: holds edits that are kept nowhere else; commit them, or copy the file "
+            "into presets/, and try again"
+        )
+    with whole_file(kept) as partial:
+        partial.write_bytes(params)
+    print("what was in params.yaml is now the preset `replaced`")
+
+
+def _description(path: Path) -> str:
+    """The first comment of a preset."""
+    with path.open(encoding="utf-8") as file:
+        return next((line.strip("# \n") for line in file if line.startswith("#")), "")
+
+
+def _has_git(root: Path) -> bool:
+    return any((folder / ".git").exists() for folder in (root, *root.parents))
+
+
+def _committed(root: Path) -> bytes | None:
+    """params.yaml as git has it; None if it has not."""
+    if not _has_git(root):
+        return None
+    try:
+        shown = subprocess.run(
+            ["git", "show", "HEAD:./params.yaml"], cwd=root, capture_output=True, check=False
+        )
+    except FileNotFoundError:
+        return None
+    return shown.stdout if shown.returncode == 0 else None
+
+
+@app.command()
+def ui() -> None:
+    """Serve MLflow's and Prefect's pages on this machine until Ctrl-C."""
+    from pipeline.ui import serve
+
+    serve(_root())
+
+
+@app.command()
+def report() -> None:
+    """What the last run of every stage came to."""
+    from pipeline.report import print_report
+
+    print_report(_root())
+
+
+_Model = Annotated[Path | None, typer.Option(help="A model directory.")]
+_MaxNewTokens = Annotated[int, typer.Option(min=1, help="The most tokens to write.")]
+_Temperature = Annotated[
+    float, typer.Option(min=0.0, help="0 takes the likeliest token; 1 samples as the model says.")
+]
+_TopK = Annotated[int | None, typer.Option(min=1, help="Sample among the k likeliest only.")]
+_TopP = Annotated[
+    float | None, typer.Option(min=0.0, max=1.0, help="Sample among this share of likelihood only.")
+]
+_Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+_Stop = Annotated[list[str] | None, typer.Option(help="Ends the answer; may be given often.")]
+
+
+def _model(given: Path | None, default: str) -> Path:
+    return given or Path(os.path.relpath(_root() / "models" / default))
+
+
+def _sampling(
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int | None,
+    stop: list[str] | None,
+) -> Sampling:
+    from pipeline.talk import Sampling
+
+    return Sampling(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop=tuple(filter(None, stop or [])),
+    )
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The text to go on with.")],
+    model: _Model = None,
+    max_new_tokens: _MaxNewTokens = 100,
+    temperature: _Temperature = 0.0,
+    top_k: _TopK = None,
+    top_p: _TopP = None,
+    seed: _Seed = None,
+    stop: _Stop = None,
+) -> None:
+    """Let a base model go on with a text (by default models/pretrain)."""
+    from pipeline import talk
+
+    sampling = _sampling(max_new_tokens, temperature, top_k, top_p, seed, stop)
+    talk.generate(_model(model, "pretrain"), prompt, sampling)
+
+
+@app.command()
+def chat(
+    instruction: Annotated[
+        str | None, typer.Argument(help="Answer this one; without it, what you type or pipe in.")
+    ] = None,
+    context: Annotated[str, typer.Option("--input", help="What the instruction is about.")] = "",
+    model: _Model = None,
+    max_new_tokens: _MaxNewTokens = 200,
+    temperature: _Temperature = 0.0,
+    top_k: _TopK = None,
+    top_p: _TopP = None,
+    seed: _Seed = None,
+    stop: _Stop = None,
+) -> None:
+    """Talk to the assistant (by default models/assistant)."""
+    from pipeline import talk
+
+    sampling = _sampling(max_new_tokens, temperature, top_k, top_p, seed, stop)
+    talk.chat(_model(model, "assistant"), instruction, context, sampling)
+
+
+@app.command()
+def classify(
+    texts: Annotated[
+        list[str] | None, typer.Argument(metavar="TEXT", help="Texts; `-` reads lines.")
+    ] = None,
+    model: _Model = None,
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON object a text.")] = False,
+) -> None:
+    """Classify texts (by default with models/classifier)."""
+    from pipeline import talk
+
+    talk.classify_texts(_model(model, "classifier"), texts or [], as_json)
