@@ -156,13 +156,34 @@ def load_base(directory: Path) -> tuple[GPT, Tokenizer]:
         InputError: as `load_model` and `load_tokenizer`; or the directory holds a classifier, or
             a tokenizer of another vocabulary than the model's.
     """
-    model = load_model(directory)
-    tokenizer = load_tokenizer(directory)
+    model, tokenizer = _load_pair(directory)
     if not isinstance(model, GPT):
         raise InputError(
             f"{directory}: holds a classifier; a language model is needed, from the stages "
             "pretrain, load_gpt2 or finetune_instruct"
         )
+    return model, tokenizer
+
+
+def load_classifier(directory: Path) -> tuple[GPTClassifier, Tokenizer]:
+    """Read a classifier and its own tokenizer, on the CPU in fp32.
+
+    Raises:
+        InputError: as `load_model` and `load_tokenizer`; or the directory holds no classification
+            head, or a tokenizer of another vocabulary than the model's.
+    """
+    model, tokenizer = _load_pair(directory)
+    if not isinstance(model, GPTClassifier):
+        raise InputError(
+            f"{directory}: holds no classification head; a classifier is needed, from the stage "
+            "finetune_classifier"
+        )
+    return model, tokenizer
+
+
+def _load_pair(directory: Path) -> tuple[GPT | GPTClassifier, Tokenizer]:
+    model = load_model(directory)
+    tokenizer = load_tokenizer(directory)
     if tokenizer.vocab_size != model.config.vocab_size:
         raise InputError(
             f"{directory}: the model has {model.config.vocab_size} tokens, its vocab.json "
@@ -186,6 +207,8 @@ def read_config(directory: Path) -> tuple[GPTConfig, list[str] | None]:
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not JSON ({error}); fetch or make it again") from error
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: not a JSON object; fetch or make it again")
     for key, allowed in _FIXED.items():
         if raw.get(key, allowed[0]) not in allowed:
             raise InputError(
@@ -196,7 +219,7 @@ def read_config(directory: Path) -> tuple[GPTConfig, list[str] | None]:
     try:
         config = GPTConfig(
             vocab_size=raw["vocab_size"],
-            context_length=raw.get("n_positions", raw.get("n_ctx")),
+            context_length=raw["n_positions" if "n_positions" in raw else "n_ctx"],
             n_layer=raw["n_layer"],
             n_head=raw["n_head"],
             n_embd=raw["n_embd"],

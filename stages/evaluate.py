@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pandas as pd
 import torch
@@ -33,8 +33,8 @@ from gpt.metrics import (
     perplexity,
     word_f1,
 )
-from gpt.model import GPT, GPTClassifier
-from gpt.prompts import render_prompt
+from gpt.model import GPT
+from gpt.prompts import TEMPLATES, render_prompt
 from gpt.text import (
     Balance,
     Instruction,
@@ -45,7 +45,7 @@ from gpt.text import (
     split_messages,
 )
 from gpt.tokenizer import Tokenizer, load_tokenizer
-from gpt.weights import load_base, load_model
+from gpt.weights import load_base, load_classifier
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid"))
@@ -65,10 +65,10 @@ class EvaluateParams:
 class Training:
     """`training.json` of a fine-tuned model: its base, and what was held out of its training."""
 
-    base: str
+    base: Literal["pretrain", "gpt2"]
     split: Split
     balance: Balance = "none"
-    max_length: int
+    max_length: Annotated[int, Field(gt=0)]
 
 
 def evaluate(
@@ -171,10 +171,8 @@ def _in_other_tokens(ids: torch.Tensor, old: Tokenizer, new: Tokenizer) -> torch
 def _classifier(
     params: EvaluateParams, directory: Path, messages: Path, device: torch.device
 ) -> tuple[dict[str, float], pd.DataFrame]:
-    model = load_model(directory, device)
-    if not isinstance(model, GPTClassifier):
-        raise InputError(f"{directory}: holds no classification head; run finetune_classifier")
-    tokenizer = load_tokenizer(directory)
+    model, tokenizer = load_classifier(directory)
+    model.to(device)
     training = _training(directory)
     frame = read_messages(messages)
     unknown = sorted(set(frame["label"]) - set(model.labels))
@@ -211,8 +209,15 @@ def _assistant(
     device: torch.device,
 ) -> tuple[dict[str, float], pd.DataFrame]:
     training = _training(directory)
-    template = _read_json(directory / "prompt.json").get("template", "")
+    template = _read_json(directory / "prompt.json").get("template")
+    if template not in list(TEMPLATES):
+        raise InputError(
+            f"{directory / 'prompt.json'}: template: {template!r} is none of "
+            f"{', '.join(TEMPLATES)}; run the fine-tuning again"
+        )
     test = split_instructions(read_instructions(instructions), training.split)["test"]
+    if not test:
+        raise InputError(f"{instructions}: no record to test on; add records")
     figures: dict[str, float] = {}
     answers: dict[str, list[str]] = {}
     for name, source in (("", directory), ("base_", bases[training.base])):
@@ -227,6 +232,12 @@ def _assistant(
             end=tokenizer.eot,
             max_length=training.max_length,
         )
+        if not any(batch.n_targets for batch in batches(data, params.batch_size)):
+            raise InputError(
+                f"{instructions}: no answer of the test part begins within the "
+                f"{training.max_length} tokens that {directory} was trained with; use a shorter "
+                "template or a larger finetune_instruct.max_length"
+            )
         loss = mean_loss(model, batches(data, params.batch_size))
         figures |= {f"{name}loss": loss, f"{name}perplexity": perplexity(loss)}
         answers[name] = _answers(model, tokenizer, prompts, params)

@@ -68,7 +68,8 @@ def finetune_instruct(
         The final figures.
 
     Raises:
-        InputError: the records cannot be used, or `max_length` is above the base's context.
+        InputError: the records cannot be used, `max_length` is above the base's context, or it
+            cuts every record before its answer.
         RunError: the loss is no longer finite.
     """
     train = params.train
@@ -107,6 +108,16 @@ def finetune_instruct(
         for name in ("train", "validation")
     }
     log(Message(f"finetune_instruct: {len(data['train'])} training records"))
+    for name, dataset in data.items():
+        cut = sum(batch.n_targets == 0 for batch in batches(dataset, 1))
+        if cut == len(dataset):
+            raise InputError(
+                f"{instructions}: no answer of the {name} part begins within {max_length} tokens; "
+                "use a shorter template, a larger finetune_instruct.max_length or another base"
+            )
+        if cut:
+            text = f"{cut} of {len(dataset)} {name} records are cut before their answer"
+            log(Message(f"finetune_instruct: {text}", level="warning"))
     shown = parts["validation"][:3]
     shown_prompts = [ids[-max_length:] for ids in prompts(shown)]
 
