@@ -23,7 +23,7 @@ class LoadGPT2Params:
 
     size: Literal["any", "124M", "355M", "774M", "1558M"] = "any"
     """Refuse files of another size; `any` takes what config.json says."""
-    sample_prompt: str = "Every effort moves you"
+    sample_prompt: Annotated[str, Field(min_length=1)] = "Every effort moves you"
     sample_tokens: Annotated[int, Field(gt=0)] = 40
 
 

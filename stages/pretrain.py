@@ -34,7 +34,7 @@ class PretrainParams:
     eval_windows: Annotated[int, Field(gt=0)] | None = None
     """Validation windows that each evaluation during training looks at, spread evenly over the
     split; None is all of them. The final figures are always over all."""
-    sample_prompt: str = "Every effort moves you"
+    sample_prompt: Annotated[str, Field(min_length=1)] = "Every effort moves you"
     sample_tokens: Annotated[int, Field(gt=0)] = 40
     train: TrainParams
 
