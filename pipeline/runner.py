@@ -245,9 +245,9 @@ def _finish(
         directory = outputs["out"]
         version = register(run, spec.model, directory, output_md5[_relative(root, directory)])
         log(Message(f"registered as models:/{spec.model}/{version}"))
-    # beside the curves of a training run, its final figures are a group of their own
+    # a group of their own beside the curves of a training run; named to come after the losses
     run.close(
-        "FINISHED", metrics={"final": metrics} if spec.trains else metrics, outputs=output_md5
+        "FINISHED", metrics={"result": metrics} if spec.trains else metrics, outputs=output_md5
     )
 
 

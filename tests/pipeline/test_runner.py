@@ -94,7 +94,7 @@ def test_a_finished_stage_leaves_a_run_with_parameters_metrics_and_lineage(proje
     assert run.info.status == "FINISHED"
     assert run.data.params["train.learning_rate"] == "0.5"
     assert run.data.params["sources"] == "a, b"
-    assert run.data.metrics["final/validation_loss"] == 0.1
+    assert run.data.metrics["result/validation_loss"] == 0.1
     assert run.data.tags["dvc.stage"] == "learn"
     assert run.data.tags["input.data/prepared"] == dvc_md5(project / "data/prepared")
     assert run.data.tags["output.models/learnt"] == dvc_md5(project / "models/learnt")
