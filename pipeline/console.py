@@ -20,18 +20,8 @@ from pathlib import Path
 from typing import Literal, Protocol, TextIO
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    ProgressColumn,
-    TaskID,
-    TextColumn,
-)
-from rich.progress import (
-    Progress as Bars,
-)
-from rich.progress import (
-    Task as Bar,
-)
+from rich.progress import BarColumn, TaskID, TextColumn
+from rich.progress import Progress as Bars
 from rich.text import Text as Styled
 
 from gpt.events import Event, Log, Message, Metrics, Progress, Text
@@ -98,10 +88,6 @@ def _amount(event: Progress) -> str:
     return f"{event.unit} {event.done}/{event.total}"
 
 
-def _rate(rate: float, unit: str) -> str:
-    return f"{rate / 1e6:.3g} MB/s" if unit == "B" else f"{rate:.3g} {unit}/s"
-
-
 def _in_one_line(text: str, width: int = 96) -> str:
     line = " ".join(text.split())
     return line if len(line) <= width else line[: width - 1] + "…"
@@ -130,6 +116,39 @@ class Display(Protocol):
         """Take away what is drawn for a stage that has ended."""
 
 
+class _Paces:
+    """How fast each task goes, on average since it was first heard of.
+
+    Events come in bursts, so the time between two of them says nothing.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._first: dict[tuple[str, str], tuple[float, int]] = {}  # when, and done by then
+
+    def seconds(self, stage: str, event: Progress) -> float:
+        """Seconds since the task was first heard of."""
+        now = self._clock()
+        return now - self._first.setdefault((stage, event.task), (now, event.done))[0]
+
+    def words(self, stage: str, event: Progress) -> str:
+        """Rate and time left; empty as long as there is too little to tell them from."""
+        seconds = self.seconds(stage, event)
+        done = event.done - self._first[stage, event.task][1]
+        if seconds < 1 or done <= 0:
+            return ""
+        rate = done / seconds
+        words = f"{rate / 1e6:.3g} MB/s" if event.unit == "B" else f"{rate:.3g} {event.unit}/s"
+        if event.done < event.total:
+            words += f"  {seconds_in_words((event.total - event.done) / rate)} left"
+        return words
+
+    def forget(self, stage: str) -> None:
+        """Begin anew with a stage's tasks."""
+        for key in [key for key in self._first if key[0] == stage]:
+            del self._first[key]
+
+
 def _print_line(stage: str, text: str, level: Level) -> None:
     """Flushed, so that a log file grows as the work goes on."""
     prefix = f"{stage} | " if stage else ""
@@ -151,7 +170,7 @@ class PlainDisplay:
         self._interval = interval
         self._clock = clock
         self._lock = threading.Lock()
-        self._first: dict[tuple[str, str], tuple[float, int]] = {}  # when, and done by then
+        self._paces = _Paces(clock)
         self._shown: dict[str, float] = {}  # when a stage last had a progress line
 
     def event(self, stage: str, event: Event) -> None:
@@ -169,39 +188,19 @@ class PlainDisplay:
     def done(self, stage: str) -> None:
         """Forget the pace of a stage's tasks."""
         self._shown.pop(stage, None)
-        for key in [key for key in self._first if key[0] == stage]:
-            del self._first[key]
+        self._paces.forget(stage)
 
     def _progress(self, stage: str, event: Progress) -> None:
         now = self._clock()
-        began, before = self._first.setdefault((stage, event.task), (now, event.done))
         last = self._shown.setdefault(stage, now)
-        ends = event.done >= event.total and now - began >= self._interval
+        took = self._paces.seconds(stage, event)
+        ends = event.done >= event.total and took >= self._interval
         if now - last < self._interval and not ends:
             return
         self._shown[stage] = now
         parts = [f"{_task_name(stage, event)}: {_amount(event)}"]
-        if event.info:
-            parts.append(_figures(event.info))
-        if now > began and event.done > before:
-            rate = (event.done - before) / (now - began)
-            parts.append(_rate(rate, event.unit))
-            if event.done < event.total:
-                parts.append(f"{seconds_in_words((event.total - event.done) / rate)} left")
+        parts += filter(None, [_figures(event.info), self._paces.words(stage, event)])
         self.line(stage, "  ".join(parts))
-
-
-class _Pace(ProgressColumn):
-    """Rate and time left."""
-
-    def render(self, task: Bar) -> Styled:
-        speed = task.finished_speed or task.speed
-        if not speed:
-            return Styled("")
-        pace = _rate(speed, task.fields["unit"])
-        if task.time_remaining and not task.finished:
-            pace += f"  {seconds_in_words(task.time_remaining)} left"
-        return Styled(pace, style="cyan")
 
 
 _STYLES: dict[Level, str] = {
@@ -221,7 +220,7 @@ class LiveDisplay:
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),
             TextColumn("{task.fields[amount]}", style="green"),
-            _Pace(),
+            TextColumn("{task.fields[pace]}", style="cyan"),
             TextColumn("{task.fields[info]}", style="dim", markup=False),
             console=console or Console(highlight=False),
             transient=True,
@@ -229,6 +228,7 @@ class LiveDisplay:
         )
         self._lock = threading.Lock()
         self._tasks: dict[tuple[str, str], TaskID] = {}
+        self._paces = _Paces(time.monotonic)
 
     def __enter__(self) -> LiveDisplay:
         self._bars.start()
@@ -254,6 +254,7 @@ class LiveDisplay:
         with self._lock:
             for key in [key for key in self._tasks if key[0] == stage]:
                 self._bars.remove_task(self._tasks.pop(key))
+            self._paces.forget(stage)
 
     def _progress(self, stage: str, event: Progress) -> None:
         key = (stage, event.task)
@@ -261,14 +262,14 @@ class LiveDisplay:
         with self._lock:
             if key not in self._tasks:
                 self._tasks[key] = self._bars.add_task(
-                    name, total=event.total, completed=event.done, unit="", info="", amount=""
+                    name, total=event.total, completed=event.done, info="", amount="", pace=""
                 )
             self._bars.update(
                 self._tasks[key],
                 total=event.total,
                 completed=event.done,
-                unit=event.unit,
                 amount=_amount(event),
+                pace=self._paces.words(stage, event),
                 info=_figures(event.info),
             )
             if event.done >= event.total:

@@ -92,7 +92,7 @@ def test_a_terminal_gets_a_bar_with_rate_and_lines_above_it():
     with LiveDisplay(console) as display:
         for done in range(5):
             display.event("pretrain", Progress("train", done, 10, "step", {"loss": 3.21}))
-            time.sleep(0.1)
+            time.sleep(0.3)
         time.sleep(0.4)  # the bars are drawn five times a second
         display.event("pretrain", Message("[not markup]"))
         display.done("pretrain")
