@@ -1,0 +1,426 @@
+"""The stage evaluate: every figure computed a second time, from what it wrote and by others."""
+
+import json
+import math
+import re
+import shutil
+from collections import Counter
+
+import pandas as pd
+import pytest
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch.nn import functional as F
+from transformers import AutoModelForSequenceClassification, GPT2LMHeadModel
+
+from gpt.data import open_tokens
+from gpt.events import Progress
+from gpt.prompts import render_prompt
+from gpt.text import Instruction, Split, read_messages, split_instructions, split_messages
+from gpt.tokenizer import byte_tokenizer, train_bpe
+from stages.evaluate import EvaluateParams, evaluate
+from stages.finetune_classifier import FinetuneClassifierParams, finetune_classifier
+from stages.finetune_instruct import FinetuneInstructParams, finetune_instruct
+
+PARAMS = EvaluateParams(device="cpu", threads=1, batch_size=3, max_new_tokens=5)
+SPLIT = {"train": 0.5, "validation": 0.2, "seed": 11}
+TRAIN = {"device": "cpu", "threads": 1, "batch_size": 8, "learning_rate": 1e-2, "steps": 10}
+
+
+@pytest.fixture(scope="module")
+def bpe(documents):
+    return train_bpe(documents, 300)
+
+
+@pytest.fixture(scope="module")
+def gpt2(make_base, bpe):
+    """A base of its own tokenizer and context, other than those of the token files."""
+    return make_base(tokenizer=bpe, context_length=48, n_layer=1)
+
+
+def make_classifier(base, messages, out, name="pretrain"):
+    finetune_classifier(
+        TypeAdapter(FinetuneClassifierParams).validate_python(
+            {"base": name, "split": SPLIT, "trainable": "all", "train": TRAIN}
+        ),
+        base=base,
+        messages=messages,
+        out=out,
+        metrics=out.with_name("metrics.json"),
+        history=out.with_name("history.csv"),
+    )
+    return out
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory, base, gpt2, messages, instructions, tokens):
+    """What evaluate reads: both bases, and the two models made of them."""
+    models = tmp_path_factory.mktemp("models")
+    finetune_instruct(
+        TypeAdapter(FinetuneInstructParams).validate_python(
+            {
+                "base": "gpt2",
+                "split": SPLIT,
+                "template": "phi3",
+                "train": {**TRAIN, "steps": 40},
+            }
+        ),
+        base=gpt2,
+        instructions=instructions,
+        out=models / "assistant",
+        metrics=models / "metrics.json",
+        history=models / "history.csv",
+    )
+    return {
+        "pretrain": base,
+        "gpt2": gpt2,
+        "classifier": make_classifier(base, messages, models / "classifier"),
+        "assistant": models / "assistant",
+        "tokens": tokens,
+        "messages": messages,
+        "instructions": instructions,
+    }
+
+
+def run(folder, params, paths, **options):
+    figures = evaluate(
+        params,
+        **paths,
+        predictions=folder / "predictions",
+        metrics=folder / "metrics.json",
+        **options,
+    )
+    assert json.loads((folder / "metrics.json").read_text()) == figures
+    return figures
+
+
+def read(folder, name):
+    """A table of predictions as it was written: an empty text is a text."""
+    path = folder / "predictions" / f"{name}.csv"
+    return pd.read_csv(path, dtype=str, keep_default_na=False)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, paths):
+    """The folder and the figures of one run."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    return folder, run(folder, PARAMS, paths)
+
+
+@pytest.fixture
+def copied(tmp_path, paths):
+    """A function that puts a copy of one of the paths in its place, to be broken."""
+
+    def copy(name):
+        shutil.copytree(paths[name], tmp_path / name)
+        return {**paths, name: tmp_path / name}
+
+    return copy
+
+
+def test_it_writes_its_outputs_and_nothing_else(done, everything):
+    folder, figures = done
+    assert list(everything(folder)) == [
+        "metrics.json",
+        "predictions/assistant.csv",
+        "predictions/classifier.csv",
+    ]
+    assert list(figures) == ["pretrain", "gpt2", "classifier", "assistant"]
+
+
+def test_equal_runs_give_equal_bytes(tmp_path, done, paths, everything):
+    heard = []
+    run(tmp_path, PARAMS, paths, log=heard.append)
+    assert everything(tmp_path) == everything(done[0])
+    steps = [event for event in heard if isinstance(event, Progress)]
+    assert steps[-1].done == steps[-1].total == 4
+
+
+# --- the bases ------------------------------------------------------------------------------------
+
+
+def loss_over(model, ids, context):
+    theirs = GPT2LMHeadModel.from_pretrained(model).eval()
+    losses = []
+    for start in range(0, len(ids) - context, context):
+        window = ids[start : start + context + 1]
+        with torch.no_grad():
+            losses.append(F.cross_entropy(theirs(window[None, :-1]).logits[0], window[1:]).item())
+    return sum(losses) / len(losses)
+
+
+def test_the_loss_of_a_base_is_over_the_validation_split(done, paths):
+    figures = done[1]["pretrain"]
+    ids = open_tokens(paths["tokens"], "validation")[:]
+    loss = loss_over(paths["pretrain"], ids, 64)
+    assert figures["loss"] == pytest.approx(loss, abs=1e-4)
+    assert figures["perplexity"] == pytest.approx(math.exp(figures["loss"]))
+    documents = byte_tokenizer().decode([i for i in ids.tolist() if i != 256])
+    assert figures["bits_per_byte"] == pytest.approx(
+        loss / math.log(2) * len(ids) / len(documents.encode()), rel=1e-4
+    )
+    # weights of 0.02 make all tokens about as likely
+    assert figures["untrained_loss"] == pytest.approx(math.log(257), abs=0.1)
+
+
+def test_a_base_of_another_tokenizer_is_measured_on_the_same_text(done, paths, bpe):
+    """In its own tokens, with the end of text between documents; bits are by the same bytes."""
+    ids = open_tokens(paths["tokens"], "validation")[:].tolist()
+    texts = bytes(0 if i == 256 else i for i in ids).decode().split("\0")
+    assert len(texts) == 5
+    own = [bpe.encode(text) for text in texts]
+    joined = torch.tensor([i for n, row in enumerate(own) for i in ([bpe.eot] * (n > 0)) + row])
+    assert len(joined) < 0.6 * len(ids)
+    loss = loss_over(paths["gpt2"], joined, 48)
+    figures = done[1]["gpt2"]
+    assert figures["loss"] == pytest.approx(loss, abs=1e-4)
+    n_bytes = sum(len(text.encode()) for text in texts)
+    assert figures["bits_per_byte"] == pytest.approx(
+        loss / math.log(2) * len(joined) / n_bytes, rel=1e-4
+    )
+    assert figures["untrained_loss"] == pytest.approx(math.log(bpe.vocab_size), abs=0.1)
+
+
+# --- the classifier -------------------------------------------------------------------------------
+
+
+def test_a_row_is_written_for_each_test_message(done, paths):
+    table = read(done[0], "classifier")
+    test = split_messages(read_messages(paths["messages"]), Split(**SPLIT), "undersample")["test"]
+    assert table["text"].tolist() == test["text"].tolist()
+    assert table["actual"].tolist() == test["label"].tolist()
+    assert done[1]["classifier"]["rows"] == len(table) == 24
+
+
+def test_the_predictions_are_those_of_transformers(done, paths):
+    table = read(done[0], "classifier")
+    model = AutoModelForSequenceClassification.from_pretrained(paths["classifier"]).eval()
+    cut = json.loads((paths["classifier"] / "training.json").read_text())["max_length"]
+    for _, row in table.iterrows():
+        with torch.no_grad():
+            logits = model(torch.tensor([byte_tokenizer().encode(row["text"])[:cut]])).logits
+        probabilities = logits.softmax(1)[0]
+        assert row["predicted"] == model.config.id2label[int(probabilities.argmax())]
+        for i, label in model.config.id2label.items():
+            assert float(row[f"probability_{label}"]) == pytest.approx(
+                float(probabilities[i]), abs=1e-4
+            )
+
+
+def test_the_scores_follow_from_the_predictions(done):
+    table = read(done[0], "classifier")
+    figures = dict(done[1]["classifier"])
+    pairs = Counter(zip(table["actual"], table["predicted"], strict=True))
+    assert figures.pop("accuracy") == pytest.approx(
+        (pairs["ham", "ham"] + pairs["spam", "spam"]) / 24
+    )
+    f1 = {}
+    for label in ("ham", "spam"):
+        right = pairs[label, label]
+        said = sum(n for (_, predicted), n in pairs.items() if predicted == label)
+        there = sum(n for (actual, _), n in pairs.items() if actual == label)
+        f1[label] = 2 * right / (said + there)
+        assert figures.pop(f"precision_{label}") == pytest.approx(right / said if said else 0)
+        assert figures.pop(f"recall_{label}") == pytest.approx(right / there)
+        assert figures.pop(f"f1_{label}") == pytest.approx(f1[label])
+    assert figures.pop("f1_macro") == pytest.approx(sum(f1.values()) / 2)
+    assert figures.pop("rows") == 24
+    assert not figures
+
+
+def test_more_than_two_classes_and_any_text_survive_the_table(tmp_path, base, paths, raw):
+    odd = ('"quoted", with a comma', "NA", "null", " leading", "'=1+1", "é 漢 🙂", "a;b")
+    rows = [
+        (label, f"{odd[i % len(odd)]} {i // len(odd) or ''}".rstrip())
+        for i in range(42)
+        for label in ("first", "second", "third")
+    ]
+    messages = raw("messages", rows)
+    classifier = make_classifier(base, messages, tmp_path / "models/classifier")
+    figures = run(tmp_path, PARAMS, {**paths, "classifier": classifier, "messages": messages})
+    test = split_messages(read_messages(messages), Split(**SPLIT), "undersample")["test"]
+    table = read(tmp_path, "classifier")
+    assert table["text"].tolist() == test["text"].tolist()
+    right = (table["actual"] == table["predicted"]).mean()
+    assert figures["classifier"]["accuracy"] == pytest.approx(right)
+    assert {"f1_first", "f1_second", "f1_third"} <= set(figures["classifier"])
+
+
+# --- the assistant --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def test_records(records):
+    return split_instructions([Instruction(**r) for r in records], Split(**SPLIT))["test"]
+
+
+def test_a_row_is_written_for_each_test_record(done, test_records):
+    table = read(done[0], "assistant")
+    assert table["instruction"].tolist() == [r.instruction for r in test_records]
+    assert table["input"].tolist() == [r.input for r in test_records]
+    assert table["reference"].tolist() == [r.output for r in test_records]
+    assert done[1]["assistant"]["records"] == len(table) == 12
+
+
+@pytest.mark.parametrize(("prefix", "name"), [("", "assistant"), ("base_", "gpt2")])
+def test_losses_and_answers_are_those_of_transformers(done, paths, bpe, test_records, prefix, name):
+    """For the assistant, and for the base that it was made of, which is asked the same."""
+    theirs = GPT2LMHeadModel.from_pretrained(paths[name]).eval()
+    total, n = 0.0, 0
+    answers = []
+    for record in test_records:
+        prompt = bpe.encode(render_prompt("phi3", record.instruction, record.input))
+        ids = torch.tensor([*prompt, *bpe.encode(record.output), bpe.eot])[:49]
+        targets = ids[len(prompt) :]
+        with torch.no_grad():
+            logits = theirs(ids[None, :-1]).logits[0, len(prompt) - 1 :]
+        total += F.cross_entropy(logits, targets, reduction="sum").item()
+        n += len(targets)
+        row = list(prompt)
+        for _ in range(5):
+            with torch.no_grad():
+                row.append(int(theirs(torch.tensor([row[-48:]])).logits[0, -1].argmax()))
+            if row[-1] == bpe.eot:
+                row.pop()
+                break
+        answers.append(bpe.decode(row[len(prompt) :]).strip())
+    figures = done[1]["assistant"]
+    assert figures[f"{prefix}loss"] == pytest.approx(total / n, abs=1e-4)
+    assert figures[f"{prefix}perplexity"] == pytest.approx(math.exp(figures[f"{prefix}loss"]))
+    assert read(done[0], "assistant")[f"{prefix}answer"].tolist() == answers
+
+
+@pytest.mark.parametrize("prefix", ["", "base_"])
+def test_the_overlaps_follow_from_the_answers(done, prefix):
+    table = read(done[0], "assistant")
+    exact, shared = [], []
+    for answer, reference in zip(table[f"{prefix}answer"], table["reference"], strict=True):
+        exact.append(answer == reference)
+        ours, theirs = (
+            [
+                w
+                for raw in text.lower().split()
+                if (w := re.sub(r"^[\W_]+|[\W_]+$", "", raw, flags=re.A))
+            ]
+            for text in (answer, reference)
+        )
+        common = sum(min(ours.count(word), theirs.count(word)) for word in set(ours))
+        shared.append(2 * common / (len(ours) + len(theirs)) if common else 0)
+    figures = done[1]["assistant"]
+    assert figures[f"{prefix}exact_match"] == pytest.approx(sum(exact) / len(exact))
+    assert figures[f"{prefix}word_f1"] == pytest.approx(sum(shared) / len(shared))
+    assert prefix or sum(shared) > 0  # the answers of the assistant have something to them
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+def test_a_class_that_the_classifier_never_saw_is_refused(tmp_path, paths, raw, refused):
+    other = raw("messages", [(("ham", "eggs", "spam")[i % 3], f"text {i}") for i in range(30)])
+    with refused(
+        r"messages: the class 'eggs' is unknown to .*classifier \(ham, spam\); "
+        "run finetune_classifier on these messages"
+    ):
+        run(tmp_path / "o", PARAMS, {**paths, "messages": other})
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (None, r"training\.json: no such file; run the fine-tuning stage again"),
+        (b"{", r"training\.json: not JSON .*; run the fine-tuning again"),
+        (b"\xff", r"training\.json: not JSON .*; run the fine-tuning again"),
+        (b"[]", r"training\.json: not a JSON object; run the fine-tuning again"),
+        (b"{}", r"training\.json: base: .*; run the fine-tuning again"),
+        ({"base": "other"}, r"training\.json: base: .*; run the fine-tuning again"),
+        ({"max_length": -1}, r"training\.json: max_length: .*; run the fine-tuning again"),
+        ({"split": {"train": 1, "validation": 1}}, r"training\.json: split\.train: "),
+        ({"extra": 1}, r"training\.json: extra: "),
+    ],
+    ids=str,
+)
+def test_a_damaged_training_json_is_refused(tmp_path, copied, refused, content, complaint):
+    paths = copied("classifier")
+    path = tmp_path / "classifier/training.json"
+    if content is None:
+        path.unlink()
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        path.write_text(json.dumps(json.loads(path.read_text()) | content))
+    with refused(f"classifier/{complaint}"):
+        run(tmp_path / "o", PARAMS, paths)
+
+
+def test_an_assistant_without_training_json_is_refused(tmp_path, copied, refused):
+    paths = copied("assistant")
+    (tmp_path / "assistant/training.json").unlink()
+    with refused(r"assistant/training\.json: no such file; run the fine-tuning stage again"):
+        run(tmp_path / "o", PARAMS, paths)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (None, r"prompt\.json: no such file; run the fine-tuning stage again"),
+        ("{}", r"prompt\.json: template: None is none of alpaca, phi3; run the fine-tuning again"),
+        ('{"template": [1]}', r"prompt\.json: template: \[1\] is none of alpaca, phi3; run"),
+    ],
+)
+def test_a_damaged_prompt_json_is_refused(tmp_path, copied, refused, content, complaint):
+    paths = copied("assistant")
+    path = tmp_path / "assistant/prompt.json"
+    path.unlink() if content is None else path.write_text(content)
+    with refused(complaint):
+        run(tmp_path / "o", PARAMS, paths)
+
+
+@pytest.mark.parametrize("name", ["pretrain", "gpt2", "classifier", "assistant"])
+def test_a_truncated_model_is_refused(tmp_path, copied, refused, name):
+    paths = copied(name)
+    path = tmp_path / name / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with refused(rf"{name}/model\.safetensors: damaged or cut short"):
+        run(tmp_path / "o", PARAMS, paths)
+
+
+def test_a_model_in_the_place_of_another_is_refused(tmp_path, paths, refused):
+    with refused("base: holds no classification head; a classifier is needed"):
+        run(tmp_path / "o", PARAMS, {**paths, "classifier": paths["pretrain"]})
+    with refused("classifier: holds a classifier; a language model is needed"):
+        run(tmp_path / "o", PARAMS, {**paths, "gpt2": paths["classifier"]})
+
+
+@pytest.mark.parametrize("name", ["pretrain", "classifier"])
+def test_a_model_with_a_foreign_vocabulary_is_refused(tmp_path, copied, bpe, refused, name):
+    paths = copied(name)
+    bpe.save(tmp_path / name)
+    with refused(rf"{name}: the model has 257 tokens, its vocab\.json {bpe.vocab_size}; take both"):
+        run(tmp_path / "o", PARAMS, paths)
+
+
+def test_a_validation_split_shorter_than_one_context_is_refused(
+    tmp_path, paths, make_base, refused
+):
+    wide = make_base(context_length=2000, n_layer=1)
+    with refused(r"tokens: the validation split has \d+ tokens, fewer than one context of .*base"):
+        run(tmp_path / "o", PARAMS, {**paths, "pretrain": wide})
+
+
+def test_instructions_without_a_test_part_are_refused(tmp_path, paths, raw, refused):
+    with refused(r"instructions: no record to test on; add records"):
+        run(tmp_path / "o", PARAMS, {**paths, "instructions": raw("instructions", b"[]")})
+
+
+def test_answers_that_begin_behind_the_cut_are_refused(tmp_path, copied, refused):
+    paths = copied("assistant")
+    path = tmp_path / "assistant/training.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_length": 3}))
+    with refused("no answer of the test part begins within the 3 tokens that .*assistant was"):
+        run(tmp_path / "o", PARAMS, paths)
+
+
+@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"max_new_tokens": "all"}, {"x": 1}])
+def test_impossible_parameters_are_refused(wrong):
+    with pytest.raises(ValidationError):
+        TypeAdapter(EvaluateParams).validate_python(wrong)

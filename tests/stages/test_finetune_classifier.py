@@ -1,0 +1,323 @@
+"""The stage finetune_classifier: trains what it says on the rows it says, and nothing else."""
+
+import json
+import shutil
+
+import pandas as pd
+import pytest
+import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
+
+from gpt.events import Message
+from gpt.text import Split, read_messages, split_messages
+from gpt.tokenizer import byte_tokenizer, load_tokenizer
+from gpt.weights import load_model
+from stages.finetune_classifier import FinetuneClassifierParams, finetune_classifier
+
+SPLIT = {"train": 0.6, "validation": 0.2, "seed": 7}
+TRAIN = {
+    "device": "cpu",
+    "threads": 1,
+    "steps": 6,
+    "batch_size": 8,
+    "learning_rate": 1e-2,
+    "eval_interval": 2,
+}
+MODEL_FILES = [
+    "model/config.json",
+    "model/merges.txt",
+    "model/model.safetensors",
+    "model/training.json",
+    "model/vocab.json",
+]
+
+
+def params(train=(), **changes):
+    return TypeAdapter(FinetuneClassifierParams).validate_python(
+        {"base": "pretrain", "split": SPLIT, "train": {**TRAIN, **dict(train)}, **changes}
+    )
+
+
+def run(folder, params, base, messages, **options):
+    figures = finetune_classifier(
+        params,
+        base=base,
+        messages=messages,
+        out=folder / "model",
+        metrics=folder / "metrics.json",
+        history=folder / "history.csv",
+        **options,
+    )
+    assert json.loads((folder / "metrics.json").read_text()) == figures
+    return figures
+
+
+def parts_of(rows, balance="none"):
+    frame = pd.DataFrame(rows, columns=["label", "text"])
+    return split_messages(frame, Split(**SPLIT), balance)
+
+
+def theirs(model, texts):
+    """The logits of transformers for texts padded in one batch, with what it was given."""
+    tokenizer = load_tokenizer(model)
+    max_length = json.loads((model / "training.json").read_text())["max_length"]
+    rows = [torch.tensor(tokenizer.encode(text)[:max_length]) for text in texts]
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.eot)
+    reference = AutoModelForSequenceClassification.from_pretrained(model).eval()
+    with torch.no_grad():
+        return reference(padded).logits, padded, torch.tensor([len(row) for row in rows])
+
+
+def test_it_writes_its_outputs_and_nothing_else(tmp_path, base, messages, everything):
+    figures = run(tmp_path, params(), base, messages)
+    assert list(everything(tmp_path)) == ["history.csv", "metrics.json", *MODEL_FILES]
+    assert json.loads((tmp_path / "model/training.json").read_text()) == {
+        "base": "pretrain",
+        "split": SPLIT,
+        "balance": "undersample",
+        "max_length": figures["max_length"],
+    }
+    history = pd.read_csv(tmp_path / "history.csv")
+    assert history["step"].tolist() == [2, 4, 6]
+    assert {"train_loss", "validation_loss", "validation_accuracy"} <= set(history)
+    # 40 of each class, 60 % and 20 % and the rest of them
+    rows = [figures[f"rows_{part}"] for part in ("train", "validation", "test")]
+    assert rows == [48, 16, 16]
+
+
+def test_equal_runs_give_equal_bytes(tmp_path, base, messages, everything):
+    run(tmp_path / "one", params(), base, messages)
+    torch.rand(3)
+    run(tmp_path / "other", params(), base, messages)
+    assert everything(tmp_path / "one") == everything(tmp_path / "other")
+
+
+def test_a_stopped_run_goes_on_to_the_same_bytes(
+    tmp_path, make_base, messages, everything, interrupt_at
+):
+    base = make_base(dropout=0.1)
+    run(tmp_path / "straight", params(), base, messages)
+    state = tmp_path / "state"
+    for step in (1, 4, 6):
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "s", params(), base, messages, state=state, log=interrupt_at(step))
+        assert not (tmp_path / "s").exists()
+    run(tmp_path / "s", params(), base, messages, state=state)
+    assert everything(tmp_path / "s") == everything(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("trainable", ["all", "last_block", "head"])
+def test_what_is_not_to_be_trained_stays_as_it_was(tmp_path, base, messages, trainable):
+    heard = []
+    run(tmp_path, params(trainable=trainable), base, messages, log=heard.append)
+    before = load_file(base / "model.safetensors")
+    after = load_file(tmp_path / "model/model.safetensors")
+    assert set(after) == set(before) | {"score.weight"}
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    trained = {
+        "all": lambda name: True,
+        "last_block": lambda name: name.startswith(("transformer.h.1.", "transformer.ln_f.")),
+        "head": lambda name: False,
+    }[trainable]
+    assert changed == {name for name in before if trained(name)}
+    n = sum(after[name].numel() for name in [*changed, "score.weight"])
+    (said,) = (e.text for e in heard if isinstance(e, Message) and "parameters trained" in e.text)
+    assert f", {n:,} of " in said
+
+
+def test_transformers_classifies_padded_texts_alike(tmp_path, base, messages):
+    """Twenty texts, each of another length, one row a text."""
+    run(tmp_path, params(), base, messages)
+    texts = ["win a prize of words and numbers"[: i + 1] for i in range(20)]
+    logits, padded, lengths = theirs(tmp_path / "model", texts)
+    assert len(set(lengths.tolist())) == 20
+    ours = load_model(tmp_path / "model")
+    with torch.no_grad():
+        assert torch.allclose(ours(padded, lengths), logits, atol=1e-4)
+    assert ours.labels == ["ham", "spam"]
+    assert logits.std() > 0.01
+
+
+def test_the_final_figures_are_those_of_the_model_that_is_kept(tmp_path, base, messages):
+    figures = run(tmp_path, params(), base, messages)
+    parts = split_messages(read_messages(messages), Split(**SPLIT), "undersample")
+    for part in ("train", "validation"):
+        logits, _, _ = theirs(tmp_path / "model", parts[part]["text"])
+        actual = torch.tensor([["ham", "spam"].index(label) for label in parts[part]["label"]])
+        loss = torch.nn.functional.cross_entropy(logits, actual).item()
+        assert figures[f"{part}_loss"] == pytest.approx(loss, abs=1e-4)
+        right = (logits.argmax(1) == actual).float().mean().item()
+        assert figures[f"{part}_accuracy"] == pytest.approx(right)
+    best = pd.read_csv(tmp_path / "history.csv")["validation_loss"].min()
+    assert figures["validation_loss"] == pytest.approx(best, rel=1e-6)
+
+
+def test_it_learns_what_tells_the_classes_apart(tmp_path, base, messages):
+    learn = params(trainable="all", train={"steps": 40, "eval_interval": 40})
+    figures = run(tmp_path, learn, base, messages)
+    assert figures["train_accuracy"] == 1
+    assert figures["validation_accuracy"] >= 0.9
+
+
+def test_more_than_two_classes_are_learnt(tmp_path, base, raw):
+    rows = [(label, f"{label} {i}") for i in range(20) for label in ("zoo", "art", "sport")]
+    learn = params(trainable="all", train={"steps": 60, "eval_interval": 60})
+    figures = run(tmp_path, learn, base, raw("messages", rows))
+    assert load_model(tmp_path / "model").labels == ["art", "sport", "zoo"]
+    assert figures["train_accuracy"] > 0.9
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    assert config["id2label"] == {"0": "art", "1": "sport", "2": "zoo"}
+    logits, padded, lengths = theirs(tmp_path / "model", ["zoo 1", "art", "sport 20"])
+    assert logits.shape == (3, 3)
+    with torch.no_grad():
+        assert torch.allclose(load_model(tmp_path / "model")(padded, lengths), logits, atol=1e-4)
+
+
+@pytest.fixture
+def exchange(raw, message_rows):
+    """A function that puts another text in the place of one of a part; all others stay in theirs.
+
+    Where a message lies in the split is a matter of its text, so many are tried.
+    """
+
+    def rows(part, words):
+        before = parts_of(message_rows)
+        old = tuple(before[part].iloc[0])
+        for i in range(10_000):
+            new = (old[0], f"{words} {i}")
+            after = parts_of([new if row == old else row for row in message_rows])
+            if new[1] in after[part]["text"].tolist():
+                for name in before:
+                    stayed = set(before[name]["text"]) - {old[1]}
+                    assert set(after[name]["text"]) - {new[1]} == stayed
+                return raw("messages", [new if row == old else row for row in message_rows])
+        raise AssertionError("no such text")
+
+    return rows
+
+
+def test_the_test_part_is_never_looked_at(tmp_path, base, messages, exchange, everything):
+    """A test message longer than all others changes no weight, no figure, no length."""
+    plain = params(balance="none", trainable="all")
+    run(tmp_path / "one", plain, base, messages)
+    run(tmp_path / "other", plain, base, exchange("test", "a long text " * 6))
+    assert everything(tmp_path / "one") == everything(tmp_path / "other")
+
+
+def test_only_the_training_part_is_trained_on(tmp_path, base, messages, exchange, everything):
+    last = params(balance="none", trainable="all", max_length=20, train={"keep": "last"})
+    run(tmp_path / "one", last, base, messages)
+    for part in ("validation", "train"):
+        run(tmp_path / part, last, base, exchange(part, "entirely other words"))
+    one, validation, train = (
+        everything(tmp_path / name) for name in ("one", "validation", "train")
+    )
+    assert validation["model/model.safetensors"] == one["model/model.safetensors"]
+    assert validation["metrics.json"] != one["metrics.json"]
+    assert train["model/model.safetensors"] != one["model/model.safetensors"]
+
+
+def test_texts_are_cut_to_max_length(tmp_path, base, messages):
+    figures = run(tmp_path, params(max_length=9, train={"steps": 2}), base, messages)
+    assert figures["max_length"] == 9
+    # every row is cut: batch_size x 9 tokens a step
+    assert pd.read_csv(tmp_path / "history.csv")["tokens"].tolist() == [2 * 8 * 9]
+    assert json.loads((tmp_path / "model/training.json").read_text())["max_length"] == 9
+
+
+def test_without_max_length_it_is_the_longest_training_text_or_the_context(
+    tmp_path, base, make_base, messages
+):
+    parts = split_messages(read_messages(messages), Split(**SPLIT), "undersample")
+    longest = max(len(byte_tokenizer().encode(text)) for text in parts["train"]["text"])
+    one_step = params(train={"steps": 1})
+    assert run(tmp_path / "one", one_step, base, messages)["max_length"] == longest < 64
+    small = make_base(context_length=16)
+    assert run(tmp_path / "small", one_step, small, messages)["max_length"] == 16
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+def test_texts_longer_than_the_bases_context_are_refused(tmp_path, base, messages, refused):
+    with refused(
+        r"finetune_classifier\.max_length: 65 tokens are more than the context of .*base holds "
+        r"\(64\); use at most that"
+    ):
+        run(tmp_path / "o", params(max_length=65), base, messages)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ([("ham", f"only {i}") for i in range(9)], r"the messages have 1 class \('ham'\)"),
+        (b"ham\tone\nspam two\n", "line 2: not a label, a tab and a text"),
+        (b"ham\tone\nspam\ttw\xff\n", "line 2: byte 0xff is not UTF-8; save the file as UTF-8"),
+        ([("ham", "a"), ("spam", "b")], r"the validation part of 2 messages is empty; add mess"),
+    ],
+    ids=["one class", "malformed", "not utf-8", "too few"],
+)
+def test_messages_that_cannot_be_used_are_refused(tmp_path, base, raw, refused, content, complaint):
+    messages = raw("messages", content)
+    with refused(complaint):
+        run(tmp_path / "o", params(), base, messages)
+
+
+def truncate(base):
+    path = base / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def add_a_token(base):
+    path = base / "vocab.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"ab": 257}))
+    (base / "merges.txt").write_text("#version: 0.2\na b\n")
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (shutil.rmtree, r"config\.json: no such file; .*run the stage that makes it"),
+        (truncate, r"model\.safetensors: damaged or cut short"),
+        (add_a_token, r"the model has 257 tokens, its vocab\.json 258"),
+    ],
+)
+def test_a_base_that_cannot_be_used_is_refused(
+    tmp_path, base, messages, refused, damage, complaint
+):
+    broken = tmp_path / "broken"
+    shutil.copytree(base, broken)
+    damage(broken)
+    with refused(complaint):
+        run(tmp_path / "o", params(), broken, messages)
+
+
+def test_a_classifier_is_no_base(tmp_path, base, messages, refused):
+    run(tmp_path, params(train={"steps": 1}), base, messages)
+    with refused("holds a classifier; a language model is needed"):
+        run(tmp_path / "o", params(), tmp_path / "model", messages)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"base": "gpt3"}, {"trainable": "some"}, {"max_length": 0}, {"split": {"train": 1}}, {"x": 1}],
+)
+def test_impossible_parameters_are_refused(wrong):
+    with pytest.raises(ValidationError):
+        params(**wrong)
+
+
+# --- the published data ---------------------------------------------------------------------------
+
+
+def test_the_sms_collection_is_balanced_and_split_as_published(tmp_path, make_base, raw, mirror):
+    sms = raw("messages", (mirror / "SMSSpamCollection").read_bytes())
+    book = params(
+        split={"train": 0.7, "validation": 0.1},
+        max_length=16,
+        train={"steps": 1, "batch_size": 64},
+    )
+    figures = run(tmp_path, book, make_base(n_layer=1), sms)
+    assert [figures[f"rows_{p}"] for p in ("train", "validation", "test")] == [1045, 149, 300]

@@ -1,0 +1,297 @@
+"""The stage finetune_instruct: learns the answers of the training records, and nothing else."""
+
+import json
+import shutil
+
+import pandas as pd
+import pytest
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch.nn import functional as F
+from transformers import GPT2LMHeadModel
+
+from gpt.events import Message, Text
+from gpt.prompts import render_prompt
+from gpt.text import Instruction, Split, split_instructions
+from gpt.tokenizer import byte_tokenizer
+from gpt.weights import load_model
+from stages.finetune_instruct import FinetuneInstructParams, finetune_instruct
+
+SPLIT = {"train": 0.6, "validation": 0.2, "seed": 3}
+TRAIN = {
+    "device": "cpu",
+    "threads": 1,
+    "steps": 6,
+    "batch_size": 4,
+    "learning_rate": 1e-2,
+    "eval_interval": 2,
+}
+
+
+def params(train=(), **changes):
+    return TypeAdapter(FinetuneInstructParams).validate_python(
+        {
+            "base": "pretrain",
+            "split": SPLIT,
+            "template": "phi3",
+            "sample_tokens": 3,
+            "train": {**TRAIN, **dict(train)},
+            **changes,
+        }
+    )
+
+
+def run(folder, params, base, instructions, **options):
+    figures = finetune_instruct(
+        params,
+        base=base,
+        instructions=instructions,
+        out=folder / "model",
+        metrics=folder / "metrics.json",
+        history=folder / "history.csv",
+        **options,
+    )
+    assert json.loads((folder / "metrics.json").read_text()) == figures
+    return figures
+
+
+def parts_of(records):
+    return split_instructions([Instruction(**record) for record in records], Split(**SPLIT))
+
+
+def loss_by_transformers(model, records, *, mask_prompt, max_length=64, template="phi3"):
+    """The mean loss in nats, one record at a time."""
+    tokenizer = byte_tokenizer()
+    theirs = GPT2LMHeadModel.from_pretrained(model).eval()
+    total, n = 0.0, 0
+    for record in records:
+        prompt = tokenizer.encode(render_prompt(template, record.instruction, record.input))
+        ids = torch.tensor([*prompt, *tokenizer.encode(record.output), tokenizer.eot])
+        ids = ids[: max_length + 1]
+        first = len(prompt) - 1 if mask_prompt else 0
+        with torch.no_grad():
+            logits = theirs(ids[None, :-1]).logits[0]
+        total += F.cross_entropy(logits[first:], ids[1 + first :], reduction="sum").item()
+        n += len(ids) - 1 - first
+    return total / n
+
+
+def test_it_writes_its_outputs_and_nothing_else(tmp_path, base, instructions, everything):
+    figures = run(tmp_path, params(), base, instructions)
+    assert list(everything(tmp_path)) == [
+        "history.csv",
+        "metrics.json",
+        "model/config.json",
+        "model/generation_config.json",
+        "model/merges.txt",
+        "model/model.safetensors",
+        "model/prompt.json",
+        "model/training.json",
+        "model/vocab.json",
+    ]
+    model = tmp_path / "model"
+    assert json.loads((model / "prompt.json").read_text()) == {"template": "phi3"}
+    training = {"base": "pretrain", "split": SPLIT, "max_length": 64}
+    assert json.loads((model / "training.json").read_text()) == training
+    assert pd.read_csv(tmp_path / "history.csv")["step"].tolist() == [2, 4, 6]
+    records = [figures[f"records_{part}"] for part in ("train", "validation", "test")]
+    assert records == [24, 8, 8]
+
+
+def test_equal_runs_give_equal_bytes(tmp_path, base, instructions, everything):
+    run(tmp_path / "one", params(), base, instructions)
+    torch.rand(3)
+    run(tmp_path / "other", params(), base, instructions)
+    assert everything(tmp_path / "one") == everything(tmp_path / "other")
+
+
+def test_a_stopped_run_goes_on_to_the_same_bytes(
+    tmp_path, make_base, instructions, everything, interrupt_at
+):
+    base = make_base(dropout=0.1)
+    run(tmp_path / "straight", params(), base, instructions)
+    state = tmp_path / "state"
+    for step in (1, 4, 6):
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "s", params(), base, instructions, state=state, log=interrupt_at(step))
+        assert not (tmp_path / "s").exists()
+    run(tmp_path / "s", params(), base, instructions, state=state)
+    assert everything(tmp_path / "s") == everything(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("mask_prompt", [True, False])
+def test_losses_are_over_the_answer_or_over_everything(
+    tmp_path, base, instructions, records, mask_prompt
+):
+    """Before and after training, held against transformers."""
+    figures = run(tmp_path, params(mask_prompt=mask_prompt), base, instructions)
+    validation = parts_of(records)["validation"]
+    before = loss_by_transformers(base, validation, mask_prompt=mask_prompt)
+    after = loss_by_transformers(tmp_path / "model", validation, mask_prompt=mask_prompt)
+    assert figures["validation_loss_before"] == pytest.approx(before, abs=1e-4)
+    assert figures["validation_loss"] == pytest.approx(after, abs=1e-4)
+    assert figures["perplexity"] == pytest.approx(torch.tensor(after).exp().item(), rel=1e-3)
+    assert after < before
+
+
+def test_masking_the_prompt_trains_another_model(tmp_path, base, instructions, everything):
+    weights = []
+    for mask_prompt in (True, False):
+        folder = tmp_path / str(mask_prompt)
+        run(folder, params(mask_prompt=mask_prompt), base, instructions)
+        weights.append(everything(folder)["model/model.safetensors"])
+    assert weights[0] != weights[1]
+
+
+def test_transformers_answers_alike(tmp_path, base, instructions):
+    run(tmp_path, params(), base, instructions)
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "model").eval()
+    idx = torch.randint(0, 257, (4, 64))
+    with torch.no_grad():
+        assert torch.allclose(load_model(tmp_path / "model")(idx), theirs(idx).logits, atol=1e-4)
+
+
+def test_held_out_records_are_never_trained_on(tmp_path, base, raw, records, everything):
+    """Other answers in a part leave everyone where they were: the split looks at tasks alone."""
+
+    def with_other_answers(part):
+        tasks = {(r.instruction, r.input) for r in parts_of(records)[part]}
+        return [
+            {**r, "output": "Else."} if (r["instruction"], r["input"]) in tasks else r
+            for r in records
+        ]
+
+    last = params(train={"keep": "last"})
+    run(tmp_path / "one", last, base, raw("instructions", records))
+    for part in ("test", "validation", "train"):
+        run(tmp_path / part, last, base, raw("instructions", with_other_answers(part)))
+    one = everything(tmp_path / "one")
+    assert everything(tmp_path / "test") == one  # not even a figure
+    assert everything(tmp_path / "validation/model") == everything(tmp_path / "one/model")
+    assert everything(tmp_path / "validation")["metrics.json"] != one["metrics.json"]
+    assert everything(tmp_path / "train/model") != everything(tmp_path / "one/model")
+
+
+def test_records_are_cut_to_max_length(tmp_path, base, instructions, records):
+    cut = params(mask_prompt=False, max_length=20)
+    figures = run(tmp_path, cut, base, instructions)
+    validation = parts_of(records)["validation"]
+    expected = loss_by_transformers(base, validation, mask_prompt=False, max_length=20)
+    assert figures["validation_loss_before"] == pytest.approx(expected, abs=1e-4)
+    assert json.loads((tmp_path / "model/training.json").read_text())["max_length"] == 20
+    # every row is 20 long: batch_size x 20 tokens a step
+    assert pd.read_csv(tmp_path / "history.csv")["tokens"].tolist() == [160, 320, 480]
+
+
+def test_the_template_is_the_one_that_is_asked_for(tmp_path, make_base, instructions, records):
+    wide = make_base(context_length=256, n_layer=1)
+    figures = run(tmp_path, params(template="alpaca"), wide, instructions)
+    expected = loss_by_transformers(
+        wide,
+        parts_of(records)["validation"],
+        mask_prompt=True,
+        max_length=256,
+        template="alpaca",
+    )
+    assert figures["validation_loss_before"] == pytest.approx(expected, abs=1e-4)
+    assert json.loads((tmp_path / "model/prompt.json").read_text()) == {"template": "alpaca"}
+
+
+def test_answers_to_validation_records_are_shown_at_each_evaluation(
+    tmp_path, base, instructions, records
+):
+    heard = []
+    run(tmp_path, params(), base, instructions, log=heard.append)
+    texts = [event for event in heard if isinstance(event, Text)]
+    assert [event.name for event in texts] == [f"samples/step-{i:06d}.txt" for i in (2, 4, 6)]
+    for record in parts_of(records)["validation"][:3]:
+        assert all(record.instruction in event.text for event in texts)
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+def test_records_longer_than_the_bases_context_are_refused(tmp_path, base, instructions, refused):
+    with refused(
+        r"finetune_instruct\.max_length: 65 tokens are more than the context of .*base holds "
+        r"\(64\); use at most that"
+    ):
+        run(tmp_path / "o", params(max_length=65), base, instructions)
+
+
+def test_prompts_that_leave_no_room_for_an_answer_are_refused(
+    tmp_path, base, instructions, refused
+):
+    with refused(
+        r"instructions: no answer of the train part begins within 64 tokens; .*shorter template"
+    ):
+        run(tmp_path / "o", params(template="alpaca"), base, instructions)
+
+
+def test_records_that_are_cut_before_their_answer_are_told_of(tmp_path, base, raw, records):
+    long = [{**r, "input": "x" * 60} if i < 5 else r for i, r in enumerate(records)]
+    heard = []
+    run(tmp_path, params(), base, raw("instructions", long), log=heard.append)
+    warnings = [e.text for e in heard if isinstance(e, Message) and e.level == "warning"]
+    cut = {"train": 0, "validation": 0, "test": 0}
+    for name, part in parts_of(long).items():
+        cut[name] = sum(len(record.input) == 60 for record in part)
+    assert [text.split(": ")[1] for text in warnings] == [
+        f"{cut[name]} of {n} {name} records are cut before their answer"
+        for name, n in (("train", 24), ("validation", 8))
+        if cut[name]
+    ]
+    assert cut["train"] > 0
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"[{", "line 1: not valid JSON"),
+        (
+            b'[{"instruction": "a", "input": "", "output": "b"}, {"instruction": "a"}]',
+            "record 2: field 'input' is missing; a record has the texts",
+        ),
+        (b"[]", r"the train part of 0 records is empty; add records or change finetune_instruct\."),
+        (b'[{"instruction": "a", "input": "", "output": "\xff"}]', "byte 0xff is not UTF-8"),
+    ],
+    ids=["not json", "a field", "empty", "not utf-8"],
+)
+def test_records_that_cannot_be_used_are_refused(tmp_path, base, raw, refused, content, complaint):
+    instructions = raw("instructions", content)
+    with refused(complaint):
+        run(tmp_path / "o", params(), base, instructions)
+
+
+def test_a_base_that_cannot_be_used_is_refused(tmp_path, base, instructions, refused):
+    with refused(r"nowhere/config\.json: no such file; .*run the stage that makes it"):
+        run(tmp_path / "o", params(), tmp_path / "nowhere", instructions)
+    broken = tmp_path / "broken"
+    shutil.copytree(base, broken)
+    path = broken / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with refused(r"model\.safetensors: damaged or cut short"):
+        run(tmp_path / "o", params(), broken, instructions)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"template": "chatml"}, {"mask_prompt": "maybe"}, {"max_length": 0}, {"sample_tokens": 0}],
+)
+def test_impossible_parameters_are_refused(wrong):
+    with pytest.raises(ValidationError):
+        params(**wrong)
+
+
+# --- the published data ---------------------------------------------------------------------------
+
+
+def test_the_published_instructions_are_split_as_published(tmp_path, make_base, raw, mirror):
+    records = raw("instructions", (mirror / "instruction-data.json").read_bytes())
+    book = params(
+        split={"train": 0.85, "validation": 0.05},
+        max_length=96,
+        train={"steps": 1, "batch_size": 8},
+    )
+    figures = run(tmp_path, book, make_base(context_length=128, n_layer=1), records)
+    assert [figures[f"records_{p}"] for p in ("train", "validation", "test")] == [935, 55, 110]
