@@ -5,12 +5,9 @@ Each command imports what it needs when it runs: `--help` loads no torch, `statu
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -72,7 +69,7 @@ def run(
         typer.Argument(metavar="STAGE", help="Only these and what they depend on."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Run them even if unchanged.")] = False,
-    jobs: Annotated[int, typer.Option(min=1, help="So many stages run at the same time.")] = 2,
+    jobs: Annotated[int, typer.Option(min=1, help="So many stages run at the same time.")] = 3,
 ) -> None:
     """Bring the pipeline up to date: what did not change is not run again."""
     root = _root()
@@ -125,26 +122,14 @@ def stage(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A stage of dvc.yaml.")],
 ) -> None:
     """Execute one stage here and now, as DVC does; `run` is what you want."""
-    from pipeline.console import EVENTS_VARIABLE
     from pipeline.params import SECTIONS
 
     root = _root()
     if name not in SECTIONS:
         raise InputError(f"{name}: no such stage; use one of {', '.join(SECTIONS)}")
-    if os.environ.get(EVENTS_VARIABLE):
-        threading.Thread(target=_end_with_the_flow, daemon=True).start()
-
     from pipeline.runner import run_stage
 
     raise typer.Exit(run_stage(name, root))
-
-
-def _end_with_the_flow() -> None:
-    """A flow that was killed cannot stop its stages; standard input, which it holds, ends then."""
-    with contextlib.suppress(OSError):
-        while os.read(0, 1024):  # not through sys.stdin, whose lock would outlive this thread
-            pass
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 @app.command()

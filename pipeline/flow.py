@@ -103,7 +103,7 @@ class _Run:
     task_runner=ThreadPoolTaskRunner(max_workers=64),  # most wait: `jobs` says how many work
     validate_parameters=False,
 )  # type: ignore[untyped-decorator]
-def gpt_pipeline(targets: Sequence[str] = (), force: bool = False, jobs: int = 2) -> State[Any]:
+def gpt_pipeline(targets: Sequence[str] = (), force: bool = False, jobs: int = 3) -> State[Any]:
     """Bring the targets (by default every stage) and all that they depend on up to date.
 
     Args:

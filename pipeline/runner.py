@@ -140,8 +140,8 @@ STAGES: dict[str, StageSpec] = {
             "instructions": "data/raw/instructions",
         },
         outputs={
-            "predictions": "reports/evaluate/predictions",
-            "metrics": "reports/evaluate/metrics.json",
+            "predictions": "reports/evaluation/predictions",
+            "metrics": "reports/evaluation/metrics.json",
         },
     ),
 }
