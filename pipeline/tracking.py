@@ -101,8 +101,9 @@ def connect(root: Path) -> MlflowClient:
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
     uri = tracking_uri(root)
-    mlflow.set_tracking_uri(uri)
-    mlflow.set_registry_uri(uri)
+    with _unchanged_environment("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+        mlflow.set_tracking_uri(uri)
+        mlflow.set_registry_uri(uri)
     lock = root / ".pipeline" / "mlflow.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
     with _named_failure(root, "cannot be opened"), FileLock(lock):
@@ -110,6 +111,18 @@ def connect(root: Path) -> MlflowClient:
         client.search_experiments(max_results=1)
         client.search_registered_models(max_results=1)  # the registry keeps its own connection
     return client
+
+
+@contextlib.contextmanager
+def _unchanged_environment(*names: str) -> Iterator[None]:
+    """MLflow writes its setters into the environment, where they would count as the user's wish."""
+    before = {name: os.environ.get(name) for name in names}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 @contextlib.contextmanager

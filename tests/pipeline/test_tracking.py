@@ -77,6 +77,16 @@ def test_a_write_that_fails_for_a_while_loses_nothing(
     assert [entry.step for entry in history] == list(range(100))
 
 
+def test_another_project_in_the_same_process_has_its_own_database(
+    project: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    tracking.connect(project)
+    other = tmp_path_factory.mktemp("other")
+    assert tracking.tracking_uri(other) == f"sqlite:///{other.resolve()}/mlflow.db"
+    tracking.connect(other)
+    assert (other / "mlflow.db").exists()
+
+
 def test_long_lists_of_records_are_summarised() -> None:
     sources = tuple({"name": f"source-{i}", "sha256": "0" * 64} for i in range(200))
     flat = tracking.flatten(stand_in.LearnParams(sources=sources))
