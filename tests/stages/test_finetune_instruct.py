@@ -115,7 +115,9 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "s", params(), base, instructions, state=state, log=interrupt_at(step))
         assert not (tmp_path / "s").exists()
-    run(tmp_path / "s", params(), base, instructions, state=state)
+    heard = []
+    run(tmp_path / "s", params(), base, instructions, state=state, log=heard.append)
+    assert Message("finetune_instruct: continuing from step 6 of 6") in heard
     assert everything(tmp_path / "s") == everything(tmp_path / "straight")
 
 

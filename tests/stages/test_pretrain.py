@@ -14,7 +14,7 @@ from transformers import GPT2LMHeadModel
 
 from gpt.data import open_tokens
 from gpt.errors import RunError
-from gpt.events import Text
+from gpt.events import Message, Text
 from gpt.text import RawFile, write_sources
 from stages.pretrain import PretrainParams, pretrain
 from stages.tokenize import TokenizeParams, tokenize
@@ -98,7 +98,9 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, tokens, everything, i
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "stopped", params(), tokens, state=state, log=interrupt_at(step))
         assert not (tmp_path / "stopped").exists()
-    run(tmp_path / "stopped", params(), tokens, state=state)
+    heard = []
+    run(tmp_path / "stopped", params(), tokens, state=state, log=heard.append)
+    assert Message("pretrain: continuing from step 6 of 6") in heard
     assert everything(tmp_path / "stopped") == everything(tmp_path / "straight")
 
 
