@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,20 @@ import pytest
 import pipeline
 from pipeline.server import LocalServer, environment
 
+# Runs the flow as often as there are contents for params.yaml, or once with what stands there.
 SCRIPT = """
-import json, sys
+import json, pathlib, sys
+from pipeline.dag import Dag
 from pipeline.flow import exit_code, gpt_pipeline
-sys.exit(exit_code(gpt_pipeline(**json.loads(sys.argv[1]), return_state=True)))
+arguments, params = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+for content in params or [None]:
+    if content is not None:
+        pathlib.Path("params.yaml").write_text(content)
+    code = exit_code(gpt_pipeline(**arguments, return_state=True))
+    if code:
+        sys.exit(code)
+    dag = Dag(pathlib.Path.cwd())
+    assert not any(dag.changes(dag.plan(arguments.get("targets", []))).values())
 """
 
 
@@ -36,16 +47,16 @@ def api(tmp_path_factory):
 def start(api, tmp_path):
     """Starts the flow in a process of its own, as the command line does."""
 
-    def begin(root: Path, variables: dict[str, str] | None = None, **arguments) -> subprocess.Popen:
+    def begin(root: Path, fail: str = "", params: Sequence[str] = (), **arguments):
         return subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, json.dumps(arguments)],
+            [sys.executable, "-c", SCRIPT, json.dumps(arguments), json.dumps(params)],
             cwd=root,
             env={
                 **os.environ,
                 **environment(tmp_path),
                 "PREFECT_API_URL": api,
                 "PYTHONPATH": str(Path(pipeline.__file__).parent.parent),
-                **(variables or {}),
+                "FAIL": fail,
             },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -59,9 +70,9 @@ def start(api, tmp_path):
 def run(start):
     """Runs the flow to its end: exit code and what the terminal showed."""
 
-    def whole(root: Path, *targets: str, fail: str = "", **arguments) -> tuple[int, str]:
-        process = start(root, {"FAIL": fail}, targets=targets, **arguments)
-        shown, _ = process.communicate(timeout=120)
+    def whole(root: Path, *targets: str, **arguments) -> tuple[int, str]:
+        process = start(root, targets=targets, **arguments)
+        shown, _ = process.communicate(timeout=300)
         return process.returncode, shown
 
     return whole
@@ -170,23 +181,20 @@ def test_a_changed_parameter_runs_its_stage_and_what_follows_and_back_restores(p
 def test_stages_side_by_side_end_well_again_and_again(make_project, run, dvc):
     # some 40 MB each, so that hashing and writing dvc.lock overlap too
     root = make_project(seconds=1.5, size=20_000)
-    params = root / "params.yaml"
-    for turn in range(5):
-        params.write_text(
-            f"first: {{}}\nleft: {{turn: {turn}}}\nright: {{turn: {turn}}}\nlast: {{}}\n"
-        )
-        code, shown = run(root)
-        assert code == 0, shown
-        (left_began, left_ended), (right_began, right_ended) = (
-            executions(root, name)[-1] for name in ("left", "right")
-        )
+    params = [
+        f"first: {{}}\nleft: {{turn: {turn}}}\nright: {{turn: {turn}}}\nlast: {{}}\n"
+        for turn in range(6)
+    ]
+    code, shown = run(root, params=params[:5])
+    assert code == 0, shown
+    assert counts(root) == {"first": 1, "left": 5, "right": 5, "last": 1}
+    turns = zip(executions(root, "left"), executions(root, "right"), strict=True)
+    for (left_began, left_ended), (right_began, right_ended) in turns:
         assert left_began < right_ended
         assert right_began < left_ended
-        assert dvc("status", "--json").strip() == "{}"
-    assert counts(root) == {"first": 1, "left": 5, "right": 5, "last": 1}
+    assert dvc("status", "--json").strip() == "{}"
 
-    params.write_text(params.read_text().replace("turn: 4", "turn: 5"))
-    assert run(root, jobs=1)[0] == 0
+    assert run(root, jobs=1, params=params[5:])[0] == 0
     one, other = sorted(executions(root, name)[-1] for name in ("left", "right"))
     assert one[1] <= other[0]
 
