@@ -303,7 +303,7 @@ def _repro(run: _Run, name: str) -> tuple[bool, int, list[str]]:
                         continue
                     output.append(text)
                     logger.info("%s", text)
-                    if executed:
+                    if executed and not text.startswith(("error: ", "ERROR: ")):  # told at the end
                         run.display.line(name, text, "quiet")
                     executed = executed or text.startswith("> ")
                 code = process.wait()

@@ -18,6 +18,7 @@ if os.environ.get("FAIL") == name:
     verdict = pathlib.Path(".pipeline/exit", name + ".json")
     verdict.parent.mkdir(parents=True, exist_ok=True)
     verdict.write_text(json.dumps({"code": 2, "error": f"{name}.txt: no good; mend it"}))
+    print(f"error: {name}.txt: no good; mend it", file=sys.stderr)
     sys.exit(2)
 if os.environ.get("GPT_PIPELINE_EVENTS"):
     with open(os.environ["GPT_PIPELINE_EVENTS"], "a") as file:
