@@ -15,13 +15,23 @@ from gpt.config import GPTConfig
 from gpt.generate import complete
 from gpt.model import GPT, GPTClassifier
 from gpt.tokenizer import byte_tokenizer
-from gpt.weights import save_model
+from gpt.weights import load_model, save_model
 from pipeline import models
 from pipeline.runner import STAGES
 from pipeline.tracking import StageRun, connect, dvc_md5
 
 CONFIG = GPTConfig(vocab_size=257, context_length=256, n_layer=1, n_head=2, n_embd=16)
 LABELS = ["ham", "spam"]
+
+_ASK = [{"instruction": "Name a colour.", "input": ""}]
+_TEXTS = ["Win a prize now", "See you at six", "", "long " * 200]
+QUESTIONS: list[Any] = [
+    ["models:/classifier@candidate", [{"text": text} for text in _TEXTS], None],
+    ["models:/assistant@candidate", _ASK, None],
+    ["models:/assistant@candidate", _ASK, None],
+    ["models:/assistant@candidate", _ASK, {"temperature": 1.5, "max_new_tokens": 5}],
+    ["models:/base@candidate", [{"prompt": "Once"}], {"max_new_tokens": 8}],
+]
 
 # the project is made unfindable: what answers is what the registry holds
 ELSEWHERE = """
@@ -34,9 +44,11 @@ for package in ("gpt", "stages", "pipeline"):
 import json, os
 import mlflow, pandas as pd
 mlflow.set_tracking_uri(os.environ["TRACKED"])
-uri, rows, params = json.loads(sys.stdin.read())
-model = mlflow.pyfunc.load_model(uri)
-print(model.predict(pd.DataFrame(rows), params=params).to_json(orient="records"))
+answers = []
+for uri, rows, params in json.loads(sys.stdin.read()):
+    answer = mlflow.pyfunc.load_model(uri).predict(pd.DataFrame(rows), params=params)
+    answers.append(answer.to_dict(orient="records"))
+print(json.dumps(answers))
 import gpt
 assert "code" in gpt.__file__, gpt.__file__
 """
@@ -74,53 +86,44 @@ def register(root: Path, stage: str) -> int:
     return version
 
 
-def ask(
-    project: Path, cwd: Path, uri: str, rows: list[dict[str, str]], **params: Any
-) -> tuple[list[dict[str, Any]], str]:
-    """The model's answers in another process, elsewhere, and what that printed beside them."""
+@pytest.fixture(scope="module")
+def answers(project: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """What the models say to `QUESTIONS` in another process, elsewhere."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment["TRACKED"] = f"sqlite:///{project / 'mlflow.db'}"
     done = subprocess.run(
         [sys.executable, "-I", "-c", ELSEWHERE],
-        cwd=cwd,
+        cwd=tmp_path_factory.mktemp("elsewhere"),
         env=environment,
-        input=json.dumps([uri, rows, params or None]),
+        input=json.dumps(QUESTIONS),
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout), done.stderr
+    return json.loads(done.stdout)
 
 
-def test_the_classifier_answers_with_label_and_probabilities(project: Path, tmp_path: Path) -> None:
-    texts = ["Win a prize now", "See you at six", "", "long " * 200]
-    rows, _ = ask(project, tmp_path, "models:/classifier@candidate", [{"text": t} for t in texts])
-    assert len(rows) == 4
-    for row in rows:
+def test_the_classifier_answers_with_label_and_probabilities(answers: list[Any]) -> None:
+    assert len(answers[0]) == 4
+    for row in answers[0]:
         assert set(row) == {"label", "probability_ham", "probability_spam"}
         assert row["probability_ham"] + row["probability_spam"] == pytest.approx(1, abs=1e-5)
         assert row[f"probability_{row['label']}"] >= 0.5
 
 
-def test_the_assistant_answers_greedily_unless_told_otherwise(
-    project: Path, tmp_path: Path
-) -> None:
-    rows = [{"instruction": "Name a colour.", "input": ""}]
-    uri = "models:/assistant@candidate"
-    first, _ = ask(project, tmp_path, uri, rows)
-    assert set(first[0]) == {"response"}
-    warm, _ = ask(project, tmp_path, uri, rows, temperature=1.5, max_new_tokens=5)
+def test_the_assistant_answers_greedily_unless_told_otherwise(answers: list[Any]) -> None:
+    (first,), (again,), (warm,) = answers[1:4]
+    assert set(first) == {"response"}
+    assert again == first
     assert warm != first
-    assert len(warm[0]["response"]) <= 5
+    assert len(warm["response"]) <= 5
 
 
-def test_the_base_model_continues_a_prompt_as_generate_does(project: Path, tmp_path: Path) -> None:
-    from gpt.weights import load_model
-
-    (row,), _ = ask(
-        project, tmp_path, "models:/base@candidate", [{"prompt": "Once"}], max_new_tokens=8
-    )
+def test_the_base_model_continues_a_prompt_as_generate_does(
+    project: Path, answers: list[Any]
+) -> None:
+    (row,) = answers[4]
     model, tokenizer = load_model(project / "models/pretrain"), byte_tokenizer()
     assert isinstance(model, GPT)
     (ids,) = complete(model, [tokenizer.encode("Once")], 8, stop=tokenizer.eot)
