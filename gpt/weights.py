@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -70,8 +71,10 @@ def save_model(
             f"{tokenizer.vocab_size}; use the tokenizer that the model was trained with"
         )
     with whole_directory(directory) as partial:
-        save_file(dict(_to_file(model)), partial / "model.safetensors", metadata={"format": "pt"})
+        weights = partial / "model.safetensors"
+        save_file(dict(_to_file(model)), weights, metadata={"format": "pt"})
         write_json(partial / "config.json", _config_json(model, tokenizer.eot))
+        shutil.copymode(partial / "config.json", weights)  # safetensors lets only the owner read
         if isinstance(model, GPT):
             write_json(
                 partial / "generation_config.json",
