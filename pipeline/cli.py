@@ -248,6 +248,18 @@ def report() -> None:
     print_report(_root())
 
 
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="A model directory.")],
+    target: Annotated[Path, typer.Argument(help="The directory to write.")],
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+) -> None:
+    """Write a model directory again, in another precision."""
+    from pipeline.export import export as write
+
+    print(f"{target}: {write(source, target, dtype) / 1e6:.1f} MB of {dtype} weights")
+
+
 _Model = Annotated[Path | None, typer.Option(help="A model directory.")]
 _MaxNewTokens = Annotated[int, typer.Option(min=1, help="The most tokens to write.")]
 _Temperature = Annotated[
