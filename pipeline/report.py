@@ -124,14 +124,15 @@ def _assistant(figures: dict[str, float], answers: Path) -> Group:
     for column in samples.columns:
         column.justify = "left"
         column.ratio = 1
-    for _, row in frame.head(SHOWN_ANSWERS).iterrows():
+    spread = [len(frame) * i // SHOWN_ANSWERS for i in range(min(SHOWN_ANSWERS, len(frame)))]
+    for _, row in frame.iloc[spread].iterrows():
         task = f"{row['instruction']}\n{row['input']}".strip()
         samples.add_row(task, _shortened(row["base_answer"]), _shortened(row["answer"]))
         samples.add_row()
     return Group(table, Text(), samples)
 
 
-def _shortened(text: str, characters: int = 120) -> str:
+def _shortened(text: str, characters: int = 90) -> str:
     line = " ".join(text.split())
     return line if len(line) <= characters else line[: characters - 1].rstrip() + "…"
 
