@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from gpt.config import GPTConfig
 from gpt.errors import InputError
@@ -120,7 +121,7 @@ def load_model(
             if "score.weight" in names and labels is None:
                 n_classes = file.get_slice(names["score.weight"]).get_shape()[0]
                 labels = [f"LABEL_{i}" for i in range(n_classes)]  # transformers' own default
-            with torch.device("meta"):
+            with torch.device("meta"), _SkipInit():
                 model = (
                     GPTClassifier(config, labels)
                     if "score.weight" in names and labels is not None
@@ -240,6 +241,20 @@ def read_config(directory: Path) -> tuple[GPTConfig, list[str] | None]:
         ) from None
     names = raw.get("id2label")
     return config, [names[str(i)] for i in range(len(names))] if names else None
+
+
+class _SkipInit(TorchFunctionMode):
+    """Weights that are about to be read need no initial values.
+
+    On the meta device these are not free: PyTorch imports its compiler for them, 1.5 s.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def _plain_name(name: str) -> str:
