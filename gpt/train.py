@@ -107,6 +107,17 @@ class FitResult:
         return min(self.history, key=lambda row: row["validation_loss"])
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal stopped the training; its step was finished, its state saved.
+
+    `signal` is the signal's number.
+    """
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
+
+
 def learning_rate_at(step: int, params: TrainParams, total_steps: int) -> float:
     """The learning rate of step `step`, counted from 0, of `total_steps`.
 
@@ -171,7 +182,7 @@ def fit(
     Raises:
         InputError: there are no rows.
         RunError: a loss or gradient that is not finite.
-        KeyboardInterrupt: SIGINT or SIGTERM came; the step was finished and the state saved.
+        Interrupted: SIGINT or SIGTERM came; the step was finished and the state saved.
     """
     device = next(model.parameters()).device
     if len(train) == 0:
@@ -242,9 +253,9 @@ def fit(
                 _evaluate(model, loop, rate, norm, validate, sample, params, log)
                 save()
                 last_save = time.monotonic()
-            if interrupted():
+            if number := interrupted():
                 save()
-                raise KeyboardInterrupt(f"{task} stopped after step {loop.step} of {total}")
+                raise Interrupted(f"{task} stopped after step {loop.step} of {total}", number)
             if time.monotonic() - last_save > params.checkpoint_seconds:
                 save()
                 last_save = time.monotonic()
@@ -328,10 +339,13 @@ def _step_seed(seed: int, step: int) -> int:
 
 
 @contextlib.contextmanager
-def _deferred_signals() -> Iterator[Callable[[], bool]]:
-    """Within the block SIGINT and SIGTERM only set a flag, so that a step is never cut in two."""
+def _deferred_signals() -> Iterator[Callable[[], int]]:
+    """Within the block SIGINT and SIGTERM are only noted, so that a step is never cut in two.
+
+    Yields a function that returns the number of the first that came, 0 if none did.
+    """
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: False  # only the main thread may handle signals
+        yield lambda: 0  # only the main thread may handle signals
         return
     came: list[int] = []
 
@@ -340,7 +354,7 @@ def _deferred_signals() -> Iterator[Callable[[], bool]]:
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: bool(came)
+        yield lambda: came[0] if came else 0
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

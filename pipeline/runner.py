@@ -39,7 +39,7 @@ from pipeline.tracking import StageRun, Status, dvc_md5, mark_killed
 MIRROR_VARIABLE = "GPT_PIPELINE_MIRROR"
 
 EXIT_OK, EXIT_FAILED, EXIT_INPUT = 0, 1, 2
-EXIT_INTERRUPTED, EXIT_TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
+EXIT_TERMINATED = 128 + signal.SIGTERM
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,7 +169,9 @@ def run_stage(name: str, root: Path) -> int:
     except _Terminated:
         code, error = EXIT_TERMINATED, f"{name} was stopped by SIGTERM"
     except KeyboardInterrupt as caught:
-        code, error = EXIT_INTERRUPTED, str(caught) or f"{name} was interrupted"
+        # a training says which signal it was; else it was Ctrl-C
+        code = 128 + getattr(caught, "signal", signal.SIGINT)
+        error = str(caught) or f"{name} was interrupted"
     except Exception as caught:  # a mistake of ours: nothing is hidden
         traceback.print_exc()
         code, error = EXIT_FAILED, f"{type(caught).__name__}: {caught}"

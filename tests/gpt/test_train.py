@@ -15,7 +15,7 @@ from gpt.data import IGNORED, Batch, InstructionDataset, WindowDataset
 from gpt.errors import InputError, RunError
 from gpt.events import Message, Metrics, Text
 from gpt.metrics import lm_loss_sum, mean_loss
-from gpt.train import TrainParams, fit, learning_rate_at, make_optimizer
+from gpt.train import Interrupted, TrainParams, fit, learning_rate_at, make_optimizer
 
 # A key's bias has no gradient but rounding, which Adam would blow up to a full step at its usual
 # eps: where two ways of computing are compared, it is kept from doing so.
@@ -156,8 +156,9 @@ def test_a_stopped_run_continues_to_the_same_bits_and_the_same_curve(
                 os.kill(os.getpid(), number)
 
         folder = tmp_path / str(stop_at)
-        with pytest.raises(KeyboardInterrupt, match=f"stopped after step {stop_at} of 12"):
+        with pytest.raises(Interrupted, match=f"stopped after step {stop_at} of 12") as stopped:
             _fit(model, params, state=folder, log=interrupt)
+        assert stopped.value.signal == number
         heard = []
         again = make_model(seed=99, dropout=0.1)
         result = _fit(again, params, state=folder, log=heard.append)
