@@ -18,8 +18,8 @@ from gpt.generate import stream
 from gpt.metrics import classify
 from gpt.model import GPT, GPTClassifier
 from gpt.prompts import render_prompt
-from gpt.tokenizer import Tokenizer, load_tokenizer
-from gpt.weights import load_base, load_model
+from gpt.tokenizer import Tokenizer
+from gpt.weights import load_base, load_classifier
 
 _BATCH = 16
 
@@ -164,10 +164,8 @@ def classify_texts(directory: Path, texts: Sequence[str], as_json: bool) -> None
         if sys.stdin.isatty():
             raise InputError("text: nothing to classify; give texts, or pipe in one a line")
         texts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
-    model = load_model(_directory(directory, "finetune_classifier"), pick_device())
-    if not isinstance(model, GPTClassifier):
-        raise InputError(f"{directory}: holds no classification head; take models/classifier")
-    tokenizer = load_tokenizer(directory)
+    model, tokenizer = load_classifier(_directory(directory, "finetune_classifier"))
+    model.to(pick_device())
     data = ClassificationDataset(
         tokenizer.encode_batch(list(texts)),
         [0] * len(texts),  # unknown, and not looked at
