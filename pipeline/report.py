@@ -127,7 +127,9 @@ def _assistant(figures: dict[str, float], answers: Path) -> Group:
     spread = [len(frame) * i // SHOWN_ANSWERS for i in range(min(SHOWN_ANSWERS, len(frame)))]
     for _, row in frame.iloc[spread].iterrows():
         task = f"{row['instruction']}\n{row['input']}".strip()
-        samples.add_row(task, _shortened(row["base_answer"]), _shortened(row["answer"]))
+        before, after = _shortened(row["base_answer"]), _shortened(row["answer"])
+        # as text: what a model wrote is not markup
+        samples.add_row(*map(Text, (task, before, after)))
         samples.add_row()
     return Group(table, Text(), samples)
 
