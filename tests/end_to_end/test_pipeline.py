@@ -1,0 +1,263 @@
+"""The whole pipeline as its user sees it: every stage, every tool, and what a change runs again.
+
+The tests of this file build on each other: they are one story, told in its order.
+"""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+STAGES = [
+    "download",
+    "tokenize",
+    "pretrain",
+    "load_gpt2",
+    "finetune_classifier",
+    "finetune_instruct",
+    "evaluate",
+]
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def api(project):
+    """A Prefect server on a free port, with its own database."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    from pipeline.server import environment
+
+    with subprocess.Popen(
+        [sys.executable, "-m", "prefect", "server", "start", "--port", str(port)],
+        env={**environment_of_this_process(), **environment(project.root)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as server:
+        url = f"http://127.0.0.1:{port}/api"
+        try:
+            for _ in range(240):
+                try:
+                    urllib.request.urlopen(f"{url}/health", timeout=1)
+                    break
+                except OSError:
+                    time.sleep(0.5)
+            yield url
+        finally:
+            server.terminate()
+            server.wait(30)
+
+
+def environment_of_this_process() -> dict[str, str]:
+    import os
+
+    return dict(os.environ)
+
+
+def ask(api: str, what: str, **body: object) -> list[dict[str, object]]:
+    request = urllib.request.Request(
+        f"{api}/{what}/filter",
+        data=json.dumps(body).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=30) as response:
+        return json.load(response)
+
+
+def last_task_runs(api: str) -> dict[str, dict[str, object]]:
+    flow_run = ask(api, "flow_runs", sort="START_TIME_DESC", limit=1)[0]
+    runs = ask(api, "task_runs", flow_runs={"id": {"any_": [flow_run["id"]]}}, limit=50)
+    return {str(run["name"]): run for run in runs}
+
+
+def executed(project) -> dict[str, float]:
+    """When each stage last began to run."""
+    return {
+        path.stem: path.stat().st_mtime
+        for path in (project.root / ".pipeline" / "runs").glob("*.json")
+    }
+
+
+@pytest.fixture(scope="module")
+def first_run(project, api):
+    return project.run("gpt-pipeline", "run", PREFECT_API_URL=api)
+
+
+def test_a_run_makes_every_output_and_ends_with_a_report(project, first_run):
+    assert "7 of 7 stages ran" in first_run
+    for name in ("pretrain", "gpt2", "classifier", "assistant"):
+        assert (project.root / "models" / name / "model.safetensors").is_file()
+    for heading in ("Stages", "Base models", "Classifier", "Assistant", "Next"):
+        assert heading in first_run
+    assert not list(project.root.rglob("*.partial"))
+    assert not list((project.root / ".checkpoints").glob("*/*")), "resume state of finished runs"
+
+
+def test_dvc_sees_nothing_left_to_do(project, first_run):
+    assert "up to date" in project.run("dvc", "status")
+    before = (project.root / "dvc.lock").read_bytes()
+    began = executed(project)
+    assert "up to date" in project.run("dvc", "repro")
+    assert (project.root / "dvc.lock").read_bytes() == before
+    assert executed(project) == began
+
+
+def test_prefect_knows_the_seven_tasks_their_order_and_their_states(api, first_run):
+    runs = last_task_runs(api)
+    assert sorted(runs) == sorted(STAGES)
+    assert {run["state"]["type"] for run in runs.values()} == {"COMPLETED"}
+    upstream = {
+        name: {
+            other
+            for other, candidate in runs.items()
+            for parent in run["task_inputs"].get("wait_for", [])
+            if parent["id"] == candidate["id"]
+        }
+        for name, run in runs.items()
+    }
+    assert upstream["download"] == set()
+    assert upstream["tokenize"] == {"download"}
+    assert upstream["pretrain"] == {"tokenize"}
+    assert upstream["finetune_classifier"] == {"download", "pretrain"}
+    assert upstream["evaluate"] >= {"pretrain", "load_gpt2", "finetune_classifier"}
+
+
+def test_the_two_fine_tunings_overlap_in_time(api, first_run):
+    runs = last_task_runs(api)
+    one, other = runs["finetune_classifier"], runs["finetune_instruct"]
+    assert one["start_time"] < other["end_time"]
+    assert other["start_time"] < one["end_time"]
+
+
+def test_each_task_has_an_artifact_with_its_metrics_and_its_mlflow_run(api, first_run):
+    artifacts = ask(api, "artifacts", limit=50)
+    texts = {str(each["key"]): str(each["data"]) for each in artifacts}
+    assert len(texts) >= len(STAGES)
+    classifier = next(text for key, text in texts.items() if "finetune-classifier" in key)
+    assert "validation_accuracy" in classifier
+    assert "/runs/" in classifier
+
+
+def test_mlflow_has_a_run_a_stage_and_serves_the_three_models(project, first_run):
+    import mlflow
+
+    uri = f"sqlite:///{project.root}/mlflow.db"
+    client = mlflow.MlflowClient(uri, uri)
+    runs = [
+        run
+        for experiment in client.search_experiments()
+        for run in client.search_runs([experiment.experiment_id])
+    ]
+    assert sorted(run.data.tags["dvc.stage"] for run in runs) == sorted(STAGES)
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert {model.name for model in client.search_registered_models()} == {
+        "base",
+        "classifier",
+        "assistant",
+    }
+    lock = project.outputs()
+    pretrain = next(run for run in runs if run.data.tags["dvc.stage"] == "pretrain")
+    assert lock["models/pretrain"] in pretrain.data.tags.values()
+
+
+def test_transformers_loads_every_model_as_it_stands(project, first_run):
+    from transformers import AutoModelForSequenceClassification, GPT2LMHeadModel
+
+    from gpt import load_model, load_tokenizer
+
+    texts = [
+        line.split("\t")[1]
+        for line in (project.root / "samples/messages.tsv").read_text().splitlines()[:20]
+    ]
+    for name in ("pretrain", "gpt2", "assistant", "classifier"):
+        directory = project.root / "models" / name
+        tokenizer = load_tokenizer(directory)
+        rows = [ids[:128] for ids in tokenizer.encode_batch(texts)]
+        ours = load_model(directory)
+        if name == "classifier":
+            theirs = AutoModelForSequenceClassification.from_pretrained(directory).eval()
+            lengths = torch.tensor([len(ids) for ids in rows])
+            idx = torch.full((len(rows), int(lengths.max())), tokenizer.eot)
+            for row, ids in zip(idx, rows, strict=True):
+                row[: len(ids)] = torch.tensor(ids)
+            assert torch.allclose(ours(idx, lengths), theirs(idx).logits, atol=1e-4)
+        else:
+            theirs = GPT2LMHeadModel.from_pretrained(directory).eval()
+            for ids in rows:
+                idx = torch.tensor([ids])
+                assert torch.allclose(ours(idx), theirs(idx).logits, atol=1e-4)
+
+
+def test_a_second_run_executes_nothing_and_shows_every_stage_as_cached(project, api, first_run):
+    began = executed(project)
+    output = project.run("gpt-pipeline", "run", PREFECT_API_URL=api)
+    assert "7 of 7 stages are up to date" in output
+    assert executed(project) == began
+    assert {run["state"]["name"] for run in last_task_runs(api).values()} == {"Cached"}
+
+
+def test_a_changed_learning_rate_runs_its_stage_and_evaluate_and_changing_back_runs_nothing(
+    project, api, first_run
+):
+    params = (project.root / "params.yaml").read_bytes()
+    lock, outputs = (project.root / "dvc.lock").read_bytes(), project.outputs()
+    began = executed(project)
+    project.set("finetune_classifier.train.learning_rate", "0.002")
+    status = project.run("gpt-pipeline", "status")
+    assert "learning_rate" in status
+    project.run("gpt-pipeline", "run", PREFECT_API_URL=api)
+    after = executed(project)
+    ran = {name for name in STAGES if after[name] != began[name]}
+    assert ran == {"finetune_classifier", "evaluate"}
+    assert project.outputs()["models/classifier"] != outputs["models/classifier"]
+
+    (project.root / "params.yaml").write_bytes(params)
+    project.run("gpt-pipeline", "run", PREFECT_API_URL=api)
+    assert executed(project) == after, "nothing is executed: DVC's run cache has both"
+    assert project.outputs() == outputs
+    assert (project.root / "dvc.lock").read_bytes() == lock
+    assert "up to date" in project.run("dvc", "status")
+
+
+def test_dvc_shows_metrics_and_plots(project, first_run):
+    assert "accuracy" in project.run("dvc", "metrics", "show")
+    project.run("dvc", "plots", "show", "--out", "plots_page")
+    page = (project.root / "plots_page" / "index.html").read_text()
+    for title in ("validation_loss", "confusion"):
+        assert title in page
+
+
+def test_the_three_commands_that_talk_answer(project, first_run):
+    assert project.run("gpt-pipeline", "generate", "The old clock", "--max-new-tokens", "5")
+    assert project.run("gpt-pipeline", "chat", "What is the capital of Peru?")
+    answer = project.run("gpt-pipeline", "classify", "You won a prize! Text WIN to 80800")
+    assert "ham" in answer or "spam" in answer
+
+
+def test_another_copy_gives_the_same_bytes_through_plain_dvc(project, archive, first_run):
+    """In another folder, without git, without Prefect, without side by side: the same md5s."""
+    archive.run("dvc", "repro")
+    assert archive.outputs() == project.outputs()
+
+
+def test_predictions_are_a_row_a_test_example(project, first_run):
+    folder = project.root / "reports/evaluation/predictions"
+    metrics = json.loads((project.root / "reports/evaluation/metrics.json").read_text())
+    classifier = pd.read_csv(folder / "classifier.csv", keep_default_na=False)
+    assistant = pd.read_csv(folder / "assistant.csv", keep_default_na=False)
+    assert len(classifier) == metrics["classifier"]["rows"]
+    assert len(assistant) == metrics["assistant"]["records"]
+    accuracy = (classifier["actual"] == classifier["predicted"]).mean()
+    assert metrics["classifier"]["accuracy"] == pytest.approx(accuracy)
+
+
+def test_the_copy_is_not_this_checkout(project):
+    where = project.run("python", "-c", "import gpt; print(gpt.__file__)")
+    assert Path(where.strip()).is_relative_to(project.root)
