@@ -33,14 +33,15 @@ def compare(settings: Settings, machine: Machine) -> Iterator[Comparison]:
         },
         settings.rounds,
         agree=torch.equal,
+        peak=machine.memory,
     )
     yield Comparison(
         title=f"Greedy generation, {name}, one stream, {prompt} + {new} tokens, fp32",
         work=new,
         unit="tokens",
         seconds=seconds,
-        ceiling=machine.bandwidth / bytes_per_token(model, prompt + new / 2),
-        ceiling_name="memory bandwidth",
+        peak=machine.memory,
+        cost=bytes_per_token(model, prompt + new / 2),
     )
 
 

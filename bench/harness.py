@@ -8,6 +8,7 @@ counts. Speeds depend on the machine; the ratios and the shares of its peaks are
 from __future__ import annotations
 
 import datetime
+import functools
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -44,6 +45,24 @@ class Settings:
 # --- the machine ----------------------------------------------------------------------------------
 
 
+class Peak:
+    """The most that the machine was seen to give of something, a second.
+
+    Probed at the start and again in every round of a comparison: the machine may have been busy
+    with something else at one of these moments, hardly at all of them.
+    """
+
+    def __init__(self, name: str, measure: Callable[[], float]) -> None:
+        self.name = name
+        self.best = 0.0
+        self._measure = measure
+        self.probe()
+
+    def probe(self) -> None:
+        """Measure once more; the highest counts."""
+        self.best = max(self.best, self._measure())
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
     """Where the measurements were taken, and the most it gives."""
@@ -54,24 +73,26 @@ class Machine:
     torch_version: str
     load: float
     """Processes that wanted to run in the minute before: well above 0, others were at work."""
-    matmul: Mapping[torch.dtype, float]
-    """FLOP/s of the best matrix product."""
-    bandwidth: float
+    matmul: Mapping[torch.dtype, Peak]
+    """FLOP/s of a large matrix product."""
+    memory: Peak
     """Bytes a second that can be read from memory."""
 
     def __str__(self) -> str:
         return (
             f"{self.cpu}, {self.cores} cores, {self.threads} threads, torch {self.torch_version}; "
-            f"matmul peak {self.matmul[torch.float32] / 1e9:,.0f} GFLOP/s fp32, "
-            f"{self.matmul[torch.bfloat16] / 1e9:,.0f} bf16; "
-            f"memory {self.bandwidth / 1e9:.1f} GB/s; load before the start {self.load:.1f}"
+            f"matmul peak {self.matmul[torch.float32].best / 1e9:,.0f} GFLOP/s fp32, "
+            f"{self.matmul[torch.bfloat16].best / 1e9:,.0f} bf16; "
+            f"memory {self.memory.best / 1e9:.1f} GB/s; load before the start {self.load:.1f}"
         )
 
 
 def measure_machine(settings: Settings) -> Machine:
     """Name the machine and measure its peaks with the threads of `settings`."""
     load = psutil.getloadavg()[0]
-    sizes = (1024,) if settings.quick else (1024, 2048, 4096)
+    size = 1024 if settings.quick else 2048
+    # many times what a core's own caches hold, and more than most shared ones
+    n_bytes = (1 << 27) if settings.quick else (1 << 30)
     return Machine(
         cpu=_cpu_name(),
         cores=psutil.cpu_count(logical=False) or psutil.cpu_count() or 1,
@@ -79,11 +100,10 @@ def measure_machine(settings: Settings) -> Machine:
         torch_version=torch.__version__,
         load=load,
         matmul={
-            dtype: max(_matmul_rate(size, dtype) for size in sizes)
+            dtype: Peak("matmul peak", functools.partial(_matmul_rate, size, dtype))
             for dtype in (torch.float32, torch.bfloat16)
         },
-        # many times what a core's own caches hold, and more than most shared ones
-        bandwidth=_read_rate((1 << 27) if settings.quick else (1 << 30)),
+        memory=Peak("memory bandwidth", functools.partial(_read_rate, n_bytes)),
     )
 
 
@@ -108,7 +128,7 @@ def _read_rate(n_bytes: int) -> float:
     return n_bytes / min(_best_time(matrix.sum), _best_time(lambda: torch.mv(matrix, vector)))
 
 
-def _best_time(run: Callable[[], Any], repeats: int = 5) -> float:
+def _best_time(run: Callable[[], Any], repeats: int = 3) -> float:
     """The shortest of some runs: of a peak, what disturbs it is no part."""
     run()
     return min(_time(run) for _ in range(repeats))
@@ -127,6 +147,7 @@ def alternate(
     alternatives: Alternatives,
     rounds: int,
     agree: Callable[[Any, Any], bool] | None = None,
+    peak: Peak | None = None,
 ) -> dict[str, list[float]]:
     """Run each alternative once in every round, in turn, after one run that does not count.
 
@@ -135,6 +156,7 @@ def alternate(
         rounds: how often each is timed.
         agree: whether two results are those of the same work. Each alternative's first result
             must agree with that of the first alternative.
+        peak: probed in every round.
 
     Returns:
         The seconds of each alternative, one number a round.
@@ -149,6 +171,8 @@ def alternate(
             raise RunError(f"{name} gives another result than {ours}: their times say nothing")
     seconds: dict[str, list[float]] = {name: [] for name in alternatives}
     for _ in range(rounds):
+        if peak is not None:
+            peak.probe()
         for name, run in alternatives.items():
             seconds[name].append(_time(run))
     return seconds
@@ -165,9 +189,10 @@ class Comparison:
     """Of what."""
     seconds: Mapping[str, Sequence[float]]
     """Of each alternative, one number a round."""
-    ceiling: float | None = None
-    """The units a second that the machine's peak would allow."""
-    ceiling_name: str = ""
+    peak: Peak | None = None
+    """What of the machine limits it."""
+    cost: float = 0.0
+    """How much of that a unit needs."""
 
     def rate(self, name: str) -> float:
         """Units a second in the median run."""
@@ -180,7 +205,7 @@ class Comparison:
 
     def header(self) -> list[str]:
         """The names of the columns of `rows`."""
-        share = [] if self.ceiling is None else [f"share of {self.ceiling_name}"]
+        share = [] if self.peak is None else [f"share of {self.peak.name}"]
         return ["alternative", f"{self.unit}/s", *share, "first against it", "rounds"]
 
     def rows(self) -> list[list[str]]:
@@ -188,7 +213,7 @@ class Comparison:
         rows = []
         for position, name in enumerate(self.seconds):
             rate, ratios = self.rate(name), self.ratios(name)
-            share = [] if self.ceiling is None else [f"{rate / self.ceiling:.0%}"]
+            share = [] if self.peak is None else [f"{rate * self.cost / self.peak.best:.0%}"]
             against = (
                 [f"{median(ratios):.2f}x", f"{min(ratios):.2f} … {max(ratios):.2f}"]
                 if position

@@ -83,6 +83,7 @@ def _compare(
     length = shape.config.context_length
     windows = torch.randint(shape.config.vocab_size, (shape.batch, length + 1))  # (B, T + 1)
     batch = Batch(windows[:, :-1].contiguous(), windows[:, 1:].contiguous())
+    peak = machine.matmul[DTYPES[precision]]
     seconds = alternate(
         {
             "ours": _our_step(model, batch, precision),
@@ -91,14 +92,15 @@ def _compare(
         },
         settings.rounds,
         agree=lambda a, b: math.isclose(a, b, abs_tol=TOLERANCE[precision]),
+        peak=peak,
     )
     return Comparison(
         title=f"Training step, {shape.title}, {precision}",
         work=batch.inputs.numel(),
         unit="tokens",
         seconds=seconds,
-        ceiling=machine.matmul[DTYPES[precision]] / flops_per_token(model, length),
-        ceiling_name="matmul peak",
+        peak=peak,
+        cost=flops_per_token(model, length),
     )
 
 

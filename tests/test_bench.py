@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench.__main__ import main
-from bench.harness import Comparison, alternate
+from bench.harness import Comparison, Peak, alternate
 from bench.naive import naive_copy
 from gpt.config import GPTConfig
 from gpt.errors import RunError
@@ -36,8 +36,8 @@ def test_rates_are_medians_and_ratios_are_between_runs_of_one_round():
         unit="tokens",
         # the machine was slow in the second round and stalled one run in the third
         seconds={"ours": [1.0, 4.0, 1.0], "peer": [2.0, 8.4, 19.0]},
-        ceiling=200,
-        ceiling_name="peak",
+        peak=Peak("peak", lambda: 400.0),
+        cost=2,
     )
     assert comparison.rate("ours") == 100
     assert comparison.rate("peer") == pytest.approx(100 / 8.4)
@@ -46,6 +46,14 @@ def test_rates_are_medians_and_ratios_are_between_runs_of_one_round():
         ["ours", "100", "50%", "", ""],
         ["peer", "11.9", "6%", "2.10x", "2.00 … 19.00"],
     ]
+
+
+def test_a_peak_is_the_highest_of_all_probes_so_that_a_busy_moment_does_not_lower_it():
+    measured = iter([3.0, 9.0, 5.0])
+    peak = Peak("peak", lambda: next(measured))
+    alternate({"a": lambda: None}, rounds=2, peak=peak)
+    assert peak.best == 9.0
+    assert next(measured, None) is None
 
 
 def test_the_naive_model_computes_what_ours_does():
