@@ -32,6 +32,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
@@ -97,9 +98,14 @@ class _Run:
         return self.dag.changes([stage.name])[stage.name]
 
 
+def _flow_run_name() -> str:
+    """`all stages`, or the targets."""
+    return ", ".join(flow_run.parameters.get("targets") or ()) or "all stages"
+
+
 @flow(
     name="gpt-pipeline",
-    flow_run_name="{targets}",
+    flow_run_name=_flow_run_name,
     task_runner=ThreadPoolTaskRunner(max_workers=64),  # most wait: `jobs` says how many work
     validate_parameters=False,
 )  # type: ignore[untyped-decorator]
