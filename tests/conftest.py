@@ -1,10 +1,15 @@
 """Fixtures that every test may use."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
+
+# Started in the background (by a CI, say), this process ignores Ctrl-C, and so would every process
+# that a test starts and interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
