@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal, get_args
 
 import torch
 
@@ -12,8 +11,7 @@ from gpt.errors import InputError
 from gpt.tokenizer import load_tokenizer
 from gpt.weights import load_model, save_model
 
-Dtype = Literal["float32", "float16", "bfloat16"]
-DTYPES: tuple[str, ...] = get_args(Dtype)
+DTYPES = ("float32", "float16", "bfloat16")
 _EXTRA = ("prompt.json", "training.json")
 
 

@@ -48,6 +48,7 @@ from pipeline.console import (
     seconds_in_words,
 )
 from pipeline.dag import Change, Dag, Stage, find_root, last_run
+from pipeline.tracking import flatten_metrics
 
 _POLL_SECONDS = 0.2
 _STOP_SECONDS = 60.0
@@ -388,9 +389,9 @@ def _publish(run: _Run, stage: Stage, headline: str) -> None:
     """A short page in Prefect: what happened, the metrics, the way to the MLflow run."""
     lines = [f"# {stage.name}", "", headline, ""]
     for path in stage.metrics:
-        metrics = _flat(json.loads((run.dag.root / path).read_text(encoding="utf-8")))
+        metrics = flatten_metrics(json.loads((run.dag.root / path).read_text(encoding="utf-8")))
         lines += ["| metric | value |", "|---|---:|"]
-        lines += [f"| {key} | {value} |" for key, value in metrics.items()]
+        lines += [f"| {key} | {value:.6g} |" for key, value in metrics.items()]
         lines.append("")
     if url := last_run(run.dag.root, stage.name).get("url"):
         lines.append(f"[The stage's last run in MLflow]({url})")
@@ -399,12 +400,3 @@ def _publish(run: _Run, stage: Stage, headline: str) -> None:
         key=stage.name.replace("_", "-"),
         description=f"{stage.name}: metrics and MLflow run",
     )
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, str]:
-    if not isinstance(values, dict):
-        return {prefix: f"{values:.6g}" if isinstance(values, float) else str(values)}
-    found: dict[str, str] = {}
-    for key, value in values.items():
-        found.update(_flat(value, f"{prefix}.{key}" if prefix else str(key)))
-    return found

@@ -1,7 +1,7 @@
 """`params.yaml` into the stages' dataclasses; whatever is wrong in it is named by its path.
 
-A stage's module is imported only when its section is validated, so that asking for one stage's
-parameters does not load the code of the other six.
+A stage's module is imported only when its section is validated, so that whoever asks for the names
+of the sections alone does not wait for the code of the stages.
 """
 
 from __future__ import annotations
@@ -89,22 +89,6 @@ def check_sections(path: Path) -> None:
     _, problems = _read(path)
     if problems:
         raise _input_error(path, problems)
-
-
-def load_section(path: Path, name: str) -> Any:
-    """Read and validate the parameters of one stage.
-
-    Raises:
-        InputError: as `load_params`, for this section and the names of the sections.
-    """
-    raw, problems = _read(path)
-    value = None
-    if name in raw:
-        value, found = _validate(name, raw[name])
-        problems += found
-    if problems:
-        raise _input_error(path, problems)
-    return value
 
 
 def _input_error(path: Path, problems: Sequence[str]) -> InputError:

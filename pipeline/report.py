@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from rich import box
@@ -15,6 +15,7 @@ from rich.text import Text
 
 from gpt.errors import InputError
 from pipeline.console import seconds_in_words
+from pipeline.dag import last_run
 
 SHOWN_ANSWERS = 3
 
@@ -66,22 +67,18 @@ def _table(*columns: str) -> Table:
 
 
 def _times(root: Path) -> Table | None:
-    """How long each stage took when it last ran."""
+    """How long each stage took when it last ran to its end."""
     table = _table("stage", "last run", "took")
-    records = []
-    for path in (root / ".pipeline" / "runs").glob("*.json"):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        records.append((path.stat().st_mtime, path.stem, record))
-    for changed, stage, record in sorted(records, key=lambda item: item[0]):
-        when = pd.Timestamp(changed, unit="s", tz="UTC").tz_convert(_local_zone())
-        table.add_row(stage, f"{when:%Y-%m-%d %H:%M}", seconds_in_words(record["seconds"]))
-    return table if records else None
+    for path in sorted((root / ".pipeline" / "runs").glob("*.json"), key=_changed):
+        note = last_run(root, path.stem)
+        if note.get("status") == "FINISHED":
+            when = datetime.fromtimestamp(_changed(path))
+            table.add_row(path.stem, f"{when:%Y-%m-%d %H:%M}", seconds_in_words(note["seconds"]))
+    return table if table.row_count else None
 
 
-def _local_zone() -> Any:
-    from datetime import datetime
-
-    return datetime.now().astimezone().tzinfo
+def _changed(path: Path) -> float:
+    return path.stat().st_mtime
 
 
 def _bases(evaluation: dict[str, dict[str, float]]) -> Table:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import mlflow
 import pandas as pd
-import torch
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
 if TYPE_CHECKING:
@@ -58,12 +57,17 @@ class Classifier(_Served):
         params: dict[str, Any] | None = None,
     ) -> pd.DataFrame:
         """Classify each row."""
+        from gpt.data import ClassificationDataset, batches
+        from gpt.metrics import classify
+
         texts = [str(text) for text in model_input["text"]]
-        rows = [
-            row
-            for start in range(0, len(texts), BATCH)
-            for row in self._probabilities(texts[start : start + BATCH])
-        ]
+        data = ClassificationDataset(
+            self._tokenizer.encode_batch(texts),
+            [0] * len(texts),  # unknown, and not looked at
+            padding=self._tokenizer.eot,
+            max_length=self._longest,
+        )
+        rows = classify(self._model, batches(data, BATCH)).tolist() if texts else []
         labels = self._model.labels
         return pd.DataFrame(
             {
@@ -75,17 +79,6 @@ class Classifier(_Served):
             },
             index=model_input.index,
         )
-
-    @torch.inference_mode()
-    def _probabilities(self, texts: list[str]) -> list[list[float]]:
-        eot = self._tokenizer.eot
-        ids = [self._tokenizer.encode(text)[: self._longest] or [eot] for text in texts]
-        lengths = torch.tensor([len(row) for row in ids])  # (B,)
-        padded = torch.nn.utils.rnn.pad_sequence(
-            [torch.tensor(row) for row in ids], batch_first=True, padding_value=eot
-        )  # (B, T)
-        rows: list[list[float]] = self._model(padded, lengths).softmax(-1).tolist()
-        return rows
 
 
 class _Writer(_Served):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.params import SECTIONS, load_section
+from pipeline.params import SECTIONS, load_params
 from pipeline.runner import STAGES
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -157,7 +157,7 @@ def test_the_base_in_dvc_yaml_is_a_parameter(stage):
     if not stage.startswith("finetune_"):
         return
     assert f"models/${{{stage}.base}}" in deps(stage)
-    assert load_section(ROOT / "params.yaml", stage).base in ("pretrain", "gpt2")
+    assert getattr(load_params(ROOT / "params.yaml"), stage).base in ("pretrain", "gpt2")
 
 
 def test_every_stage_module_can_be_imported_alone():

@@ -148,7 +148,7 @@ def test_prefect_shows_stages_dependencies_logs_and_metrics(project, run, api):
     assert not [line for line in said if "git add" in line]
     (artifact,) = ask(api, "artifacts/filter", {"artifacts": of_left})
     assert artifact["key"] == "left"
-    assert "| deep.pi | 3.14159 |" in artifact["data"]
+    assert "| deep/pi | 3.14159 |" in artifact["data"]
 
     code, shown = run(project)
     assert code == 0

@@ -1,14 +1,12 @@
 """Whatever is wrong in params.yaml is named by its path, in one line, before any work."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from gpt.errors import InputError
-from pipeline.params import SECTIONS, load_params, load_section, params_class
+from pipeline.params import SECTIONS, load_params, params_class
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PRESETS = [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))]
@@ -41,17 +39,6 @@ def test_every_shipped_file_is_accepted(path):
     params = load_params(path)
     for name in SECTIONS:
         assert isinstance(getattr(params, name), params_class(name))
-
-
-def test_one_section_is_read_without_the_code_of_the_others():
-    code = (
-        "import sys, pathlib; from pipeline.params import load_section;"
-        "print(load_section(pathlib.Path('params.yaml'), 'download').local, 'torch' in sys.modules)"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert result.stdout.split() == ["samples", "False"]
 
 
 def test_numbers_in_scientific_notation_are_numbers(smoke, tmp_path):
@@ -186,11 +173,3 @@ def test_a_file_that_is_no_params_file_is_refused_with_the_place(refuse, content
 def test_a_missing_file_is_answered_with_the_remedy(tmp_path):
     with pytest.raises(InputError, match=r"params\.yaml: not there; .*gpt-pipeline preset NAME"):
         load_params(tmp_path / "params.yaml")
-
-
-def test_one_section_names_the_problems_of_its_own(smoke, tmp_path):
-    smoke["pretrain"]["train"]["steps"] = 0
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(smoke))
-    assert load_section(tmp_path / "params.yaml", "tokenize").vocab_size == 512
-    with pytest.raises(InputError, match=r"pretrain\.train\.steps: should be greater than 0"):
-        load_section(tmp_path / "params.yaml", "pretrain")

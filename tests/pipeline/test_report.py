@@ -71,6 +71,14 @@ def test_it_says_what_to_type_next(project):
         assert command in text
 
 
+def test_the_time_of_a_run_that_failed_is_not_given_as_the_stage_s(project):
+    note = json.dumps({"seconds": 1.5, "status": "FAILED"})
+    (project / ".pipeline" / "runs" / "tokenize.json").write_text(note)
+    text = _report(project)
+    assert "pretrain  " in text
+    assert "tokenize" not in text
+
+
 def test_without_results_it_says_how_to_get_them(tmp_path):
     with pytest.raises(InputError, match="nothing to report yet; run `gpt-pipeline run`"):
         _report(tmp_path)
