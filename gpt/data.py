@@ -1,4 +1,4 @@
-"""Token files and the three datasets: windows over a text, labelled texts, instructions.
+"""Token files and the datasets: windows over a text, labelled texts, instructions.
 
 A dataset is a sequence of items that knows how to `collate` some of them into a `Batch`. Which
 items come at which step is a pure function (`batch_indices`), so a loop can start at any step.
@@ -31,11 +31,11 @@ class Batch:
     """What a model sees in one forward pass.
 
     Attributes:
-        inputs: token ids (B, T), int64.
+        inputs: token ids (B, T), int64; or the vectors of a frozen trunk, one row behind the
+            other, (N, C).
         targets: the next token at each place (B, T), `IGNORED` where none is learnt; or the
             class of each text (B,). int64.
-        lengths: the number of real tokens of each row (B,) where rows are padded and the model
-            has to know, else None.
+        lengths: the number of real tokens of each row (B,), int64; None where every row is full.
     """
 
     inputs: Tensor
@@ -47,6 +47,11 @@ class Batch:
         """How many targets a loss counts."""
         return int((self.targets != IGNORED).sum())
 
+    @property
+    def n_tokens(self) -> int:
+        """How many real tokens are in it."""
+        return self.inputs.numel() if self.lengths is None else int(self.lengths.sum())
+
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""
         lengths = None if self.lengths is None else self.lengths.to(device)
@@ -55,6 +60,11 @@ class Batch:
 
 class Dataset(Protocol):
     """Items by index, and how to stack some of them."""
+
+    @property
+    def lengths(self) -> np.ndarray | None:
+        """The tokens of each item; None where all have as many."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -68,6 +78,10 @@ class Dataset(Protocol):
 # --- the order of items ---------------------------------------------------------------------------
 
 
+_POOL = 32
+"""Batches of like length are made within so many batches' worth of items."""
+
+
 @functools.lru_cache(maxsize=2)  # a batch needs the order of its whole epoch
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     """A permutation of 0 … n - 1 that depends on the arguments only; read-only."""
@@ -76,7 +90,9 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     return order
 
 
-def batch_indices(n: int, batch_size: int, seed: int, index: int) -> list[int]:
+def batch_indices(
+    n: int, batch_size: int, seed: int, index: int, lengths: np.ndarray | None = None
+) -> list[int]:
     """The items of training batch `index` (from 0), a pure function of its arguments.
 
     Args:
@@ -85,10 +101,32 @@ def batch_indices(n: int, batch_size: int, seed: int, index: int) -> list[int]:
         seed: picks the permutation of every epoch.
         index: the batch, counted over all epochs. An epoch has n // batch_size; the items left
             over at its end are dropped.
+        lengths: the length of each item, (n,). With it the items of a batch are of like length,
+            so that little is padded: the epoch's permutation is cut into pools of `_POOL`
+            batches, each pool is sorted by length, and the batches are shuffled again.
     """
     epoch, within = divmod(index, n // batch_size)
-    chosen: list[int] = epoch_order(n, seed, epoch)[within * batch_size :][:batch_size].tolist()
+    if lengths is None:
+        order = epoch_order(n, seed, epoch)
+    else:
+        order = _order_by_length(tuple(lengths.tolist()), batch_size, seed, epoch)
+    chosen: list[int] = order[within * batch_size :][:batch_size].tolist()
     return chosen
+
+
+@functools.lru_cache(maxsize=2)
+def _order_by_length(
+    lengths: tuple[int, ...], batch_size: int, seed: int, epoch: int
+) -> np.ndarray:
+    n = len(lengths)
+    order = epoch_order(n, seed, epoch)[: n - n % batch_size]
+    pools = np.split(order, range(_POOL * batch_size, len(order), _POOL * batch_size))
+    of = np.asarray(lengths)
+    # longest first: what was drawn first stays first among equals
+    by_length = np.concatenate([pool[np.argsort(-of[pool], kind="stable")] for pool in pools])
+    batches = by_length.reshape(-1, batch_size)
+    shuffled = batches[np.random.default_rng([seed, epoch, 1]).permutation(len(batches))]
+    return shuffled.ravel()
 
 
 def take(dataset: Dataset, indices: Sequence[int]) -> Batch:
@@ -96,11 +134,19 @@ def take(dataset: Dataset, indices: Sequence[int]) -> Batch:
     return dataset.collate([dataset[index] for index in indices])
 
 
-def batches(dataset: Dataset, batch_size: int, *, drop_last: bool = False) -> Iterator[Batch]:
-    """All items in their own order, as evaluation reads them; the last batch may be smaller."""
+def batches(
+    dataset: Dataset, batch_size: int, *, drop_last: bool = False, by_length: bool = False
+) -> Iterator[Batch]:
+    """All items, as evaluation reads them; the last batch may be smaller.
+
+    In their own order; `by_length` from the longest to the shortest, which pads the least.
+    """
     end = len(dataset) - (len(dataset) % batch_size if drop_last else 0)
+    order = range(len(dataset))
+    if by_length and dataset.lengths is not None:
+        order = np.argsort(-dataset.lengths, kind="stable").tolist()
     for start in range(0, end, batch_size):
-        yield take(dataset, range(start, min(start + batch_size, end)))
+        yield take(dataset, order[start : min(start + batch_size, end)])
 
 
 def spread(dataset: Dataset, n: int) -> Dataset:
@@ -116,6 +162,8 @@ class _Part:
         self._dataset = dataset
         self._indices = indices
         self.collate = dataset.collate
+        every = dataset.lengths
+        self.lengths = None if every is None else every[indices]
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -240,6 +288,8 @@ class WindowDataset:
     A text that is not longer than one context has no windows: `len` is 0.
     """
 
+    lengths = None
+
     def __init__(self, tokens: TokenFile | Tensor, context_length: int, stride: int) -> None:
         self._tokens = tokens
         self._context_length = context_length
@@ -281,6 +331,7 @@ class ClassificationDataset:
         self._texts = [torch.tensor(list(ids[:max_length]) or [padding]) for ids in texts]
         self._labels = [int(label) for label in labels]
         self._padding = padding
+        self.lengths = np.array([len(ids) for ids in self._texts])
         if len(self._texts) != len(self._labels):
             raise ValueError(f"{len(self._texts)} texts but {len(self._labels)} labels")
 
@@ -298,6 +349,36 @@ class ClassificationDataset:
             _pad(texts, self._padding),
             torch.tensor(labels),
             torch.tensor([len(ids) for ids in texts]),
+        )
+
+
+class FeatureDataset:
+    """What a frozen trunk makes of the texts, with their classes.
+
+    Args:
+        features: the vectors of each text's real positions, (T_i, C) each.
+        labels: the class of each text.
+    """
+
+    def __init__(self, features: Sequence[Tensor], labels: Sequence[int]) -> None:
+        self._features = features
+        self._labels = labels
+        self.lengths = np.array([len(vectors) for vectors in features])
+
+    def __len__(self) -> int:
+        return len(self._features)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """The vectors (T_i, C) and the class of text `index`."""
+        return self._features[index], self._labels[index]
+
+    def collate(self, items: Sequence[tuple[Tensor, int]]) -> Batch:
+        """The vectors one text behind the other (N, C), classes (B,) and lengths (B,)."""
+        features, labels = zip(*items, strict=True)
+        return Batch(
+            torch.cat(features),
+            torch.tensor(labels),
+            torch.tensor([len(vectors) for vectors in features]),
         )
 
 
@@ -331,6 +412,7 @@ class InstructionDataset:
                 # The prompt's last token predicts the response's first: that one is learnt.
                 targets[: max(len(prompt) - 1, 0)] = IGNORED
             self._items.append((inputs[:max_length], targets[:max_length]))
+        self.lengths = np.array([len(inputs) for inputs, _ in self._items])
 
     def __len__(self) -> int:
         return len(self._items)
@@ -342,7 +424,8 @@ class InstructionDataset:
     def collate(self, items: Sequence[tuple[Tensor, Tensor]]) -> Batch:
         """Inputs (B, T) and targets (B, T), padded on the right; padding is never learnt."""
         inputs, targets = zip(*items, strict=True)
-        return Batch(_pad(inputs, self._end), _pad(targets, IGNORED))
+        lengths = torch.tensor([len(ids) for ids in inputs])
+        return Batch(_pad(inputs, self._end), _pad(targets, IGNORED), lengths)
 
 
 def _pad(rows: Sequence[Tensor], value: int) -> Tensor:

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gpt.data import IGNORED, Batch
-from gpt.model import GPT, GPTClassifier
+from gpt.loss import linear_cross_entropy
+from gpt.model import GPT, ClassifierTop, GPTClassifier
 
 
 def lm_loss_sum(model: GPT, batch: Batch) -> tuple[Tensor, int]:
@@ -28,11 +29,10 @@ def lm_loss_sum(model: GPT, batch: Batch) -> tuple[Tensor, int]:
         hidden, targets = hidden[counts], batch.targets[counts]  # (n, C), (n,)
     else:
         hidden, targets = hidden.flatten(0, 1), batch.targets.flatten()
-    logits = model.head(hidden).float()  # (n, V)
-    return F.cross_entropy(logits, targets, reduction="sum"), n_targets
+    return linear_cross_entropy(hidden, model.head_weight, targets), n_targets
 
 
-def class_loss_sum(model: GPTClassifier, batch: Batch) -> tuple[Tensor, int]:
+def class_loss_sum(model: GPTClassifier | ClassifierTop, batch: Batch) -> tuple[Tensor, int]:
     """The summed cross-entropy of the class, in nats, and the number of rows."""
     logits = model(batch.inputs, batch.lengths).float()  # (B, classes)
     return F.cross_entropy(logits, batch.targets, reduction="sum"), batch.n_targets
@@ -54,13 +54,19 @@ def mean_loss(
 
 
 @torch.no_grad()
-def classify(model: GPTClassifier, batches: Iterable[Batch]) -> Tensor:
-    """The probability of each class for every row of `batches`, (rows, classes) on the CPU."""
+def class_logits(model: GPTClassifier | ClassifierTop, batches: Iterable[Batch]) -> Tensor:
+    """The class logits of every row of `batches`, (rows, classes) in fp32 on the CPU."""
+    device = next(model.parameters()).device
     logits = []
     for batch in batches:
-        here = batch.to(model.device)
+        here = batch.to(device)
         logits.append(model(here.inputs, here.lengths).float().cpu())
-    return torch.cat(logits).softmax(dim=1)
+    return torch.cat(logits)
+
+
+def classify(model: GPTClassifier, batches: Iterable[Batch]) -> Tensor:
+    """The probability of each class for every row of `batches`, (rows, classes) on the CPU."""
+    return class_logits(model, batches).softmax(dim=1)
 
 
 def perplexity(loss: float) -> float:

@@ -1,7 +1,6 @@
 """The decoder-only transformer of GPT-2, with a language-model head or a classification head.
 
-Architecture: Radford et al. (2019); attention: Vaswani et al. (2017), computed by PyTorch's
-fused `scaled_dot_product_attention`. Parameters carry GPT-2's names (`wte`, `h.0.attn.c_attn`, …)
+Architecture: Radford et al. (2019). Parameters carry GPT-2's names (`wte`, `h.0.attn.c_attn`, …)
 in `nn.Linear` layout; GPT-2's transposed files are `gpt.weights`' concern alone.
 
 Shapes: B rows, T positions, C = n_embd channels, H heads of D = C / H channels, V = vocab_size.
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gpt.attention import causal_attention, heads
 from gpt.config import GPTConfig
 from gpt.errors import InputError
 
@@ -70,25 +70,63 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         """(B, T, C) to (B, T, C); `mask` is True where a query sees a key."""
-        B, T, C = x.shape
-        # (B, T, 3C) -> three of (B, H, T, D)
-        q, k, v = (
-            part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
-            for part in self.c_attn(x).split(C, dim=2)
-        )
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)
+        qkv = self.c_attn(x)  # (B, T, 3C)
+        dropout = self.dropout if self.training else 0.0
+        if mask is None and cache is None:
+            y = causal_attention(qkv, self.n_head, dropout)
+        else:
+            q, k, v = heads(qkv, 3, self.n_head)  # (B, H, T, D) each
+            if cache is not None:
+                k, v = cache.append(self.layer, k, v)
+            y = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                dropout_p=dropout,
+                # one query against a cache sees everything in it; more of them come with a mask
+                is_causal=mask is None and x.shape[1] > 1,
+            )
+            y = y.transpose(1, 2).flatten(2)  # heads side by side again
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
+
+    def last(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """What `forward` gives at each row's last position, and nothing else.
+
+        Args:
+            x: the rows one behind the other, without padding, (N, C).
+            lengths: of each, (B,) int64; N in all.
+
+        Returns:
+            (B, C).
+        """
+        C = x.shape[1]
+        weight, bias = self.c_attn.weight, self.c_attn.bias
+        ends = lengths.cumsum(0) - 1  # (B,)
+        q = F.linear(x[ends], weight[:C], None if bias is None else bias[:C])  # (B, C)
+        kv = F.linear(x, weight[C:], None if bias is None else bias[C:])  # (N, 2C)
+        k, v = heads(pad(kv, lengths), 2, self.n_head)  # (B, H, T, D) each
+        (query,) = heads(q[:, None], 1, self.n_head)  # (B, H, 1, D)
+        seen = torch.arange(k.shape[2], device=x.device) < lengths[:, None]  # (B, T)
         y = F.scaled_dot_product_attention(
-            q,
+            query,
             k,
             v,
-            attn_mask=mask,
+            attn_mask=seen[:, None, None],
             dropout_p=self.dropout if self.training else 0.0,
-            # one query against a cache sees everything in it; more of them come with a mask
-            is_causal=mask is None and T > 1,
         )
-        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
-        return F.dropout(self.c_proj(y), self.dropout, self.training)
+        return F.dropout(self.c_proj(y.flatten(1)), self.dropout, self.training)
+
+
+def pad(rows: Tensor, lengths: Tensor) -> Tensor:
+    """Rows one behind the other (N, C) as (B, T, C), T the longest, filled on the right with 0."""
+    return nn.utils.rnn.pad_sequence(list(torch.split(rows, lengths.tolist())), batch_first=True)
+
+
+def unpad(padded: Tensor, lengths: Tensor) -> Tensor:
+    """(B, T, C), padded on the right, as the real rows one behind the other (N, C)."""
+    real = torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]  # (B, T)
+    return padded[real]
 
 
 class MLP(nn.Module):
@@ -101,7 +139,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) to (B, T, C)."""
+        """(..., C) to (..., C)."""
         x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
         return F.dropout(x, self.dropout, self.training)
 
@@ -120,6 +158,14 @@ class Block(nn.Module):
         """(B, T, C) to (B, T, C)."""
         x = x + self.attn(self.ln_1(x), mask, cache)
         return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
+
+    def last(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """What `forward` gives at each row's last position: see `CausalSelfAttention.last`.
+
+        Every position's key and value are needed for that, but one query and one MLP a row.
+        """
+        y = x[lengths.cumsum(0) - 1] + self.attn.last(self.ln_1(x), lengths)  # (B, C)
+        return y + self.mlp(self.ln_2(y))  # type: ignore[no-any-return]
 
 
 class Decoder(nn.Module):
@@ -166,11 +212,7 @@ class Decoder(nn.Module):
         """
         T = idx.shape[1]
         past = cache.used if cache is not None else 0
-        if past + T > self.config.context_length:
-            raise InputError(
-                f"the text is {past + T} tokens long but the model's context holds "
-                f"{self.config.context_length}; shorten it or use a model with a longer context"
-            )
+        self.check_length(past + T)
         positions = torch.arange(past, past + T, device=idx.device)  # (T,)
         mask = None
         if padding is not None or (past and T > 1):
@@ -182,13 +224,29 @@ class Decoder(nn.Module):
             # padding sees itself: a row of no keys at all would be 0 / 0
             mask = visible | (seen == positions[:, None])
             positions = (positions - padding[:, None]).clamp(min=0)  # (B, T)
-        x = self.wte(idx) + self.wpe(positions)  # (B, T, C)
-        x = F.dropout(x, self.config.dropout, self.training)
+        x = self.embed(idx, positions)
         for block in self.h:
             x = block(x, mask, cache)
         if cache is not None:
             cache.used += T
         return self.ln_f(x)  # type: ignore[no-any-return]
+
+    def embed(self, idx: Tensor, positions: Tensor) -> Tensor:
+        """Token ids (B, T) at `positions`, (T,) or (B, T), as vectors (B, T, C)."""
+        x = self.wte(idx) + self.wpe(positions)
+        return F.dropout(x, self.config.dropout, self.training)
+
+    def check_length(self, length: int) -> None:
+        """Refuse more positions than the context holds.
+
+        Raises:
+            InputError: there are more.
+        """
+        if length > self.config.context_length:
+            raise InputError(
+                f"the text is {length} tokens long but the model's context holds "
+                f"{self.config.context_length}; shorten it or use a model with a longer context"
+            )
 
     def new_cache(self, batch: int, length: int | None = None) -> KVCache:
         """An empty cache for `batch` rows of up to `length` positions (default: the context)."""
@@ -222,10 +280,14 @@ class GPT(Decoder):
         )
         self._init_weights()
 
+    @property
+    def head_weight(self) -> Tensor:
+        """The head's matrix, (V, C)."""
+        return self.wte.weight if self.lm_head is None else self.lm_head.weight
+
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., C) to logits over the next token (..., V)."""
-        weight = self.wte.weight if self.lm_head is None else self.lm_head.weight
-        return F.linear(hidden, weight)
+        return F.linear(hidden, self.head_weight)
 
     def forward(
         self, idx: Tensor, *, cache: KVCache | None = None, padding: Tensor | None = None
@@ -253,9 +315,61 @@ class GPTClassifier(Decoder):
         Returns:
             (B, number of classes).
         """
-        hidden = self.hidden(idx)  # (B, T, C)
         if lengths is None:
-            last = hidden[:, -1]  # (B, C)
-        else:
-            last = hidden[torch.arange(idx.shape[0], device=idx.device), lengths - 1]  # (B, C)
-        return self.score(last)  # type: ignore[no-any-return]
+            lengths = torch.full((len(idx),), idx.shape[1], device=idx.device)
+        depth = len(self.h) - 1
+        return self.top(depth)(self.trunk(idx, lengths, depth), lengths)  # type: ignore[no-any-return]
+
+    def trunk(self, idx: Tensor, lengths: Tensor, depth: int) -> Tensor:
+        """What the first `depth` blocks make of the rows: what `top(depth)` goes on from.
+
+        Args:
+            idx: token ids, (B, T) int64, padded on the right with anything.
+            lengths: real tokens in each row, (B,) int64.
+            depth: 0 … n_layer.
+
+        Returns:
+            The vectors of the real positions, one row behind the other: (N, C). Behind the last
+            block only each row's last position has a use: (B, C).
+
+        Raises:
+            InputError: more positions than the context holds.
+        """
+        T = idx.shape[1]
+        self.check_length(T)
+        x = self.embed(idx, torch.arange(T, device=idx.device))  # (B, T, C)
+        within = min(depth, len(self.h) - 1)
+        for block in self.h[:within]:
+            x = block(x, None, None)  # causal: no real position sees the padding on its right
+        x = unpad(x, lengths)  # (N, C)
+        return x if within == depth else self.h[-1].last(x, lengths)  # type: ignore[operator]
+
+    def top(self, depth: int) -> ClassifierTop:
+        """What comes after the first `depth` blocks, its parameters shared with this model."""
+        return ClassifierTop(self, depth)
+
+
+class ClassifierTop(nn.Module):
+    """The end of a `GPTClassifier`: its blocks from `depth` on, the final norm and the head.
+
+    Where everything before is frozen, `trunk` need be computed only once for each text, and only
+    this is trained.
+    """
+
+    def __init__(self, model: GPTClassifier, depth: int) -> None:
+        super().__init__()
+        self.h = model.h[depth:]
+        self.ln_f = model.ln_f
+        self.score = model.score
+
+    def forward(self, features: Tensor, lengths: Tensor) -> Tensor:
+        """Class logits (B, classes) from what `GPTClassifier.trunk` returned for these lengths."""
+        x = features
+        if len(self.h) > 1:
+            x = pad(x, lengths)  # (B, T, C)
+            for block in self.h[:-1]:
+                x = block(x, None, None)
+            x = unpad(x, lengths)  # (N, C)
+        if len(self.h) > 0:
+            x = self.h[-1].last(x, lengths)  # type: ignore[operator]
+        return self.score(self.ln_f(x))  # type: ignore[no-any-return]

@@ -15,7 +15,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -58,6 +58,9 @@ class TrainParams:
     """Rows in one pass through the model."""
     accumulation: Annotated[int, Field(gt=0)] = 1
     """Passes to one optimizer step: the step sees batch_size x accumulation rows."""
+    group_by_length: bool = False
+    """Make batches of rows of like length, so that little of them is padding. Not for texts whose
+    length tells their class."""
     steps: Annotated[int, Field(gt=0)] | None = None
     epochs: Annotated[int, Field(gt=0)] | None = None
     learning_rate: Annotated[float, Field(gt=0)] = 5e-4
@@ -151,6 +154,48 @@ def make_optimizer(model: nn.Module, params: TrainParams) -> torch.optim.AdamW:
     )
 
 
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[Batch],
+    loss: LossSum,
+    params: TrainParams,
+) -> Tensor:
+    """One optimizer step on the mean loss over all targets of `batches`.
+
+    Many small batches give the step of one big one. Nothing here waits for the device.
+
+    Args:
+        model: in training mode; its gradients are None before and after.
+        optimizer: over what of it is trained, its learning rate set.
+        batches: the passes of the step, on the CPU.
+        loss: the summed loss of a batch and its number of targets.
+        params: precision and clipping.
+
+    Returns:
+        The mean loss in nats and the norm of its gradient before clipping, (2,) in fp32.
+    """
+    device = next(model.parameters()).device
+    targets = max(1, sum(batch.n_targets for batch in batches))
+    total = torch.zeros((), device=device)
+    # one context for all passes: within it a weight is cast only once
+    with autocast(device, params.precision):
+        for batch in batches:
+            summed, _ = loss(model, batch.to(device))
+            mean = summed / targets
+            with torch.autocast(device.type, enabled=False):
+                mean.backward()  # type: ignore[no-untyped-call]
+            total += mean.detach()
+    trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+    if params.grad_clip and (device.type != "cpu" or norm > params.grad_clip):
+        # on a CPU it costs nothing to look first, and a pass over all gradients not to
+        nn.utils.clip_grads_with_norm_(trained, params.grad_clip, norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return torch.stack((total, norm))
+
+
 def fit(
     model: nn.Module,
     *,
@@ -169,10 +214,9 @@ def fit(
         model: on its device; parameters that do not require gradients are left alone.
         params: the recipe.
         train: the rows, gone through in a new order each epoch (`gpt.data.batch_indices`).
-        loss: the summed loss of a batch and its number of targets. The gradient is that of the
-            mean over all targets of a whole accumulation group, so that many small batches
-            give the step of one big one.
-        validate: measures the model as it is; must return at least `validation_loss`, in nats.
+        loss: the summed loss of a batch and its number of targets.
+        validate: measures the model as it is, in the precision of the training; must return at
+            least `validation_loss`, in nats.
         sample: a sample of what the model writes, taken at each evaluation.
         task: the name that progress is shown under.
         state: a folder for the loop's state. What is found there is continued from; it is
@@ -184,13 +228,12 @@ def fit(
         RunError: a loss or gradient that is not finite.
         Interrupted: SIGINT or SIGTERM came; the step was finished and the state saved.
     """
-    device = next(model.parameters()).device
     if len(train) == 0:
         raise InputError(f"{task}: there are no training rows; add data")
     rows_per_step = min(params.batch_size * params.accumulation, len(train))
     total = params.steps or (params.epochs or 0) * (len(train) // rows_per_step)
     optimizer = make_optimizer(model, params)
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    lengths = train.lengths if params.group_by_length else None
     loop = _LoopState()
     saved = load_state(state, log) if state is not None else None
     if saved is not None:
@@ -201,8 +244,16 @@ def fit(
         if state is not None:
             save_state(state, loop.step, loop.as_saved(model, optimizer))
 
+    def batches_of(step: int) -> list[Batch]:
+        rows = batch_indices(len(train), rows_per_step, params.seed, step, lengths)
+        return [
+            take(train, rows[start : start + params.batch_size])
+            for start in range(0, len(rows), params.batch_size)
+        ]
+
     last_save = time.monotonic()
     model.train()
+    upcoming = batches_of(loop.step)
     with _deferred_signals() as interrupted:
         while loop.step < total:
             started = time.perf_counter()
@@ -210,28 +261,15 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             torch.manual_seed(_step_seed(params.seed, loop.step))
-            rows = batch_indices(len(train), rows_per_step, params.seed, loop.step)
-            batches = [
-                take(train, rows[start : start + params.batch_size]).to(device)
-                for start in range(0, len(rows), params.batch_size)
-            ]
-            targets = sum(batch.n_targets for batch in batches)
-            step_loss = 0.0
-            for batch in batches:
-                with autocast(device, params.precision):
-                    summed, _ = loss(model, batch)
-                mean = summed / max(1, targets)
-                mean.backward()  # type: ignore[no-untyped-call]
-                step_loss += mean.item()
-            norm = nn.utils.clip_grad_norm_(trainable, params.grad_clip or math.inf).item()
+            measured = train_step(model, optimizer, upcoming, loss, params)
+            tokens = sum(batch.n_tokens for batch in upcoming)
+            upcoming = batches_of(loop.step + 1)  # while the device may still be at work
+            step_loss, norm = measured.tolist()
             if not (math.isfinite(step_loss) and math.isfinite(norm)):
                 raise RunError(
                     f"{task}: the loss is {step_loss} and the gradient norm {norm} at step "
                     f"{loop.step}; lower the learning rate or raise warmup_steps"
                 )
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            tokens = sum(batch.inputs.numel() for batch in batches)
             loop.step += 1
             loop.tokens += tokens
             loop.losses.append(step_loss)
@@ -306,7 +344,7 @@ def _evaluate(
     log: Log,
 ) -> None:
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), autocast(next(model.parameters()).device, params.precision):
         measured = dict(validate())
     loop.history.append(
         {

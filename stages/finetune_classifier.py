@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import pandas as pd
 import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
+from torch import Tensor
+from torch.nn import functional as F
 
-from gpt.data import ClassificationDataset, batches
-from gpt.device import prepare
+from gpt.data import ClassificationDataset, Dataset, FeatureDataset, batches, take
+from gpt.device import autocast, prepare
 from gpt.errors import InputError
-from gpt.events import Log, Message, discard
+from gpt.events import Log, Message, Progress, discard
 from gpt.files import write_json
-from gpt.metrics import class_loss_sum, classify, mean_loss
-from gpt.model import GPTClassifier
+from gpt.metrics import class_logits, class_loss_sum
+from gpt.model import ClassifierTop, GPTClassifier
 from gpt.text import Balance, Split, read_messages, split_messages
 from gpt.train import TrainParams, fit
 from gpt.weights import load_base, save_model
+
+_KEPT_BYTES = 2 << 30
+"""What a frozen trunk makes of the texts is kept up to this size, else made anew at each step."""
+_TOKENS_AT_ONCE = 4096
+_ROWS_AT_ONCE = 16
+"""Rows that are scored together; it changes no score."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid"))
@@ -64,6 +74,10 @@ def finetune_classifier(
     Returns:
         The final figures.
 
+    What comes before the trained part never changes, and neither does what it makes of a text: so
+    it is computed once for each text, without padding and without dropout, and only the rest is
+    gone through at each step.
+
     Raises:
         InputError: the messages cannot be used, or `max_length` is above the base's context.
         RunError: the loss is no longer finite.
@@ -97,7 +111,7 @@ def finetune_classifier(
             max_length=max_length,
         )
 
-    data = {name: dataset(parts[name]) for name in ("train", "validation")}
+    texts = {name: dataset(parts[name]) for name in ("train", "validation")}
     torch.manual_seed(train.seed)
     model = GPTClassifier(config, labels)
     model.load_state_dict(
@@ -106,26 +120,34 @@ def finetune_classifier(
     )
     del trunk
     model.to(device)
-    freeze(model, params.trainable)
+    depth = freeze(model, params.trainable)
     log(
         Message(
-            f"finetune_classifier: {len(data['train'])} training messages of up to {max_length} "
+            f"finetune_classifier: {len(texts['train'])} training messages of up to {max_length} "
             f"tokens, {sum(p.numel() for p in model.parameters() if p.requires_grad):,} of "
             f"{model.n_params:,} parameters trained"
         )
     )
+    trained: GPTClassifier | ClassifierTop = model
+    data: dict[str, Dataset] = dict(texts)
+    tokens = sum(int(each.lengths.sum()) for each in texts.values())
+    if depth and tokens * config.n_embd * 4 <= _KEPT_BYTES:
+        trained = model.top(depth)
+        with autocast(device, train.precision):
+            data = trunk_features(model, texts, depth, log)
 
     def scores(part: str) -> dict[str, float]:
-        rows = list(batches(data[part], train.batch_size))
-        probabilities = classify(model, rows)  # (n, classes)
+        rows = list(batches(data[part], _ROWS_AT_ONCE))
         actual = torch.cat([batch.targets for batch in rows])  # (n,)
+        with autocast(device, train.precision):
+            logits = class_logits(trained, rows)  # (n, classes)
         return {
-            f"{part}_loss": mean_loss(model, rows, class_loss_sum),
-            f"{part}_accuracy": (probabilities.argmax(1) == actual).float().mean().item(),
+            f"{part}_loss": F.cross_entropy(logits, actual).item(),
+            f"{part}_accuracy": (logits.argmax(1) == actual).float().mean().item(),
         }
 
     result = fit(
-        model,
+        trained,
         params=train,
         train=data["train"],
         loss=class_loss_sum,
@@ -134,6 +156,7 @@ def finetune_classifier(
         state=state,
         log=log,
     )
+    model.eval()
     final = {
         **scores("train"),
         **scores("validation"),
@@ -155,10 +178,62 @@ def finetune_classifier(
     return final
 
 
-def freeze(model: GPTClassifier, trainable: Literal["all", "last_block", "head"]) -> None:
-    """Let only the named part of the model be trained."""
+def freeze(model: GPTClassifier, trainable: Literal["all", "last_block", "head"]) -> int:
+    """Let only the named part of the model be trained; return how many blocks come before it."""
     model.requires_grad_(trainable == "all")
     model.score.requires_grad_(True)
     if trainable == "last_block":
         model.h[-1].requires_grad_(True)
         model.ln_f.requires_grad_(True)
+    return {"all": 0, "last_block": len(model.h) - 1, "head": len(model.h)}[trainable]
+
+
+@torch.no_grad()
+def trunk_features(
+    model: GPTClassifier, texts: Mapping[str, ClassificationDataset], depth: int, log: Log
+) -> dict[str, Dataset]:
+    """What the first `depth` blocks make of every text; see `GPTClassifier.trunk`.
+
+    Args:
+        model: on its device, in any mode; left in evaluation mode.
+        texts: by part.
+        depth: blocks that are not trained.
+        log: hears the progress, in texts.
+
+    Returns:
+        The same parts with vectors in place of ids, on the CPU; in bf16 under its autocast.
+    """
+    model.eval()
+    result: dict[str, Dataset] = {}
+    done, total = 0, sum(map(len, texts.values()))
+    for name, dataset in texts.items():
+        features: list[Tensor] = [torch.empty(0)] * len(dataset)
+        labels = [0] * len(dataset)
+        for indices in _of_like_length(dataset.lengths):
+            batch = take(dataset, indices)
+            here = batch.to(model.device)
+            assert here.lengths is not None
+            vectors = model.trunk(here.inputs, here.lengths, depth)
+            if torch.is_autocast_enabled(model.device.type):
+                vectors = vectors.to(torch.get_autocast_dtype(model.device.type))
+            # behind the last block each text has one vector
+            lengths = here.lengths if depth < len(model.h) else torch.ones_like(here.lengths)
+            split = torch.split(vectors.cpu(), lengths.tolist())
+            for index, own, label in zip(indices, split, batch.targets.tolist(), strict=True):
+                features[index], labels[index] = own.clone(), label
+            done += len(indices)
+            log(Progress("finetune_classifier: frozen blocks", done, total, "text"))
+        result[name] = FeatureDataset(features, labels)
+    return result
+
+
+def _of_like_length(lengths: np.ndarray) -> Iterator[list[int]]:
+    """Indices sorted by length, in groups of about `_TOKENS_AT_ONCE` tokens."""
+    group: list[int] = []
+    for index in np.argsort(-lengths, kind="stable").tolist():
+        group.append(index)
+        if len(group) * lengths[group[0]] >= _TOKENS_AT_ONCE:
+            yield group
+            group = []
+    if group:
+        yield group

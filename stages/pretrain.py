@@ -12,11 +12,11 @@ from pydantic.dataclasses import dataclass
 
 from gpt.config import Architecture, GPTConfig
 from gpt.data import WindowDataset, batches, open_tokens, read_manifest, spread
-from gpt.device import prepare
+from gpt.device import autocast, prepare
 from gpt.errors import InputError
 from gpt.events import Log, discard
 from gpt.files import write_json
-from gpt.generate import complete
+from gpt.generate import Sampling, complete
 from gpt.metrics import bits_per_byte, lm_loss_sum, mean_loss, perplexity
 from gpt.model import GPT
 from gpt.tokenizer import load_tokenizer
@@ -89,7 +89,9 @@ def pretrain(
     prompt = tokenizer.encode(params.sample_prompt)
 
     def sample() -> str:
-        added = complete(model, [prompt], params.sample_tokens, stop=tokenizer.eot)[0]
+        sampling = Sampling(max_new_tokens=params.sample_tokens, stop=(tokenizer.eot,))
+        # the plain engine: the same text whether or not there is a compiler
+        added = complete(model, [prompt], sampling, engine="plain")[0]
         return tokenizer.decode(prompt + added)
 
     result = fit(
@@ -103,7 +105,8 @@ def pretrain(
         state=state,
         log=log,
     )
-    loss = mean_loss(model, batches(windows, train.batch_size))
+    with autocast(device, train.precision):
+        loss = mean_loss(model, batches(windows, train.batch_size))
     validation = manifest.splits["validation"].total
     final = {
         "validation_loss": loss,

@@ -77,6 +77,36 @@ def test_the_order_is_a_pure_function_of_size_seed_and_epoch():
     assert epoch_order(100, 8, 3).tolist() != first
 
 
+def _padding(lengths, batches):
+    padded = sum(max(lengths[i] for i in rows) * len(rows) for rows in batches)
+    return padded / sum(lengths[i] for rows in batches for i in rows) - 1
+
+
+def test_batches_of_like_length_hold_each_item_once_an_epoch_and_little_padding():
+    lengths = np.random.default_rng(0).geometric(1 / 40, size=1000)
+    size, per_epoch = 8, 125
+
+    def epoch(number, **options):
+        first = number * per_epoch
+        return [batch_indices(1000, size, 5, b, **options) for b in range(first, first + per_epoch)]
+
+    like = epoch(0, lengths=lengths)
+    assert sorted(i for rows in like for i in rows) == list(range(1000))
+    assert like != epoch(1, lengths=lengths)
+    assert like == epoch(0, lengths=lengths)
+    assert _padding(lengths, like) < 0.1 < 1 < _padding(lengths, epoch(0))
+    # long and short batches come in no order
+    means = [float(lengths[rows].mean()) for rows in like]
+    assert abs(np.corrcoef(means, range(per_epoch))[0, 1]) < 0.3
+
+
+def test_what_is_left_over_at_an_epochs_end_is_dropped_by_length_too():
+    lengths = np.arange(30)
+    seen = [i for b in range(3) for i in batch_indices(30, 8, 1, b, lengths)]
+    assert len(set(seen)) == 24
+    assert sorted(seen) == sorted(epoch_order(30, 1, 0)[:24].tolist())
+
+
 def test_evaluation_reads_everything_in_order():
     windows = WindowDataset(torch.arange(22), context_length=3, stride=3)
     read = [batch.inputs for batch in batches(windows, 4)]

@@ -1,12 +1,16 @@
 """The model gives what the reference implementation gives."""
 
+import random
+
 import pytest
 import torch
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
 from gpt.config import GPT2_SIZES, GPTConfig
+from gpt.data import Batch
 from gpt.errors import InputError
+from gpt.metrics import lm_loss_sum
 from gpt.model import GPT, GPTClassifier
 
 SHAPES = [
@@ -42,42 +46,146 @@ def _reference(model: GPT | GPTClassifier, **extra: object) -> torch.nn.Module:
     return reference.eval()
 
 
-@pytest.mark.parametrize("config", SHAPES, ids=str)
-def test_logits_loss_and_every_gradient_equal_the_reference(config):
-    torch.manual_seed(1)
+def _random_config(seed: int) -> GPTConfig:
+    draw = random.Random(seed)
+    n_head = draw.choice([1, 2, 3, 4, 6])
+    return GPTConfig(
+        vocab_size=draw.randrange(5, 400),
+        # past the attention's block of 128 rows, at times
+        context_length=draw.choice([draw.randrange(1, 40), draw.randrange(129, 300)]),
+        n_layer=draw.randrange(1, 4),
+        n_head=n_head,
+        n_embd=n_head * draw.choice([1, 3, 8, 16]),
+        tie_weights=draw.random() < 0.7,
+    )
+
+
+def _reference_name_and_value(name: str, value: torch.Tensor) -> tuple[str, torch.Tensor]:
+    """A tensor of the reference under our name and in our layout."""
+    matrix = name.split(".")[-2] in ("c_attn", "c_proj", "c_fc") and value.dim() == 2
+    return name.removeprefix("transformer."), value.t() if matrix else value
+
+
+def _adamw_in_the_middle_of_a_run(model: torch.nn.Module) -> torch.optim.AdamW:
+    """AdamW with moments as after 100 steps, equal for equal gradients.
+
+    Its first step of all is lr x sign(gradient), also where a gradient is nothing but rounding.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+    for parameter in model.parameters():
+        mean_square = parameter.grad.square().mean().item()
+        optimizer.state[parameter] = {
+            "step": torch.tensor(100.0),
+            "exp_avg": torch.full_like(parameter, mean_square**0.5 / 2),
+            "exp_avg_sq": torch.full_like(parameter, mean_square + 1e-16),
+        }
+    return optimizer
+
+
+def _assert_a_step_equals_the_reference(config: GPTConfig, rows: int, length: int) -> None:
+    """Logits, loss, every gradient, and the weights after a step of AdamW."""
     model = GPT(config)
     reference = _reference(model)
-    idx = torch.randint(0, config.vocab_size, (3, config.context_length))
-    logits, theirs = model(idx), reference(idx).logits
-    assert torch.allclose(logits, theirs, atol=1e-4)
-
-    def loss(values: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(values[:, :-1].flatten(0, 1), idx[:, 1:].flatten())
-
-    assert abs(loss(logits).item() - loss(theirs).item()) < 1e-5
-    loss(logits).backward()
-    loss(theirs).backward()
-    gradients = {name: p.grad for name, p in model.named_parameters()}
+    idx = torch.randint(0, config.vocab_size, (rows, length))
+    targets = torch.randint(0, config.vocab_size, (rows, length))
+    logits = reference(idx).logits
+    with torch.no_grad():
+        assert torch.allclose(model(idx), logits, atol=1e-4)
+    summed, n = lm_loss_sum(model, Batch(idx, targets))
+    loss = summed / n
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    assert abs(loss.item() - expected.item()) < 1e-5
+    loss.backward()
+    expected.backward()
+    ours = dict(model.named_parameters())
     for name, parameter in reference.named_parameters():
-        ours = gradients[name.removeprefix("transformer.")]
-        theirs_grad = parameter.grad.t() if ours.shape != parameter.grad.shape else parameter.grad
-        if ours.dim() == 2 and name.split(".")[-2] in ("c_attn", "c_proj", "c_fc"):
-            theirs_grad = parameter.grad.t()
-        scale = theirs_grad.abs().max().item() or 1.0
-        assert (ours - theirs_grad).abs().max().item() <= 1e-4 * scale, name
+        name, theirs = _reference_name_and_value(name, parameter.grad)
+        # a gradient that is nothing but rounding has no relative error
+        scale = max(theirs.abs().max().item(), 1e-6)
+        assert (ours[name].grad - theirs).abs().max().item() <= 1e-4 * scale, name
+    _adamw_in_the_middle_of_a_run(model).step()
+    _adamw_in_the_middle_of_a_run(reference).step()
+    for name, parameter in reference.named_parameters():
+        name, theirs = _reference_name_and_value(name, parameter)
+        assert torch.allclose(ours[name], theirs, rtol=0, atol=1e-5), name
 
 
-def test_classifier_logits_equal_the_reference_on_right_padded_rows():
-    torch.manual_seed(2)
-    config = SHAPES[1]
+@pytest.mark.parametrize("seed", range(12))
+def test_logits_loss_gradients_and_a_step_equal_the_reference(seed):
+    torch.manual_seed(seed)
+    config = _random_config(seed)
+    _assert_a_step_equals_the_reference(config, 3, config.context_length)
+
+
+def test_at_124m_logits_loss_gradients_and_a_step_equal_the_reference():
+    torch.manual_seed(0)
+    _assert_a_step_equals_the_reference(GPT2_SIZES["124M"], 2, 140)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_classifier_logits_equal_the_reference_on_right_padded_rows(seed):
+    torch.manual_seed(seed)
+    config = _random_config(seed)
     model = GPTClassifier(config, ["a", "b", "c"]).eval()
     padding = config.vocab_size - 1
     reference = _reference(model, num_labels=3, pad_token_id=padding)
-    lengths = torch.tensor([20, 7, 1])
-    idx = torch.randint(0, padding, (3, 20))
+    longest = config.context_length
+    lengths = torch.tensor([longest, 1, *torch.randint(1, longest + 1, (3,)).tolist()])
+    idx = torch.randint(0, padding, (5, longest))
     for row, length in zip(idx, lengths, strict=True):
         row[length:] = padding
     assert torch.allclose(model(idx, lengths), reference(idx).logits, atol=1e-4)
+
+
+def test_at_124m_the_classifier_equals_the_reference():
+    torch.manual_seed(0)
+    model = GPTClassifier(GPT2_SIZES["124M"], ["ham", "spam"]).eval()
+    reference = _reference(model, num_labels=2, pad_token_id=50256)
+    lengths = torch.tensor([60, 11, 1])
+    idx = torch.randint(0, 50256, (3, 60))
+    for row, length in zip(idx, lengths, strict=True):
+        row[length:] = 50256
+    with torch.no_grad():
+        assert torch.allclose(model(idx, lengths), reference(idx).logits, atol=1e-4)
+
+
+def _padded(config: GPTConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    lengths = torch.tensor([9, 20, 1, 14])
+    return torch.randint(0, config.vocab_size, (4, 20)), lengths
+
+
+@pytest.mark.parametrize("depth", range(4))
+def test_trunk_and_top_are_the_whole_classifier_wherever_it_is_cut(depth):
+    """Its logits, and the gradients of what is above the cut."""
+    torch.manual_seed(7)
+    model = GPTClassifier(SHAPES[1], ["a", "b", "c"])
+    idx, lengths = _padded(SHAPES[1])
+    whole = model(idx, lengths)
+    top = model.top(depth)
+    ids_of_top = {id(parameter) for parameter in top.parameters()}
+    above = [name for name, parameter in model.named_parameters() if id(parameter) in ids_of_top]
+    parameters = [dict(model.named_parameters())[name] for name in above]
+    expected = torch.autograd.grad(whole.square().sum(), parameters)
+    with torch.no_grad():
+        features = model.trunk(idx, lengths, depth)
+    assert len(features) == (4 if depth == 3 else lengths.sum())
+    here = top(features, lengths if depth < 3 else torch.ones(4, dtype=torch.int64))
+    assert torch.allclose(here, whole, atol=1e-5)
+    for name, ours, theirs in zip(
+        above, torch.autograd.grad(here.square().sum(), parameters), expected, strict=True
+    ):
+        assert torch.allclose(ours, theirs, atol=1e-4), name
+
+
+def test_the_last_position_alone_is_what_the_whole_block_gives_there():
+    torch.manual_seed(8)
+    model = GPTClassifier(SHAPES[1], ["a", "b"])
+    block = model.h[0]
+    x = torch.randn(4, 20, 48)
+    _, lengths = _padded(SHAPES[1])
+    whole = block(x, None, None)[torch.arange(4), lengths - 1]
+    real = torch.cat([row[:n] for row, n in zip(x, lengths.tolist(), strict=True)])
+    assert torch.allclose(block.last(real, lengths), whole, atol=1e-5)
 
 
 def test_padding_on_the_right_changes_no_class():

@@ -15,7 +15,14 @@ from gpt.data import IGNORED, Batch, InstructionDataset, WindowDataset
 from gpt.errors import InputError, RunError
 from gpt.events import Message, Metrics, Text
 from gpt.metrics import lm_loss_sum, mean_loss
-from gpt.train import Interrupted, TrainParams, fit, learning_rate_at, make_optimizer
+from gpt.train import (
+    Interrupted,
+    TrainParams,
+    fit,
+    learning_rate_at,
+    make_optimizer,
+    train_step,
+)
 
 # A key's bias has no gradient but rounding, which Adam would blow up to a full step at its usual
 # eps: where two ways of computing are compared, it is kept from doing so.
@@ -110,6 +117,45 @@ def test_many_small_batches_give_the_steps_of_one_big_one(make_model):
     _fit(small, TrainParams(batch_size=8, accumulation=4, **common), data)
     for name, value in big.state_dict().items():
         assert (small.state_dict()[name] - value).abs().max() < 1e-6, name
+
+
+def test_a_weight_is_cast_once_a_step_however_many_passes_it_has(make_model):
+    casts = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            to = (kwargs or {}).get("dtype")
+            if func is torch.ops.aten._to_copy.default and to is torch.bfloat16:
+                casts.append(id(args[0]))
+            return func(*args, **(kwargs or {}))
+
+    model = make_model().train()
+    params = TrainParams(steps=1, precision="bf16")
+    data = WindowDataset(_tokens(), 16, 16)
+    passes = [data.collate([data[2 * i], data[2 * i + 1]]) for i in range(3)]
+    with Watch():
+        train_step(model, make_optimizer(model, params), passes, lm_loss_sum, params)
+    of_blocks = {id(p) for p in model.h.parameters() if p.dim() == 2}
+    assert len(of_blocks) == 8
+    assert {casts.count(weight) for weight in of_blocks} == {1}
+
+
+def test_in_half_precision_many_passes_give_the_step_of_one(make_model):
+    params = TrainParams(steps=1, precision="bf16", learning_rate=1e-3, eps=EPS)
+    data = WindowDataset(_tokens(), 16, 16)
+    items = [data[i] for i in range(8)]
+    measured, weights = [], []
+    for size in (8, 2):
+        model = make_model().train()
+        passes = [data.collate(items[start : start + size]) for start in range(0, 8, size)]
+        optimizer = make_optimizer(model, params)
+        measured.append(train_step(model, optimizer, passes, lm_loss_sum, params))
+        assert all(p.grad is None for p in model.parameters())
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.allclose(*measured, rtol=1e-2)
+    start = torch.cat([p.detach().flatten() for p in make_model().parameters()])
+    moved = (weights[0] - start).norm()
+    assert (weights[0] - weights[1]).norm() < 0.1 * moved
 
 
 def test_the_run_ends_with_the_weights_that_validate_best(make_model):

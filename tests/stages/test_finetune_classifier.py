@@ -10,7 +10,8 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from gpt.events import Message
+from gpt.events import Message, Progress
+from gpt.model import GPTClassifier
 from gpt.text import Split, read_messages, split_messages
 from gpt.tokenizer import byte_tokenizer, load_tokenizer
 from gpt.weights import load_model
@@ -108,6 +109,42 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     run(tmp_path / "s", params(), base, messages, state=state, log=heard.append)
     assert Message("finetune_classifier: continuing from step 6 of 6") in heard
     assert everything(tmp_path / "s") == everything(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("trainable", ["last_block", "head"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_frozen_trunk_computed_once_trains_what_one_computed_at_each_step_does(
+    tmp_path, monkeypatch, make_base, messages, trainable, precision
+):
+    base = make_base(n_layer=3)
+    learn = params(trainable=trainable, train={"precision": precision, "eps": 1e-5})
+    figures = run(tmp_path / "once", learn, base, messages)
+    monkeypatch.setattr("stages.finetune_classifier._KEPT_BYTES", 0)
+    expected = run(tmp_path / "each", learn, base, messages)
+    tolerance = 1e-5 if precision == "fp32" else 2e-2
+    assert figures == pytest.approx(expected, rel=tolerance, abs=tolerance)
+    weights = load_file(tmp_path / "once/model/model.safetensors")
+    for name, theirs in load_file(tmp_path / "each/model/model.safetensors").items():
+        assert torch.allclose(weights[name], theirs, atol=tolerance), name
+
+
+def test_each_text_goes_through_a_frozen_trunk_once(tmp_path, monkeypatch, base, messages):
+    """However many epochs and evaluations there are; and the progress says so."""
+    seen = []
+    plain = GPTClassifier.trunk
+
+    def watch(model, idx, lengths, depth):
+        seen.append(len(idx))
+        return plain(model, idx, lengths, depth)
+
+    monkeypatch.setattr(GPTClassifier, "trunk", watch)
+    heard = []
+    learn = params(trainable="last_block", train={"steps": None, "epochs": 5, "eval_interval": 3})
+    figures = run(tmp_path, learn, base, messages, log=heard.append)
+    n_texts = figures["rows_train"] + figures["rows_validation"]
+    assert sum(seen) == n_texts
+    progress = [e for e in heard if isinstance(e, Progress) and e.unit == "text"]
+    assert progress[-1].done == progress[-1].total == n_texts
 
 
 @pytest.mark.parametrize("trainable", ["all", "last_block", "head"])

@@ -1,0 +1,65 @@
+"""Attention in blocks is attention: its values, its gradients, its dropout."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from gpt import attention
+from gpt.attention import BlockedAttention, causal_attention, heads
+
+
+def _plain(qkv: torch.Tensor, n_head: int) -> torch.Tensor:
+    q, k, v = heads(qkv, 3, n_head)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("length", [1, 5, 127, 128, 129, 300])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)], ids=str
+)
+def test_values_and_gradients_are_those_of_the_fused_kernel(length, dtype, tolerance):
+    torch.manual_seed(0)
+    qkv = torch.randn(2, length, 3 * 24, dtype=dtype, requires_grad=True)
+    up = torch.randn(2, length, 24, dtype=dtype)
+    ours, theirs = causal_attention(qkv, 3), _plain(qkv, 3)
+    assert ours.grad_fn.name().startswith("BlockedAttention")
+    assert torch.allclose(ours, theirs, atol=tolerance)
+    (our_gradient,) = torch.autograd.grad(ours, qkv, up)
+    (their_gradient,) = torch.autograd.grad(theirs, qkv, up)
+    assert torch.allclose(our_gradient, their_gradient, atol=3 * tolerance)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_the_gradient_is_that_of_the_function(monkeypatch, dropout):
+    """By finite differences, in several blocks and with the same dropout at every call."""
+    monkeypatch.setattr(attention, "BLOCK", 3)
+    torch.manual_seed(1)
+    qkv = torch.randn(2, 8, 12, dtype=torch.float64, requires_grad=True)
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(5)
+        return BlockedAttention.apply(x, 2, dropout)
+
+    assert torch.autograd.gradcheck(function, qkv)
+
+
+def test_dropout_drops_that_share_and_keeps_the_mean():
+    torch.manual_seed(2)
+    qkv = torch.randn(4, 64, 3 * 16, requires_grad=True)
+    plain = causal_attention(qkv, 2).detach()
+    dropped = torch.stack([causal_attention(qkv, 2, 0.3).detach() for _ in range(300)])
+    assert not torch.allclose(dropped[0], dropped[1])
+    assert (dropped.mean(0) - plain).abs().mean() < 0.03
+    # the first position sees one key: kept and scaled, or dropped
+    shares = (dropped[:, :, 0] == 0).float().mean()
+    assert abs(shares.item() - 0.3) < 0.03
+
+
+def test_without_gradients_the_fused_kernel_is_used(monkeypatch):
+    def forbidden(*arguments: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(BlockedAttention, "apply", forbidden)
+    with torch.no_grad():
+        qkv = torch.randn(1, 4, 12)
+        assert torch.equal(causal_attention(qkv, 2), _plain(qkv, 2))
