@@ -5,18 +5,111 @@ key-value cache. Past it, the model sees the last `context_length` tokens, compu
 token because GPT-2's positions are absolute: the same sliding window as the book's
 `generate_text_simple`, and the same tokens with the cache and without.
 
+Two engines compute a token: `plain` calls the model; `compiled` calls `gpt.decode`'s C++ step, on
+the CPU several times as fast. Their numbers differ by rounding, so where two tokens are as likely
+as each other they may choose differently; each alone repeats itself exactly.
+
 Top-p (nucleus) sampling: Holtzman et al. (2020), "The Curious Case of Neural Text Degeneration".
+Repetition penalty: Keskar et al. (2019), "CTRL", as `transformers` computes it.
 """
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from gpt import decode
 from gpt.errors import InputError
-from gpt.model import GPT
+from gpt.model import GPT, KVCache
+from gpt.tokenizer import Tokenizer
+
+Engine = Literal["auto", "plain", "compiled"]
+"""`auto` takes the compiled step where it is at hand, and else has it compiled in the background
+for a later call; `compiled` waits for it, and fails (RunError) where there is no way to it."""
+
+_LIKELY = (1024, 8192)  # so many tokens nearly always hold a top_p share
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How the next token is chosen, and when to stop.
+
+    Raises:
+        InputError: an impossible setting.
+    """
+
+    max_new_tokens: int
+    """The most tokens to add."""
+    min_new_tokens: int = 0
+    """Before so many, no stop token can be chosen and no stop text ends a row."""
+    temperature: float = 0.0
+    """0 takes the likeliest token; otherwise logits are divided by it."""
+    top_k: int | None = None
+    """Sample among the k likeliest tokens only."""
+    top_p: float | None = None
+    """Sample among the likeliest tokens that together reach this probability."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens that the row holds (the prompt's too) are divided by it where positive,
+    multiplied where negative; 1 changes nothing."""
+    seed: int | None = None
+    """Makes sampling repeatable."""
+    stop: Collection[int] = ()
+    """Token ids that end a row."""
+    stop_texts: tuple[str, ...] = ()
+    """Texts that end a row, for the functions that make text; none of them is part of it."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 0:
+            raise InputError(f"max_new_tokens: {self.max_new_tokens} is negative; use 1 or more")
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise InputError(
+                f"min_new_tokens: {self.min_new_tokens} is not between 0 and max_new_tokens "
+                f"({self.max_new_tokens})"
+            )
+        if not self.temperature >= 0:
+            raise InputError(
+                f"temperature: {self.temperature} is negative; 0 is greedy, 1 is the model's own"
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise InputError(f"top_k: {self.top_k} leaves no token to choose; use 1 or more")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise InputError(f"top_p: {self.top_p} is no share; use a number above 0, at most 1")
+        if not self.repetition_penalty > 0:
+            raise InputError(
+                f"repetition_penalty: {self.repetition_penalty} is not positive; 1 is none, "
+                "1.2 is common"
+            )
+        if not all(self.stop_texts):
+            raise InputError("stop: an empty text ends everything; give at least one character")
+
+
+class Token(NamedTuple):
+    """A token that was chosen."""
+
+    id: int
+    log_prob: float | None
+    """Its natural log-probability under the model's own distribution: before penalties,
+    temperature and limits. None unless asked for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completion:
+    """What was added to one prompt."""
+
+    tokens: list[int]
+    """Without the stop token that ended it."""
+    log_probs: list[float]
+    """Of each of `tokens`, as `Token.log_prob`; empty unless asked for."""
+    stopped: bool
+    """Whether a stop token ended it, not the greatest length."""
+
+
+# --- token ids ------------------------------------------------------------------------------------
 
 
 def generate(
@@ -28,18 +121,25 @@ def generate(
     top_p: float | None = None,
     stop: int | Collection[int] | None = None,
     seed: int | None = None,
+    *,
+    repetition_penalty: float = 1.0,
+    min_new_tokens: int = 0,
+    engine: Engine = "auto",
 ) -> Tensor:
     """Continue each row of `idx`.
 
     Args:
         model: a language model; used in evaluation mode, left in the mode it was in.
         idx: token ids (B, T) int64, T at least 1.
-        max_new_tokens: the most tokens to add.
-        temperature: 0 takes the likeliest token; otherwise logits are divided by it.
-        top_k: sample among the k likeliest tokens only.
-        top_p: sample among the likeliest tokens that together reach this probability.
+        max_new_tokens: as the other settings, a field of `Sampling`.
+        temperature: see `Sampling`.
+        top_k: see `Sampling`.
+        top_p: see `Sampling`.
         stop: token ids that end a row; the one that did is kept.
-        seed: makes sampling repeatable.
+        seed: see `Sampling`.
+        repetition_penalty: see `Sampling`.
+        min_new_tokens: see `Sampling`.
+        engine: see `Engine`.
 
     Returns:
         (B, T + n) int64 with n <= max_new_tokens: fewer where every row has ended. A row that
@@ -47,141 +147,345 @@ def generate(
 
     Raises:
         InputError: an empty prompt or an impossible setting.
+        RunError: the compiled engine is asked for and cannot be had.
     """
+    sampling = Sampling(
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=() if stop is None else (stop,) if isinstance(stop, int) else stop,
+    )
     prompts = idx.tolist()
     added = [list[int]() for _ in prompts]
-    for step in stream(model, prompts, max_new_tokens, temperature, top_k, top_p, stop, seed):
+    for step in stream(model, prompts, sampling, engine=engine):
         for row, token in zip(added, step, strict=True):
-            row.append(row[-1] if token is None else token)
+            row.append(row[-1] if token is None else token.id)
     return torch.cat(
         (idx, torch.tensor(added, dtype=idx.dtype, device=idx.device).view(len(added), -1)), 1
     )
 
 
 def complete(
+    model: GPT, prompts: Sequence[Sequence[int]], sampling: Sampling, *, engine: Engine = "auto"
+) -> list[list[int]]:
+    """Only the new tokens of each prompt, without the stop token that ended it.
+
+    Prompts may differ in length; otherwise as `generate`.
+    """
+    return [each.tokens for each in completions(model, prompts, sampling, engine=engine)]
+
+
+def completions(
     model: GPT,
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    stop: int | Collection[int] | None = None,
-    seed: int | None = None,
-) -> list[list[int]]:
-    """Only the new tokens of each prompt, without the one that ended it.
-
-    The arguments are those of `generate`, but prompts may differ in length.
-    """
-    ends = _stop_tokens(stop)
-    added = [list[int]() for _ in prompts]
-    for step in stream(model, prompts, max_new_tokens, temperature, top_k, top_p, stop, seed):
-        for row, token in zip(added, step, strict=True):
-            if token is not None and token not in ends:
+    sampling: Sampling,
+    *,
+    log_probs: bool = False,
+    engine: Engine = "auto",
+) -> list[Completion]:
+    """As `complete`, with the log-probability of each token if asked for, and how rows ended."""
+    rows = [list[Token]() for _ in prompts]
+    for step in stream(model, prompts, sampling, log_probs=log_probs, engine=engine):
+        for row, token in zip(rows, step, strict=True):
+            if token is not None:
                 row.append(token)
-    return added
-
-
-@torch.inference_mode()
-def _logits_after(model: GPT, rows: list[list[int]], cached: bool) -> Iterator[Tensor]:
-    """Logits (B, V) after each row; the caller appends one token to every row between two.
-
-    Rows of different length are padded on the left, so that all end together.
-    """
-    context = model.config.context_length
-    device = model.device
-    cache = None
-    while True:
-        longest = max(len(row) for row in rows)
-        fits = longest <= context
-        if cache is None or not fits:
-            width = min(longest, context)
-            windows = [row[-width:] for row in rows]
-            idx = torch.tensor([[0] * (width - len(w)) + w for w in windows], device=device)
-            missing = [width - len(w) for w in windows]
-            padding = torch.tensor(missing, device=device) if any(missing) else None
-            cache = None
-            if cached and longest < context:
-                cache = model.new_cache(len(rows))
-        else:
-            idx = torch.tensor([[row[-1]] for row in rows], device=device)
-        hidden = model.hidden(idx, cache=cache, padding=padding)  # (B, T, C)
-        yield model.head(hidden[:, -1])
+    results = []
+    for row in rows:
+        stopped = bool(row) and row[-1].id in sampling.stop
+        kept = row[:-1] if stopped else row
+        results.append(
+            Completion(
+                tokens=[token.id for token in kept],
+                log_probs=[token.log_prob for token in kept if token.log_prob is not None],
+                stopped=stopped,
+            )
+        )
+    return results
 
 
 def stream(
     model: GPT,
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    stop: int | Collection[int] | None = None,
-    seed: int | None = None,
+    sampling: Sampling,
+    *,
+    log_probs: bool = False,
+    engine: Engine = "auto",
     cached: bool = True,
-) -> Iterator[list[int | None]]:
+) -> Iterator[list[Token | None]]:
     """Yield, step by step, the new token of every row; None for a row that has ended.
 
-    The arguments are those of `generate`, but prompts may differ in length. `cached=False`
-    computes every position at every step, as a check on the cache.
+    Args:
+        model: a language model; used in evaluation mode, left in the mode it was in.
+        prompts: token ids of each row, at least one; rows may differ in length.
+        sampling: the settings; its stop texts need text, and are refused here.
+        log_probs: whether each token comes with its log-probability.
+        engine: see `Engine`.
+        cached: False computes every position at every step, as a check on the cache; that is
+            always the plain engine's work.
+
+    Raises:
+        InputError: an empty prompt, or stop texts.
+        RunError: the compiled engine is asked for and cannot be had.
     """
+    if sampling.stop_texts:
+        raise InputError("stop_texts: tokens have no text; use stream_text or complete_texts")
+    return _steps(model, prompts, sampling, [False] * len(prompts), log_probs, engine, cached)
+
+
+def _steps(
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    ended: list[bool],
+    log_probs: bool = False,
+    engine: Engine = "auto",
+    cached: bool = True,
+) -> Iterator[list[Token | None]]:
+    """`stream`, for a caller that may end a row by its own judgement, in `ended`."""
     if not prompts or any(len(prompt) == 0 for prompt in prompts):
         raise InputError("prompt: there is nothing to continue; give at least one token of text")
-    if temperature < 0:
-        raise InputError(
-            f"temperature: {temperature} is negative; 0 is greedy, 1 is the model's own"
-        )
-    if top_k is not None and top_k < 1:
-        raise InputError(f"top_k: {top_k} leaves no token to choose; use 1 or more")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise InputError(f"top_p: {top_p} is no share; use a number above 0, at most 1")
-    ends = _stop_tokens(stop)
     generator = torch.Generator(model.device)
-    if seed is None:
+    if sampling.seed is None:
         generator.seed()
     else:
-        generator.manual_seed(seed)
+        generator.manual_seed(sampling.seed)
     rows = [list(prompt) for prompt in prompts]
-    ended = [False] * len(rows)
     was_training = model.training
     model.eval()
     try:
-        steps = _logits_after(model, rows, cached)
-        for _ in range(max_new_tokens):
+        if engine == "compiled":
+            decode.require(model)
+        compiled = engine == "compiled" or (
+            engine == "auto" and len(rows) <= decode.MOST_ROWS and decode.ready(model)
+        )
+        adjust = _Adjustment(sampling, rows, model)
+        logits_after = _logits_after(model, rows, ended, sampling.max_new_tokens, compiled, cached)
+        for n in range(sampling.max_new_tokens):
             if all(ended):
                 return
-            chosen = choose(next(steps), temperature, top_k, top_p, generator).tolist()
-            yield [None if over else token for over, token in zip(ended, chosen, strict=True)]
-            for i, token in enumerate(chosen):
+            logits = next(logits_after)  # (B, V)
+            chosen = choose(adjust(logits, n), sampling, generator)  # (B,)
+            tokens = chosen.tolist()
+            known = _log_probs(logits, chosen) if log_probs else [None] * len(rows)
+            step = [
+                None if over else Token(token, log_prob)
+                for over, token, log_prob in zip(ended, tokens, known, strict=True)
+            ]
+            for i, token in enumerate(tokens):
                 rows[i].append(token)
-                ended[i] = ended[i] or token in ends
+                ended[i] = ended[i] or token in sampling.stop
+            yield step
     finally:
         model.train(was_training)
 
 
-def choose(
-    logits: Tensor,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    generator: torch.Generator,
-) -> Tensor:
-    """The next token (B,) from logits (B, V)."""
-    if temperature == 0:
+@torch.inference_mode()
+def _logits_after(
+    model: GPT,
+    rows: list[list[int]],
+    ended: list[bool],
+    room: int,
+    compiled: bool,
+    cached: bool,
+) -> Iterator[Tensor]:
+    """Logits (B, V) after each row; the caller appends one token to every row between two.
+
+    Rows of different length are padded on the left, so that all end together. The logits of a row
+    that has ended mean nothing.
+    """
+    context = model.config.context_length
+    device = model.device
+    cache: KVCache | None = None
+    step: decode.CompiledStep | None = None
+    while True:
+        longest = max(len(row) for row in rows)
+        if cache is not None and longest <= context:
+            if step is not None:
+                going = [i for i, over in enumerate(ended) if not over]
+                yield step(going, [rows[i][-1] for i in going])
+                continue
+            idx = torch.tensor([[row[-1]] for row in rows], device=device)
+        else:
+            width = min(longest, context)
+            windows = [row[-width:] for row in rows]
+            idx = torch.tensor([[0] * (width - len(w)) + w for w in windows], device=device)
+            missing = [width - len(w) for w in windows]
+            padding = torch.tensor(missing, device=device) if any(missing) else None
+            cache = step = None
+            if cached and longest < context and room > 1:
+                cache = model.new_cache(len(rows), min(context, longest + room))
+                step = decode.CompiledStep(model, cache, missing) if compiled else None
+        hidden = model.hidden(idx, cache=cache, padding=padding)  # (B, T, C)
+        yield model.head(hidden[:, -1])
+
+
+class _Adjustment:
+    """What the settings do to logits before a token is chosen."""
+
+    def __init__(self, sampling: Sampling, rows: Sequence[Sequence[int]], model: GPT) -> None:
+        self._sampling = sampling
+        self._rows = rows
+        self._stop = torch.tensor(sorted(sampling.stop), dtype=torch.int64, device=model.device)
+        self._held: Tensor | None = None  # (B, V): the tokens that each row holds
+        if sampling.repetition_penalty != 1:
+            shape = (len(rows), model.config.vocab_size)
+            self._held = torch.zeros(shape, dtype=torch.bool, device=model.device)
+            for held, row in zip(self._held, rows, strict=True):
+                held[list(row)] = True
+
+    def __call__(self, logits: Tensor, n: int) -> Tensor:
+        """Logits (B, V) with n new tokens before them, adjusted; the given ones stay."""
+        if self._held is not None:
+            if n:
+                newest = torch.tensor([[row[-1]] for row in self._rows], device=logits.device)
+                self._held.scatter_(1, newest, True)
+            penalty = self._sampling.repetition_penalty
+            penalized = torch.where(logits < 0, logits * penalty, logits / penalty)
+            logits = torch.where(self._held, penalized, logits)
+        if n < self._sampling.min_new_tokens and len(self._stop):
+            logits = logits.index_fill(1, self._stop, -torch.inf)
+        return logits
+
+
+def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """The next token (B,) from adjusted logits (B, V)."""
+    if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits.float() / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        kth = logits.topk(top_k).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    if top_p is not None and top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        probabilities = ordered.softmax(dim=-1)
+    logits = logits.float() / sampling.temperature
+    order = None  # (B, n): the tokens of `logits`, where these are no longer all
+    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
+        logits, order = logits.topk(sampling.top_k)
+    probabilities = logits.softmax(dim=-1)
+    if sampling.top_p is not None and sampling.top_p < 1:
+        if order is None:
+            probabilities, order = _likeliest(probabilities, sampling.top_p)
         # a token stays while those before it have not reached top_p: the first always does
         before = probabilities.cumsum(dim=-1) - probabilities
-        logits = logits.scatter(1, order, ordered.masked_fill(before >= top_p, -torch.inf))
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+        probabilities = probabilities.masked_fill(before >= sampling.top_p, 0)
+    picked = _pick(probabilities, generator)  # (B, 1)
+    return (picked if order is None else order.gather(1, picked))[:, 0]
 
 
-def _stop_tokens(stop: int | Collection[int] | None) -> frozenset[int]:
-    if stop is None:
-        return frozenset()
-    return frozenset((stop,)) if isinstance(stop, int) else frozenset(stop)
+def _likeliest(probabilities: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """The likeliest tokens in order, enough to reach the share: probabilities and ids (B, n)."""
+    for n in _LIKELY:  # to sort all of them takes as long as to compute them
+        if n < probabilities.shape[-1]:
+            top = probabilities.topk(n)
+            if (top.values.sum(dim=-1) > share).all():
+                return top.values, top.indices
+    ordered = probabilities.sort(descending=True)
+    return ordered.values, ordered.indices
+
+
+def _pick(weights: Tensor, generator: torch.Generator) -> Tensor:
+    """One index (B, 1) of each row of weights (B, n), in proportion to these.
+
+    A point in their sum, and the weight it falls into: one random number a row, where
+    `torch.multinomial` draws n and takes as long as several layers.
+    """
+    wide = torch.float32 if weights.device.type == "mps" else torch.float64  # MPS has no more
+    sums = weights.cumsum(dim=-1, dtype=wide)
+    point = torch.rand((len(sums), 1), dtype=wide, device=sums.device, generator=generator)
+    # right: a point is below the sum that it falls under, so a weight of 0 is never picked
+    picked = torch.searchsorted(sums, point * sums[:, -1:], right=True)
+    return picked.clamp_(max=weights.shape[1] - 1)  # where weights are NaN it is none of them
+
+
+def _log_probs(logits: Tensor, chosen: Tensor) -> list[float]:
+    known = logits.float().log_softmax(dim=-1).gather(1, chosen[:, None])  # (B, 1)
+    return known[:, 0].tolist()
+
+
+# --- text -----------------------------------------------------------------------------------------
+
+
+def stream_text(
+    model: GPT, tokenizer: Tokenizer, prompt: str, sampling: Sampling, *, engine: Engine = "auto"
+) -> Iterator[str]:
+    """What the model writes after `prompt`, in pieces as they come.
+
+    It ends before the first stop text, at the end of a text (`<|endoftext|>`) or another stop
+    token, or at the greatest length. A character that spans tokens comes whole; one that the
+    length cuts does not come at all.
+
+    Raises:
+        InputError: an empty prompt.
+        RunError: the compiled engine is asked for and cannot be had.
+    """
+    text = _Text(tokenizer, sampling)
+    sampling = replace(sampling, stop={*sampling.stop, tokenizer.eot})
+    ended = [False]
+    for (token,) in _steps(model, [tokenizer.encode(prompt)], sampling, ended, engine=engine):
+        if token is None or token.id in sampling.stop:
+            break
+        if piece := text.add(token.id):
+            yield piece
+        if text.ended:
+            return
+    if rest := text.held:
+        yield rest
+
+
+def complete_texts(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    *,
+    engine: Engine = "auto",
+) -> list[str]:
+    """What the model writes after each prompt; each ends by itself, as in `stream_text`.
+
+    An empty prompt is the beginning of a text.
+    """
+    texts = [_Text(tokenizer, sampling) for _ in prompts]
+    written = ["" for _ in prompts]
+    sampling = replace(sampling, stop={*sampling.stop, tokenizer.eot})
+    ended = [False] * len(prompts)
+    ids = [tokenizer.encode(prompt) or [tokenizer.eot] for prompt in prompts]
+    for step in _steps(model, ids, sampling, ended, engine=engine):
+        for i, token in enumerate(step):
+            if token is not None and token.id not in sampling.stop:
+                written[i] += texts[i].add(token.id)
+                ended[i] = ended[i] or texts[i].ended
+    return [done + text.held for done, text in zip(written, texts, strict=True)]
+
+
+class _Text:
+    """Tokens of one row to text, up to the first stop text."""
+
+    def __init__(self, tokenizer: Tokenizer, sampling: Sampling) -> None:
+        self._tokenizer = tokenizer
+        self._stops = sampling.stop_texts
+        self._unstoppable = sampling.min_new_tokens
+        # a character may be many tokens; bytes that begin none become U+FFFD
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.ended = False
+        """Whether a stop text was found."""
+        self.held = ""
+        """What may be the beginning of a stop text: to be shown if nothing more comes."""
+
+    def add(self, token: int) -> str:
+        """The text that is certain now and was not before."""
+        text = self.held + self._decoder.decode(self._tokenizer.decode_bytes([token]))
+        self.held = ""
+        self._unstoppable -= 1
+        if self._unstoppable > 0:
+            return text
+        ends = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        if ends:
+            self.ended = True
+            return text[: min(ends)]
+        hold = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self.held = text[len(text) - hold :]
+        return text[: len(text) - hold]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of `text` begin `stop`."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if stop.startswith(text[-n:])), 0)

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -18,7 +18,7 @@ from gpt.errors import InputError, RunError
 from gpt.files import whole_file
 
 if TYPE_CHECKING:
-    from pipeline.talk import Sampling
+    from gpt.generate import Sampling
 
 
 class _Commands(TyperGroup):
@@ -262,6 +262,9 @@ def export(
 
 _Model = Annotated[Path | None, typer.Option(help="A model directory.")]
 _MaxNewTokens = Annotated[int, typer.Option(min=1, help="The most tokens to write.")]
+_MinNewTokens = Annotated[
+    int, typer.Option(min=0, help="Before so many tokens nothing ends the answer.")
+]
 _Temperature = Annotated[
     float, typer.Option(min=0.0, help="0 takes the likeliest token; 1 samples as the model says.")
 ]
@@ -269,8 +272,22 @@ _TopK = Annotated[int | None, typer.Option(min=1, help="Sample among the k likel
 _TopP = Annotated[
     float | None, typer.Option(min=0.0, max=1.0, help="Sample among this share of likelihood only.")
 ]
+_RepetitionPenalty = Annotated[
+    float, typer.Option(help="Above 1 makes tokens that are there already less likely.")
+]
 _Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
 _Stop = Annotated[list[str] | None, typer.Option(help="Ends the answer; may be given often.")]
+_Precision = Annotated[
+    Literal["fp32", "bf16"],
+    typer.Option(help="Of the weights: bf16 is about twice as fast, and a little less exact."),
+]
+_Engine = Annotated[
+    Literal["auto", "plain", "compiled"],
+    typer.Option(
+        help="plain is PyTorch, compiled several times as fast on a CPU; auto compiles in the "
+        "background and is plain until that is done."
+    ),
+]
 
 
 def _model(given: Path | None, default: str) -> Path:
@@ -279,21 +296,25 @@ def _model(given: Path | None, default: str) -> Path:
 
 def _sampling(
     max_new_tokens: int,
+    min_new_tokens: int,
     temperature: float,
     top_k: int | None,
     top_p: float | None,
+    repetition_penalty: float,
     seed: int | None,
     stop: list[str] | None,
 ) -> Sampling:
-    from pipeline.talk import Sampling
+    from gpt.generate import Sampling
 
     return Sampling(
         max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        repetition_penalty=repetition_penalty,
         seed=seed,
-        stop=tuple(filter(None, stop or [])),
+        stop_texts=tuple(filter(None, stop or [])),
     )
 
 
@@ -302,17 +323,24 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The text to go on with.")],
     model: _Model = None,
     max_new_tokens: _MaxNewTokens = 100,
+    min_new_tokens: _MinNewTokens = 0,
     temperature: _Temperature = 0.0,
     top_k: _TopK = None,
     top_p: _TopP = None,
+    repetition_penalty: _RepetitionPenalty = 1.0,
     seed: _Seed = None,
     stop: _Stop = None,
+    precision: _Precision = "fp32",
+    engine: _Engine = "auto",
 ) -> None:
     """Let a base model go on with a text (by default models/pretrain)."""
     from pipeline import talk
 
-    sampling = _sampling(max_new_tokens, temperature, top_k, top_p, seed, stop)
-    talk.generate(_model(model, "pretrain"), prompt, sampling)
+    sampling = _sampling(
+        max_new_tokens, min_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, stop
+    )
+    directory = _model(model, "pretrain")
+    talk.generate(directory, prompt, sampling, precision=precision, engine=engine)
 
 
 @app.command()
@@ -323,17 +351,24 @@ def chat(
     context: Annotated[str, typer.Option("--input", help="What the instruction is about.")] = "",
     model: _Model = None,
     max_new_tokens: _MaxNewTokens = 200,
+    min_new_tokens: _MinNewTokens = 0,
     temperature: _Temperature = 0.0,
     top_k: _TopK = None,
     top_p: _TopP = None,
+    repetition_penalty: _RepetitionPenalty = 1.0,
     seed: _Seed = None,
     stop: _Stop = None,
+    precision: _Precision = "fp32",
+    engine: _Engine = "auto",
 ) -> None:
     """Talk to the assistant (by default models/assistant)."""
     from pipeline import talk
 
-    sampling = _sampling(max_new_tokens, temperature, top_k, top_p, seed, stop)
-    talk.chat(_model(model, "assistant"), instruction, context, sampling)
+    sampling = _sampling(
+        max_new_tokens, min_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, stop
+    )
+    directory = _model(model, "assistant")
+    talk.chat(directory, instruction, context, sampling, precision=precision, engine=engine)
 
 
 @app.command()

@@ -87,25 +87,23 @@ class _Writer(_Served):
     _model: GPT
 
     def _complete(self, prompts: list[str], params: dict[str, Any] | None) -> list[str]:
-        from gpt.generate import complete
+        from gpt.generate import Sampling, complete_texts
 
         settings = dict(params or {})
-        eot = self._tokenizer.eot
-        answers = [
-            ids
+        sampling = Sampling(
+            max_new_tokens=settings.get("max_new_tokens", 128),
+            temperature=settings.get("temperature", 0.0),
+            top_k=settings.get("top_k") or None,
+            top_p=settings.get("top_p") or None,
+            seed=settings.get("seed"),
+        )
+        return [
+            text
             for start in range(0, len(prompts), BATCH)
-            for ids in complete(
-                self._model,
-                [self._tokenizer.encode(text) or [eot] for text in prompts[start : start + BATCH]],
-                max_new_tokens=settings.get("max_new_tokens", 128),
-                temperature=settings.get("temperature", 0.0),
-                top_k=settings.get("top_k") or None,
-                top_p=settings.get("top_p") or None,
-                seed=settings.get("seed"),
-                stop=eot,
+            for text in complete_texts(
+                self._model, self._tokenizer, prompts[start : start + BATCH], sampling
             )
         ]
-        return [self._tokenizer.decode(ids) for ids in answers]
 
 
 class Base(_Writer):

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 from gpt.data import ClassificationDataset, batches
 from gpt.device import pick_device
 from gpt.errors import InputError
-from gpt.generate import stream
+from gpt.generate import Engine, Sampling, stream_text
 from gpt.metrics import classify
 from gpt.model import GPT, GPTClassifier
 from gpt.prompts import render_prompt
@@ -24,17 +24,10 @@ from gpt.weights import load_base, load_classifier
 _BATCH = 16
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sampling:
-    """How the next token is chosen, and when to stop; see `gpt.generate`."""
+Precision = Literal["fp32", "bf16"]
+"""Of the weights. bf16 is half the memory to read, so about twice the speed; its answers differ."""
 
-    max_new_tokens: int
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    """Texts that end the answer; none of them is part of it."""
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def _directory(path: Path, stage: str) -> Path:
@@ -43,44 +36,9 @@ def _directory(path: Path, stage: str) -> Path:
     return path
 
 
-def _load_writer(path: Path, stage: str) -> tuple[GPT, Tokenizer]:
+def _load_writer(path: Path, stage: str, precision: Precision) -> tuple[GPT, Tokenizer]:
     model, tokenizer = load_base(_directory(path, stage))
-    return model.to(pick_device()), tokenizer
-
-
-def continuation(
-    model: GPT, tokenizer: Tokenizer, prompt: str, sampling: Sampling
-) -> Iterator[str]:
-    """What the model writes after `prompt`, in pieces as they come.
-
-    Raises:
-        InputError: an empty prompt or an impossible setting.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may be many tokens
-    hold = max((len(text) - 1 for text in sampling.stop), default=0)
-    held = ""  # what may be the beginning of a stop text
-    tokens = stream(
-        model,
-        [tokenizer.encode(prompt)],
-        sampling.max_new_tokens,
-        sampling.temperature,
-        sampling.top_k,
-        sampling.top_p,
-        tokenizer.eot,
-        sampling.seed,
-    )
-    for (token,) in tokens:
-        if token is None or token == tokenizer.eot:
-            break
-        held += decoder.decode(tokenizer.decode_bytes([token]))
-        ends = [at for text in sampling.stop if (at := held.find(text)) >= 0]
-        if ends:
-            yield held[: min(ends)]
-            return
-        if len(held) > hold:
-            yield held[: len(held) - hold]
-            held = held[len(held) - hold :]
-    yield held + decoder.decode(b"", final=True)
+    return model.to(device=pick_device(), dtype=_DTYPES[precision]), tokenizer
 
 
 def _say(pieces: Iterable[str]) -> None:
@@ -89,15 +47,23 @@ def _say(pieces: Iterable[str]) -> None:
     print()
 
 
-def generate(directory: Path, prompt: str, sampling: Sampling) -> None:
+def generate(
+    directory: Path,
+    prompt: str,
+    sampling: Sampling,
+    *,
+    precision: Precision = "fp32",
+    engine: Engine = "auto",
+) -> None:
     """Print the prompt and what the model goes on with.
 
     Raises:
-        InputError: no model there, or an impossible setting.
+        InputError: no model there, or an empty prompt.
+        RunError: the compiled engine is asked for and cannot be had.
     """
-    model, tokenizer = _load_writer(directory, "pretrain")
-    pieces = continuation(model, tokenizer, prompt, sampling)
-    first = next(pieces, "")  # an impossible setting is refused before anything is printed
+    model, tokenizer = _load_writer(directory, "pretrain", precision)
+    pieces = stream_text(model, tokenizer, prompt, sampling, engine=engine)
+    first = next(pieces, "")  # what cannot be continued is refused before anything is printed
     print(prompt + first, end="", flush=True)
     _say(pieces)
 
@@ -117,21 +83,31 @@ def _template(directory: Path) -> str:
         ) from None
 
 
-def chat(directory: Path, instruction: str | None, context: str, sampling: Sampling) -> None:
+def chat(
+    directory: Path,
+    instruction: str | None,
+    context: str,
+    sampling: Sampling,
+    *,
+    precision: Precision = "fp32",
+    engine: Engine = "auto",
+) -> None:
     """Answer one instruction, from the argument or a pipe; or each that a person types.
 
     Every instruction stands for itself: the templates have one turn.
 
     Raises:
-        InputError: no assistant there, or an impossible setting.
+        InputError: no assistant there, or an empty instruction.
+        RunError: the compiled engine is asked for and cannot be had.
     """
     template = _template(directory)
     if instruction is None and not sys.stdin.isatty():
         instruction = sys.stdin.read().strip()
-    model, tokenizer = _load_writer(directory, "finetune_instruct")
+    model, tokenizer = _load_writer(directory, "finetune_instruct", precision)
 
     def answer(text: str, context: str) -> Iterator[str]:
-        pieces = continuation(model, tokenizer, render_prompt(template, text, context), sampling)
+        prompt = render_prompt(template, text, context)
+        pieces = stream_text(model, tokenizer, prompt, sampling, engine=engine)
         first = True
         for piece in pieces:
             shown = piece.lstrip() if first else piece

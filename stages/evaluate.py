@@ -24,7 +24,7 @@ from gpt.device import DeviceName, prepare
 from gpt.errors import InputError
 from gpt.events import Log, Message, Progress, discard
 from gpt.files import whole_directory, write_json
-from gpt.generate import complete
+from gpt.generate import Sampling, complete
 from gpt.metrics import (
     bits_per_byte,
     classification_scores,
@@ -238,7 +238,7 @@ def _assistant(
                 f"{training.max_length} tokens that {directory} was trained with; use a shorter "
                 "template or a larger finetune_instruct.max_length"
             )
-        loss = mean_loss(model, batches(data, params.batch_size))
+        loss = mean_loss(model, batches(data, params.batch_size, by_length=True))
         figures |= {f"{name}loss": loss, f"{name}perplexity": perplexity(loss)}
         answers[name] = _answers(model, tokenizer, prompts, params)
         figures |= {f"{name}{key}": value for key, value in _overlap(answers[name], test).items()}
@@ -258,13 +258,11 @@ def _answers(
     model: GPT, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], params: EvaluateParams
 ) -> list[str]:
     answers = []
+    sampling = Sampling(max_new_tokens=params.max_new_tokens, stop=(tokenizer.eot,))
     for start in range(0, len(prompts), params.batch_size):
-        rows = complete(
-            model,
-            prompts[start : start + params.batch_size],
-            params.max_new_tokens,
-            stop=tokenizer.eot,
-        )
+        batch = prompts[start : start + params.batch_size]
+        # the plain engine: what is written must not depend on whether there is a compiler
+        rows = complete(model, batch, sampling, engine="plain")
         answers += [tokenizer.decode(row).strip() for row in rows]
     return answers
 

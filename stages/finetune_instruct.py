@@ -12,11 +12,11 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from gpt.data import InstructionDataset, batches
-from gpt.device import prepare
+from gpt.device import autocast, prepare
 from gpt.errors import InputError
 from gpt.events import Log, Message, discard
 from gpt.files import write_json
-from gpt.generate import complete
+from gpt.generate import Sampling, complete
 from gpt.metrics import lm_loss_sum, mean_loss, perplexity
 from gpt.prompts import TemplateName, render_prompt
 from gpt.text import Instruction, Split, read_instructions, split_instructions
@@ -122,14 +122,17 @@ def finetune_instruct(
     shown_prompts = [ids[-max_length:] for ids in prompts(shown)]
 
     def sample() -> str:
-        answers = complete(model, shown_prompts, params.sample_tokens, stop=tokenizer.eot)
+        sampling = Sampling(max_new_tokens=params.sample_tokens, stop=(tokenizer.eot,))
+        # the plain engine: the same text whether or not there is a compiler
+        answers = complete(model, shown_prompts, sampling, engine="plain")
         return "\n\n".join(
             f"{record.instruction}\n{record.input}".strip() + f"\n-> {tokenizer.decode(ids)}"
             for record, ids in zip(shown, answers, strict=True)
         )
 
     def validation_loss() -> float:
-        return mean_loss(model, batches(data["validation"], train.batch_size))
+        with autocast(device, train.precision):
+            return mean_loss(model, batches(data["validation"], train.batch_size, by_length=True))
 
     torch.manual_seed(train.seed)
     before = validation_loss()

@@ -13,7 +13,7 @@ from gpt.device import prepare
 from gpt.errors import InputError
 from gpt.events import Log, Message, Text, discard
 from gpt.files import write_json
-from gpt.generate import complete
+from gpt.generate import Sampling, complete
 from gpt.weights import load_base, save_model
 
 
@@ -58,7 +58,9 @@ def load_gpt2(
                 "correct download.gpt2 or load_gpt2.size"
             )
     prompt = tokenizer.encode(params.sample_prompt)
-    added = complete(model, [prompt], params.sample_tokens, stop=tokenizer.eot)[0]
+    sampling = Sampling(max_new_tokens=params.sample_tokens, stop=(tokenizer.eot,))
+    # the plain engine: the same text whether or not there is a compiler
+    added = complete(model, [prompt], sampling, engine="plain")[0]
     log(Message(f"load_gpt2: {model.n_params:,} parameters in {config.n_layer} layers"))
     log(Text("samples/greedy.txt", tokenizer.decode(prompt + added)))
     final = {

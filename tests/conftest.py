@@ -7,6 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+# No test finds a compiled engine that happens to be there, or leaves one in the user's own cache:
+# this is no folder. Those that want one name another (tests/gpt/conftest.py).
+os.environ["GPT_PIPELINE_CACHE"] = os.devnull
+
 # Started in the background (by a CI, say), this process ignores Ctrl-C, and so would every process
 # that a test starts and interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)

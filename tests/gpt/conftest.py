@@ -1,11 +1,15 @@
 """Small models for the tests of the core."""
 
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
+from gpt import decode, native
 from gpt.config import GPTConfig
+from gpt.errors import RunError
 from gpt.model import GPT
 
 MakeModel = Callable[..., GPT]
@@ -28,3 +32,37 @@ def make_model() -> MakeModel:
         return model.eval()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def compiled_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder that holds the compiled engine; without a compiler its tests are skipped."""
+    folder = tmp_path_factory.mktemp("cache") / "gpt-pipeline"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(native.CACHE_VARIABLE, str(folder))
+        try:
+            native.compile_and_wait(decode.SOURCE)
+        except RunError as error:
+            if _compiles_openmp(tmp_path_factory.mktemp("probe")):
+                raise  # the compiler works: the source does not
+            pytest.skip(f"no C++ compiler with OpenMP: {error}")
+    return folder
+
+
+def _compiles_openmp(folder: Path) -> bool:
+    source = folder / "probe.cpp"
+    source.write_text("#include <omp.h>\nint n() { return omp_get_max_threads(); }\n")
+    try:
+        command = [*native._compiler(), *native._FLAGS, "-o", str(folder / "probe.so"), str(source)]
+    except native.UnavailableError:
+        return False
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+@pytest.fixture
+def compiled(compiled_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The compiled engine is in the cache, and this process has not looked yet."""
+    monkeypatch.setenv(native.CACHE_VARIABLE, str(compiled_cache))
+    monkeypatch.setattr(decode, "_loaded", None)
+    monkeypatch.setattr(decode, "_started", False)
+    return compiled_cache

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from gpt.config import GPTConfig
-from gpt.generate import complete
+from gpt.generate import Sampling, complete
 from gpt.model import GPT, GPTClassifier
 from gpt.tokenizer import byte_tokenizer
 from gpt.weights import load_model, save_model
@@ -126,7 +126,8 @@ def test_the_base_model_continues_a_prompt_as_generate_does(
     (row,) = answers[4]
     model, tokenizer = load_model(project / "models/pretrain"), byte_tokenizer()
     assert isinstance(model, GPT)
-    (ids,) = complete(model, [tokenizer.encode("Once")], 8, stop=tokenizer.eot)
+    sampling = Sampling(max_new_tokens=8, stop=(tokenizer.eot,))
+    (ids,) = complete(model, [tokenizer.encode("Once")], sampling)
     assert row["completion"] == tokenizer.decode(ids)
 
 

@@ -1,20 +1,24 @@
 """Generate, chat and classify, over tiny models with known behaviour."""
 
+import codecs
 import io
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from gpt import generate as decoding
 from gpt.config import GPTConfig
-from gpt.errors import InputError
-from gpt.generate import complete
+from gpt.errors import InputError, RunError
+from gpt.generate import Sampling, Token, complete
 from gpt.model import GPT, GPTClassifier
 from gpt.prompts import render_prompt
 from gpt.tokenizer import byte_tokenizer
 from gpt.weights import save_model
 from pipeline import talk
-from pipeline.talk import Sampling
+from pipeline.cli import app
 
 CONFIG = GPTConfig(vocab_size=257, context_length=64, n_layer=1, n_head=2, n_embd=16)
 
@@ -48,22 +52,24 @@ IDS = {byte_tokenizer().decode_bytes([i])[0]: i for i in range(256)}
 def scripted(monkeypatch, text: bytes):
     """Makes the model write this text, a byte a token."""
 
-    def stream(model, prompts, *_, **__):
+    def steps(model, prompts, *_, **__):
         for byte in text:
-            yield [IDS[byte]]
+            yield [Token(IDS[byte], None)]
 
-    monkeypatch.setattr(talk, "stream", stream)
+    monkeypatch.setattr(decoding, "_steps", steps)
 
 
-def written(sampling, prompt="p"):
-    return list(talk.continuation(None, byte_tokenizer(), prompt, sampling))
+def answer(model, tokenizer, prompt, n):
+    """The greedy answer; a character that the length cut does not come."""
+    sampling = Sampling(max_new_tokens=n, stop=(tokenizer.eot,))
+    (ids,) = complete(model, [tokenizer.encode(prompt)], sampling)
+    return codecs.getincrementaldecoder("utf-8")("replace").decode(tokenizer.decode_bytes(ids))
 
 
 def test_generate_prints_the_prompt_and_what_the_model_goes_on_with(base, capsys):
     talk.generate(base, "Once", Sampling(max_new_tokens=12))
-    model, tokenizer = talk._load_writer(base, "pretrain")
-    expected = complete(model, [tokenizer.encode("Once")], 12, stop=tokenizer.eot)[0]
-    assert capsys.readouterr().out == "Once" + tokenizer.decode(expected) + "\n"
+    expected = answer(*talk._load_writer(base, "pretrain", "fp32"), "Once", 12)
+    assert capsys.readouterr().out == f"Once{expected}\n"
 
 
 def test_sampling_repeats_with_a_seed(base, capsys):
@@ -74,30 +80,79 @@ def test_sampling_repeats_with_a_seed(base, capsys):
     assert shown[0] == shown[1] != shown[2]
 
 
-def test_a_character_of_many_tokens_comes_whole(monkeypatch):
-    scripted(monkeypatch, "né — ✓".encode())
-    pieces = written(Sampling(max_new_tokens=99))
-    assert "".join(pieces) == "né — ✓"
-    assert "\ufffd" not in "".join(pieces)
+def test_text_is_printed_whole_and_up_to_a_stop_text(base, capsys, monkeypatch):
+    scripted(monkeypatch, "né — ✓ END two".encode())
+    talk.generate(base, "p ", Sampling(max_new_tokens=99, stop_texts=("END",)))
+    assert capsys.readouterr().out == "p né — ✓ \n"
 
 
-@pytest.mark.parametrize(
-    ("stop", "expected"),
-    [((), "one END two"), (("END",), "one "), (("two", " END"), "one"), (("ENDE",), "one END two")],
-)
-def test_a_stop_text_ends_the_answer_and_is_no_part_of_it(monkeypatch, stop, expected):
-    scripted(monkeypatch, b"one END two")
-    assert "".join(written(Sampling(max_new_tokens=99, stop=stop))) == expected
+def test_the_weights_are_in_the_precision_that_was_asked_for(base, capsys):
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        model, tokenizer = talk._load_writer(base, "pretrain", precision)
+        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+        talk.generate(base, "Once", Sampling(max_new_tokens=5), precision=precision)
+        assert capsys.readouterr().out == f"Once{answer(model, tokenizer, 'Once', 5)}\n"
 
 
-@pytest.mark.parametrize(
-    ("sampling", "named"),
-    [({"temperature": -1.0}, "temperature"), ({"top_k": 0}, "top_k"), ({"top_p": 2.0}, "top_p")],
-)
-def test_an_impossible_setting_is_refused_before_anything_is_printed(base, capsys, sampling, named):
-    with pytest.raises(InputError, match=named):
-        talk.generate(base, "Once", Sampling(max_new_tokens=3, **sampling))
+def test_the_engine_is_the_one_that_was_asked_for(base, assistant, capsys):
+    """Here no compiled engine can be had: the tests' cache is no folder."""
+    for engine in ("auto", "plain"):
+        talk.generate(base, "Once", Sampling(max_new_tokens=3), engine=engine)
+        talk.chat(assistant, "Hello", "", Sampling(max_new_tokens=3), engine=engine)
+    capsys.readouterr()
+    with pytest.raises(RunError, match="cannot be compiled here"):
+        talk.generate(base, "Once", Sampling(max_new_tokens=3), engine="compiled")
+    with pytest.raises(RunError, match="cannot be compiled here"):
+        talk.chat(assistant, "Hello", "", Sampling(max_new_tokens=3), engine="compiled")
     assert capsys.readouterr().out == ""
+
+
+def test_every_option_of_the_command_line_arrives(monkeypatch):
+    calls = []
+    monkeypatch.setattr(talk, "generate", lambda *args, **kwargs: calls.append((args, kwargs)))
+    monkeypatch.setattr(talk, "chat", lambda *args, **kwargs: calls.append((args, kwargs)))
+    given = {
+        "max-new-tokens": "7",
+        "min-new-tokens": "2",
+        "temperature": "0.5",
+        "top-k": "3",
+        "top-p": "0.25",
+        "repetition-penalty": "1.5",
+        "seed": "11",
+        "stop": "END",
+        "model": "some/model",
+        "precision": "bf16",
+        "engine": "plain",
+    }
+    options = [text for name, value in given.items() for text in (f"--{name}", value)]
+    expected = Sampling(
+        max_new_tokens=7,
+        min_new_tokens=2,
+        temperature=0.5,
+        top_k=3,
+        top_p=0.25,
+        repetition_penalty=1.5,
+        seed=11,
+        stop_texts=("END", "."),
+    )
+    for command in (["generate", "Once"], ["chat", "Hello"]):
+        result = CliRunner().invoke(app, [*command, *options, "--stop", "."])
+        assert result.exit_code == 0, result.output
+    (model, prompt, sampling), rest = calls[0]
+    assert (model, prompt, sampling) == (Path("some/model"), "Once", expected)
+    assert rest == {"precision": "bf16", "engine": "plain"}
+    (model, prompt, context, sampling), rest = calls[1]
+    assert (model, prompt, context, sampling) == (Path("some/model"), "Hello", "", expected)
+    assert rest == {"precision": "bf16", "engine": "plain"}
+
+
+def test_an_impossible_setting_is_one_line_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setattr(talk, "load_base", pytest.fail)
+    for setting in ("--top-p=0", "--repetition-penalty=0", "--min-new-tokens=101"):
+        result = CliRunner().invoke(app, ["generate", "Once", "--model", ".", setting])
+        assert result.exit_code == 2
+        assert result.output.count("\n") == 1
+        assert result.output.startswith(f"error: {setting[2:].partition('=')[0].replace('-', '_')}")
 
 
 def test_an_empty_prompt_is_refused(base):
@@ -108,9 +163,8 @@ def test_an_empty_prompt_is_refused(base):
 def test_chat_answers_with_the_models_own_template(assistant, capsys, monkeypatch):
     talk.chat(assistant, "Say hello.", "to Ann", Sampling(max_new_tokens=12))
     shown = capsys.readouterr().out
-    model, tokenizer = talk._load_writer(assistant, "finetune_instruct")
-    prompt = tokenizer.encode(render_prompt("phi3", "Say hello.", "to Ann"))
-    expected = tokenizer.decode(complete(model, [prompt], 12, stop=tokenizer.eot)[0])
+    prompt = render_prompt("phi3", "Say hello.", "to Ann")
+    expected = answer(*talk._load_writer(assistant, "finetune_instruct", "fp32"), prompt, 12)
     assert shown == expected.lstrip() + "\n"
 
     monkeypatch.setattr("sys.stdin", io.StringIO("Say hello.\n"))

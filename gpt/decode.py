@@ -1,0 +1,252 @@
+"""The compiled decoding step: `decode.cpp`, found or made, and called on a model's own weights.
+
+It is an engine beside the plain one (the model itself, called a token at a time), several times as
+fast for a few rows on a CPU, and the same to rounding: sums are in fp32 in either, in another
+order. With bf16 weights its activations stay in fp32, where PyTorch rounds each to bf16.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from gpt import native
+from gpt.errors import RunError
+from gpt.model import GPT, LAYER_NORM_EPS, KVCache
+
+SOURCE = Path(__file__).with_name("decode.cpp")
+
+MOST_ROWS = 32
+"""Up to so many the compiled step is the faster engine, as measured; the step itself takes more."""
+
+_FUNCTIONS = {torch.float32: "decode_float", torch.bfloat16: "decode_bfloat16"}
+
+
+# The structures of decode.cpp, name by name.
+_LAYER_WEIGHTS = (
+    "ln_1.weight",
+    "ln_1.bias",
+    "attn.c_attn.weight",
+    "attn.c_attn.bias",
+    "attn.c_proj.weight",
+    "attn.c_proj.bias",
+    "ln_2.weight",
+    "ln_2.bias",
+    "mlp.c_fc.weight",
+    "mlp.c_fc.bias",
+    "mlp.c_proj.weight",
+    "mlp.c_proj.bias",
+)
+_int, _pointer = ctypes.c_int64, ctypes.c_void_p
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [(name.replace(".", "_"), _pointer) for name in _LAYER_WEIGHTS]
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [
+        *[(name, _int) for name in ("n_layer", "n_head", "n_embd", "vocab_size")],
+        ("epsilon", ctypes.c_double),
+        *[(name, _pointer) for name in ("wte", "wpe", "ln_f_weight", "ln_f_bias", "head")],
+        ("layers", ctypes.POINTER(_Layer)),
+    ]
+
+
+class _Step(ctypes.Structure):
+    _fields_ = [
+        *[(name, _int) for name in ("n_rows", "used", "cache_rows", "cache_length", "n_threads")],
+        *[(name, _pointer) for name in ("rows", "tokens", "padding")],
+        *[(name, _pointer) for name in ("keys", "values", "logits", "scratch")],
+    ]
+
+
+_loaded: ctypes.CDLL | None = None
+_started = False  # a background compilation, by this process
+
+
+def why_not(model: GPT) -> str | None:
+    """Why the compiled step does not serve this model now; None if it does."""
+    if (reason := _unsupported(model)) is not None:
+        return reason
+    try:
+        _find()
+    except native.UnavailableError as error:
+        return str(error)
+    return None
+
+
+def ready(model: GPT) -> bool:
+    """Whether the compiled step serves this model now; where only the library is missing, a
+    process in the background is started that makes it, for a later call.
+    """
+    global _started
+    if _unsupported(model) is not None:
+        return False
+    try:
+        _find()
+        return True
+    except native.UnavailableError:
+        if not _started:
+            _started = True
+            with contextlib.suppress(native.UnavailableError):
+                native.compile_in_background(SOURCE)
+        return False
+
+
+def require(model: GPT) -> None:
+    """Make sure that the compiled step serves this model, waiting for the compiler if need be.
+
+    Raises:
+        RunError: it cannot.
+    """
+    global _loaded
+    if (reason := _unsupported(model)) is not None:
+        raise RunError(f"the compiled engine cannot serve this model: {reason}; use another engine")
+    if _loaded is None:
+        _loaded = native.compile_and_wait(SOURCE)
+
+
+def _find() -> ctypes.CDLL:
+    global _loaded
+    if _loaded is None:
+        _loaded = native.find(SOURCE)
+    return _loaded
+
+
+def _unsupported(model: GPT) -> str | None:
+    """What about the model the compiled step does not know; None if nothing."""
+    if type(model) is not GPT:
+        return f"a {type(model).__name__} may compute something else than a GPT"
+    if model.training and model.config.dropout:
+        return "dropout, in training mode"
+    dtype = model.wte.weight.dtype
+    if dtype not in _FUNCTIONS:
+        return f"weights in {str(dtype).removeprefix('torch.')}, neither float32 nor bfloat16"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is on"
+    for module in model.modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            return "a module with hooks"
+        if next(module.parameters(recurse=False), None) is not None and type(module) not in (
+            nn.Linear,
+            nn.LayerNorm,
+            nn.Embedding,
+        ):
+            return f"a {type(module).__name__} with weights of its own"
+    found = dict(model.named_parameters())
+    wanted = _shapes(model)
+    if found.keys() != wanted.keys():
+        return f"other weights than GPT-2's: {min(found.keys() ^ wanted.keys())}"
+    for name, weight in found.items():
+        if type(weight) is not nn.Parameter or tuple(weight.shape) != wanted[name]:
+            return f"{name} is no plain tensor of the shape {wanted[name]}"
+        if weight.device.type != "cpu":
+            return f"weights on {weight.device.type}, not in the CPU's memory"
+        if weight.dtype != dtype or not weight.is_contiguous():
+            return f"{name} is laid out in another way than the others"
+    return None
+
+
+def _shapes(model: GPT) -> dict[str, tuple[int, ...]]:
+    config = model.config
+    C, V = config.n_embd, config.vocab_size
+    shapes: dict[str, tuple[int, ...]] = {
+        "wte.weight": (V, C),
+        "wpe.weight": (config.context_length, C),
+        "ln_f.weight": (C,),
+        "ln_f.bias": (C,),
+    }
+    if not config.tie_weights:
+        shapes["lm_head.weight"] = (V, C)
+    widths = {"attn.c_attn": (3 * C, C), "mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}
+    for layer in range(config.n_layer):
+        for name in _LAYER_WEIGHTS:
+            owner, _, kind = name.rpartition(".")
+            if name == "attn.c_attn.bias" and not config.qkv_bias:
+                continue
+            shape = widths.get(owner, (C,) if "ln_" in owner else (C, C))
+            shapes[f"h.{layer}.{name}"] = shape if kind == "weight" else shape[:1]
+    return shapes
+
+
+class CompiledStep:
+    """The compiled step on one model's weights and one cache.
+
+    Args:
+        model: one that `ready` or `require` accepted. Its weights are read where they lie.
+        cache: positions seen before; each call adds one.
+        padding: positions on the left of each row that are padding, (B,).
+    """
+
+    def __init__(self, model: GPT, cache: KVCache, padding: Sequence[int]) -> None:
+        library = _find()
+        config = model.config
+        self._cache = cache
+        self._run = library[_FUNCTIONS[model.wte.weight.dtype]]
+        # held: were the model moved or freed meanwhile, these addresses must stay good
+        self._weights = {name: weight.detach() for name, weight in model.named_parameters()}
+        address = {name: weight.data_ptr() for name, weight in self._weights.items()}
+        layers = (_Layer * config.n_layer)()
+        for i in range(config.n_layer):
+            for name, (field, *_) in zip(_LAYER_WEIGHTS, _Layer._fields_, strict=True):
+                setattr(layers[i], field, address.get(f"h.{i}.{name}"))
+        self._model = _Model(
+            n_layer=config.n_layer,
+            n_head=config.n_head,
+            n_embd=config.n_embd,
+            vocab_size=config.vocab_size,
+            epsilon=LAYER_NORM_EPS,
+            wte=address["wte.weight"],
+            wpe=address["wpe.weight"],
+            ln_f_weight=address["ln_f.weight"],
+            ln_f_bias=address["ln_f.bias"],
+            head=address.get("lm_head.weight", address["wte.weight"]),
+            layers=layers,
+        )
+        B = len(padding)
+        self._numbers = torch.zeros(3, B, dtype=torch.int64)  # rows, tokens, padding
+        self._padding = torch.tensor(padding)
+        self.logits = torch.zeros(B, config.vocab_size)
+        self._step = _Step(
+            n_rows=B,
+            n_threads=torch.get_num_threads(),
+            cache_rows=cache.keys.shape[1],
+            cache_length=cache.length,
+            keys=cache.keys.data_ptr(),
+            values=cache.values.data_ptr(),
+            logits=self.logits.data_ptr(),
+        )
+        self._step.rows, self._step.tokens, self._step.padding = (
+            row.data_ptr() for row in self._numbers
+        )
+        library.decode_scratch.restype = ctypes.c_int64
+        room = library.decode_scratch(ctypes.byref(self._model), ctypes.byref(self._step))
+        self._scratch = torch.empty(room)
+        self._step.scratch = self._scratch.data_ptr()
+
+    def __call__(self, rows: Sequence[int], tokens: Sequence[int]) -> Tensor:
+        """Logits (B, V) fp32 after one more token in some rows; those of the others stay.
+
+        Args:
+            rows: which rows, without repetition.
+            tokens: the token of each.
+
+        Returns:
+            The same buffer every time.
+        """
+        n = len(rows)
+        assert 0 < n == len(tokens)
+        assert self._cache.used < self._cache.length
+        self._numbers[:, :n] = torch.tensor([rows, tokens, rows])
+        self._numbers[2, :n] = self._padding[self._numbers[0, :n]]
+        self._step.n_rows = n
+        self._step.used = self._cache.used
+        self._run(ctypes.byref(self._model), ctypes.byref(self._step))
+        self._cache.used += 1
+        return self.logits
