@@ -13,11 +13,12 @@ from typing import NoReturn
 
 from rich.console import Console
 
-from bench.harness import Settings, as_table, measure_machine, write_results
-from gpt.device import prepare
+from bench.harness import Settings, Skipped, as_table, measure_machine, write_results
+from bench.worker import as_it_comes
 from gpt.errors import InputError, RunError
 
-NAMES = ("training", "generation", "tokenization")
+AGAINST_PEERS = ("training", "generation", "tokenization", "classification", "instruction")
+NAMES = (*AGAINST_PEERS, "ablation")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -30,22 +31,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         threads=options.threads or os.cpu_count() or 1,
         rounds=options.rounds or (3 if options.quick else 5),
         quick=options.quick,
+        full=options.full,
         batch=options.batch,
-        vocabulary=options.vocabulary or _mirrored_vocabulary(),
+        vocabulary=options.vocabulary or _mirrored("gpt2"),
+        weights=options.weights,
+        mirror=_mirrored(""),
     )
-    console = Console()
+    # in a file a table may be as wide as it likes
+    console = Console(width=None if sys.stdout.isatty() else 120)
     try:
-        prepare("cpu", settings.threads)
+        as_it_comes(settings.threads)
         machine = measure_machine(settings)
         console.print(f"{machine}.", highlight=False)
-        for name in options.names or NAMES:
+        for name in options.names or AGAINST_PEERS:
             # imported when its turn comes: a benchmark needs only its own peers
             benchmark = importlib.import_module(f"bench.{name}")
             comparisons = []
-            with console.status(name):
-                for comparison in benchmark.compare(settings, machine):
-                    console.print("", as_table(comparison))
-                    comparisons.append(comparison)
+            try:
+                with console.status(name):
+                    for comparison in benchmark.compare(settings, machine):
+                        console.print("", as_table(comparison))
+                        comparisons.append(comparison)
+            except Skipped as skipped:
+                console.print(f"\n{name}: skipped: {skipped}", highlight=False, soft_wrap=True)
+                continue
             if out is not None:
                 write_results(
                     out / f"{name}.md",
@@ -73,7 +82,13 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m bench",
         description="Measure this project against its peers, side by side on the same inputs.",
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", type=_name, help=", ".join(NAMES))
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        type=_name,
+        help=f"{', '.join(AGAINST_PEERS)}; or ablation, which compares us with ourselves",
+    )
     parser.add_argument(
         "--quick",
         action="store_true",
@@ -82,7 +97,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=_positive, help="timed runs of each alternative (5)")
     parser.add_argument("--threads", type=_positive, help="CPU threads (every core)")
     parser.add_argument(
-        "--batch", type=_positive, default=2, help="rows in a training step at 124M (2)"
+        "--batch", type=_positive, default=8, help="rows in a training step at 124M (8)"
+    )
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="run the naive classification loop to its end, too (half an hour)",
+    )
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        help="a GPT-2 model directory to fine-tune (124M with random weights)",
     )
     parser.add_argument(
         "--vocabulary",
@@ -105,10 +130,10 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _mirrored_vocabulary() -> Path | None:
-    """GPT-2's vocabulary in the mirror, where there is one."""
+def _mirrored(name: str) -> Path | None:
+    """A folder of the mirror, where there is one."""
     mirror = os.environ.get("GPT_PIPELINE_MIRROR")
-    folder = Path(mirror) / "gpt2" if mirror else None
+    folder = Path(mirror) / name if mirror else None
     return folder if folder is not None and folder.is_dir() else None
 
 

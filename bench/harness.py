@@ -1,8 +1,9 @@
-"""Alternatives on the same inputs, side by side in one process, and the tables of that.
+"""Alternatives on the same inputs, side by side, and the tables of that.
 
 A machine is rarely quiet and rarely equally fast for a minute. So alternatives take turns
-(A B C A B C …), each ratio is between two runs of the same round, and the median of the rounds
-counts. Speeds depend on the machine; the ratios and the shares of its peaks are what to read.
+(A B C A B C …), each in its own process, each ratio is between two runs of the same round, and the
+median of the rounds counts. Speeds depend on the machine; the ratios and the shares of its peaks
+are what to read.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import functools
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,11 +22,13 @@ import psutil
 import torch
 from rich.table import Table
 
+from bench.worker import Alternative, Ran, workers
 from gpt.errors import RunError
 from gpt.files import whole_file
 
-Alternatives = Mapping[str, Callable[[], Any]]
-"""What is compared, by name, ours first: a call is one run, and ends when its work is done."""
+
+class Skipped(Exception):  # noqa: N818  nothing went wrong
+    """A benchmark that cannot be had here; says why in one line."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,10 +39,16 @@ class Settings:
     rounds: int = 5
     quick: bool = False
     """Small shapes and inputs: to see that everything works, not to quote."""
-    batch: int = 2
+    full: bool = False
+    """Also run to its end, once, what is otherwise timed in part and multiplied."""
+    batch: int = 8
     """Rows in a training step of GPT-2 124M."""
     vocabulary: Path | None = None
     """A folder of GPT-2's vocabulary files; without one a small vocabulary is learnt."""
+    weights: Path | None = None
+    """A model directory to fine-tune; without one GPT-2 124M with random weights."""
+    mirror: Path | None = None
+    """The folder of real data."""
 
 
 # --- the machine ----------------------------------------------------------------------------------
@@ -52,15 +61,36 @@ class Peak:
     with something else at one of these moments, hardly at all of them.
     """
 
-    def __init__(self, name: str, measure: Callable[[], float]) -> None:
+    def __init__(
+        self, name: str, measure: Callable[[], float], unit: str = "", whole: Peak | None = None
+    ) -> None:
         self.name = name
-        self.best = 0.0
+        self.probed: list[float] = []
         self._measure = measure
+        self._unit = unit  # of a thousand million
+        self._whole = whole
         self.probe()
 
+    @property
+    def best(self) -> float:
+        """The highest of all probes."""
+        return max(self.probed)
+
     def probe(self) -> None:
-        """Measure once more; the highest counts."""
-        self.best = max(self.best, self._measure())
+        """Measure once more."""
+        self.probed.append(self._measure())
+        if self._whole is not None:
+            self._whole.probed.append(self.probed[-1])
+
+    def of_a_comparison(self) -> Peak:
+        """The same, by what is probed from now on: a shared machine gives now more, now less."""
+        return Peak(self.name, self._measure, self._unit, whole=self)
+
+    def __str__(self) -> str:
+        lowest, highest = min(self.probed) / 1e9, self.best / 1e9
+        return (
+            f"{self.name.capitalize()} in these rounds {lowest:,.1f} … {highest:,.1f} {self._unit}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,10 +130,10 @@ def measure_machine(settings: Settings) -> Machine:
         torch_version=torch.__version__,
         load=load,
         matmul={
-            dtype: Peak("matmul peak", functools.partial(_matmul_rate, size, dtype))
+            dtype: Peak("matmul peak", functools.partial(_matmul_rate, size, dtype), "GFLOP/s")
             for dtype in (torch.float32, torch.bfloat16)
         },
-        memory=Peak("memory bandwidth", functools.partial(_read_rate, n_bytes)),
+        memory=Peak("memory bandwidth", functools.partial(_read_rate, n_bytes), "GB/s"),
     )
 
 
@@ -123,9 +153,15 @@ def _matmul_rate(size: int, dtype: torch.dtype) -> float:
 
 
 def _read_rate(n_bytes: int) -> float:
-    matrix, vector = torch.ones(n_bytes // 4).view(-1, 1024), torch.ones(1024)
-    # which of the two keeps up with memory differs between machines
-    return n_bytes / min(_best_time(matrix.sum), _best_time(lambda: torch.mv(matrix, vector)))
+    numbers, vector = torch.ones(n_bytes // 4), torch.ones(1024)
+    # which of them keeps up with memory differs between machines; none writes anything
+    kernels: list[Callable[[], Any]] = [
+        numbers.sum,
+        numbers.amax,
+        lambda: torch.dot(numbers, numbers),
+        lambda: torch.mv(numbers.view(-1, 1024), vector),
+    ]
+    return n_bytes / min(_best_time(kernel) for kernel in kernels)
 
 
 def _best_time(run: Callable[[], Any], repeats: int = 3) -> float:
@@ -143,12 +179,25 @@ def _time(run: Callable[[], Any]) -> float:
 # --- a comparison ---------------------------------------------------------------------------------
 
 
+def compare_in_workers(
+    alternatives: Mapping[str, Alternative],
+    settings: Settings,
+    agree: Callable[[Any, Any], bool] | None = None,
+    peaks: Sequence[Peak] = (),
+    warm_up: bool = True,
+) -> dict[str, list[Ran]]:
+    """`alternate`, each alternative in a process of its own; all of them ended in the end."""
+    with workers(alternatives, settings.threads) as started:
+        return alternate(started, settings.rounds, agree, peaks, warm_up)
+
+
 def alternate(
-    alternatives: Alternatives,
+    alternatives: Mapping[str, Callable[[], Ran]],
     rounds: int,
     agree: Callable[[Any, Any], bool] | None = None,
-    peak: Peak | None = None,
-) -> dict[str, list[float]]:
+    peaks: Sequence[Peak] = (),
+    warm_up: bool = True,
+) -> dict[str, list[Ran]]:
     """Run each alternative once in every round, in turn, after one run that does not count.
 
     Args:
@@ -156,26 +205,52 @@ def alternate(
         rounds: how often each is timed.
         agree: whether two results are those of the same work. Each alternative's first result
             must agree with that of the first alternative.
-        peak: probed in every round.
+        peaks: probed in every round.
+        warm_up: False where a run is long: then the first counts, too.
 
     Returns:
-        The seconds of each alternative, one number a round.
+        The runs of each alternative, one a round.
 
     Raises:
         RunError: an alternative did other work than the first.
     """
-    results = {name: run() for name, run in alternatives.items()}
-    ours, *others = results
-    for name in others:
-        if agree is not None and not agree(results[ours], results[name]):
-            raise RunError(f"{name} gives another result than {ours}: their times say nothing")
-    seconds: dict[str, list[float]] = {name: [] for name in alternatives}
-    for _ in range(rounds):
-        if peak is not None:
+    runs: dict[str, list[Ran]] = {name: [] for name in alternatives}
+    for number in range(rounds + warm_up):
+        for peak in peaks:
             peak.probe()
         for name, run in alternatives.items():
-            seconds[name].append(_time(run))
-    return seconds
+            runs[name].append(run())
+        if number == 0 and agree is not None:
+            _check_agreement(runs, agree)
+    return {name: done[int(warm_up) :] for name, done in runs.items()}
+
+
+def _check_agreement(runs: Mapping[str, Sequence[Ran]], agree: Callable[[Any, Any], bool]) -> None:
+    (ours, (first, *_)), *others = runs.items()
+    for name, (theirs, *_) in others:
+        if not agree(first.result, theirs.result):
+            raise RunError(
+                f"{name} gives another result than {ours} ({_shown(theirs.result)}, not "
+                f"{_shown(first.result)}): their times say nothing"
+            )
+
+
+def _shown(result: Any) -> str:
+    text = str(result)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def seconds_of(runs: Mapping[str, Sequence[Ran]]) -> dict[str, list[float]]:
+    """The seconds of each alternative, one number a round."""
+    return {name: [ran.seconds for ran in done] for name, done in runs.items()}
+
+
+def peak_memory_of(runs: Mapping[str, Sequence[Ran]]) -> dict[str, str]:
+    """The most that each alternative's process held, as a table shows it."""
+    return {
+        name: f"{most / 1e9:.2f} GB" if (most := max(ran.peak_memory for ran in done)) else "?"
+        for name, done in runs.items()
+    }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,16 +258,26 @@ class Comparison:
     """The times of some alternatives for the same work, the first of them ours."""
 
     title: str
-    work: float
-    """How much one run does."""
-    unit: str
-    """Of what."""
     seconds: Mapping[str, Sequence[float]]
     """Of each alternative, one number a round."""
+    work: float = 1
+    """How much one run does."""
+    unit: str = ""
+    """Of what; where nothing is counted, a run's seconds are shown instead of a rate."""
     peak: Peak | None = None
     """What of the machine limits it."""
     cost: float = 0.0
     """How much of that a unit needs."""
+    columns: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """What else a table says of each alternative, by column and alternative."""
+    note: str = ""
+    """What a reader has to know."""
+
+    @property
+    def remarks(self) -> str:
+        """What stands below its table."""
+        peak = [] if self.peak is None else [f"{self.peak}; shares are of the highest."]
+        return " ".join([*filter(None, [self.note]), *peak])
 
     def rate(self, name: str) -> float:
         """Units a second in the median run."""
@@ -206,20 +291,30 @@ class Comparison:
     def header(self) -> list[str]:
         """The names of the columns of `rows`."""
         share = [] if self.peak is None else [f"share of {self.peak.name}"]
-        return ["alternative", f"{self.unit}/s", *share, "first against it", "rounds"]
+        measured = f"{self.unit}/s" if self.unit else "seconds"
+        return ["alternative", measured, *share, *self.columns, "first against it", "rounds"]
 
     def rows(self) -> list[list[str]]:
         """A line for each alternative."""
         rows = []
         for position, name in enumerate(self.seconds):
             rate, ratios = self.rate(name), self.ratios(name)
+            measured = rate if self.unit else median(self.seconds[name])
             share = [] if self.peak is None else [f"{rate * self.cost / self.peak.best:.0%}"]
             against = (
                 [f"{median(ratios):.2f}x", f"{min(ratios):.2f} … {max(ratios):.2f}"]
                 if position
                 else ["", ""]
             )
-            rows.append([name, f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}", *share, *against])
+            rows.append(
+                [
+                    name,
+                    f"{measured:,.0f}" if measured >= 100 else f"{measured:.1f}",
+                    *share,
+                    *(column.get(name, "") for column in self.columns.values()),
+                    *against,
+                ]
+            )
         return rows
 
 
@@ -228,9 +323,18 @@ class Comparison:
 
 def as_table(comparison: Comparison) -> Table:
     """The comparison for a terminal."""
-    table = Table(title=comparison.title, title_justify="left")
+    table = Table(
+        title=comparison.title,
+        title_justify="left",
+        caption=comparison.remarks or None,
+        caption_justify="left",
+    )
     for position, column in enumerate(comparison.header()):
-        table.add_column(column, justify="right" if position else "left")
+        table.add_column(
+            column,
+            justify="right" if position else "left",
+            no_wrap=column in ("alternative", "rounds"),  # the others' headers may be wrapped
+        )
     for row in comparison.rows():
         table.add_row(*row)
     return table
@@ -251,7 +355,7 @@ def write_results(
         f"{machine}.",
         "",
         f"`{command}`, {datetime.datetime.now(datetime.UTC).date()}, "
-        f"medians of {settings.rounds} rounds"
+        f"medians of {settings.rounds} round{'' if settings.rounds == 1 else 's'}"
         + (", quick: small shapes, not to be quoted." if settings.quick else "."),
     ]
     for comparison in comparisons:
@@ -259,6 +363,7 @@ def write_results(
         lines += ["", f"## {comparison.title}", ""]
         lines += [_line(header), _line(["---", *["---:"] * (len(header) - 1)])]
         lines += [_line(row) for row in comparison.rows()]
+        lines += ["", comparison.remarks] if comparison.remarks else []
     with whole_file(path) as partial:
         partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
 

@@ -2,7 +2,8 @@
 
 Queries, keys and values are three layers, attention is a product, an explicit mask, a softmax and
 another product, layer norm and GELU are written in elementary operations. The parameters are
-those of `gpt.GPT`, the head tied as there, so that both do the same work.
+those of `gpt.GPT`, the head tied as there, so that both do the same work. To classify, the head is
+replaced, as the book does it: every position gets logits, and one of them is looked at.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt.config import GPTConfig
-from gpt.model import GPT, LAYER_NORM_EPS
+from gpt.model import GPT, LAYER_NORM_EPS, GPTClassifier
 
 
 class LayerNorm(nn.Module):
@@ -83,31 +84,35 @@ class Block(nn.Module):
 
 
 class NaiveGPT(nn.Module):
-    def __init__(self, config: GPTConfig) -> None:
+    """With a language-model head, or one of `classes` outputs."""
+
+    def __init__(self, config: GPTConfig, classes: int | None = None) -> None:
         super().__init__()
         self.tokens = nn.Embedding(config.vocab_size, config.n_embd)
         self.positions = nn.Embedding(config.context_length, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.Sequential(*(Block(config) for _ in range(config.n_layer)))
         self.norm = LayerNorm(config.n_embd)
-        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.head.weight = self.tokens.weight
+        self.head = nn.Linear(config.n_embd, classes or config.vocab_size, bias=False)
+        if classes is None:
+            self.head.weight = self.tokens.weight
 
     def forward(self, idx: Tensor) -> Tensor:
-        """Token ids (B, T) to logits (B, T, V)."""
+        """Token ids (B, T) to logits (B, T, V), or (B, T, classes)."""
         positions = torch.arange(idx.shape[1], device=idx.device)
         x = self.dropout(self.tokens(idx) + self.positions(positions))
         logits: Tensor = self.head(self.norm(self.blocks(x)))
         return logits
 
 
-def naive_copy(model: GPT) -> NaiveGPT:
-    """A `NaiveGPT` with the weights of `model`, whose head is tied."""
-    copy = NaiveGPT(model.config)
+def naive_copy(model: GPT | GPTClassifier) -> NaiveGPT:
+    """A `NaiveGPT` with the weights of `model`, whose head is tied or classifies."""
+    labels = model.labels if isinstance(model, GPTClassifier) else None
+    copy = NaiveGPT(model.config, len(labels) if labels else None)
     weights = model.state_dict()
     taken: dict[str, Tensor] = {
         "tokens.weight": weights["wte.weight"],
-        "head.weight": weights["wte.weight"],
+        "head.weight": weights["score.weight" if labels else "wte.weight"],
         "positions.weight": weights["wpe.weight"],
         "norm.scale": weights["ln_f.weight"],
         "norm.shift": weights["ln_f.bias"],

@@ -1,0 +1,127 @@
+"""What each of our changes gains in a training step: with it, and with it alone switched off."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from bench.harness import (
+    Comparison,
+    Machine,
+    Settings,
+    compare_in_workers,
+    peak_memory_of,
+    seconds_of,
+)
+from bench.training import DTYPES, TOLERANCE, Shape, flops_per_token, large_shape, our_job
+from bench.worker import Alternative, as_ours
+from gpt.attention import heads
+from gpt.device import Precision
+
+
+def compare(settings: Settings, machine: Machine) -> Iterator[Comparison]:
+    """The step at 124M, each change by itself, in each precision; and bf16 against fp32."""
+    shape = large_shape(settings)
+    for precision in DTYPES:
+        for change, switched_off in CHANGES.items():
+            yield _compare(
+                shape,
+                f"{change}, {precision}",
+                {
+                    "with": Alternative(our_job, (shape, precision), as_ours),
+                    "without": Alternative(our_job, (shape, precision), switched_off),
+                },
+                precision,
+                settings,
+                machine,
+            )
+    each: dict[str, Precision] = {"bf16": "bf16", "fp32": "fp32"}
+    against_fp32 = _compare(
+        shape,
+        "bf16 in the place of fp32",
+        {
+            name: Alternative(our_job, (shape, precision), as_ours)
+            for name, precision in each.items()
+        },
+        "bf16",
+        settings,
+        machine,
+    )
+    yield replace(against_fp32, peak=None)  # each has a peak of its own
+
+
+def _compare(
+    shape: Shape,
+    change: str,
+    alternatives: Mapping[str, Alternative],
+    precision: Precision,
+    settings: Settings,
+    machine: Machine,
+) -> Comparison:
+    peak = machine.matmul[DTYPES[precision]].of_a_comparison()
+    runs = compare_in_workers(
+        alternatives,
+        settings,
+        agree=lambda a, b: math.isclose(a, b, abs_tol=TOLERANCE[precision]),
+        peaks=[peak],
+    )
+    return Comparison(
+        title=f"Our training step, {shape.title}: {change}",
+        work=shape.tokens,
+        unit="tokens",
+        seconds=seconds_of(runs),
+        peak=peak,
+        cost=flops_per_token(shape.config, shape.config.context_length),
+        columns={"peak memory": peak_memory_of(runs)},
+    )
+
+
+# --- in the workers: our setting, with something else in the place of a change --------------------
+
+
+def default_allocator(threads: int) -> None:
+    """glibc's own thresholds: large blocks are mapped, and unmapped when they are freed."""
+    _replace("gpt.device", "keep_freed_memory", lambda: None)
+    as_ours(threads)
+
+
+def library_attention(threads: int) -> None:
+    """PyTorch's fused kernel."""
+    as_ours(threads)
+    _replace("gpt.model", "causal_attention", _library_attention)
+
+
+def _library_attention(qkv: Tensor, n_head: int, dropout: float = 0.0) -> Tensor:
+    q, k, v = heads(qkv, 3, n_head)
+    y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+    return y.transpose(1, 2).flatten(2)
+
+
+def whole_logits(threads: int) -> None:
+    """All logits at once, and PyTorch's loss of them."""
+    as_ours(threads)
+    _replace("gpt.metrics", "linear_cross_entropy", _whole_cross_entropy)
+
+
+def _whole_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")
+
+
+def _replace(module: str, name: str, value: Any) -> None:
+    holder = importlib.import_module(module)
+    assert hasattr(holder, name), f"{module}.{name} is gone: nothing would be switched off"
+    setattr(holder, name, value)
+
+
+CHANGES: dict[str, Callable[[int], None]] = {
+    "an allocator that keeps its memory": default_allocator,
+    "attention in blocks": library_attention,
+    "the loss in pieces": whole_logits,
+}
+"""What can be taken back, by the setting that does it; one more is one more line and function."""
