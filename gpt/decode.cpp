@@ -239,7 +239,7 @@ inline void product(const void *weights, const float *x, int64_t stride, int64_t
                     int64_t n_rows, int64_t begin, int64_t end, Use use) {
     const T *weight = static_cast<const T *>(weights);
     // As many rows of weights side by side as the registers hold sums for: one input is at memory
-    // speed with eight of them, a third slower with four.
+    // speed with eight of them, a sixth slower with four.
     constexpr int MANY = 8, SOME = 4, FEW = ACCUMULATORS / 8;
     int64_t o = begin;
     if (n_rows <= ACCUMULATORS / MANY)
