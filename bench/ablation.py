@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import importlib
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.harness import (
-    Comparison,
-    Machine,
-    Settings,
-    compare_in_workers,
-    peak_memory_of,
-    seconds_of,
-)
-from bench.training import DTYPES, TOLERANCE, Shape, flops_per_token, large_shape, our_job
+from bench.harness import Comparison, Machine, Settings
+from bench.training import DTYPES, compare_steps, large_shape, our_job
 from bench.worker import Alternative, as_ours
 from gpt.attention import heads
 from gpt.device import Precision
@@ -30,56 +22,30 @@ def compare(settings: Settings, machine: Machine) -> Iterator[Comparison]:
     shape = large_shape(settings)
     for precision in DTYPES:
         for change, switched_off in CHANGES.items():
-            yield _compare(
-                shape,
-                f"{change}, {precision}",
+            yield compare_steps(
+                f"Our training step, {shape.title}: {change}, {precision}",
                 {
                     "with": Alternative(our_job, (shape, precision), as_ours),
                     "without": Alternative(our_job, (shape, precision), switched_off),
                 },
+                shape,
                 precision,
                 settings,
                 machine,
             )
     each: dict[str, Precision] = {"bf16": "bf16", "fp32": "fp32"}
-    against_fp32 = _compare(
-        shape,
-        "bf16 in the place of fp32",
+    against_fp32 = compare_steps(
+        f"Our training step, {shape.title}: bf16 in the place of fp32",
         {
             name: Alternative(our_job, (shape, precision), as_ours)
             for name, precision in each.items()
         },
+        shape,
         "bf16",
         settings,
         machine,
     )
     yield replace(against_fp32, peak=None)  # each has a peak of its own
-
-
-def _compare(
-    shape: Shape,
-    change: str,
-    alternatives: Mapping[str, Alternative],
-    precision: Precision,
-    settings: Settings,
-    machine: Machine,
-) -> Comparison:
-    peak = machine.matmul[DTYPES[precision]].of_a_comparison()
-    runs = compare_in_workers(
-        alternatives,
-        settings,
-        agree=lambda a, b: math.isclose(a, b, abs_tol=TOLERANCE[precision]),
-        peaks=[peak],
-    )
-    return Comparison(
-        title=f"Our training step, {shape.title}: {change}",
-        work=shape.tokens,
-        unit="tokens",
-        seconds=seconds_of(runs),
-        peak=peak,
-        cost=flops_per_token(shape.config, shape.config.context_length),
-        columns={"peak memory": peak_memory_of(runs)},
-    )
 
 
 # --- in the workers: our setting, with something else in the place of a change --------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -99,19 +99,38 @@ def n_multiplied(config: GPTConfig) -> int:
 def _compare(
     shape: Shape, precision: Precision, settings: Settings, machine: Machine
 ) -> Comparison:
-    peak = machine.matmul[DTYPES[precision]].of_a_comparison()
-    runs = compare_in_workers(
+    return compare_steps(
+        f"Training step, {shape.title}, {precision}",
         {
             "ours": Alternative(build=our_job, arguments=(shape, precision), setting=as_ours),
             "transformers": Alternative(build=_transformers_job, arguments=(shape, precision)),
             "naive loop": Alternative(build=_naive_job, arguments=(shape, precision)),
         },
+        shape,
+        precision,
+        settings,
+        machine,
+    )
+
+
+def compare_steps(
+    title: str,
+    alternatives: Mapping[str, Alternative],
+    shape: Shape,
+    precision: Precision,
+    settings: Settings,
+    machine: Machine,
+) -> Comparison:
+    """Alternatives of one training step, held against the matmul peak of `precision`."""
+    peak = machine.matmul[DTYPES[precision]].of_a_comparison()
+    runs = compare_in_workers(
+        alternatives,
         settings,
         agree=lambda a, b: math.isclose(a, b, abs_tol=TOLERANCE[precision]),
         peaks=[peak],
     )
     return Comparison(
-        title=f"Training step, {shape.title}, {precision}",
+        title=title,
         work=shape.tokens,
         unit="tokens",
         seconds=seconds_of(runs),
