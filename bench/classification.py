@@ -20,9 +20,9 @@ from bench.worker import Alternative, Job, Ran, Worker, as_ours
 from gpt.data import batch_indices
 from gpt.device import Precision
 from gpt.model import GPTClassifier
+from gpt.recipe import TrainParams
 from gpt.text import Split, read_messages, split_messages
 from gpt.tokenizer import Tokenizer
-from gpt.train import TrainParams
 from gpt.weights import load_base
 from stages.finetune_classifier import FinetuneClassifierParams, finetune_classifier
 

@@ -23,8 +23,9 @@ from gpt.device import Precision
 from gpt.metrics import lm_loss_sum
 from gpt.model import GPT
 from gpt.prompts import render_prompt
+from gpt.recipe import TrainParams
 from gpt.text import instructions_in
-from gpt.train import TrainParams, fit
+from gpt.train import fit
 from gpt.weights import load_base
 
 RECORDS = 200
@@ -132,7 +133,7 @@ def _our_job(home: Path, params: TrainParams) -> Job:
             params=params,
             train=data,
             loss=lm_loss_sum,
-            validate=lambda: {"validation_loss": 0.0},
+            validate=lambda _: {"validation_loss": 0.0},
         )
 
     return _job(run, model, data, params)

@@ -25,7 +25,9 @@ from gpt.data import Batch
 from gpt.device import Precision, autocast
 from gpt.metrics import lm_loss_sum
 from gpt.model import GPT
-from gpt.train import TrainParams, make_optimizer, train_step
+from gpt.parallel import SharedModel
+from gpt.recipe import TrainParams, make_optimizers
+from gpt.train import Pass, accumulate, update
 
 CPU = torch.device("cpu")
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -156,11 +158,12 @@ def our_job(shape: Shape, precision: Precision) -> Job:
     """What `gpt.train.fit` does in a step; a run gives the loss before it."""
     model, batch = _start(shape)
     params = TrainParams(steps=1, precision=precision)
-    optimizer = make_optimizer(model, params)
+    shared, optimizers = SharedModel(model), make_optimizers(model, params)
 
     def step() -> float:
-        loss, _norm = train_step(model, optimizer, [batch], lm_loss_sum, params).tolist()
-        return float(loss)
+        loss = accumulate(shared, [Pass(batch)], lm_loss_sum, params)
+        update(shared, optimizers, params)
+        return loss.item()
 
     return Job(run=step)
 
@@ -172,7 +175,7 @@ def _transformers_job(shape: Shape, precision: Precision) -> Job:
     model, batch = _start(shape)
     peer = transformers_copy(model).train()
     params = TrainParams(steps=1)
-    optimizer = make_optimizer(peer, params)
+    (optimizer,) = make_optimizers(peer, params)
 
     def step() -> float:
         with autocast(CPU, precision):

@@ -1,59 +1,211 @@
-"""The whole state of a training loop, saved atomically and read back exactly.
+"""The whole state of a training loop, saved beside the training and read back exactly.
 
-A state is one file `step-NNNNNNNN.pt` with its sha256 beside it in `step-NNNNNNNN.pt.sha256`.
-The last two are kept; a damaged one is passed over, with a warning, for the one before.
+A state is one file, `step-NNNNNNNN.HASH.pt`, that carries its own hash (XXH3, 128 bits: it finds
+damage, and costs a tenth of what a cryptographic one does) in its name: so it is there, with its
+hash, from one moment to the next or not at all. The last two are kept; a damaged one is passed
+over, with a warning, for the one before.
 """
 
 from __future__ import annotations
 
+import os
 import re
+import threading
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
+import xxhash
 
+from gpt.errors import InputError, RunError
 from gpt.events import Log, Message, discard
-from gpt.files import sha256_of, whole_file
+from gpt.files import sync_directory
 
-_NAME = re.compile(r"step-(\d{8})\.pt")
 KEEP = 2
+_NAME = re.compile(r"step-(\d{8})\.([0-9a-f]{32})\.pt")
+_PARTIAL = ".state.partial"
+_CHUNK = 1 << 24
 
 
-def save_state(folder: Path, step: int, state: dict[str, Any]) -> None:
-    """Write `state` (tensors, numbers, strings, and lists and dicts of them) as that of `step`.
+class Checkpoints:
+    """The states of one training run in a folder of their own.
 
-    Older states than the last two are removed.
+    Writing goes on beside the training: `save` returns at once, and the tensors that it was given
+    must not change before `wait_until_read` has returned. A failure of the writing is raised by
+    the next call of any method.
+
+    Args:
+        folder: made if it is not there.
+
+    Raises:
+        InputError: the folder cannot be written to.
     """
-    path = folder / f"step-{step:08d}.pt"
-    with whole_file(path) as partial:
-        torch.save(state, partial)
-        digest = sha256_of(partial)
-        # the digest first: a state without one is never read
-        with whole_file(_digest_path(path)) as digest_partial:
-            digest_partial.write_text(digest + "\n")
-    for old in _states(folder)[:-KEEP]:
-        old.unlink()
-        _digest_path(old).unlink(missing_ok=True)
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._thread: threading.Thread | None = None
+        self._read = threading.Event()
+        self._error: OSError | None = None
+        self._step = 0
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            # what a killed process left half-written; and it tells whether we may write here
+            (folder / _PARTIAL).unlink(missing_ok=True)
+            (folder / _PARTIAL).touch()
+            (folder / _PARTIAL).unlink()
+        except OSError as error:
+            raise InputError(
+                f"{folder}: the state of the training cannot be kept here ({_reason(error)}); "
+                "make the folder writable, or remove what stands in its place"
+            ) from None
+
+    def save(self, step: int, state: Mapping[str, Any]) -> None:
+        """Begin to write `state` as that of `step`, once the one before is written.
+
+        Args:
+            step: steps that were done.
+            state: tensors, numbers, strings, and lists and dicts of them.
+
+        Raises:
+            RunError: the state before could not be written.
+        """
+        self.finish()
+        self._step = step
+        self._read.clear()
+        # no daemon: a process that ends in good order ends after its last state is on the disk
+        self._thread = threading.Thread(target=self._write, args=(state,), name="checkpoint")
+        self._thread.start()
+
+    def wait_until_read(self) -> None:
+        """Return when the tensors of the last `save` may change.
+
+        Raises:
+            RunError: it could not be written.
+        """
+        if self._thread is not None:
+            self._read.wait()
+            self._raise()
+
+    def finish(self) -> None:
+        """Return when the last `save` is on the disk.
+
+        Raises:
+            RunError: it could not be written.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+            self._raise()
+
+    def newest(self) -> int | None:
+        """The step of the newest state; None if there is none."""
+        states = _steps_in(self.folder)
+        return states[-1][0] if states else None
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            error, self._error = self._error, None
+            before = self.newest()
+            raise RunError(
+                f"{self.folder}: the state of step {self._step} could not be saved "
+                f"({_reason(error)}); make room there, and the same command "
+                + ("starts anew" if before is None else f"goes on from step {before}")
+            )
+
+    def _write(self, state: Mapping[str, Any]) -> None:
+        partial = self.folder / _PARTIAL
+        try:
+            with partial.open("wb", buffering=0) as file:
+                hashing = _Hashing(file)
+                _save(state, hashing)
+                self._read.set()
+                os.fsync(file.fileno())
+            name = f"step-{self._step:08d}.{hashing.digest}.pt"
+            partial.replace(self.folder / name)
+            sync_directory(self.folder)
+            for _, old in _steps_in(self.folder)[:-KEEP]:
+                old.unlink()
+        except OSError as error:
+            self._error = error
+            partial.unlink(missing_ok=True)
+        finally:
+            self._read.set()
+
+    def load(self, log: Log = discard) -> dict[str, Any] | None:
+        """The newest whole state; None if there is none. Damaged ones are removed.
+
+        Nothing in the file is executed on reading (`weights_only`).
+        """
+        states = _steps_in(self.folder)
+        for step, path in reversed(states):
+            if _hash_of(path) == _digest_in(path):
+                return torch.load(path, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
+            # gone, so that it does not count among the last two
+            path.unlink()
+            earlier = [each for each, _ in states if each < step]
+            back = f"going back to that of step {earlier[-1]}" if earlier else "starting anew"
+            log(Message(f"the state of step {step} is damaged; {back}", level="warning"))
+        return None
 
 
-def load_state(folder: Path, log: Log = discard) -> dict[str, Any] | None:
-    """The newest whole state in `folder`; None if there is none.
+class _Hashing:
+    """A file to write to that hashes what goes by."""
 
-    Nothing in the file is executed on reading (`weights_only`).
-    """
-    for path in reversed(_states(folder)):
-        digest = _digest_path(path)
-        if digest.is_file() and digest.read_text().strip() == sha256_of(path):
-            return torch.load(path, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
-        log(Message(f"{path.name} is damaged; going back to the one before", level="warning"))
-    return None
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._hash = xxhash.xxh3_128()
+
+    @property
+    def digest(self) -> str:
+        return self._hash.hexdigest()
+
+    def write(self, data: Any) -> int:
+        left = memoryview(data).cast("B")
+        size = len(left)
+        self._hash.update(left)
+        while left:  # an unbuffered file may take less than it is given
+            left = left[self._file.write(left) :]
+        return size
+
+    def flush(self) -> None:
+        pass
 
 
-def _digest_path(path: Path) -> Path:
-    return path.with_name(path.name + ".sha256")
+def _save(state: Mapping[str, Any], file: _Hashing) -> None:
+    """`torch.save` without its own checksums, which cost more than the writing; ours is there."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(dict(state), file)  # type: ignore[arg-type]
+    except RuntimeError as error:
+        # torch tells of a full disk in its own words
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise OSError(str(error).splitlines()[0]) from None
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
-def _states(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
+def _hash_of(path: Path) -> str:
+    found = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            found.update(chunk)
+    return found.hexdigest()
+
+
+def _digest_in(path: Path) -> str:
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    return match[2]
+
+
+def _steps_in(folder: Path) -> list[tuple[int, Path]]:
+    """The states in a folder with their steps, the oldest first."""
+    found = [(int(m[1]), path) for path in folder.iterdir() if (m := _NAME.fullmatch(path.name))]
+    return sorted(found, key=lambda each: (each[0], each[1].stat().st_mtime_ns))
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)

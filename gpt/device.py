@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 
 from gpt.errors import InputError
+from gpt.parallel import world
 
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -45,13 +46,17 @@ def prepare(device: str = "auto", threads: int = 0) -> torch.device:
 
     Args:
         device: `auto`, `cpu`, `cuda` or `mps`.
-        threads: CPU threads for tensor work; 0 means every core. The number is part of what
-            makes two runs equal to the byte: sums are split by thread.
+        threads: CPU threads for tensor work; 0 means every core, shared with the processes that
+            train together with this one on this machine. The number is part of what makes two
+            runs equal to the byte: sums are split by thread.
     """
     picked = pick_device(device)
     keep_freed_memory()
-    torch.set_num_threads(threads or os.cpu_count() or 1)
+    here = world()
+    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // here.local_size))
     if picked.type == "cuda":
+        picked = torch.device("cuda", here.local_rank)
+        torch.cuda.set_device(picked)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     # a guard against reading memory that nobody wrote, at a tenth of a training step
@@ -78,8 +83,13 @@ def keep_freed_memory() -> None:
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[None]:
-    """Mixed precision: `auto` is bf16 on CUDA and fp32 elsewhere."""
+def autocast(
+    device: torch.device, precision: Precision, *, keep_casts: bool = True
+) -> contextlib.AbstractContextManager[None]:
+    """Mixed precision: `auto` is bf16 on CUDA and fp32 elsewhere.
+
+    Within it a weight is cast once and the cast is kept; where weights come and go, it must not be.
+    """
     if precision == "bf16" or (precision == "auto" and device.type == "cuda"):
-        return torch.autocast(device.type, dtype=torch.bfloat16)
+        return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=keep_casts)
     return contextlib.nullcontext()

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """Let the names in a directory, as they are now, survive a loss of power."""
     if os.name == "nt":  # a directory cannot be opened for fsync there
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -40,7 +41,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield partial
         _sync_file(partial)
         partial.replace(path)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -65,7 +66,7 @@ def whole_directory(path: Path) -> Iterator[Path]:
         if path.exists():
             shutil.rmtree(path)
         partial.replace(path)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
     finally:
         if partial.exists():
             shutil.rmtree(partial, ignore_errors=True)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from gpt.data import IGNORED, Batch
 from gpt.loss import linear_cross_entropy
 from gpt.model import GPT, ClassifierTop, GPTClassifier
+from gpt.parallel import add_up, share_out
 
 
 def lm_loss_sum(model: GPT, batch: Batch) -> tuple[Tensor, int]:
@@ -44,12 +45,17 @@ def mean_loss(
     batches: Iterable[Batch],
     loss: Callable[[Any, Batch], tuple[Tensor, int]] = lm_loss_sum,
 ) -> float:
-    """The mean loss over every target of `batches`, in nats; NaN where there is none."""
+    """The mean loss over every target of `batches`, in nats; NaN where there is none.
+
+    Processes that train together share the batches, and all get the same mean.
+    """
     total, targets = 0.0, 0
-    for batch in batches:
+    for batch, counts in share_out(batches):
         summed, n = loss(model, batch.to(model.device))
-        total += summed.item()
-        targets += n
+        if counts:
+            total += summed.item()
+            targets += n
+    total, targets = add_up(torch.tensor([total, targets], dtype=torch.float64)).tolist()
     return total / targets if targets else math.nan
 
 

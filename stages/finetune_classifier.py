@@ -22,8 +22,9 @@ from gpt.events import Log, Message, Progress, discard
 from gpt.files import write_json
 from gpt.metrics import class_logits, class_loss_sum
 from gpt.model import ClassifierTop, GPTClassifier
+from gpt.recipe import TrainParams
 from gpt.text import Balance, Split, read_messages, split_messages
-from gpt.train import TrainParams, fit
+from gpt.train import fit
 from gpt.weights import load_base, save_model
 
 _KEPT_BYTES = 2 << 30
@@ -136,11 +137,11 @@ def finetune_classifier(
         with autocast(device, train.precision):
             data = trunk_features(model, texts, depth, log)
 
-    def scores(part: str) -> dict[str, float]:
+    def scores(model: GPTClassifier | ClassifierTop, part: str) -> dict[str, float]:
         rows = list(batches(data[part], _ROWS_AT_ONCE))
         actual = torch.cat([batch.targets for batch in rows])  # (n,)
         with autocast(device, train.precision):
-            logits = class_logits(trained, rows)  # (n, classes)
+            logits = class_logits(model, rows)  # (n, classes)
         return {
             f"{part}_loss": F.cross_entropy(logits, actual).item(),
             f"{part}_accuracy": (logits.argmax(1) == actual).float().mean().item(),
@@ -151,15 +152,16 @@ def finetune_classifier(
         params=train,
         train=data["train"],
         loss=class_loss_sum,
-        validate=lambda: scores("validation"),
+        validate=lambda model: scores(model, "validation"),
+        origin=lambda row: f"message {parts['train']['text'].iloc[row]!r:.60}",
         task="finetune_classifier",
         state=state,
         log=log,
     )
     model.eval()
     final = {
-        **scores("train"),
-        **scores("validation"),
+        **scores(trained, "train"),
+        **scores(trained, "validation"),
         "max_length": float(max_length),
         "rows_train": float(len(parts["train"])),
         "rows_validation": float(len(parts["validation"])),

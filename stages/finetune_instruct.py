@@ -18,9 +18,11 @@ from gpt.events import Log, Message, discard
 from gpt.files import write_json
 from gpt.generate import Sampling, complete
 from gpt.metrics import lm_loss_sum, mean_loss, perplexity
+from gpt.model import GPT
 from gpt.prompts import TemplateName, render_prompt
+from gpt.recipe import TrainParams
 from gpt.text import Instruction, Split, read_instructions, split_instructions
-from gpt.train import TrainParams, fit
+from gpt.train import fit
 from gpt.weights import load_base, save_model
 
 
@@ -121,7 +123,7 @@ def finetune_instruct(
     shown = parts["validation"][:3]
     shown_prompts = [ids[-max_length:] for ids in prompts(shown)]
 
-    def sample() -> str:
+    def sample(model: GPT) -> str:
         sampling = Sampling(max_new_tokens=params.sample_tokens, stop=(tokenizer.eot,))
         # the plain engine: the same text whether or not there is a compiler
         answers = complete(model, shown_prompts, sampling, engine="plain")
@@ -130,24 +132,25 @@ def finetune_instruct(
             for record, ids in zip(shown, answers, strict=True)
         )
 
-    def validation_loss() -> float:
+    def validation_loss(model: GPT) -> float:
         with autocast(device, train.precision):
             return mean_loss(model, batches(data["validation"], train.batch_size, by_length=True))
 
     torch.manual_seed(train.seed)
-    before = validation_loss()
+    before = validation_loss(model)
     result = fit(
         model,
         params=train,
         train=data["train"],
         loss=lm_loss_sum,
-        validate=lambda: {"validation_loss": validation_loss()},
+        validate=lambda model: {"validation_loss": validation_loss(model)},
         sample=sample,
+        origin=lambda row: f"record {parts['train'][row].instruction!r:.60}",
         task="finetune_instruct",
         state=state,
         log=log,
     )
-    loss = validation_loss()
+    loss = validation_loss(model)
     final = {
         "validation_loss": loss,
         "validation_loss_before": before,

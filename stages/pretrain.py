@@ -19,8 +19,9 @@ from gpt.files import write_json
 from gpt.generate import Sampling, complete
 from gpt.metrics import bits_per_byte, lm_loss_sum, mean_loss, perplexity
 from gpt.model import GPT
+from gpt.recipe import TrainParams
 from gpt.tokenizer import load_tokenizer
-from gpt.train import TrainParams, fit
+from gpt.train import fit
 from gpt.weights import save_model
 
 
@@ -88,7 +89,7 @@ def pretrain(
     some = windows if params.eval_windows is None else spread(windows, params.eval_windows)
     prompt = tokenizer.encode(params.sample_prompt)
 
-    def sample() -> str:
+    def sample(model: GPT) -> str:
         sampling = Sampling(max_new_tokens=params.sample_tokens, stop=(tokenizer.eot,))
         # the plain engine: the same text whether or not there is a compiler
         added = complete(model, [prompt], sampling, engine="plain")[0]
@@ -99,8 +100,13 @@ def pretrain(
         params=train,
         train=splits["train"],
         loss=lm_loss_sum,
-        validate=lambda: {"validation_loss": mean_loss(model, batches(some, train.batch_size))},
+        validate=lambda model: {
+            "validation_loss": mean_loss(model, batches(some, train.batch_size))
+        },
         sample=sample,
+        origin=lambda row: (
+            f"tokens {row * stride:,} to {row * stride + context:,} of the training split"
+        ),
         task="pretrain",
         state=state,
         log=log,

@@ -24,7 +24,7 @@ from gpt.config import GPTConfig
 from gpt.data import batch_indices
 from gpt.errors import InputError, RunError
 from gpt.model import GPT, GPTClassifier
-from gpt.train import TrainParams
+from gpt.recipe import TrainParams
 from stages.finetune_classifier import freeze
 
 ROOT = Path(__file__).parents[1]

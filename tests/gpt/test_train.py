@@ -1,28 +1,28 @@
 """One loop: its steps are those of the formula, and stopping changes nothing."""
 
+import errno
 import math
 import os
+import random
+import re
 import signal
-from itertools import pairwise
+import threading
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gpt.checkpoint import load_state
+from gpt import checkpoint
+from gpt.checkpoint import Checkpoints
 from gpt.data import IGNORED, Batch, InstructionDataset, WindowDataset
 from gpt.errors import InputError, RunError
 from gpt.events import Message, Metrics, Text
 from gpt.metrics import lm_loss_sum, mean_loss
-from gpt.train import (
-    Interrupted,
-    TrainParams,
-    fit,
-    learning_rate_at,
-    make_optimizer,
-    train_step,
-)
+from gpt.parallel import SharedModel
+from gpt.recipe import TrainParams, make_optimizers
+from gpt.train import Interrupted, Pass, accumulate, fit, update
 
 # A key's bias has no gradient but rounding, which Adam would blow up to a full step at its usual
 # eps: where two ways of computing are compared, it is kept from doing so.
@@ -37,12 +37,19 @@ def _fit(model, params, train=None, **options):
     data = WindowDataset(_tokens(), 16, 16) if train is None else train
     loss = {"validation_loss": 0.0}
 
-    def validate():
+    def validate(model):
         loss["validation_loss"] = mean_loss(model, [data.collate([data[0], data[1]])])
         return dict(loss)
 
     options.setdefault("validate", validate)
     return fit(model, params=params, train=data, loss=lm_loss_sum, **options)
+
+
+def _end_of_process():
+    """A process ends after its last state is on the disk; these tests do not end."""
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint":
+            thread.join()
 
 
 def _weights(model):
@@ -51,34 +58,6 @@ def _weights(model):
 
 def _equal(one, other):
     return all(torch.equal(one[name], other[name]) for name in one)
-
-
-def test_the_learning_rate_rises_linearly_and_falls_along_a_cosine():
-    params = TrainParams(steps=110, learning_rate=1.0, min_learning_rate=0.1, warmup_steps=10)
-    rates = [learning_rate_at(step, params, 110) for step in range(110)]
-    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
-    assert rates[10] == pytest.approx(1.0)
-    assert rates[109] == pytest.approx(0.1)
-    middle = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 49 / 99))
-    assert rates[59] == pytest.approx(middle)
-    assert all(a >= b for a, b in pairwise(rates[10:]))
-
-
-def test_a_constant_schedule_stays():
-    params = TrainParams(steps=9, learning_rate=0.5, schedule="constant", warmup_steps=2)
-    assert [learning_rate_at(s, params, 9) for s in (0, 1, 2, 8)] == [0.25, 0.5, 0.5, 0.5]
-
-
-def test_only_matrices_decay_and_only_what_is_trainable_is_optimized(make_model):
-    model = make_model()
-    model.h[0].requires_grad_(False)
-    decay, rest = make_optimizer(model, TrainParams(steps=1, weight_decay=0.3)).param_groups
-    assert decay["weight_decay"] == 0.3
-    assert rest["weight_decay"] == 0
-    assert all(p.dim() >= 2 for p in decay["params"])
-    assert all(p.dim() < 2 for p in rest["params"])
-    optimized = {id(p) for p in decay["params"] + rest["params"]}
-    assert optimized == {id(p) for p in model.parameters() if p.requires_grad}
 
 
 def test_a_step_is_adamw_of_the_clipped_gradient_of_the_mean_loss(make_model):
@@ -98,6 +77,7 @@ def test_a_step_is_adamw_of_the_clipped_gradient_of_the_mean_loss(make_model):
             {"params": [p for p in reference.parameters() if p.dim() < 2], "weight_decay": 0.0},
         ],
         lr=1e-2,
+        betas=(0.9, 0.95),
         eps=EPS,
     )
     optimizer.step()
@@ -134,7 +114,7 @@ def test_a_weight_is_cast_once_a_step_however_many_passes_it_has(make_model):
     data = WindowDataset(_tokens(), 16, 16)
     passes = [data.collate([data[2 * i], data[2 * i + 1]]) for i in range(3)]
     with Watch():
-        train_step(model, make_optimizer(model, params), passes, lm_loss_sum, params)
+        accumulate(SharedModel(model), [Pass(each) for each in passes], lm_loss_sum, params)
     of_blocks = {id(p) for p in model.h.parameters() if p.dim() == 2}
     assert len(of_blocks) == 8
     assert {casts.count(weight) for weight in of_blocks} == {1}
@@ -148,8 +128,10 @@ def test_in_half_precision_many_passes_give_the_step_of_one(make_model):
     for size in (8, 2):
         model = make_model().train()
         passes = [data.collate(items[start : start + size]) for start in range(0, 8, size)]
-        optimizer = make_optimizer(model, params)
-        measured.append(train_step(model, optimizer, passes, lm_loss_sum, params))
+        shared = SharedModel(model)
+        losses = accumulate(shared, [Pass(each) for each in passes], lm_loss_sum, params)
+        norm = update(shared, make_optimizers(model, params), params)
+        measured.append(torch.stack((losses.sum(), norm)))
         assert all(p.grad is None for p in model.parameters())
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert torch.allclose(*measured, rtol=1e-2)
@@ -162,7 +144,7 @@ def test_the_run_ends_with_the_weights_that_validate_best(make_model):
     model = make_model()
     seen = []
 
-    def validate():
+    def validate(model):
         seen.append(_weights(model))
         return {"validation_loss": [3.0, 1.0, 2.0][len(seen) - 1]}
 
@@ -229,9 +211,8 @@ def test_a_run_that_was_killed_continues_from_its_last_state(make_model, tmp_pat
 
     with pytest.raises(KilledError):
         _fit(make_model(), params, state=tmp_path, log=kill)
-    state = load_state(tmp_path)
-    assert state is not None
-    assert state["step"] == 4
+    _end_of_process()
+    assert Checkpoints(tmp_path).newest() == 4
     again = make_model(seed=5)
     _fit(again, params, state=tmp_path)
     assert _equal(_weights(again), _weights(straight))
@@ -241,8 +222,204 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(make_model):
     model = make_model()
     with torch.no_grad():
         model.wte.weight[3] = math.inf
-    with pytest.raises(RunError, match=r"the loss is nan .* at step 0; lower the learning rate"):
+    with pytest.raises(RunError, match=r"the loss is nan .* at step 1, on row .*; lower the"):
         _fit(model, TrainParams(steps=3, batch_size=8))
+
+
+def test_a_loss_that_is_not_finite_names_its_rows_and_keeps_the_last_good_state(
+    make_model, tmp_path
+):
+    responses = [*[[3, 4]] * 15, [250, 251]]  # one row spoils whatever sees it
+    data = InstructionDataset([[1, 2]] * 16, responses, end=256)
+    model = make_model(tie_weights=False)
+    with torch.no_grad():
+        model.wte.weight[250] = math.nan
+    params = TrainParams(steps=4, batch_size=2, accumulation=2, eval_interval=1, seed=2)
+    with pytest.raises(RunError) as caught:
+        _fit(model, params, data, state=tmp_path, origin="record {}".format)
+    message = str(caught.value)
+    step = int(message.partition("at step ")[2].partition(",")[0])
+    assert step > 1, "another seed, please: there is no good state to be kept"
+    assert "record 15" in message
+    assert message.count("record") == 2, "the rows of the pass that is not finite, no others"
+    assert message.endswith(f"The state of step {step - 1} is kept.")
+    kept = Checkpoints(tmp_path).load()
+    assert kept["loop"]["step"] == step - 1
+    assert kept["model"]["lm_head.weight"].isfinite().all()
+
+
+@pytest.mark.parametrize("number", [None, signal.SIGTERM])
+def test_a_step_of_many_passes_goes_on_within_it(make_model, tmp_path, number):
+    """Saved between two passes, by the clock or by a signal, with what the gradients hold."""
+    params = TrainParams(
+        steps=4, batch_size=2, accumulation=4, eval_interval=4, checkpoint_seconds=1e-9
+    )
+    straight = make_model(dropout=0.1)
+    _fit(straight, params)
+
+    class KilledError(BaseException):
+        pass
+
+    calls = 0
+
+    def loss(model, batch):
+        nonlocal calls
+        calls += 1
+        if calls == 11:  # the third pass of the third step
+            if number is None:
+                raise KilledError
+            os.kill(os.getpid(), number)
+        return lm_loss_sum(model, batch)
+
+    data = WindowDataset(_tokens(), 16, 16)
+    options = {"params": params, "train": data, "validate": lambda _: {"validation_loss": 0.0}}
+    with pytest.raises(KilledError if number is None else Interrupted) as caught:
+        fit(make_model(dropout=0.1), loss=loss, state=tmp_path, **options)
+    _end_of_process()
+    passes = 2 if number is None else 3
+    if number is not None:
+        assert str(caught.value).startswith(f"train stopped {passes} passes into step 3 of 4; its")
+    heard = []
+    again = make_model(seed=9, dropout=0.1)
+    calls = 100
+    fit(again, loss=loss, state=tmp_path, log=heard.append, **options)
+    assert calls == 100 + 16 - 8 - passes
+    assert heard[0] == Message(f"train: continuing from step 2 of 4, {passes} passes into the next")
+    assert _equal(_weights(again), _weights(straight))
+
+
+def test_the_generators_are_part_of_the_state(make_model, tmp_path):
+    """A validation that draws numbers draws the same ones in a run that was stopped."""
+    params = TrainParams(steps=6, batch_size=2, eval_interval=2)
+
+    def validate(model):
+        numbers = (random.random(), np.random.rand(), torch.rand(()).item())
+        return {"validation_loss": 1.0, **{f"draw_{i}": n for i, n in enumerate(numbers)}}
+
+    def start():
+        random.seed(1)
+        np.random.seed(1)
+        torch.manual_seed(1)
+
+    start()
+    expected = _fit(make_model(), params, validate=validate).history
+
+    def interrupt(event):
+        if isinstance(event, Metrics) and event.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    start()
+    with pytest.raises(Interrupted):
+        _fit(make_model(), params, validate=validate, state=tmp_path, log=interrupt)
+    random.seed(5)
+    np.random.seed(5)
+    assert _fit(make_model(), params, validate=validate, state=tmp_path).history == expected
+
+
+def test_a_full_disk_stops_the_run_and_it_goes_on_once_there_is_room(
+    make_model, tmp_path, monkeypatch
+):
+    params = TrainParams(steps=8, batch_size=2, eval_interval=2)
+    straight = make_model()
+    _fit(straight, params)
+    write = checkpoint._save
+    written = []
+
+    def full(state, file):
+        written.append(state)
+        if len(written) == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(state, file)
+
+    monkeypatch.setattr(checkpoint, "_save", full)
+    with pytest.raises(RunError, match=r"the state of step 6 could not .* goes on from step 4"):
+        _fit(make_model(), params, state=tmp_path)
+    again = make_model(seed=5)
+    _fit(again, params, state=tmp_path)
+    assert _equal(_weights(again), _weights(straight))
+
+
+def test_a_spike_warns_once(make_model):
+    heard = []
+    seen = 0
+
+    def loss(model, batch):
+        nonlocal seen
+        seen += 1
+        summed, n = lm_loss_sum(model, batch)
+        return summed * (5 if seen == 31 else 1), n
+
+    data = WindowDataset(_tokens(), 16, 16)
+    params = TrainParams(steps=40, batch_size=2, learning_rate=1e-5)
+    fit(
+        make_model(),
+        params=params,
+        train=data,
+        loss=loss,
+        validate=lambda _: {"validation_loss": 0.0},
+        log=heard.append,
+    )
+    (warning,) = [e for e in heard if isinstance(e, Message)]
+    assert warning.level == "warning"
+    assert re.fullmatch(
+        r"train: the loss of step 31 is \d+\.\d+, [45]\.\d times the usual; if it does not come "
+        "down again, lower the learning rate",
+        warning.text,
+    )
+    assert [e.step for e in heard if isinstance(e, Metrics) and "loss_spike" in e.values] == [31]
+
+
+def test_patience_ends_the_run_early_with_the_best_weights(make_model, tmp_path):
+    losses = [3.0, 1.0, 2.0, 1.5, 0.5]
+    params = TrainParams(steps=20, batch_size=2, eval_interval=2, patience=2)
+
+    def run(model, log=lambda event: None, state=None):
+        seen = []
+
+        def validate(model):
+            seen.append(_weights(model))
+            return {"validation_loss": losses[len(seen) - 1]}
+
+        return _fit(model, params, validate=validate, log=log, state=state), seen
+
+    heard = []
+    model = make_model()
+    result, seen = run(model, heard.append, tmp_path)
+    assert result.steps == 8
+    assert [row["step"] for row in result.history] == [2, 4, 6, 8]
+    assert _equal(_weights(model), seen[1])
+    assert (
+        Message(
+            "train: no lower validation loss in 2 evaluations; stopped early, after step 8 of 20"
+        )
+        in heard
+    )
+    # one that was killed between its end and what comes after does not train on
+    again, seen = run(make_model(seed=4), state=tmp_path)
+    assert (again.steps, len(seen)) == (8, 0)
+
+
+def test_norms_are_measured_at_each_evaluation(make_model):
+    model = make_model()
+    start = torch.cat([p.detach().flatten() for p in model.parameters()])
+    result = _fit(model, TrainParams(steps=1, batch_size=2, keep="last", learning_rate=1e-2))
+    end = torch.cat([p.detach().flatten() for p in model.parameters()])
+    (row,) = result.history
+    assert row["param_norm"] == pytest.approx(end.norm().item(), rel=1e-5)
+    assert row["update_ratio"] == pytest.approx(
+        ((end - start).norm() / end.norm()).item(), rel=1e-4
+    )
+
+
+def test_compiled_blocks_learn_the_same(make_model, compiled):
+    plain, translated = make_model(), make_model()
+    params = {"steps": 5, "batch_size": 4, "learning_rate": 1e-3, "eps": EPS, "keep": "last"}
+    expected = _fit(plain, TrainParams(**params)).history
+    found = _fit(translated, TrainParams(**params, compile="on")).history
+    assert found[-1] == pytest.approx(expected[-1], rel=1e-3)
+    for name, value in plain.state_dict().items():
+        assert torch.allclose(translated.state_dict()[name], value, atol=1e-4), name
+    assert all(block._compiled_call_impl is None for block in translated.h)
 
 
 def test_each_step_and_each_evaluation_is_heard(make_model):
@@ -251,7 +428,7 @@ def test_each_step_and_each_evaluation_is_heard(make_model):
         make_model(),
         TrainParams(steps=4, batch_size=2, eval_interval=2),
         log=heard.append,
-        sample=lambda: "words",
+        sample=lambda _: "words",
     )
     train = [e for e in heard if isinstance(e, Metrics) and "loss/train" in e.values]
     assert [e.step for e in train] == [1, 2, 3, 4]
@@ -284,22 +461,6 @@ def test_ignored_targets_count_nothing(make_model):
     )
     assert n == 7
     assert summed.item() == pytest.approx(expected.item(), abs=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({}, "steps, epochs: give exactly one"),
-        ({"steps": 1, "epochs": 1}, "steps, epochs: give exactly one"),
-        ({"steps": 1, "learning_rate": 1e-4, "min_learning_rate": 1e-3}, "is above learning_rate"),
-        ({"steps": 1, "learning_rate": 0}, "greater than 0"),
-        ({"steps": 1, "batch_size": 0}, "greater than 0"),
-        ({"steps": 1, "learn_rate": 1}, "[Uu]nexpected keyword"),
-    ],
-)
-def test_an_impossible_recipe_is_refused(values, message):
-    with pytest.raises(ValueError, match=message):
-        TrainParams(**values)
 
 
 def test_no_rows_are_refused(make_model):

@@ -1,0 +1,205 @@
+"""Several processes that train one model do what one would do alone."""
+
+import os
+import socket
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from torch import multiprocessing
+
+from gpt import parallel
+from gpt.config import GPTConfig
+from gpt.data import InstructionDataset, WindowDataset, batches
+from gpt.errors import InputError
+from gpt.events import Message, Metrics
+from gpt.metrics import lm_loss_sum, mean_loss
+from gpt.model import GPT
+from gpt.recipe import TrainParams
+from gpt.train import FitResult, Interrupted, fit
+
+# A key's bias has no gradient but rounding, which Adam would blow up to a full step at its usual
+# eps: where two ways of computing are compared, it is kept from doing so.
+COMMON = {"batch_size": 4, "accumulation": 2, "eval_interval": 10, "eps": 1e-5, "threads": 1}
+
+
+@dataclass
+class Run:
+    """What one process saw of a training."""
+
+    losses: list[float] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)
+    result: FitResult | None = None
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    interrupted: bool = False
+
+
+def train(params: TrainParams, state: Path | None = None, stop_at: int = 0) -> Run:
+    """A small model on tokens; `stop_at` sends this process SIGTERM at that step."""
+    torch.set_num_threads(1)
+    torch.manual_seed(3 + parallel.world().rank)  # only the first process's weights must count
+    model = GPT(
+        GPTConfig(vocab_size=64, context_length=16, n_layer=2, n_head=2, n_embd=32, dropout=0.1)
+    )
+    tokens = torch.arange(2000) * 7 % 61  # soon learnt
+    data = WindowDataset(tokens, 16, 16)
+    validation = WindowDataset(tokens[:200], 16, 16)  # an odd number of batches
+    seen = Run()
+
+    def log(event):
+        if isinstance(event, Message):
+            seen.messages.append(event.text)
+        if isinstance(event, Metrics) and "loss/train" in event.values:
+            seen.losses.append(event.values["loss/train"])
+            if event.step == stop_at:
+                os.kill(os.getpid(), 15)
+
+    try:
+        seen.result = fit(
+            model,
+            params=params,
+            train=data,
+            loss=lm_loss_sum,
+            validate=lambda m: {"validation_loss": mean_loss(m, batches(validation, 4))},
+            sample=lambda m: str(m(tokens[None, :8]).argmax().item()),
+            state=state,
+            log=log,
+        )
+    except Interrupted:
+        seen.interrupted = True
+    seen.weights = {name: value.clone() for name, value in model.state_dict().items()}
+    return seen
+
+
+def _process(rank: int, size: int, port: int, work, arguments: tuple, folder: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    parallel.join(parallel.World(rank, size, rank, size), "cpu")
+    try:
+        result = work(*arguments)
+    except parallel.Dismissed:
+        return
+    except Exception as error:
+        traceback.print_exc()
+        result = error
+    torch.save(result, Path(folder) / f"{rank}.pt")
+
+
+@pytest.fixture
+def together(tmp_path):
+    """Runs a function in several processes; what it gave in each, by rank."""
+
+    def run(size: int, work, *arguments) -> dict:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        folder = tmp_path / "results"
+        folder.mkdir(exist_ok=True)
+        for old in folder.iterdir():
+            old.unlink()
+        multiprocessing.spawn(_process, (size, port, work, arguments, str(folder)), nprocs=size)
+        return {int(path.stem): torch.load(path, weights_only=False) for path in folder.iterdir()}
+
+    return run
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_two_processes_give_the_curve_of_one(together, mode, optimizer):
+    params = TrainParams(steps=50, parallel=mode, optimizer=optimizer, learning_rate=3e-3, **COMMON)
+    alone = train(params)
+    found = together(2, train, params)
+    assert list(found) == [0], "only the first process goes on after the training"
+    both = found[0]
+    assert len(both.losses) == 50
+    assert alone.losses[-1] < alone.losses[0] - 0.3, "nothing was learnt: nothing is compared"
+    assert both.losses == pytest.approx(alone.losses, abs=1e-4)
+    for ours, theirs in zip(both.result.history, alone.result.history, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+    for name, value in alone.weights.items():
+        assert (both.weights[name] - value).abs().max() < 1e-3, name
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+@pytest.mark.parametrize("then", [1, 2])
+def test_a_run_stopped_with_two_processes_goes_on_with_one_or_two(together, tmp_path, mode, then):
+    params = TrainParams(steps=30, parallel=mode, **COMMON)
+    alone = train(params)
+    state = tmp_path / "state"
+    first = together(2, train, params, state, 13)
+    assert first[0].interrupted
+    assert first[1].interrupted, "all stop where one was told to"
+    done = len(first[0].losses)
+    assert done in (13, 14)
+    second = train(params, state) if then == 1 else together(2, train, params, state)[0]
+    assert second.messages == [f"train: continuing from step {done} of 30"]
+    assert [*first[0].losses, *second.losses] == pytest.approx(alone.losses, abs=1e-4)
+    if then == 2:  # and byte for byte that of two that never stopped
+        straight = together(2, train, params)[0]
+        assert [*first[0].losses, *second.losses] == straight.losses
+        for name, value in straight.weights.items():
+            assert torch.equal(second.weights[name], value), name
+
+
+def test_a_step_too_small_for_the_devices_is_refused(together):
+    params = TrainParams(steps=1, batch_size=1)
+    found = together(2, train, params)
+    assert all(isinstance(error, InputError) for error in found.values())
+    assert "a step of 1 rows cannot be shared by 2 devices" in str(found[0])
+
+
+def _nan(params: TrainParams) -> None:
+    model = GPT(
+        GPTConfig(
+            vocab_size=64, context_length=16, n_layer=1, n_head=2, n_embd=32, tie_weights=False
+        )
+    )
+    items = [[1, 2, 3]] * 7 + [[5, 6]]
+    data = InstructionDataset(items, items, end=0, mask_prompt=False)
+    with torch.no_grad():
+        model.wte.weight[6] = torch.nan
+    fit(
+        model,
+        params=params,
+        train=data,
+        loss=lm_loss_sum,
+        validate=lambda _: {},
+        origin="item {}".format,
+    )
+
+
+def test_a_loss_that_is_not_finite_names_the_row_whichever_process_had_it(together):
+    params = TrainParams(steps=1, batch_size=1, accumulation=8)
+    found = together(2, _nan, params)
+    assert len(found) == 2
+    for error in found.values():
+        assert "at step 1, on item 7;" in str(error)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize(("n", "batch"), [(8, 8), (8, 4), (8, 2), (7, 3), (12, 5)])
+def test_the_passes_of_all_processes_are_the_rows_of_the_step(monkeypatch, size, n, batch):
+    rows = list(range(100, 100 + n))
+    found, counts = [], set()
+    for rank in range(size):
+        monkeypatch.setattr(parallel, "_world", parallel.World(rank, size, rank, size))
+        mine = parallel.passes(rows, batch)
+        counts.add(len(mine))
+        for place, some in mine:
+            assert rows[place] == some[0]
+            assert 0 < len(some) <= batch
+            found += some
+    assert found == rows
+    assert len(counts) == 1, "every process takes part in as many passes"
+
+
+def test_items_are_shared_out_in_rounds_that_all_take_part_in(monkeypatch):
+    counted, lengths = [], set()
+    for rank in range(3):
+        monkeypatch.setattr(parallel, "_world", parallel.World(rank, 3, rank, 3))
+        shares = list(parallel.share_out(range(7)))
+        lengths.add(len(shares))
+        counted += [item for item, counts in shares if counts]
+    assert sorted(counted) == list(range(7))
+    assert lengths == {3}
