@@ -16,10 +16,11 @@ from bench.harness import (
     peak_memory_of,
     seconds_of,
 )
-from bench.training import DTYPES, n_multiplied
+from bench.training import DTYPES
 from bench.worker import Alternative, Job, as_ours
 from gpt.config import GPT2_SIZES, GPTConfig
 from gpt.device import Precision
+from gpt.estimate import n_multiplied
 from gpt.generate import generate
 from gpt.model import GPT
 

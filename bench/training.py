@@ -23,6 +23,7 @@ from bench.worker import Alternative, Job, as_ours
 from gpt.config import GPT2_SIZES, GPTConfig
 from gpt.data import Batch
 from gpt.device import Precision, autocast
+from gpt.estimate import flops_per_token
 from gpt.metrics import lm_loss_sum
 from gpt.model import GPT
 from gpt.parallel import SharedModel
@@ -79,23 +80,6 @@ def compare(settings: Settings, machine: Machine) -> Iterator[Comparison]:
     for shape in shapes(settings):
         for precision in DTYPES:
             yield _compare(shape, precision, settings, machine)
-
-
-def flops_per_token(config: GPTConfig, length: int) -> float:
-    """What a step computes for a token: 6 a parameter, and attention over `length` positions.
-
-    Forward 2 and backward 4 for each parameter in a matrix product, all but the position
-    embeddings in a model whose head is tied; attention's two products as if every position saw
-    all others, as is usual (Chowdhery et al., 2022, "PaLM", appendix B).
-    """
-    return 6 * n_multiplied(config) + 12 * config.n_layer * config.n_embd * length
-
-
-def n_multiplied(config: GPTConfig) -> int:
-    """The parameters of a model with a tied head, but the position embeddings."""
-    with torch.device("meta"):
-        model = GPT(config)
-    return model.n_params - model.wpe.weight.numel()
 
 
 def _compare(

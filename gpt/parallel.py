@@ -61,17 +61,21 @@ def world() -> World:
     return _world
 
 
-def join(world: World, device: str) -> None:
-    """Meet the other processes at the place that torchrun's environment variables name.
+def join(world: World, device: str, place: str | None = None) -> None:
+    """Meet the other processes.
 
     Args:
         world: as torchrun numbers the processes.
         device: `cuda` where tensors are exchanged between graphics cards, else `cpu`.
+        place: the `file://` address of a file that is not there yet, where they find each other;
+            None is where torchrun's environment variables say.
     """
     global _world
     # objects and the parts of a checkpoint travel by gloo also where the gradients do not
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=_PATIENCE, rank=world.rank, world_size=world.size)
+    dist.init_process_group(
+        backend, place, timeout=_PATIENCE, rank=world.rank, world_size=world.size
+    )
     _world = world
 
 

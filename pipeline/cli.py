@@ -249,6 +249,26 @@ def report() -> None:
 
 
 @app.command()
+def clean(
+    everything: Annotated[
+        bool, typer.Option("--all", help="Those too that a run would go on from.")
+    ] = False,
+) -> None:
+    """Remove states of stopped trainings that no run goes on from, and say what they took."""
+    from pipeline.runner import STAGES, next_states
+    from pipeline.states import Removed, size_in_words
+    from pipeline.states import clean as remove
+
+    root = _root()
+    sizes = []
+    for each in remove(root, STAGES, None if everything else next_states(root)):
+        print(each, flush=True)
+        if isinstance(each, Removed):
+            sizes.append(each.size)
+    print(f"{size_in_words(sum(sizes))} freed" if sizes else "nothing to remove")
+
+
+@app.command()
 def export(
     source: Annotated[Path, typer.Argument(help="A model directory.")],
     target: Annotated[Path, typer.Argument(help="The directory to write.")],

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import importlib
 import json
 import os
@@ -27,13 +26,13 @@ from types import FrameType
 from typing import Any
 
 import psutil
-import yaml
 
 from gpt.errors import InputError, RunError
 from gpt.events import Event, Log, Message
 from gpt.files import write_json
 from pipeline.console import EVENTS_VARIABLE, make_log
-from pipeline.params import load_params
+from pipeline.params import PARAMS_FILE, load_params
+from pipeline.states import older_states, stage_lock, state_folder
 from pipeline.tracking import StageRun, Status, dvc_md5, mark_killed
 
 MIRROR_VARIABLE = "GPT_PIPELINE_MIRROR"
@@ -153,8 +152,20 @@ def run_stage(name: str, root: Path) -> int:
     Returns:
         The exit code: 0, 2 for input that cannot be used, 1 for a failed run, 130 or 143 for
         one that Ctrl-C or SIGTERM ended. The same code and line are left in
-        `.pipeline/exit/NAME.json` for the flow.
+        `.pipeline/exit/NAME.json` for the flow. While another process runs the stage here, it is
+        2 at once, and nothing of that process is touched.
     """
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(stage_lock(root, name))
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            return EXIT_INPUT
+        return _run_alone(name, root)
+
+
+def _run_alone(name: str, root: Path) -> int:
+    """`run_stage` once no other process can run the stage here."""
     verdict = root / ".pipeline" / "exit" / f"{name}.json"
     verdict.unlink(missing_ok=True)
     code, error = EXIT_OK, ""
@@ -184,20 +195,14 @@ def run_stage(name: str, root: Path) -> int:
 def _run(name: str, root: Path) -> None:
     spec = STAGES[name]
     # the whole file is checked, so that a mistake in a later stage's section stops before any work
-    params = getattr(load_params(root / "params.yaml"), name)
-    inputs = {keyword: root / path for keyword, path in spec.input_paths(params).items()}
-    for path in inputs.values():
-        if not path.exists():
-            raise InputError(
-                f"{path.relative_to(root)} is missing; `gpt-pipeline run` makes whatever {name} "
-                "needs"
-            )
+    params = getattr(load_params(root / PARAMS_FILE), name)
+    inputs = _inputs(name, root, params)
     function = spec.load()
     input_md5 = _md5s(root, inputs)
-    state = None
+    state, notice = None, None
     if spec.trains:
-        fingerprint = _fingerprint(root, name, params, input_md5)
-        state = root / ".checkpoints" / name / fingerprint
+        state = state_folder(root, name, params, input_md5)
+        notice = older_states(root, name, state)
 
     started = time.monotonic()
     _end_abandoned(root, name, state)
@@ -206,6 +211,8 @@ def _run(name: str, root: Path) -> None:
     note = _RunNote(root, name, run)
     try:
         with make_log(name) as log:
+            if notice:
+                log(notice)
             outputs = {keyword: root / path for keyword, path in spec.outputs.items()}
             metrics = function(
                 _with_mirror(params),
@@ -225,6 +232,34 @@ def _run(name: str, root: Path) -> None:
     note.write("FINISHED", time.monotonic() - started)
     if state:
         shutil.rmtree(state)
+
+
+def next_states(root: Path) -> Callable[[str], Path]:
+    """A training stage's name -> the state that a run started now would go on from, if it is there.
+
+    Raises:
+        InputError: `params.yaml` is bad; the function raises it where an input of the stage is
+            missing.
+    """
+    params = load_params(root / PARAMS_FILE)
+
+    def next_state(name: str) -> Path:
+        section = getattr(params, name)
+        return state_folder(root, name, section, _md5s(root, _inputs(name, root, section)))
+
+    return next_state
+
+
+def _inputs(name: str, root: Path, params: Any) -> dict[str, Path]:
+    """The inputs of a stage under its parameters, all of them there."""
+    inputs = {keyword: root / path for keyword, path in STAGES[name].input_paths(params).items()}
+    for path in inputs.values():
+        if not path.exists():
+            raise InputError(
+                f"{path.relative_to(root)} is missing; `gpt-pipeline run` makes whatever {name} "
+                "needs"
+            )
+    return inputs
 
 
 def _finish(
@@ -328,17 +363,6 @@ def _relative(root: Path, path: Path) -> str:
 
 def _md5s(root: Path, paths: Mapping[str, Path]) -> dict[str, str]:
     return {_relative(root, path): dvc_md5(path) for path in paths.values()}
-
-
-def _fingerprint(root: Path, stage: str, params: Any, inputs: Mapping[str, str]) -> str:
-    """What a training run's state depends on: parameters, inputs and code, in 16 digits.
-
-    The code is the stage's import closure as `dvc.yaml` lists it.
-    """
-    deps = yaml.safe_load((root / "dvc.yaml").read_text())["stages"][stage]["deps"]
-    code = {dep: dvc_md5(root / dep) for dep in deps if dep.endswith(".py")}
-    whole = json.dumps([dataclasses.asdict(params), dict(inputs), code], sort_keys=True)
-    return hashlib.sha256(whole.encode()).hexdigest()[:16]
 
 
 def _one_line(error: BaseException) -> str:

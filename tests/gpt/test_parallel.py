@@ -1,8 +1,7 @@
 """Several processes that train one model do what one would do alone."""
 
+import itertools
 import os
-import socket
-import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -73,35 +72,45 @@ def train(params: TrainParams, state: Path | None = None, stop_at: int = 0) -> R
     return seen
 
 
-def _process(rank: int, size: int, port: int, work, arguments: tuple, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    parallel.join(parallel.World(rank, size, rank, size), "cpu")
-    try:
-        result = work(*arguments)
-    except parallel.Dismissed:
-        return
-    except Exception as error:
-        traceback.print_exc()
-        result = error
-    torch.save(result, Path(folder) / f"{rank}.pt")
+def _serve(rank: int, size: int, pipe) -> None:
+    """A process that does one piece of work after another with its like."""
+    while True:
+        place, work, arguments = pipe.recv()
+        parallel.join(parallel.World(rank, size, rank, size), "cpu", place)
+        try:
+            result = work(*arguments)
+        except parallel.Dismissed:
+            result = parallel.Dismissed
+        except Exception as error:
+            result = error
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        pipe.send(result)
 
 
-@pytest.fixture
-def together(tmp_path):
-    """Runs a function in several processes; what it gave in each, by rank."""
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """Runs a function in two processes; what it gave in each."""
+    context = multiprocessing.get_context("spawn")
+    pipes, processes = [], []
+    for rank in range(2):
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(rank, 2, theirs), daemon=True)
+        process.start()
+        theirs.close()
+        pipes.append(ours)
+        processes.append(process)
+    folder, numbers = tmp_path_factory.mktemp("meetings"), itertools.count()
 
-    def run(size: int, work, *arguments) -> dict:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        folder = tmp_path / "results"
-        folder.mkdir(exist_ok=True)
-        for old in folder.iterdir():
-            old.unlink()
-        multiprocessing.spawn(_process, (size, port, work, arguments, str(folder)), nprocs=size)
-        return {int(path.stem): torch.load(path, weights_only=False) for path in folder.iterdir()}
+    def run(work, *arguments) -> list:
+        place = (folder / str(next(numbers))).as_uri()
+        for pipe in pipes:
+            pipe.send((place, work, arguments))
+        return [pipe.recv() for pipe in pipes]
 
-    return run
+    yield run
+    for process in processes:
+        process.kill()
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
@@ -109,9 +118,9 @@ def together(tmp_path):
 def test_two_processes_give_the_curve_of_one(together, mode, optimizer):
     params = TrainParams(steps=50, parallel=mode, optimizer=optimizer, learning_rate=3e-3, **COMMON)
     alone = train(params)
-    found = together(2, train, params)
-    assert list(found) == [0], "only the first process goes on after the training"
-    both = found[0]
+    found = together(train, params)
+    both, other = found
+    assert other is parallel.Dismissed, "only the first process goes on after the training"
     assert len(both.losses) == 50
     assert alone.losses[-1] < alone.losses[0] - 0.3, "nothing was learnt: nothing is compared"
     assert both.losses == pytest.approx(alone.losses, abs=1e-4)
@@ -127,16 +136,16 @@ def test_a_run_stopped_with_two_processes_goes_on_with_one_or_two(together, tmp_
     params = TrainParams(steps=30, parallel=mode, **COMMON)
     alone = train(params)
     state = tmp_path / "state"
-    first = together(2, train, params, state, 13)
+    first = together(train, params, state, 13)
     assert first[0].interrupted
     assert first[1].interrupted, "all stop where one was told to"
     done = len(first[0].losses)
     assert done in (13, 14)
-    second = train(params, state) if then == 1 else together(2, train, params, state)[0]
+    second = train(params, state) if then == 1 else together(train, params, state)[0]
     assert second.messages == [f"train: continuing from step {done} of 30"]
     assert [*first[0].losses, *second.losses] == pytest.approx(alone.losses, abs=1e-4)
     if then == 2:  # and byte for byte that of two that never stopped
-        straight = together(2, train, params)[0]
+        straight = together(train, params)[0]
         assert [*first[0].losses, *second.losses] == straight.losses
         for name, value in straight.weights.items():
             assert torch.equal(second.weights[name], value), name
@@ -144,8 +153,8 @@ def test_a_run_stopped_with_two_processes_goes_on_with_one_or_two(together, tmp_
 
 def test_a_step_too_small_for_the_devices_is_refused(together):
     params = TrainParams(steps=1, batch_size=1)
-    found = together(2, train, params)
-    assert all(isinstance(error, InputError) for error in found.values())
+    found = together(train, params)
+    assert all(isinstance(error, InputError) for error in found)
     assert "a step of 1 rows cannot be shared by 2 devices" in str(found[0])
 
 
@@ -171,9 +180,9 @@ def _nan(params: TrainParams) -> None:
 
 def test_a_loss_that_is_not_finite_names_the_row_whichever_process_had_it(together):
     params = TrainParams(steps=1, batch_size=1, accumulation=8)
-    found = together(2, _nan, params)
+    found = together(_nan, params)
     assert len(found) == 2
-    for error in found.values():
+    for error in found:
         assert "at step 1, on item 7;" in str(error)
 
 

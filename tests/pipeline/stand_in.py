@@ -27,6 +27,7 @@ class PrepareParams:
 class TrainParams:
     learning_rate: float = 0.5
     steps: int = 20
+    checkpoint_seconds: float = 60.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +36,16 @@ class LearnParams:
     sources: tuple[dict[str, str], ...] = ({"name": "a"}, {"name": "b"})
     pause: float = 0.0
     fail_at: int = -1
+    hold: str = ""
+    """At step 10 wait until this file is gone."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Params:
     prepare: PrepareParams
     learn: LearnParams
+    copy: PrepareParams = PrepareParams()
+    third: PrepareParams = PrepareParams()
 
 
 def prepare(
@@ -81,6 +86,8 @@ def learn(
         if step == params.fail_at:
             raise RunError(f"the loss is nan at step {step}; lower the learning rate")
         time.sleep(params.pause)
+        while step == 10 and params.hold and Path(params.hold).exists():
+            time.sleep(0.05)
         log(Metrics(step, {"loss/train": 1 / step, "learning_rate": params.train.learning_rate}))
         log(Progress("learn", step, steps))
         if step % 5 == 0:
@@ -100,11 +107,14 @@ def learn(
 
 
 STAGES = {
-    "prepare": runner.StageSpec(
-        function="stand_in:prepare",
-        inputs={"source": "source.txt"},
-        outputs={"out": "data/prepared", "metrics": "reports/prepare/metrics.json"},
-    ),
+    **{
+        name: runner.StageSpec(
+            function="stand_in:prepare",
+            inputs={"source": "source.txt"},
+            outputs={"out": f"data/{out}", "metrics": f"reports/{name}/metrics.json"},
+        )
+        for name, out in (("prepare", "prepared"), ("copy", "copy"), ("third", "third"))
+    },
     "learn": runner.StageSpec(
         function="stand_in:learn",
         inputs={"data": "data/prepared"},

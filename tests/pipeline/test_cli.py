@@ -62,6 +62,7 @@ def test_help_is_quick_and_loads_nothing_heavy(command):
         "chat",
         "classify",
         "report",
+        "clean",
     ):
         assert f" {name} " in shown
     heavy = (

@@ -1,0 +1,163 @@
+"""A training stage in several processes, by torchrun's engine, which the stage starts itself.
+
+`python -m pipeline stage NAME` with `train.devices: 4` starts four workers, each the same command
+again, and waits for them. A worker that dies takes the others with it, and all are started again:
+they go on from the last saved state. Several machines are told by `torchrun` itself, whose
+environment variables the workers read, whoever set them.
+
+Everything stays on this machine: the processes find each other by a file and talk over loopback.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from gpt.errors import RunError
+
+RESTARTS = 3
+"""So often are the workers of a run started again."""
+_GRACE_SECONDS = 300
+"""So long has a worker to finish its pass and save, once it is told to stop."""
+
+_LAUNCHER = "GPT_PIPELINE_LAUNCHER"
+"""Names, to a worker, the process that started it."""
+_MEETING = "GPT_PIPELINE_MEETING"
+"""Names, to the workers, the folder of the file they find each other by."""
+
+
+def is_worker() -> bool:
+    """Whether this process is one of several that torchrun's engine started."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes; it is where there are no others."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def restarts() -> int:
+    """How often this worker's run was started again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def is_launched() -> bool:
+    """Whether the stage itself started this worker."""
+    return _LAUNCHER in os.environ
+
+
+def n_processes(train: Any) -> int:
+    """How many processes a stage with these `TrainParams` is to have on this machine.
+
+    Raises:
+        InputError: the named device is not here.
+    """
+    if train.devices != "auto":
+        return int(train.devices)
+    import torch
+
+    from gpt.device import pick_device
+
+    return torch.cuda.device_count() if pick_device(train.device).type == "cuda" else 1
+
+
+def meet(train: Any) -> None:
+    """In a worker: join the others, and stop with the process that started it.
+
+    Raises:
+        InputError: there are fewer CUDA devices than processes on this machine, or the named
+            device is not here.
+    """
+    import torch
+
+    from gpt.device import pick_device
+    from gpt.errors import InputError
+    from gpt.parallel import World, join
+
+    rank, size, local_rank, local_size = (
+        int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    )
+    device = pick_device(train.device).type
+    if device == "cuda" and torch.cuda.device_count() < local_size:
+        raise InputError(
+            f"train.devices: {local_size} processes but {torch.cuda.device_count()} CUDA devices "
+            "here; use at most that many, or 'auto'"
+        )
+    place = None
+    if folder := os.environ.get(_MEETING):
+        # a file of its own for every start: one that was used holds the dead
+        place = (Path(folder) / f"start-{restarts()}").as_uri()
+    join(World(rank, size, local_rank, local_size), device, place)
+    if launcher := os.environ.get(_LAUNCHER):
+        threading.Thread(target=_stop_with, args=(int(launcher),), daemon=True).start()
+
+
+def _stop_with(launcher: int) -> None:
+    """A worker whose launcher was killed saves and stops, as on SIGTERM."""
+    while os.getppid() == launcher:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def launch(stage: str, root: Path, n: int) -> None:
+    """Run a stage in `n` processes on this machine and wait for their end.
+
+    Raises:
+        RunError: workers died more often than they are started again. What a stage itself has to
+            say, its first worker has said, and left in `.pipeline/exit`.
+        KeyboardInterrupt: SIGINT or SIGTERM came, its number in `signal`; the workers have ended.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory(dir=root / ".pipeline", prefix="meeting-") as folder:
+        loopback = "lo0" if sys.platform == "darwin" else "lo"
+        os.environ.update(
+            {
+                _LAUNCHER: str(os.getpid()),
+                _MEETING: folder,
+                "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", loopback),
+                "NCCL_SOCKET_IFNAME": os.environ.get("NCCL_SOCKET_IFNAME", loopback),
+            }
+        )
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=n,
+            run_id=stage,
+            rdzv_backend="c10d",
+            rdzv_endpoint=str(Path(folder) / "agents"),
+            rdzv_configs={"store_type": "file"},
+            local_addr="127.0.0.1",
+            max_restarts=RESTARTS,
+            shutdown_timeout=_GRACE_SECONDS,
+        )
+        try:
+            elastic_launch(config, sys.executable)("-m", "pipeline", "stage", stage)
+        except SignalException as error:
+            stopped = KeyboardInterrupt(f"{stage} was stopped by {error.sigval.name}")
+            stopped.signal = int(error.sigval)  # type: ignore[attr-defined]
+            raise stopped from None
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            how = (
+                f"was ended by {failure.signal_name()}"
+                if failure.exitcode < 0
+                else f"ended with exit code {failure.exitcode}"
+            )
+            raise RunError(
+                f"{stage}: process {rank} of {n} {how}, after {RESTARTS} restarts; what it said is "
+                "above, and the same command goes on from the last saved state"
+            ) from None
+        finally:
+            for name in (_LAUNCHER, _MEETING):
+                os.environ.pop(name, None)

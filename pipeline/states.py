@@ -1,0 +1,314 @@
+"""The resume states of training stages: where they lie, who may touch them, which are of no use.
+
+A state lies in `.checkpoints/STAGE/FINGERPRINT`, beside DVC's outputs and not in them: DVC deletes
+those before a stage runs. Whoever writes or removes what a stage makes holds the stage's lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import yaml
+from filelock import FileLock, Timeout
+
+from gpt.errors import InputError, RunError
+from gpt.events import Message
+from pipeline.tracking import dvc_md5
+
+if TYPE_CHECKING:
+    from pipeline.runner import StageSpec
+
+FOLDER = ".checkpoints"
+
+HOW = ("devices", "parallel", "checkpoint_seconds")
+"""The parameters of a `train` section that say how and not what is trained. They change no result,
+so a training that was stopped goes on under others: on the machine that has the GPUs, say."""
+
+_STEP = re.compile(r"step-(\d+)\b.*")
+_PARTIAL = ".*.partial"
+"""What `gpt.files` and `gpt.checkpoint` call a file or directory that is still being written."""
+
+
+# --- where a state lies ------------------------------------------------------------------------
+
+
+def fingerprint(root: Path, stage: str, params: Any, inputs: Mapping[str, str]) -> str:
+    """What a training run's state depends on: parameters, inputs and code, in 16 digits.
+
+    The code is the stage's import closure as `dvc.yaml` lists it. The parameters named in `HOW`
+    are left out.
+
+    Args:
+        root: the project.
+        stage: its name in `dvc.yaml`.
+        params: the stage's parameters, a dataclass.
+        inputs: path relative to `root` -> md5 as DVC computes it.
+
+    Raises:
+        InputError: `dvc.yaml` cannot be read, or names code that is not there.
+    """
+    try:
+        deps = yaml.safe_load((root / "dvc.yaml").read_text("utf-8"))["stages"][stage]["deps"]
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+        raise InputError(
+            f"dvc.yaml: names no deps of {stage}, or cannot be read; restore the file"
+        ) from None
+    code = [dep for dep in deps if dep.endswith(".py")]
+    if missing := [dep for dep in code if not (root / dep).is_file()]:
+        raise InputError(f"{missing[0]} is missing, and {stage} depends on it; restore the file")
+    values = dataclasses.asdict(params)
+    if isinstance(train := values.get("train"), dict):
+        values["train"] = {key: value for key, value in train.items() if key not in HOW}
+    code_md5 = {dep: dvc_md5(root / dep) for dep in code}
+    whole = json.dumps([values, dict(inputs), code_md5], sort_keys=True)
+    return hashlib.sha256(whole.encode()).hexdigest()[:16]
+
+
+def state_folder(root: Path, stage: str, params: Any, inputs: Mapping[str, str]) -> Path:
+    """Where the state of a training lies under these parameters and inputs, and the code as it is.
+
+    Arguments and errors are those of `fingerprint`.
+    """
+    return root / FOLDER / stage / fingerprint(root, stage, params, inputs)
+
+
+def older_states(root: Path, stage: str, state: Path) -> Message | None:
+    """What to tell of a stage's other states when it starts without one; None if nothing."""
+    if state.is_dir() or not (others := _states(root, stage)):
+        return None
+    states, are, them = ("states", "are", "them") if len(others) > 1 else ("state", "is", "it")
+    size = size_in_words(sum(map(_size, others)))
+    return Message(
+        f"{stage}: {len(others)} older {states} under {FOLDER}/{stage} ({size}) {are} of other "
+        f"parameters, inputs or code; `gpt-pipeline clean` removes {them}"
+    )
+
+
+def size_in_words(size: int) -> str:
+    """Bytes as a person says them, in decimal units: `0.3 MB`, `24.0 MB`, `1.5 GB`."""
+    return f"{size / 1e9:.1f} GB" if size >= 999.95e6 else f"{size / 1e6:.1f} MB"
+
+
+def _states(root: Path, stage: str) -> list[Path]:
+    try:
+        found = sorted((root / FOLDER / stage).iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [each for each in found if _is_folder(each) and not each.name.startswith(".")]
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _step(state: Path) -> int | None:
+    """The step of the newest state in the folder; None if nothing was saved yet."""
+    steps = [int(match[1]) for each in state.iterdir() if (match := _STEP.fullmatch(each.name))]
+    return max(steps, default=None)
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, or of all files in a directory."""
+    files = [each for each in path.rglob("*") if not each.is_dir()] if _is_folder(path) else [path]
+    return sum(each.lstat().st_size for each in files)
+
+
+# --- one process a stage -----------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def stage_lock(root: Path, stage: str) -> Iterator[None]:
+    """Within the block no other process runs the stage in this project.
+
+    The system keeps the lock: it is free again when this process is gone, however it went.
+
+    Raises:
+        InputError: another process holds it, or it cannot be taken; at once, without waiting.
+    """
+    with _locked(root, stage):
+        pid = _pid_file(root, stage)
+        with contextlib.suppress(OSError):  # it only serves a better message
+            pid.write_text(f"{os.getpid()}\n")
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                pid.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _locked(root: Path, stage: str) -> Iterator[None]:
+    path = _pid_file(root, stage).with_suffix(".lock")
+    lock = FileLock(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise InputError(f"{stage}: {_holder(root, stage)}; wait for it or stop it") from None
+    except OSError as error:
+        raise InputError(
+            f"{path.relative_to(root)}: cannot be locked ({error.strerror or error}); "
+            "make the folder writable"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _holder(root: Path, stage: str) -> str:
+    """Who holds the stage's lock, as far as it can be told."""
+    with contextlib.suppress(OSError, ValueError, OverflowError):
+        pid = int(_pid_file(root, stage).read_text())
+        if pid > 0 and psutil.pid_exists(pid):  # else it is of one that was killed before
+            return f"process {pid} is running this stage here"
+    return "another process is running this stage here"
+
+
+def _pid_file(root: Path, stage: str) -> Path:
+    return root / ".pipeline" / "locks" / f"{stage}.pid"
+
+
+# --- what is of no use -------------------------------------------------------------------------
+
+
+_EMPTY = "an empty folder"
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """Something that `clean` removed: its path relative to the project, its bytes, what it was."""
+
+    path: str
+    size: int
+    what: str
+
+    def __str__(self) -> str:
+        if self.what == _EMPTY:
+            return f"{self.path}: {self.what}"
+        return f"{self.path}: {', '.join(filter(None, [size_in_words(self.size), self.what]))}"
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Something that `clean` left: a path relative to the project, and why."""
+
+    what: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"kept: {self.what}, {self.why}"
+
+
+def clean(
+    root: Path,
+    stages: Mapping[str, StageSpec],
+    next_state: Callable[[str], Path] | None = None,
+) -> Iterator[Removed | Kept]:
+    """Remove the states that no run goes on from, and what killed processes left half-written.
+
+    A stage that is running is left alone. States of a stage whose next one cannot be told are kept.
+
+    Args:
+        root: the project.
+        stages: every stage by its name; states of other names are of no use.
+        next_state: a training stage's name -> the state that its next run would go on from;
+            InputError if that cannot be told. None: states that a run would go on from go too.
+
+    Yields:
+        What went or stayed, each when it did.
+
+    Raises:
+        RunError: something cannot be removed.
+    """
+    folder = root / FOLDER
+    found = sorted(each.name for each in folder.iterdir()) if folder.is_dir() else []
+    others = [name for name in found if name not in stages and not name.startswith(".")]
+    for stage in [*stages, *others]:
+        if (folder / stage).is_dir() or any(_left_outputs(root, stages.get(stage))):
+            yield from _clean_stage(root, stage, stages.get(stage), next_state)
+
+
+def _clean_stage(
+    root: Path,
+    stage: str,
+    spec: StageSpec | None,
+    next_state: Callable[[str], Path] | None,
+) -> Iterator[Removed | Kept]:
+    folder = root / FOLDER / stage
+    going_on, unknown = None, ""
+    if next_state and spec and spec.trains and _states(root, stage):
+        # before the lock is taken: to hash the inputs takes long, and a run need not wait for it
+        try:
+            going_on = next_state(stage)
+        except InputError as error:
+            unknown = str(error)
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(_locked(root, stage))
+        except InputError as error:
+            yield Kept(f"all of {stage}", f"as {str(error).removeprefix(f'{stage}: ')}")
+            return
+        states = _states(root, stage)
+        for state in states:
+            if unknown:
+                why = f"as it cannot be told whether a run would go on from it: {unknown}"
+                yield Kept(_shown(root, state), why)
+            elif state == going_on:
+                yield Kept(_shown(root, state), f"the next run of {stage} goes on from it")
+            else:
+                step = _step(state)
+                yield _remove(root, state, "" if step is None else f"of step {step}")
+        for partial in [*_left_outputs(root, spec), *sorted(folder.rglob(_PARTIAL))]:
+            if partial.exists():  # else it went with one above it
+                yield _remove(root, partial, "half-written")
+        if _is_folder(folder) and not any(folder.iterdir()):
+            folder.rmdir()
+            if not states:
+                yield Removed(_shown(root, folder), 0, _EMPTY)
+
+
+def _left_outputs(root: Path, spec: StageSpec | None) -> Iterator[Path]:
+    """What is left of outputs that were being written when their process was killed."""
+    for output in spec.outputs.values() if spec else ():
+        path = root / output
+        partial = path.with_name(_PARTIAL.replace("*", path.name))
+        if partial.exists():
+            yield partial
+
+
+def _remove(root: Path, path: Path, what: str) -> Removed:
+    removed = Removed(_shown(root, path), _size(path), what)
+    try:
+        if not _is_folder(path):
+            path.unlink()
+        elif path.match(_PARTIAL):
+            shutil.rmtree(path)
+        else:
+            # a state goes from one moment to the next: no run may go on from half of it
+            partial = path.with_name(_PARTIAL.replace("*", path.name))
+            if partial.exists():
+                shutil.rmtree(partial)
+            path.replace(partial)
+            shutil.rmtree(partial)
+    except OSError as error:
+        raise RunError(
+            f"{removed.path}: cannot be removed ({error.strerror or error}); make it writable and "
+            "try again"
+        ) from None
+    return removed
+
+
+def _shown(root: Path, path: Path) -> str:
+    return path.relative_to(root).as_posix()
