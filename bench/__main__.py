@@ -18,7 +18,7 @@ from bench.worker import as_it_comes
 from gpt.errors import InputError, RunError
 
 AGAINST_PEERS = ("training", "generation", "tokenization", "classification", "instruction")
-NAMES = (*AGAINST_PEERS, "ablation")
+NAMES = (*AGAINST_PEERS, "ablation", "keeping")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="*",
         metavar="NAME",
         type=_name,
-        help=f"{', '.join(AGAINST_PEERS)}; or ablation, which compares us with ourselves",
+        help=f"{', '.join(AGAINST_PEERS)}; or, against ourselves, ablation and keeping",
     )
     parser.add_argument(
         "--quick",

@@ -129,7 +129,7 @@ def compare_steps(
 # --- in the workers -------------------------------------------------------------------------------
 
 
-def _start(shape: Shape) -> tuple[GPT, Batch]:
+def start(shape: Shape) -> tuple[GPT, Batch]:
     """The same weights and the same batch in every worker."""
     torch.manual_seed(0)
     model = GPT(shape.config).train()
@@ -140,7 +140,7 @@ def _start(shape: Shape) -> tuple[GPT, Batch]:
 
 def our_job(shape: Shape, precision: Precision) -> Job:
     """What `gpt.train.fit` does in a step; a run gives the loss before it."""
-    model, batch = _start(shape)
+    model, batch = start(shape)
     params = TrainParams(steps=1, precision=precision)
     shared, optimizers = SharedModel(model), make_optimizers(model, params)
 
@@ -156,7 +156,7 @@ def _transformers_job(shape: Shape, precision: Precision) -> Job:
     """What its Trainer does by default: fused AdamW, gradients clipped."""
     from bench.peers import transformers_copy  # only here: no other worker should hold it
 
-    model, batch = _start(shape)
+    model, batch = start(shape)
     peer = transformers_copy(model).train()
     params = TrainParams(steps=1)
     (optimizer,) = make_optimizers(peer, params)
@@ -181,7 +181,7 @@ def _transformers_job(shape: Shape, precision: Precision) -> Job:
 
 def _naive_job(shape: Shape, precision: Precision) -> Job:
     """The loop of a textbook: AdamW as it comes, nothing clipped."""
-    model, batch = _start(shape)
+    model, batch = start(shape)
     peer = naive_copy(model).train()
     optimizer = torch.optim.AdamW(peer.parameters(), lr=5e-4, weight_decay=0.1)
 

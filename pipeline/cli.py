@@ -233,6 +233,25 @@ def _committed(root: Path) -> bytes | None:
 
 
 @app.command()
+def estimate(
+    stage: Annotated[
+        str | None, typer.Argument(metavar="STAGE", help="Only this one of those that train.")
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(metavar="NAME", help="With the parameters of this preset.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help="On this graphics card: h100, rtx-3060, …")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Figures as JSON.")] = False,
+) -> None:
+    """What training will take: memory and time, measured in its first steps or for a device."""
+    from pipeline.estimate import estimate as show
+
+    show(_root(), stage, preset=preset, device=device, as_json=as_json)
+
+
+@app.command()
 def ui() -> None:
     """Serve MLflow's and Prefect's pages on this machine until Ctrl-C."""
     from pipeline.ui import serve

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -580,6 +581,7 @@ def estimate(
     console = console or Console(highlight=False)
     results: dict[str, Estimate] = {}
     missing: dict[str, str] = {}
+    busy = None if device else _busy()
     for name in [stage] if stage else TRAINING:
         try:
             plan = make_plan(name, params, root)
@@ -599,6 +601,8 @@ def estimate(
         print(json.dumps(whole, indent=2))
         return results
     notes = [f"{name}: {why}." for name, why in missing.items()]
+    if busy:
+        notes.append(busy)
     if preset:
         notes.append(
             f"With the parameters of presets/{preset}.yaml, and data and base models as they are "
@@ -606,6 +610,17 @@ def estimate(
         )
     _print(console, results, device, notes)
     return results
+
+
+def _busy() -> str | None:
+    """Says that others were at work here, which a measured time cannot leave out."""
+    cores = os.cpu_count() or 1
+    if not hasattr(os, "getloadavg") or (load := os.getloadavg()[0]) < cores:
+        return None
+    return (
+        f"The machine was busy (load {load:.1f} on {cores} cores): the times are those of a busy "
+        "machine, and hold as long as it is."
+    )
 
 
 def _status(

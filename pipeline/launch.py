@@ -10,6 +10,7 @@ Everything stays on this machine: the processes find each other by a file and ta
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from gpt.errors import RunError
 
 RESTARTS = 3
 """So often are the workers of a run started again."""
-_GRACE_SECONDS = 300
+_GRACE_SECONDS = 60
 """So long has a worker to finish its pass and save, once it is told to stop."""
 
 _LAUNCHER = "GPT_PIPELINE_LAUNCHER"
@@ -94,9 +96,26 @@ def meet(train: Any) -> None:
     if folder := os.environ.get(_MEETING):
         # a file of its own for every start: one that was used holds the dead
         place = (Path(folder) / f"start-{restarts()}").as_uri()
-    join(World(rank, size, local_rank, local_size), device, place)
+    with _ended_by_sigterm():
+        join(World(rank, size, local_rank, local_size), device, place)
     if launcher := os.environ.get(_LAUNCHER):
         threading.Thread(target=_stop_with, args=(int(launcher),), daemon=True).start()
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Within the block SIGTERM ends the process at once: who waits for others hears no signal."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether this is how a worker learns that another is gone."""
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("gloo" in text.lower() or "NCCL" in text)
 
 
 def _stop_with(launcher: int) -> None:
@@ -118,7 +137,9 @@ def launch(stage: str, root: Path, n: int) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
+    for name in list(logging.root.manager.loggerDict):  # each of them has a level of its own
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # what went wrong, we say
     with tempfile.TemporaryDirectory(dir=root / ".pipeline", prefix="meeting-") as folder:
         loopback = "lo0" if sys.platform == "darwin" else "lo"
         os.environ.update(

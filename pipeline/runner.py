@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import importlib
 import json
 import os
@@ -30,15 +31,19 @@ import psutil
 from gpt.errors import InputError, RunError
 from gpt.events import Event, Log, Message
 from gpt.files import write_json
+from pipeline import launch
 from pipeline.console import EVENTS_VARIABLE, make_log
 from pipeline.params import PARAMS_FILE, load_params
+from pipeline.states import FOLDER as STATES
 from pipeline.states import older_states, stage_lock, state_folder
 from pipeline.tracking import StageRun, Status, dvc_md5, mark_killed
 
 MIRROR_VARIABLE = "GPT_PIPELINE_MIRROR"
 
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 EXIT_OK, EXIT_FAILED, EXIT_INPUT = 0, 1, 2
-EXIT_TERMINATED = 128 + signal.SIGTERM
+EXIT_SIGNAL = 128
+EXIT_TERMINATED = EXIT_SIGNAL + signal.SIGTERM
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,9 +160,12 @@ def run_stage(name: str, root: Path) -> int:
         `.pipeline/exit/NAME.json` for the flow. While another process runs the stage here, it is
         2 at once, and nothing of that process is touched.
     """
+    if not launch.is_first():
+        return _follow(name, root)
     with contextlib.ExitStack() as held:
         try:
-            held.enter_context(stage_lock(root, name))
+            if not launch.is_launched():  # else who launched this holds it
+                held.enter_context(stage_lock(root, name))
         except InputError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             return EXIT_INPUT
@@ -166,13 +174,19 @@ def run_stage(name: str, root: Path) -> int:
 
 def _run_alone(name: str, root: Path) -> int:
     """`run_stage` once no other process can run the stage here."""
-    verdict = root / ".pipeline" / "exit" / f"{name}.json"
+    verdict = _verdict_path(root, name)
+    if launch.restarts() and (said := _verdict(root, name)) and said["code"] < EXIT_SIGNAL:
+        return int(said["code"])  # nothing that another try would change
     verdict.unlink(missing_ok=True)
-    code, error = EXIT_OK, ""
+    code, error, told = EXIT_OK, "", False
     try:
         with _terminable():
-            _end_with_the_flow()
-            _run(name, root)
+            if not launch.is_launched():
+                _end_with_the_flow()
+            if launch.is_worker() or (n := _processes(name, root)) == 1:
+                _run(name, root)
+            else:
+                launch.launch(name, root, n)
     except InputError as caught:
         code, error = EXIT_INPUT, str(caught)
     except RunError as caught:
@@ -181,15 +195,93 @@ def _run_alone(name: str, root: Path) -> int:
         code, error = EXIT_TERMINATED, f"{name} was stopped by SIGTERM"
     except KeyboardInterrupt as caught:
         # a training says which signal it was; else it was Ctrl-C
-        code = 128 + getattr(caught, "signal", signal.SIGINT)
+        code = EXIT_SIGNAL + getattr(caught, "signal", signal.SIGINT)
         error = str(caught) or f"{name} was interrupted"
-    except Exception as caught:  # a mistake of ours: nothing is hidden
-        traceback.print_exc()
-        code, error = EXIT_FAILED, f"{type(caught).__name__}: {caught}"
+    except Exception as caught:
+        if launch.is_worker() and launch.is_lost(caught):
+            print(f"{name}: another process of the training is gone", file=sys.stderr, flush=True)
+            return EXIT_FAILED  # no verdict: all are started again
+        code, error = EXIT_FAILED, _of_the_disk(name, caught)
+        if not error:  # a mistake of ours: nothing is hidden
+            traceback.print_exc()
+            error = f"{type(caught).__name__}: {caught}"
+    if code and not launch.is_worker() and (said := _verdict(root, name)):
+        code, error = int(said["code"]), str(said["error"])
+        told = code < EXIT_SIGNAL
     if code:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        # that they were stopped is told once, by the process that launched the workers
+        if not told and not (launch.is_launched() and code >= EXIT_SIGNAL):
+            print(f"error: {error}", file=sys.stderr, flush=True)
         write_json(verdict, {"code": code, "error": error})
     return code
+
+
+def _follow(name: str, root: Path) -> int:
+    """A worker but the first: it takes part in the training, and says and writes nothing."""
+    from gpt.parallel import Dismissed
+
+    spec = STAGES[name]
+    if launch.restarts() and (said := _verdict(root, name)) and said["code"] < EXIT_SIGNAL:
+        return int(said["code"])
+    try:
+        with _terminable():
+            params = getattr(load_params(root / PARAMS_FILE), name)
+            launch.meet(params.train)
+            spec.load()(
+                params,
+                **_inputs(name, root, params),
+                **{keyword: root / path for keyword, path in spec.outputs.items()},
+                state=root / STATES / name,
+            )
+    except Dismissed:
+        return EXIT_OK
+    except InputError:
+        return EXIT_INPUT
+    except RunError:
+        return EXIT_FAILED
+    except _Terminated:
+        return EXIT_TERMINATED
+    except KeyboardInterrupt as caught:
+        return EXIT_SIGNAL + int(getattr(caught, "signal", signal.SIGINT))
+    except Exception as caught:
+        if not launch.is_lost(caught):
+            traceback.print_exc()
+        return EXIT_FAILED
+    raise AssertionError("the training dismisses all processes but the first")
+
+
+def _processes(name: str, root: Path) -> int:
+    """How many processes the stage is to have."""
+    if not STAGES[name].trains:
+        return 1
+    return launch.n_processes(getattr(load_params(root / PARAMS_FILE), name).train)
+
+
+def _verdict_path(root: Path, name: str) -> Path:
+    return root / ".pipeline" / "exit" / f"{name}.json"
+
+
+def _verdict(root: Path, name: str) -> dict[str, Any] | None:
+    """What the stage's last process left to be known of its end; None if all was well."""
+    try:
+        said: dict[str, Any] = json.loads(_verdict_path(root, name).read_text())
+    except (OSError, ValueError):
+        return None
+    return said
+
+
+def _of_the_disk(name: str, error: Exception) -> str:
+    """What to tell where nothing can be written: what, where, what to do; else empty."""
+    full = os.strerror(errno.ENOSPC)
+    if not isinstance(error, OSError):
+        # libraries that write by themselves put the system's words into their own error
+        reason, where = full if full in str(error) else "", ""
+    else:
+        reason = str(error.strerror) if error.errno in _DISK_ERRORS else ""
+        where = f" ({error.filename})" if error.filename else ""
+    if not reason:
+        return ""
+    return f"{name}: {reason}{where}; make room there or make it writable, and try again"
 
 
 def _run(name: str, root: Path) -> None:
@@ -204,6 +296,9 @@ def _run(name: str, root: Path) -> None:
         state = state_folder(root, name, params, input_md5)
         notice = older_states(root, name, state)
 
+    if launch.is_worker():
+        # before anything that only this process does: the others hear of its end from now on
+        launch.meet(params.train)
     started = time.monotonic()
     _end_abandoned(root, name, state)
     description = (sys.modules[function.__module__].__doc__ or "").partition("\n")[0]

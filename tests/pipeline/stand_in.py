@@ -28,6 +28,7 @@ class TrainParams:
     learning_rate: float = 0.5
     steps: int = 20
     checkpoint_seconds: float = 60.0
+    devices: int = 1
 
 
 @dataclasses.dataclass(frozen=True)

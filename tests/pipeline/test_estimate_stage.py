@@ -231,6 +231,16 @@ def test_the_table_has_every_stage_and_part_in_100_columns(tiny, monkeypatch):
     assert "its first steps" in measured
 
 
+def test_a_busy_machine_is_said_to_be_busy(tiny, monkeypatch):
+    seen = Probe(steps=[Step(1, 5.0, 1.0)], evaluations=[Evaluation(1.0, 2.0)], peak=10**9)
+    monkeypatch.setattr(estimate, "probe_stage", lambda *_: seen)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(os, "getloadavg", lambda: (6.5, 1.0, 1.0))
+    assert "The machine was busy (load 6.5 on 2 cores)" in shown(tiny, "pretrain")
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.5, 9.0, 9.0))
+    assert "busy" not in shown(tiny, "pretrain")
+
+
 def test_a_probe_leaves_nothing_behind_and_says_what_the_stage_refuses(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -122,10 +122,19 @@ def test_a_fingerprint_that_cannot_be_told_is_one_line(
 # --- one process a stage -----------------------------------------------------------------------
 
 
-def test_a_stage_that_is_running_is_not_run_a_second_time(project: Path, command: Clean) -> None:
+@pytest.fixture
+def hold(tmp_path: Path) -> Iterator[Path]:
+    """As long as this file is there, the stage `learn` waits at its step 10; it goes in the end."""
+    file = tmp_path / "hold"
+    file.touch()
+    yield file
+    file.unlink(missing_ok=True)
+
+
+def test_a_stage_that_is_running_is_not_run_a_second_time(
+    project: Path, command: Clean, hold: Path
+) -> None:
     make_state(project, "0123456789abcdef", 1_000_000, step=5)
-    hold = project / "hold"
-    hold.touch()
     stand_in.set_params(project, learn={"hold": str(hold), "train": {"steps": 100}})
     first = start("learn", project)
     wait_for(lambda: checkpoint(project) is not None)
@@ -135,7 +144,7 @@ def test_a_stage_that_is_running_is_not_run_a_second_time(project: Path, command
     before = note(project, "learn")
 
     second = start("learn", project)
-    out, error = second.communicate()
+    out, error = second.communicate(timeout=60)
     assert second.returncode == 2
     assert error == (
         f"error: learn: process {first.pid} is running this stage here; wait for it or stop it\n"

@@ -1,0 +1,177 @@
+"""The real pretraining stage in two processes: its workers, their deaths, and what is told."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from gpt.files import sha256_of
+from gpt.text import RawFile, write_sources
+from pipeline.tracking import connect
+from stages.tokenize import TokenizeParams, tokenize
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+pytestmark = pytest.mark.slow
+
+STEPS = 80
+
+
+def set_train(root: Path, **values: object) -> None:
+    params = yaml.safe_load((ROOT / "presets" / "smoke.yaml").read_text())
+    params["tokenize"] = {"tokenizer": "bytes"}
+    params["pretrain"]["model"]["dropout"] = 0.1
+    params["pretrain"]["train"] |= {
+        "steps": STEPS,
+        "eval_interval": 40,
+        "devices": 2,
+        "checkpoint_seconds": 0.2,
+        **values,
+    }
+    (root / "params.yaml").write_text(yaml.safe_dump(params))
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    root = tmp_path / "project"
+    corpus = root / "data" / "raw" / "corpus"
+    corpus.mkdir(parents=True)
+    shutil.copy(ROOT / "samples" / "stories.txt", corpus / "stories.txt")
+    write_sources(
+        corpus,
+        [
+            RawFile(
+                name="stories",
+                file="stories.txt",
+                format="text",
+                bytes=(corpus / "stories.txt").stat().st_size,
+                sha256=sha256_of(corpus / "stories.txt"),
+            )
+        ],
+    )
+    tokenize(
+        TokenizeParams(tokenizer="bytes", validation=0.2, split="tail"),
+        corpus=corpus,
+        vocabulary=None,
+        out=root / "data" / "tokens",
+        metrics=root / "metrics.json",
+    )
+    for name in ("gpt", "stages"):  # the code is part of a state's fingerprint
+        shutil.copytree(ROOT / name, root / name)
+    shutil.copy(ROOT / "dvc.yaml", root)
+    set_train(root)
+    return root
+
+
+def start(root: Path) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipeline", "stage", "pretrain"],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(root: Path) -> tuple[int, str, str]:
+    process = start(root)
+    out, error = process.communicate(timeout=200)
+    return process.returncode, out, error
+
+
+def workers(process: subprocess.Popen) -> dict[int, psutil.Process]:
+    """The workers of a stage by rank."""
+    found = {}
+    for child in psutil.Process(process.pid).children(recursive=True):
+        try:
+            found[int(child.environ()["RANK"])] = child
+        except (psutil.Error, KeyError):
+            continue
+    return found
+
+
+def wait_for_state(root: Path) -> None:
+    end = time.monotonic() + 100
+    while not list((root / ".checkpoints" / "pretrain").glob("*/step-*.pt")):
+        assert time.monotonic() < end, "no state was saved"
+        time.sleep(0.05)
+
+
+def curve(root: Path) -> list[tuple[int, float]]:
+    """The training losses that the stage's last run has in MLflow."""
+    note = json.loads((root / ".pipeline" / "runs" / "pretrain.json").read_text())
+    history = connect(root).get_metric_history(note["run_id"], "loss/train")
+    return sorted((metric.step, metric.value) for metric in history)
+
+
+def weights(root: Path) -> bytes:
+    return (root / "models" / "pretrain" / "model.safetensors").read_bytes()
+
+
+def leftovers(root: Path) -> list[Path]:
+    return [*root.glob(".checkpoints/pretrain/*"), *root.glob(".pipeline/meeting-*")]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_run_whose_worker_is_killed_ends_as_if_it_had_not_been(project: Path, rank: int) -> None:
+    code, _, error = run(project)
+    assert code == 0, error
+    straight = weights(project), curve(project)
+    assert [step for step, _ in straight[1]] == list(range(1, STEPS + 1))
+
+    process = start(project)
+    wait_for_state(project)
+    workers(process)[rank].kill()
+    out, error = process.communicate(timeout=200)
+    assert process.returncode == 0, error
+    assert "continuing from step" in out
+    assert (weights(project), curve(project)) == straight
+    assert not leftovers(project)
+
+
+def test_a_stopped_run_goes_on_with_one_process(project: Path) -> None:
+    process = start(project)
+    wait_for_state(project)
+    process.terminate()
+    _, error = process.communicate(timeout=100)
+    assert process.returncode == 143
+    last = error.strip().splitlines()[-1]
+    assert last.startswith("error: pretrain stopped after step ")
+    assert last.endswith(f"of {STEPS}; its state is saved, and the same command goes on from there")
+    assert error.count("error:") == 1
+    set_train(project, devices=1)
+    code, out, error = run(project)
+    assert code == 0, error
+    assert "continuing from step" in out
+    assert [step for step, _ in curve(project)] == list(range(1, STEPS + 1))
+    assert not leftovers(project)
+
+
+def test_a_step_too_small_to_be_shared_is_one_line_and_no_restarts(project: Path) -> None:
+    set_train(project, batch_size=1)
+    code, _, error = run(project)
+    assert code == 2
+    assert error.strip().splitlines() == [
+        "error: train.devices: a step of 1 rows cannot be shared by 2 devices; "
+        "raise batch_size or accumulation, or use fewer devices"
+    ]
+
+
+def test_workers_end_with_the_process_that_started_them(project: Path) -> None:
+    set_train(project, steps=100_000)
+    process = start(project)
+    wait_for_state(project)
+    started = list(workers(process).values())
+    assert len(started) == 2
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    _, alive = psutil.wait_procs(started, timeout=60)
+    assert not alive
