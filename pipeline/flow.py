@@ -245,13 +245,18 @@ def _is_lock_error(line: str) -> bool:
 
 
 def _failure(root: Path, name: str, output: Sequence[str]) -> StageError:
-    """The stage's own words if it left any, else DVC's."""
+    """The stage's own words if it left any, else DVC's.
+
+    A stage that never began, as another process was running it, leaves them in its output only.
+    """
     try:
         verdict = json.loads(_verdict_file(root, name).read_text(encoding="utf-8"))
         return StageError(str(verdict["error"]), int(verdict["code"]))
     except (OSError, ValueError, KeyError):
-        said = [line for line in output if line.startswith("ERROR: ")]
-        return StageError(said[-1].removeprefix("ERROR: ") if said else f"dvc repro {name} failed")
+        for mark in ("error: ", "ERROR: "):
+            if said := [line for line in output if line.startswith(mark)]:
+                return StageError(said[-1].removeprefix(mark))
+        return StageError(f"dvc repro {name} failed")
 
 
 def _verdict_file(root: Path, name: str) -> Path:

@@ -13,7 +13,6 @@ import errno
 import importlib
 import json
 import os
-import shutil
 import signal
 import sys
 import tempfile
@@ -35,7 +34,7 @@ from pipeline import launch
 from pipeline.console import EVENTS_VARIABLE, make_log
 from pipeline.params import PARAMS_FILE, load_params
 from pipeline.states import FOLDER as STATES
-from pipeline.states import older_states, stage_lock, state_folder
+from pipeline.states import older_states, remove_state, stage_lock, state_folder
 from pipeline.tracking import StageRun, Status, dvc_md5, mark_killed
 
 MIRROR_VARIABLE = "GPT_PIPELINE_MIRROR"
@@ -326,7 +325,7 @@ def _run(name: str, root: Path) -> None:
         raise
     note.write("FINISHED", time.monotonic() - started)
     if state:
-        shutil.rmtree(state)
+        remove_state(state)
 
 
 def next_states(root: Path) -> Callable[[str], Path]:

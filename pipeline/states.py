@@ -296,18 +296,22 @@ def _remove(root: Path, path: Path, what: str) -> Removed:
         elif path.match(_PARTIAL):
             shutil.rmtree(path)
         else:
-            # a state goes from one moment to the next: no run may go on from half of it
-            partial = path.with_name(_PARTIAL.replace("*", path.name))
-            if partial.exists():
-                shutil.rmtree(partial)
-            path.replace(partial)
-            shutil.rmtree(partial)
+            remove_state(path)
     except OSError as error:
         raise RunError(
             f"{removed.path}: cannot be removed ({error.strerror or error}); make it writable and "
             "try again"
         ) from None
     return removed
+
+
+def remove_state(state: Path) -> None:
+    """Remove a state from one moment to the next: no run may go on from half of it."""
+    partial = state.with_name(_PARTIAL.replace("*", state.name))
+    if partial.exists():
+        shutil.rmtree(partial)
+    state.replace(partial)
+    shutil.rmtree(partial)
 
 
 def _shown(root: Path, path: Path) -> str:

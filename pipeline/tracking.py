@@ -60,6 +60,9 @@ _VALUE_LENGTH = 500  # of a parameter; MLflow takes 6,000, a person reads less
 STEP_METRICS = {
     "learning_rate": "optimizer/learning_rate",
     "grad_norm": "optimizer/grad_norm",
+    "param_norm": "optimizer/param_norm",
+    "update_ratio": "optimizer/update_ratio",
+    "loss_spike": "health/loss_spike",
     "tokens": "throughput/tokens",
     "tokens_per_second": "throughput/tokens_per_second",
 }
@@ -337,7 +340,8 @@ class StageRun:
         with _named_failure(self.root, "did not take the end of a run"):
             now = int(time.time() * 1000)
             for name, value in flatten_metrics(metrics or {}).items():
-                self._metrics.append((name, value, now, 0))
+                if 0 not in self._seen.get(name, ()):  # else logged by one killed right after it
+                    self._metrics.append((name, value, now, 0))
             self._sample_system()
             self._write()
             self._tag(tags)

@@ -27,16 +27,16 @@ def fine_tuning(request, pretraining) -> tuple[Scratch, Outcome]:
     return scratch, straight(scratch)
 
 
-def test_pretraining_that_is_killed_in_training_and_in_writing_is_the_one_that_never_stopped(
+def test_pretraining_killed_in_training_and_at_every_point_of_its_end_is_as_if_never_stopped(
     pretraining,
 ):
     scratch, reference = pretraining
-    run = killed(scratch, "killed-aimed", ["saved", "saved", "writing"])
-    assert len(run.kills) == 3, run.outcome.output
+    run = killed(scratch, "killed-aimed", ["saved", "saved", "writing", "closing", "closed"])
+    assert len(run.kills) == 5, run.outcome.output
     assert run.problems == []
     assert compare(reference, run.outcome) == []
     assert [kill.went_on for kill in run.kills] == [kill.saved for kill in run.kills]
-    assert len(run.outcome.runs) == 1, "the three kills left a state, and with it the MLflow run"
+    assert len(run.outcome.runs) == 1, "the kills left a state, and with it the MLflow run"
 
 
 def test_pretraining_with_its_newest_state_damaged_goes_on_from_the_one_before(pretraining):
