@@ -111,3 +111,14 @@ def test_git_tags_say_whether_the_code_was_changed(tmp_path: Path) -> None:
     assert tracking.git_state(tmp_path)["git.dirty"] == "false"
     (tmp_path / "code.py").write_text("2")
     assert tracking.git_state(tmp_path)["git.dirty"] == "true"
+
+
+def test_a_run_killed_right_after_its_end_was_written_has_its_results_once(project: Path) -> None:
+    state = project / "state"
+    state.mkdir()
+    for _ in range(2):  # the second is the start after the kill, which finds the state still there
+        run = StageRun(project, "learn", stand_in.LearnParams(), {}, state=state)
+        run(Metrics(1, {"loss/train": 2.0}))
+        run.close("FINISHED", metrics={"result": {"accuracy": 0.5}})
+    for name in ("result/accuracy", "loss/train"):
+        assert len(run.client.get_metric_history(run.id, name)) == 1, name
