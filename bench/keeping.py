@@ -6,7 +6,9 @@ written to the disk after the step is no part of it, unless it slows the step do
 
 from __future__ import annotations
 
+import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
@@ -41,17 +43,39 @@ def compare(settings: Settings, machine: Machine) -> Iterator[Comparison]:
                 },
                 settings,
             )
+            share = _tracking_share(Path(folder) / "alone", 3 if settings.quick else 60)
         times = seconds_of(runs)
         save = median(_differences(times["beside a save"], times["a step"]))
-        tracked = median(_differences(times["tracked"], times["a step"]))
         yield Comparison(
             title=f"What keeping costs, {shape.title}, {precision}",
             work=shape.tokens,
             unit="tokens",
             seconds=times,
             note=f"A save costs {save:+.2f} s: {save / seconds:.1%} of the default interval of "
-            f"{seconds:.0f} s. Tracking costs {tracked / median(times['a step']):.1%} of a step.",
+            f"{seconds:.0f} s. Tracking a step a second takes {share:.2%} of what the processor "
+            "gives, by the time it was at work.",
         )
+
+
+def _tracking_share(folder: Path, seconds: float) -> float:
+    """How much of all cores tracking takes: in a step's time it is lost in the noise."""
+    folder.mkdir()
+    run = StageRun(folder, "pretrain", TrainParams(steps=1), {}, state=folder / "run")
+    started, used = time.monotonic(), time.process_time()
+    step = 0
+    while (now := time.monotonic()) < started + seconds:
+        run(_metrics(step, 1.0))
+        step += 1
+        time.sleep(1)
+    share = (time.process_time() - used) / (now - started) / (os.cpu_count() or 1)
+    run.close("FINISHED")
+    return share
+
+
+def _metrics(step: int, loss: float) -> Metrics:
+    """What `fit` says of a step."""
+    names = ("loss/train", "learning_rate", "grad_norm", "tokens", "tokens_per_second")
+    return Metrics(step, dict.fromkeys(names, loss))
 
 
 def _differences(one: list[float], other: list[float]) -> list[float]:
@@ -118,9 +142,8 @@ def tracked_job(shape: Shape, precision: Precision, folder: Path) -> Job:
 
     def step() -> float:
         loss = training.accumulate()
-        norm = training.update()
-        values = {"loss/train": loss, "grad_norm": norm, "learning_rate": 1e-3, "tokens": 1.0}
-        run(Metrics(training.number, {**values, "tokens_per_second": 1.0}))
+        training.update()
+        run(_metrics(training.number, loss))
         return loss
 
     return Job(run=step)

@@ -40,6 +40,7 @@ from pipeline.runner import STAGES
 
 if TYPE_CHECKING:
     from gpt.config import GPTConfig
+    from gpt.recipe import TrainParams
     from stages.finetune_classifier import FinetuneClassifierParams
     from stages.finetune_instruct import FinetuneInstructParams
     from stages.pretrain import PretrainParams
@@ -69,10 +70,11 @@ class Plan:
         evaluation_flops: of one evaluation's validation.
         final_flops: of what is measured behind the last step.
         memory: from the largest batch, whether products are in bf16, and the kernel.
+        shapes_of: the passes of a step, counted from 0.
     """
 
     stage: str
-    train: Any
+    train: TrainParams
     parameters: int
     trained: int
     steps: int
@@ -84,6 +86,7 @@ class Plan:
     evaluation_flops: float
     final_flops: float
     memory: Callable[[Shape, bool, shapes.Kernel], Memory]
+    shapes_of: Callable[[int], list[Shape]]
 
     @property
     def evaluations(self) -> int:
@@ -100,9 +103,6 @@ class Plan:
         """The largest batch of the first steps."""
         first = itertools.islice(_passes(self), steps)
         return max(itertools.chain.from_iterable(first), key=_size)
-
-    shapes_of: Callable[[int], list[Shape]]
-    """The passes of a step, counted from 0."""
 
 
 def _passes(plan: Plan) -> Iterator[list[Shape]]:
@@ -209,7 +209,7 @@ def _plan_instruct(params: FinetuneInstructParams, *, base: Path, instructions: 
 
 def _language_plan(
     stage: str,
-    train: Any,
+    train: TrainParams,
     config: GPTConfig,
     rows: _Rows,
     *,
@@ -224,7 +224,7 @@ def _language_plan(
             shape,
             bf16=bf16,
             kernel=kernel,
-            optimizer=getattr(train, "optimizer", "adamw"),
+            optimizer=train.optimizer,
             keep_best=train.keep == "best",
             cache=cache,
         )
@@ -289,7 +289,7 @@ def _plan_classifier(params: FinetuneClassifierParams, *, base: Path, messages: 
             classes,
             bf16=bf16,
             kernel=kernel,
-            optimizer=getattr(params.train, "optimizer", "adamw"),
+            optimizer=params.train.optimizer,
             keep_best=params.train.keep == "best",
             features=vectors,
         )
@@ -354,11 +354,11 @@ class _Rows:
 
 
 def _plan(
-    stage: str, train: Any, rows: _Rows, flops: Callable[[Shape], float], **known: Any
+    stage: str, train: TrainParams, rows: _Rows, flops: Callable[[Shape], float], **known: Any
 ) -> Plan:
     """The steps of `gpt.train.fit` over these rows, none of them taken."""
     n = len(rows.lengths)
-    per_step = min(train.batch_size * train.accumulation, n)
+    per_step = min(train.rows, n)
     steps = train.steps or (train.epochs or 0) * (n // per_step)
     lengths = rows.lengths if train.group_by_length and not rows.uniform else None
 
@@ -601,6 +601,11 @@ def estimate(
         print(json.dumps(whole, indent=2))
         return results
     notes = [f"{name}: {why}." for name, why in missing.items()]
+    notes += [
+        f"{name}: measured on one device; train.devices is {each.plan.train.devices}."
+        for name, each in results.items()
+        if device is None and each.plan.train.devices != 1
+    ]
     if busy:
         notes.append(busy)
     if preset:

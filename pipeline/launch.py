@@ -2,10 +2,12 @@
 
 `python -m pipeline stage NAME` with `train.devices: 4` starts four workers, each the same command
 again, and waits for them. A worker that dies takes the others with it, and all are started again:
-they go on from the last saved state. Several machines are told by `torchrun` itself, whose
-environment variables the workers read, whoever set them.
+they go on from the last saved state. On one machine the processes find each other by a file and
+talk over loopback only.
 
-Everything stays on this machine: the processes find each other by a file and talk over loopback.
+Several machines take part by torchrun's own environment variables: with `PET_NNODES=2` and
+`PET_MASTER_ADDR` on all of them, and `PET_NODE_RANK` 0 on one, that one runs the pipeline as ever,
+and the others `gpt-pipeline stage NAME`. The first machine's first worker writes everything.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gpt.errors import RunError
+from gpt.errors import InputError, RunError
 
 RESTARTS = 3
 """So often are the workers of a run started again."""
@@ -55,6 +57,15 @@ def is_launched() -> bool:
     return _LAUNCHER in os.environ
 
 
+def n_machines() -> int:
+    """How many machines take part, as torchrun's `PET_NNODES` says; 1 where it says nothing.
+
+    Raises:
+        InputError: it is no number.
+    """
+    return max(1, _number("PET_NNODES", 1))
+
+
 def n_processes(train: Any) -> int:
     """How many processes a stage with these `TrainParams` is to have on this machine.
 
@@ -80,7 +91,6 @@ def meet(train: Any) -> None:
     import torch
 
     from gpt.device import pick_device
-    from gpt.errors import InputError
     from gpt.parallel import World, join
 
     rank, size, local_rank, local_size = (
@@ -126,7 +136,7 @@ def _stop_with(launcher: int) -> None:
 
 
 def launch(stage: str, root: Path, n: int) -> None:
-    """Run a stage in `n` processes on this machine and wait for their end.
+    """Run a stage in `n` processes on this machine, and on others in theirs; wait for their end.
 
     Raises:
         RunError: workers died more often than they are started again. What a stage itself has to
@@ -141,27 +151,27 @@ def launch(stage: str, root: Path, n: int) -> None:
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # what went wrong, we say
     with tempfile.TemporaryDirectory(dir=root / ".pipeline", prefix="meeting-") as folder:
-        loopback = "lo0" if sys.platform == "darwin" else "lo"
-        os.environ.update(
-            {
-                _LAUNCHER: str(os.getpid()),
-                _MEETING: folder,
-                "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", loopback),
-                "NCCL_SOCKET_IFNAME": os.environ.get("NCCL_SOCKET_IFNAME", loopback),
-            }
-        )
         config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
+            min_nodes=n_machines(),
+            max_nodes=n_machines(),
             nproc_per_node=n,
             run_id=stage,
-            rdzv_backend="c10d",
-            rdzv_endpoint=str(Path(folder) / "agents"),
-            rdzv_configs={"store_type": "file"},
-            local_addr="127.0.0.1",
             max_restarts=RESTARTS,
             shutdown_timeout=_GRACE_SECONDS,
         )
+        os.environ[_LAUNCHER] = str(os.getpid())
+        if n_machines() == 1:
+            config.rdzv_backend = "c10d"
+            config.rdzv_endpoint = str(Path(folder) / "agents")
+            config.rdzv_configs["store_type"] = "file"
+            config.local_addr = "127.0.0.1"
+            os.environ[_MEETING] = folder
+            for library in ("GLOO", "NCCL"):
+                os.environ.setdefault(f"{library}_SOCKET_IFNAME", _loopback())
+        else:
+            config.rdzv_backend = "static"
+            config.rdzv_endpoint = _master(stage)
+            config.rdzv_configs["rank"] = _number("PET_NODE_RANK", 0)
         try:
             elastic_launch(config, sys.executable)("-m", "pipeline", "stage", stage)
         except SignalException as error:
@@ -182,3 +192,25 @@ def launch(stage: str, root: Path, n: int) -> None:
         finally:
             for name in (_LAUNCHER, _MEETING):
                 os.environ.pop(name, None)
+
+
+def _loopback() -> str:
+    return "lo0" if sys.platform == "darwin" else "lo"
+
+
+def _master(stage: str) -> str:
+    """Where the machines of a training meet."""
+    address = os.environ.get("PET_MASTER_ADDR")
+    if not address:
+        raise InputError(
+            f"{stage}: PET_NNODES is {n_machines()} but PET_MASTER_ADDR is not set; set it to the "
+            "name of the machine whose PET_NODE_RANK is 0"
+        )
+    return f"{address}:{_number('PET_MASTER_PORT', 29500)}"
+
+
+def _number(variable: str, default: int) -> int:
+    text = os.environ.get(variable, str(default))
+    if not text.isdecimal():
+        raise InputError(f"{variable}: {text!r} is not a whole number; correct or unset it")
+    return int(text)

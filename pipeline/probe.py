@@ -260,9 +260,7 @@ def _device_peak() -> int | None:
 def shortened(params: Any) -> Any:
     """The stage's own parameters, but that an evaluation comes soon, and on one device."""
     train = params.train
-    changes: dict[str, Any] = {"eval_interval": min(EVALUATE_AFTER, train.eval_interval)}
-    if getattr(train, "devices", 1) != 1:
-        changes["devices"] = 1
+    changes = {"eval_interval": min(EVALUATE_AFTER, train.eval_interval), "devices": 1}
     return dataclasses.replace(params, train=dataclasses.replace(train, **changes))
 
 

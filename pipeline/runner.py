@@ -182,10 +182,10 @@ def _run_alone(name: str, root: Path) -> int:
         with _terminable():
             if not launch.is_launched():
                 _end_with_the_flow()
-            if launch.is_worker() or (n := _processes(name, root)) == 1:
-                _run(name, root)
-            else:
+            if n := _processes(name, root):
                 launch.launch(name, root, n)
+            else:
+                _run(name, root)
     except InputError as caught:
         code, error = EXIT_INPUT, str(caught)
     except RunError as caught:
@@ -250,10 +250,11 @@ def _follow(name: str, root: Path) -> int:
 
 
 def _processes(name: str, root: Path) -> int:
-    """How many processes the stage is to have."""
-    if not STAGES[name].trains:
-        return 1
-    return launch.n_processes(getattr(load_params(root / PARAMS_FILE), name).train)
+    """How many workers the stage is to have on this machine; 0 where it does the work itself."""
+    if launch.is_worker() or not STAGES[name].trains:
+        return 0
+    n = launch.n_processes(getattr(load_params(root / PARAMS_FILE), name).train)
+    return n if n > 1 or launch.n_machines() > 1 else 0
 
 
 def _verdict_path(root: Path, name: str) -> Path:
@@ -294,9 +295,12 @@ def _run(name: str, root: Path) -> None:
     if spec.trains:
         state = state_folder(root, name, params, input_md5)
         notice = older_states(root, name, state)
+        from gpt.checkpoint import Checkpoints
+
+        Checkpoints(state)  # says now, before MLflow has a run, if nothing can be kept there
 
     if launch.is_worker():
-        # before anything that only this process does: the others hear of its end from now on
+        # before what only this process does: from now on the others hear of its end
         launch.meet(params.train)
     started = time.monotonic()
     _end_abandoned(root, name, state)

@@ -1,9 +1,11 @@
-"""The real pretraining stage in two processes: its workers, their deaths, and what is told."""
+"""The real pretraining stage as it is run: what goes wrong, several processes, and their deaths."""
 
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -70,11 +72,11 @@ def project(tmp_path: Path) -> Path:
     return root
 
 
-def start(root: Path) -> subprocess.Popen:
+def start(root: Path, **variables: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "pipeline", "stage", "pretrain"],
         cwd=root,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -118,6 +120,68 @@ def weights(root: Path) -> bytes:
 
 def leftovers(root: Path) -> list[Path]:
     return [*root.glob(".checkpoints/pretrain/*"), *root.glob(".pipeline/meeting-*")]
+
+
+def one_line(error: str) -> str:
+    """The only line on stderr."""
+    assert error.count("\n") == 1, error
+    return error.strip()
+
+
+# --- what goes wrong ------------------------------------------------------------------------------
+
+
+def test_a_full_disk_stops_the_run_which_goes_on_once_there_is_room(project: Path) -> None:
+    set_train(project, devices=1)
+    assert run(project)[0] == 0
+    straight = weights(project), curve(project)
+    states = project / ".checkpoints"
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(states)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting needs root")
+    try:
+        code, _, error = run(project)
+        assert code == 1
+        said = one_line(error)
+        assert said.startswith(f"error: {states}/pretrain/")
+        assert "could not be saved (No space left on device); make room there" in said
+        assert not list(states.rglob(".*.partial")), "nothing half-written is left"
+        subprocess.run(["mount", "-o", "remount,size=64m", str(states)], check=True)
+        code, _, error = run(project)
+        assert code == 0, error
+        assert (weights(project), curve(project)) == straight
+    finally:
+        subprocess.run(["umount", "-l", str(states)], check=True)
+
+
+def test_a_place_where_no_state_can_be_kept_is_told_before_any_work(project: Path) -> None:
+    set_train(project, devices=1)
+    (project / ".checkpoints").write_text("in the way")
+    code, out, error = run(project)
+    assert code == 2
+    assert ".checkpoints" in one_line(error)
+    assert "Not a directory" in error
+    assert "step" not in out
+    (project / ".checkpoints").unlink()
+    assert run(project)[0] == 0
+
+
+def test_a_loss_that_is_not_finite_ends_with_its_step_its_rows_and_the_last_state(
+    project: Path,
+) -> None:
+    set_train(project, devices=1, learning_rate=1e25, grad_clip=0, warmup_steps=10, eps=1e-30)
+    code, _, error = run(project)
+    assert code == 1
+    assert re.fullmatch(
+        r"error: pretrain: the loss is \S+ and the gradient norm \S+ at step \d+, on tokens [\d,]+ "
+        r"to [\d,]+ of the training split; .*; and 5 more; lower the learning rate, raise "
+        r"warmup_steps, or mend the data\.( The state of step \d+ is kept\.)?",
+        one_line(error),
+    )
+    assert not (project / "models" / "pretrain").exists()
+
+
+# --- several processes ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -175,3 +239,45 @@ def test_workers_end_with_the_process_that_started_them(project: Path) -> None:
     process.communicate()
     _, alive = psutil.wait_procs(started, timeout=60)
     assert not alive
+
+
+def test_two_machines_train_one_model_and_the_first_writes(project: Path, tmp_path: Path) -> None:
+    code, _, error = run(project)  # two processes of one machine
+    assert code == 0, error
+    straight = weights(project), curve(project)
+    other = tmp_path / "other"
+    shutil.copytree(
+        project, other, ignore=shutil.ignore_patterns("models", "reports", ".*", "*.db")
+    )
+    for root in (project, other):
+        set_train(root, devices=1)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    nodes = {"PET_NNODES": "2", "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(port)}
+    machines = [
+        start(root, **nodes, PET_NODE_RANK=str(rank)) for rank, root in enumerate((project, other))
+    ]
+    ends = [machine.communicate(timeout=200) for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], ends
+    assert (weights(project), curve(project)) == straight
+    assert not (other / "models").exists()
+    assert not (other / "mlflow.db").exists()
+    assert ends[1] == ("", ""), "the second machine says nothing"
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"PET_NNODES": "two"}, "error: PET_NNODES: 'two' is not a whole number"),
+        ({"PET_NNODES": "2"}, "error: pretrain: PET_NNODES is 2 but PET_MASTER_ADDR is not set"),
+    ],
+)
+def test_a_wrong_variable_is_one_line(
+    project: Path, variables: dict[str, str], message: str
+) -> None:
+    process = start(project, **variables)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert error.startswith(message)
+    assert error.count("\n") == 1
