@@ -7,6 +7,7 @@ import random
 import re
 import signal
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -165,6 +166,20 @@ def test_equal_runs_are_equal_to_the_bit_whatever_the_generators_held(make_model
     third = make_model(dropout=0.2)
     _fit(third, TrainParams(steps=5, batch_size=4, keep="last", seed=4))
     assert not _equal(_weights(one), _weights(third))
+
+
+def test_each_pass_of_each_step_draws_numbers_of_its_own(make_model):
+    draws = []
+
+    def loss(model, batch):
+        draws.append(torch.rand(()).item())
+        return lm_loss_sum(model, batch)
+
+    data = WindowDataset(_tokens(), 16, 16)
+    params = TrainParams(steps=5, batch_size=2, accumulation=3, keep="last")
+    options = {"train": data, "validate": lambda _: {"validation_loss": 0.0}}
+    fit(make_model(), params=params, loss=loss, **options)
+    assert len(set(draws)) == len(draws) == 15
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -334,6 +349,36 @@ def test_a_full_disk_stops_the_run_and_it_goes_on_once_there_is_room(
     monkeypatch.setattr(checkpoint, "_save", full)
     with pytest.raises(RunError, match=r"the state of step 6 could not .* goes on from step 4"):
         _fit(make_model(), params, state=tmp_path)
+    again = make_model(seed=5)
+    _fit(again, params, state=tmp_path)
+    assert _equal(_weights(again), _weights(straight))
+
+
+def test_a_state_that_is_slow_to_write_is_that_of_its_step(make_model, tmp_path, monkeypatch):
+    """It is written beside the next step, which must not change it."""
+    params = TrainParams(
+        steps=8, batch_size=2, eval_interval=8, checkpoint_seconds=1e-9, learning_rate=1e-2
+    )
+    straight = make_model()
+    _fit(straight, params)
+    write = checkpoint._save
+
+    def slow(state, file):
+        time.sleep(0.1)
+        write(state, file)
+
+    class KilledError(BaseException):
+        pass
+
+    def kill(event):
+        if isinstance(event, Metrics) and event.step == 5:
+            raise KilledError
+
+    monkeypatch.setattr(checkpoint, "_save", slow)
+    with pytest.raises(KilledError):
+        _fit(make_model(), params, state=tmp_path, log=kill)
+    _end_of_process()
+    assert Checkpoints(tmp_path).newest() == 4
     again = make_model(seed=5)
     _fit(again, params, state=tmp_path)
     assert _equal(_weights(again), _weights(straight))

@@ -63,6 +63,7 @@ def test_help_is_quick_and_loads_nothing_heavy(command):
         "classify",
         "report",
         "clean",
+        "estimate",
     ):
         assert f" {name} " in shown
     heavy = (
