@@ -354,6 +354,27 @@ def test_a_full_disk_stops_the_run_and_it_goes_on_once_there_is_room(
     assert _equal(_weights(again), _weights(straight))
 
 
+def test_the_best_weights_from_before_a_stop_are_those_it_ends_with(make_model, tmp_path):
+    params = TrainParams(steps=8, batch_size=2, eval_interval=2)
+    losses = iter([1.0, 2.0, 3.0, 2.5])
+    options = {"validate": lambda _: {"validation_loss": next(losses)}, "state": tmp_path}
+    best = {}
+
+    def interrupt(event):
+        if isinstance(event, Metrics) and event.step == 3:
+            best.update(_weights(model))  # a step past the best: only what was kept can be right
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    model = make_model()
+    with pytest.raises(Interrupted):
+        _fit(model, params, log=interrupt, **options)
+    kept = Checkpoints(tmp_path).load()["best"]
+    again = make_model(seed=5)
+    assert _fit(again, params, **options).best["step"] == 2
+    assert _equal(_weights(again), kept)
+    assert not _equal(kept, best)
+
+
 def test_a_state_that_is_slow_to_write_is_that_of_its_step(make_model, tmp_path, monkeypatch):
     """It is written beside the next step, which must not change it."""
     params = TrainParams(
