@@ -130,6 +130,25 @@ def test_two_processes_give_the_curve_of_one(together, mode, optimizer):
         assert (both.weights[name] - value).abs().max() < 1e-3, name
 
 
+def _uneven(params: TrainParams) -> dict[str, torch.Tensor]:
+    torch.manual_seed(3)
+    model = GPT(GPTConfig(vocab_size=64, context_length=48, n_layer=1, n_head=2, n_embd=32))
+    responses = [[5] * n for n in (1, 30, 2, 3, 25, 1, 1, 40)] * 2
+    data = InstructionDataset([[1, 2, 3]] * 16, responses, end=0)
+    validate = lambda _: {"validation_loss": 0.0}  # noqa: E731
+    fit(model, params=params, train=data, loss=lm_loss_sum, validate=validate)
+    return model.state_dict()
+
+
+def test_rows_with_very_uneven_counts_of_targets_weigh_as_in_one_process(together):
+    """The mean is over the targets of all, not over the processes' means."""
+    params = TrainParams(steps=10, keep="last", **COMMON)
+    alone = _uneven(params)
+    both, _ = together(_uneven, params)
+    for name, value in alone.items():
+        assert (both[name] - value).abs().max() < 1e-6, name
+
+
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 @pytest.mark.parametrize("then", [1, 2])
 def test_a_run_stopped_with_two_processes_goes_on_with_one_or_two(together, tmp_path, mode, then):
