@@ -274,12 +274,16 @@ def clean(
     ] = False,
 ) -> None:
     """Remove states of stopped trainings that no run goes on from, and say what they took."""
+    from pipeline.dag import mend_rwlock
     from pipeline.runner import STAGES, next_states
     from pipeline.states import Removed, size_in_words
     from pipeline.states import clean as remove
 
     root = _root()
     sizes = []
+    if mend_rwlock(root):
+        print(".dvc/tmp/rwlock: cut off when DVC was killed", flush=True)
+        sizes.append(0)
     for each in remove(root, STAGES, None if everything else next_states(root)):
         print(each, flush=True)
         if isinstance(each, Removed):

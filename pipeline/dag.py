@@ -6,6 +6,7 @@ decided here that DVC does not decide.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -72,6 +73,36 @@ def allow_missing_git(root: Path) -> None:
         partial.write_text("[core]\n    no_scm = true\n", encoding="utf-8")
 
 
+def mend_rwlock(root: Path) -> bool:
+    """Remove DVC's table of running commands if it was cut off; whether it was.
+
+    DVC writes it in place, does not start when it cannot read it, and says to no one what to do.
+    Nothing is lost by it: the table only holds what runs at the moment.
+    """
+    from dvc.lock import LockError, make_lock
+
+    path = root / ".dvc" / "tmp" / "rwlock"
+    if _is_json(path):
+        return False
+    with contextlib.suppress(LockError):  # a DVC command is writing it now
+        with make_lock(f"{path}.lock", tmp_dir=str(path.parent)):
+            if _is_json(path):
+                return False
+            path.unlink()
+        return True
+    return False
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return True  # nothing to mend
+    except ValueError:
+        return False
+    return True
+
+
 class Dag:
     """The stages in the order in which `dvc repro` would run them.
 
@@ -88,6 +119,7 @@ class Dag:
         from dvc.repo import Repo
 
         allow_missing_git(root)
+        mend_rwlock(root)
         self.root = root
         self._thread_lock = threading.RLock()
         try:

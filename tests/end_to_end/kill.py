@@ -53,6 +53,8 @@ _STEPS = 240
 # where the tools keep what they know; all else in a project is the user's and is compared
 _TOOLS = {".dvc", ".pipeline", "mlartifacts", "mlflow.db", "mlflow.db-journal"}
 
+_DVC_WAS_CUT = "Unable to read RWLock-file"
+
 _TIMED = ("system/", "throughput/tokens_per_second")
 """Metrics that measure the machine and the time."""
 
@@ -129,6 +131,9 @@ class KilledRun:
     outcome: Outcome
     problems: list[str] = field(default_factory=list)
     """What the starts in between did wrong."""
+    mended: int = 0
+    """How often a kill had cut DVC's own table of running commands, so that DVC did not start
+    until `gpt-pipeline clean` had removed it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,12 +153,22 @@ class Scratch:
 
     def repro(self, root: Path, log: Path, *targets: str) -> Started:
         """Start `dvc repro` in a process group of its own."""
-        for name in ("tmp", "site"):
-            (self.folder / name).mkdir(exist_ok=True)
         # without DVC's run cache, which would bring back what an equal run made
         command = (sys.executable, "-m", "dvc", "repro", "--no-run-cache", *targets)
+        return Started(command, root, self._environment(root), log)
+
+    def clean(self, root: Path) -> None:
+        """What a person does after DVC says that its lock file is corrupted."""
+        command = (sys.executable, "-m", "pipeline", "clean")
+        subprocess.run(
+            command, cwd=root, env=self._environment(root), check=True, capture_output=True
+        )
+
+    def _environment(self, root: Path) -> dict[str, str]:
+        for name in ("tmp", "site"):
+            (self.folder / name).mkdir(exist_ok=True)
         ours = ("PREFECT_", "MLFLOW_", "GPT_PIPELINE_", "DVC_")
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(ours)} | {
+        return {k: v for k, v in os.environ.items() if not k.startswith(ours)} | {
             # `python` in dvc.yaml is the running one, and the code is the copy's
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
             "PYTHONPATH": str(root),
@@ -164,7 +179,6 @@ class Scratch:
             "DVC_NO_ANALYTICS": "1",
             "DO_NOT_TRACK": "1",
         }
-        return Started(command, root, environment, log)
 
 
 class Started:
@@ -346,15 +360,25 @@ def killed(
     problems: list[str] = []
     damaged: set[str] = set()
     fresh = 1  # starts that found no state, and so make a run of their own in MLflow
-    for number, moment in enumerate([*moments, None]):
-        log = scratch.folder / "logs" / f"{name}-start-{number + 1}.txt"
+    mended = starts = number = 0
+    every = [*moments, None]
+    while True:
+        moment = every[number]
+        starts += 1
+        log = scratch.folder / "logs" / f"{name}-start-{starts}.txt"
         with scratch.repro(root, log, scratch.stage) as started:
             if moment is None:
                 started.process.wait()
-                break
-            if started.ends_before(
-                _watch(root, scratch.stage, moment) if isinstance(moment, str) else moment
-            ):
+                ended = True
+            else:
+                ended = started.ends_before(
+                    _watch(root, scratch.stage, moment) if isinstance(moment, str) else moment
+                )
+            if ended and _DVC_WAS_CUT in started.printed():
+                mended += 1
+                scratch.clean(root)
+                continue
+            if ended:
                 break
             alone = signal_name == "term" and number < len(whole_group) and not whole_group[number]
             pid = started.stage_process() if alone else None
@@ -368,6 +392,7 @@ def killed(
             states = _states(_state_folder(root, scratch.stage), damaged)
             kill.expected = states[-1][0] if states else None
         kills.append(kill)
+        number += 1
         fresh += kill.run_id is None
     problems += _went_on(kills, started.printed(), ended=started.process.returncode == 0)
     outcome = _look(scratch, root, started.process.returncode, started)
@@ -376,7 +401,7 @@ def killed(
             f"MLflow has {len(outcome.runs)} runs of {scratch.stage}, but only {fresh} of "
             f"{len(kills) + 1} starts found no state to go on from"
         )
-    return KilledRun(kills, outcome, problems)
+    return KilledRun(kills, outcome, problems, mended)
 
 
 def compare(reference: Outcome, outcome: Outcome) -> list[str]:
@@ -656,6 +681,7 @@ def _line(number: int, runs: int, run: KilledRun, wrong: Sequence[str], seconds:
         f"run {number:>{len(str(runs))}}/{runs}  {'DIFFERS' if wrong else 'equal'}  "
         f"killed at {kills}"
         + (f"; went on from step {', '.join(went_on)}" if went_on else "; began anew")
+        + (f"; DVC's own lock file mended {run.mended} times" if run.mended else "")
         + (f"; {more} more MLflow run{'s' if more > 1 else ''}" if more > 0 else "")
         + f"; {seconds:.0f} s in all"
     )
@@ -677,7 +703,7 @@ def _experiment(arguments: argparse.Namespace, folder: Path) -> int:
         f"{sum(map(len, curves.values()))} values"
     )
     began = time.monotonic()
-    different = kills = more = 0
+    different = kills = more = mended = 0
     for number in range(1, runs + 1):
         started = time.monotonic()
         name = f"run-{number:02d}"
@@ -693,16 +719,18 @@ def _experiment(arguments: argparse.Namespace, folder: Path) -> int:
         wrong = run.problems + compare(reference, run.outcome)
         different += bool(wrong)
         kills += len(run.kills)
+        mended += run.mended
         more += len(run.outcome.runs) - 1
         say(_line(number, runs, run, wrong, time.monotonic() - started))
         for each in wrong:
             say(f"    {each}")
         if not arguments.keep:
             shutil.rmtree(folder / name)
+    minutes = (time.monotonic() - began) / 60
     say(
         f"{runs - different} of {runs} runs of {stage} are equal to the one that never stopped: "
         f"{kills} kills (SIG{arguments.signal.upper()}, damage: {arguments.damage}), {more} MLflow "
-        f"runs begun anew, {(time.monotonic() - began) / 60:.1f} minutes"
+        f"runs begun anew, {mended} times DVC's own lock file mended, {minutes:.1f} minutes"
     )
     return 1 if different else 0
 

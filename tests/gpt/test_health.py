@@ -16,6 +16,9 @@ def noise(level, spread, n=WINDOW):
 
 def test_a_loss_far_above_all_of_late_is_a_spike():
     assert spike(6.0, [3.0, 3.1, 2.9, 3.2] * 8) == pytest.approx(6.0 / 3.05)
+    before = [3.0] * 30 + [3.2] * 2
+    assert spike(3.79, before) is None
+    assert spike(3.81, before) == pytest.approx(1.27)
 
 
 @pytest.mark.parametrize("level", [1e-3, 1.0, 100.0])

@@ -11,7 +11,7 @@ import pytest
 
 import pipeline
 from gpt.errors import InputError
-from pipeline.dag import Change, Dag, find_root
+from pipeline.dag import Change, Dag, find_root, mend_rwlock
 
 
 def changed(dag, name):
@@ -146,3 +146,26 @@ def test_it_is_quick_and_imports_no_torch(project):
     )
     assert result.stdout.strip() == "[]"
     assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("left", ["", '{"read": {"first.txt": ['])
+def test_dvcs_own_table_is_mended_where_a_kill_cut_it(project, dvc, left):
+    """DVC does not start then, and says nothing of what to do."""
+    table = project / ".dvc" / "tmp" / "rwlock"
+    dvc("repro", "-q")
+    table.write_text(left)
+    result = subprocess.run(
+        [sys.executable, "-m", "dvc", "repro", "-f"], capture_output=True, text=True, check=False
+    )
+    assert "Unable to read RWLock-file" in result.stderr, "DVC mends it itself: we need not"
+    assert mend_rwlock(project)
+    assert not mend_rwlock(project)
+    dvc("repro", "-q")
+
+
+def test_a_table_that_can_be_read_is_left_alone(project, dvc):
+    dvc("repro", "-q")
+    table = project / ".dvc" / "tmp" / "rwlock"
+    before = table.read_bytes()
+    Dag(project)
+    assert table.read_bytes() == before

@@ -70,6 +70,8 @@ def test_it_writes_its_outputs_and_nothing_else(tmp_path, tokens, everything):
         "validation_loss",
         "learning_rate",
         "grad_norm",
+        "param_norm",
+        "update_ratio",
     ]
     assert history["step"].tolist() == [2, 4, 6]
     assert history["tokens"].tolist() == [2 * 4 * 32, 4 * 4 * 32, 6 * 4 * 32]
