@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from bench import ablation, classification
-from bench.__main__ import AGAINST_PEERS, main
+from bench.__main__ import NAMES, main
 from bench.classification import NaiveRun
 from bench.harness import Comparison, Peak, Settings, alternate, compare_in_workers
 from bench.naive import naive_copy
@@ -433,7 +433,7 @@ def test_what_is_switched_off_is_what_the_step_would_use(change, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*AGAINST_PEERS, "ablation"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_quick_run_of_each_benchmark_gives_its_tables(name, tmp_path):
     if name == "generation" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip("no C++ compiler")
