@@ -1,5 +1,6 @@
 """Several processes that train one model do what one would do alone."""
 
+import contextlib
 import itertools
 import os
 from dataclasses import dataclass, field
@@ -91,16 +92,22 @@ def _serve(rank: int, size: int, pipe) -> None:
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
     """Runs a function in two processes; what it gave in each."""
+    with _processes(2, tmp_path_factory.mktemp("meetings")) as run:
+        yield run
+
+
+@contextlib.contextmanager
+def _processes(size: int, folder: Path):
     context = multiprocessing.get_context("spawn")
     pipes, processes = [], []
-    for rank in range(2):
+    for rank in range(size):
         ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(rank, 2, theirs), daemon=True)
+        process = context.Process(target=_serve, args=(rank, size, theirs), daemon=True)
         process.start()
         theirs.close()
         pipes.append(ours)
         processes.append(process)
-    folder, numbers = tmp_path_factory.mktemp("meetings"), itertools.count()
+    numbers = itertools.count()
 
     def run(work, *arguments) -> list:
         place = (folder / str(next(numbers))).as_uri()
@@ -108,9 +115,11 @@ def together(tmp_path_factory):
             pipe.send((place, work, arguments))
         return [pipe.recv() for pipe in pipes]
 
-    yield run
-    for process in processes:
-        process.kill()
+    try:
+        yield run
+    finally:
+        for process in processes:
+            process.kill()
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
@@ -128,6 +137,20 @@ def test_two_processes_give_the_curve_of_one(together, mode, optimizer):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
     for name, value in alone.weights.items():
         assert (both.weights[name] - value).abs().max() < 1e-3, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_three_processes_that_were_stopped_come_to_the_bytes_of_three_that_were_not(tmp_path, mode):
+    """With two a sum is the same in any order; with three DDP's buckets must be what they were."""
+    params = TrainParams(steps=30, parallel=mode, **{**COMMON, "accumulation": 3})
+    with _processes(3, tmp_path) as run:
+        first = run(train, params, tmp_path / "state", 13)
+        second = run(train, params, tmp_path / "state")[0]
+        straight = run(train, params)[0]
+    assert [*first[0].losses, *second.losses] == straight.losses
+    for name, value in straight.weights.items():
+        assert torch.equal(second.weights[name], value), name
 
 
 def _uneven(params: TrainParams) -> dict[str, torch.Tensor]:
