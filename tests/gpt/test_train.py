@@ -53,6 +53,21 @@ def _end_of_process():
             thread.join()
 
 
+def _killed_at(step, make_model, params, state):
+    """A run that ends, without a chance to save, right after `step`."""
+
+    class KilledError(BaseException):
+        pass
+
+    def kill(event):
+        if isinstance(event, Metrics) and event.step == step:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        _fit(make_model(), params, state=state, log=kill)
+    _end_of_process()
+
+
 def _weights(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
@@ -217,16 +232,7 @@ def test_a_run_that_was_killed_continues_from_its_last_state(make_model, tmp_pat
     straight = make_model()
     _fit(straight, params)
 
-    class KilledError(Exception):
-        pass
-
-    def kill(event):
-        if isinstance(event, Metrics) and event.step == 7:
-            raise KilledError
-
-    with pytest.raises(KilledError):
-        _fit(make_model(), params, state=tmp_path, log=kill)
-    _end_of_process()
+    _killed_at(7, make_model, params, tmp_path)
     assert Checkpoints(tmp_path).newest() == 4
     again = make_model(seed=5)
     _fit(again, params, state=tmp_path)
@@ -388,17 +394,8 @@ def test_a_state_that_is_slow_to_write_is_that_of_its_step(make_model, tmp_path,
         time.sleep(0.1)
         write(state, file)
 
-    class KilledError(BaseException):
-        pass
-
-    def kill(event):
-        if isinstance(event, Metrics) and event.step == 5:
-            raise KilledError
-
     monkeypatch.setattr(checkpoint, "_save", slow)
-    with pytest.raises(KilledError):
-        _fit(make_model(), params, state=tmp_path, log=kill)
-    _end_of_process()
+    _killed_at(5, make_model, params, tmp_path)
     assert Checkpoints(tmp_path).newest() == 4
     again = make_model(seed=5)
     _fit(again, params, state=tmp_path)

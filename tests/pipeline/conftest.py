@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.tracking import connect
+
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
 STAGE = '''\
@@ -50,6 +52,16 @@ def _stage(name: str, inputs: list[str], seconds: float = 0.0, size: int = 10) -
         f"    outs:\n      - {name}\n      - {name}.txt\n"
         f"    metrics:\n      - {name}.json:\n          cache: false\n"
     )
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's tables, made once: that takes longer than most tests that need them."""
+    root = tmp_path_factory.mktemp("empty")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        connect(root)
+    return root / "mlflow.db"
 
 
 @pytest.fixture

@@ -21,16 +21,6 @@ from pipeline.tracking import connect, dvc_md5
 HERE = Path(__file__).parent
 
 
-@pytest.fixture(scope="module")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MLflow's tables, made once: that takes longer than most of these tests."""
-    root = tmp_path_factory.mktemp("empty")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        connect(root)
-    return root / "mlflow.db"
-
-
 @pytest.fixture
 def fresh_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

@@ -21,16 +21,6 @@ from pipeline.states import HOW, clean, fingerprint, size_in_words, stage_lock
 from pipeline.tracking import connect
 
 
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MLflow's tables, made once."""
-    root = tmp_path_factory.mktemp("empty")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        connect(root)
-    return root / "mlflow.db"
-
-
 @pytest.fixture
 def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The stand-in project, its input in place, without MLflow's tables."""
@@ -44,8 +34,8 @@ def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def project(bare: Path, database: Path) -> Path:
-    shutil.copy(database, bare / "mlflow.db")
+def project(bare: Path, empty_database: Path) -> Path:
+    shutil.copy(empty_database, bare / "mlflow.db")
     return bare
 
 
