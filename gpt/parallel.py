@@ -50,6 +50,12 @@ class World:
 
 
 _world = World()
+_group: dist.ProcessGroup | None = None
+"""The processes' connections, held beyond `leave`.
+
+If DDP were the last to hold them, they would be closed while it holds Python's lock, and wait for
+a thread of gloo's that waits for the lock to let go of the last barrier's tensor.
+"""
 
 
 class Dismissed(BaseException):
@@ -70,12 +76,13 @@ def join(world: World, device: str, place: str | None = None) -> None:
         place: the `file://` address of a file that is not there yet, where they find each other;
             None is where torchrun's environment variables say.
     """
-    global _world
+    global _world, _group
     # objects and the parts of a checkpoint travel by gloo also where the gradients do not
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     dist.init_process_group(
         backend, place, timeout=_PATIENCE, rank=world.rank, world_size=world.size
     )
+    _group = dist.group.WORLD
     _world = world
 
 
