@@ -63,7 +63,10 @@ def library_attention(threads: int) -> None:
     _replace("gpt.model", "causal_attention", _library_attention)
 
 
-def _library_attention(qkv: Tensor, n_head: int, dropout: float = 0.0) -> Tensor:
+def _library_attention(
+    qkv: Tensor, n_head: int, dropout: float = 0.0, documents: Tensor | None = None
+) -> Tensor:
+    assert documents is None, "only whole windows are measured"
     q, k, v = heads(qkv, 3, n_head)
     y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
     return y.transpose(1, 2).flatten(2)

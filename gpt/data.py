@@ -1,4 +1,4 @@
-"""Token files and the datasets: windows over a text, labelled texts, instructions.
+"""The datasets: windows over a text, labelled texts, instructions.
 
 A dataset is a sequence of items that knows how to `collate` some of them into a `Batch`. Which
 items come at which step is a pure function (`batch_indices`), so a loop can start at any step.
@@ -9,21 +9,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
 
-from gpt.errors import InputError
+from gpt.token_files import Tokens
 
 IGNORED = -100
 """The target that no loss counts (PyTorch's `ignore_index`)."""
-
-SplitName = Literal["train", "validation"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +31,15 @@ class Batch:
         targets: the next token at each place (B, T), `IGNORED` where none is learnt; or the
             class of each text (B,). int64.
         lengths: the number of real tokens of each row (B,), int64; None where every row is full.
+        documents: the number of the document that each place belongs to (B, T), int64, equal
+            numbers side by side: none sees another (`gpt.model.Decoder.hidden`). None where a row
+            is read as one.
     """
 
     inputs: Tensor
     targets: Tensor
     lengths: Tensor | None = None
+    documents: Tensor | None = None
 
     @property
     def n_targets(self) -> int:
@@ -55,7 +54,8 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""
         lengths = None if self.lengths is None else self.lengths.to(device)
-        return Batch(self.inputs.to(device), self.targets.to(device), lengths)
+        documents = None if self.documents is None else self.documents.to(device)
+        return Batch(self.inputs.to(device), self.targets.to(device), lengths, documents)
 
 
 class Dataset(Protocol):
@@ -80,6 +80,9 @@ class Dataset(Protocol):
 
 _POOL = 32
 """Batches of like length are made within so many batches' worth of items."""
+_LISTED = 1 << 24
+"""The order of more items than these is not held in memory (134 MB) but computed as it is read."""
+_ROUNDS = 6
 
 
 @functools.lru_cache(maxsize=2)  # a batch needs the order of its whole epoch
@@ -106,12 +109,42 @@ def batch_indices(
             batches, each pool is sorted by length, and the batches are shuffled again.
     """
     epoch, within = divmod(index, n // batch_size)
+    if lengths is None and n > _LISTED:
+        places = np.arange(within * batch_size, (within + 1) * batch_size, dtype=np.uint64)
+        computed: list[int] = _permuted(places, n, seed, epoch).tolist()
+        return computed
     if lengths is None:
         order = epoch_order(n, seed, epoch)
     else:
         order = _order_by_length(tuple(lengths.tolist()), batch_size, seed, epoch)
     chosen: list[int] = order[within * batch_size :][:batch_size].tolist()
     return chosen
+
+
+def _permuted(places: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
+    """What a permutation of 0 … n - 1 has at `places`, (k,) uint64, without the rest of it.
+
+    A Feistel network (Luby & Rackoff, 1988) permutes the numbers below a power of four; one that
+    comes out as n or more goes in again (Black & Rogaway, 2002, "Ciphers with Arbitrary Finite
+    Domains"). Its rounds mix as SplitMix64 does (Steele et al., 2014).
+    """
+    half = np.uint64(((n - 1).bit_length() + 1) // 2)
+    low = (np.uint64(1) << half) - np.uint64(1)
+    keys = np.random.SeedSequence([seed, epoch]).generate_state(_ROUNDS, np.uint64)
+
+    def network(x: np.ndarray) -> np.ndarray:
+        left, right = x >> half, x & low
+        for key in keys:
+            mixed = right + key
+            for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+                mixed = (mixed ^ mixed >> np.uint64(shift)) * np.uint64(factor)
+            left, right = right, left ^ ((mixed ^ mixed >> np.uint64(31)) & low)
+        return left << half | right
+
+    found = network(places)
+    while (beyond := found >= n).any():
+        found[beyond] = network(found[beyond])
+    return found
 
 
 @functools.lru_cache(maxsize=2)
@@ -172,108 +205,6 @@ class _Part:
         return self._dataset[int(self._indices[index])]
 
 
-# --- token files ----------------------------------------------------------------------------------
-
-
-@checked_dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid"))
-class Counts:
-    """How much text a split, or one source's part of it, holds."""
-
-    documents: int
-    bytes: int
-    tokens: int
-
-
-@checked_dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid"))
-class SplitManifest:
-    """One token file: its name, its sha256, and what is in it, in all and by source."""
-
-    file: str
-    sha256: str
-    total: Counts
-    sources: dict[str, Counts]
-
-
-@checked_dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid"))
-class Manifest:
-    """`manifest.json` of a folder of token files; the tokenizer lies beside it."""
-
-    dtype: Literal["uint16", "uint32"]
-    vocab_size: int
-    tokenizer: str
-    """The tokenizer's hash."""
-    splits: dict[SplitName, SplitManifest]
-
-
-def token_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:
-    """The smallest of the two types that holds every id."""
-    return "uint16" if vocab_size <= 1 << 16 else "uint32"
-
-
-def read_manifest(directory: Path) -> Manifest:
-    """The manifest of a folder of token files.
-
-    Raises:
-        InputError: it is missing or not a manifest.
-    """
-    path = directory / "manifest.json"
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; run the stage tokenize first")
-    try:
-        return TypeAdapter(Manifest).validate_json(path.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise InputError(
-            f"{path}: {where or 'file'}: {first['msg']}; run the stage tokenize again"
-        ) from None
-
-
-class TokenFile:
-    """The ids of a split on disk, memory-mapped: only what is looked at is read.
-
-    Slices are int64 tensors of their own.
-    """
-
-    def __init__(self, path: Path, dtype: str) -> None:
-        if not path.is_file():
-            raise InputError(f"{path}: no such file; run the stage tokenize first")
-        little_endian = np.dtype(dtype).newbyteorder("<")
-        if path.stat().st_size % little_endian.itemsize:
-            raise InputError(f"{path}: truncated; run the stage tokenize again")
-        # An empty file cannot be mapped.
-        self._ids = (
-            np.memmap(path, dtype=little_endian, mode="r")
-            if path.stat().st_size
-            else np.empty(0, little_endian)
-        )
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    def __getitem__(self, where: slice) -> Tensor:
-        return torch.from_numpy(self._ids[where].astype(np.int64))
-
-
-def open_tokens(directory: Path, split: SplitName) -> TokenFile:
-    """The token file of one split of a folder that the stage tokenize wrote.
-
-    Raises:
-        InputError: the split is missing, or its size is not what the manifest says.
-    """
-    manifest = read_manifest(directory)
-    if split not in manifest.splits:
-        raise InputError(f"{directory}: no split {split!r}; run the stage tokenize again")
-    entry = manifest.splits[split]
-    tokens = TokenFile(directory / entry.file, manifest.dtype)
-    if len(tokens) != entry.total.tokens:
-        raise InputError(
-            f"{directory / entry.file}: {len(tokens)} tokens where the manifest has "
-            f"{entry.total.tokens}; run the stage tokenize again"
-        )
-    return tokens
-
-
 # --- datasets -------------------------------------------------------------------------------------
 
 
@@ -281,33 +212,90 @@ class WindowDataset:
     """A long text cut into windows, each with the same window one token later as its target.
 
     Args:
-        tokens: anything whose slices are int64 tensors: a `TokenFile`, or a tensor.
+        tokens: the ids of a split, or an int64 tensor.
         context_length: the length T of a window.
         stride: from the start of one window to the next; T means no overlap.
+        end: the id of `<|endoftext|>`, which opens the document that follows it; with it a batch
+            says which document each place belongs to, and none sees another.
 
     A text that is not longer than one context has no windows: `len` is 0.
     """
 
     lengths = None
 
-    def __init__(self, tokens: TokenFile | Tensor, context_length: int, stride: int) -> None:
+    def __init__(
+        self,
+        tokens: Tokens | Tensor | np.ndarray,
+        context_length: int,
+        stride: int,
+        *,
+        end: int | None = None,
+    ) -> None:
         self._tokens = tokens
         self._context_length = context_length
+        self._end = end
         self._starts = range(0, len(tokens) - context_length, stride)
 
     def __len__(self) -> int:
         return len(self._starts)
 
+    def start(self, index: int) -> int:
+        """The place in the text where window `index` begins."""
+        return self._starts[index]
+
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of window `index`, (T,) each."""
-        start = self._starts[index]
-        window = self._tokens[start : start + self._context_length + 1]
+        start = self.start(index)
+        window = torch.as_tensor(self._tokens[start : start + self._context_length + 1])
         return window[:-1], window[1:]
 
     def collate(self, items: Sequence[tuple[Tensor, Tensor]]) -> Batch:
         """Inputs (B, T) and targets (B, T); all windows have one length, nothing is padded."""
-        inputs, targets = zip(*items, strict=True)
-        return Batch(torch.stack(inputs), torch.stack(targets))
+        inputs, targets = (torch.stack(rows) for rows in zip(*items, strict=True))
+        documents = None if self._end is None else (inputs == self._end).cumsum(1)
+        return Batch(inputs, targets, documents=documents)
+
+
+class RandomWindowDataset(WindowDataset):
+    """Windows that start anywhere in a text, each drawn by itself, as nanoGPT reads.
+
+    Where window i starts is drawn from block i of Philox, which makes its numbers in any order
+    (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3"): a pure function of the
+    text's length, `seed` and i.
+
+    Args:
+        tokens: the ids of a split, or an int64 tensor.
+        context_length: the length T of a window.
+        length: how many windows there are to be; as many as a training takes, since going
+            through them again would show the same ones.
+        seed: picks the starts.
+        end: as for `WindowDataset`.
+
+    A text that is not longer than one context has no windows: `len` is 0.
+    """
+
+    def __init__(
+        self,
+        tokens: Tokens | Tensor | np.ndarray,
+        context_length: int,
+        *,
+        length: int,
+        seed: int,
+        end: int | None = None,
+    ) -> None:
+        super().__init__(tokens, context_length, 1, end=end)
+        self._numbers = range(length if self._starts else 0)
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def start(self, index: int) -> int:
+        """The place in the text where window `index` begins."""
+        number = self._numbers[index]
+        # raw numbers: they are the same in every version of NumPy
+        drawn = int(np.random.Philox(key=self._seed, counter=number).random_raw())
+        return self._starts[drawn * len(self._starts) >> 64]
 
 
 class ClassificationDataset:
@@ -385,6 +373,9 @@ class FeatureDataset:
 class InstructionDataset:
     """Prompts with the responses to be learnt; each response ends in `<|endoftext|>`.
 
+    A record is one prompt and its response, or the turns of a conversation (`of_turns`), whose
+    responses are all learnt.
+
     Args:
         prompts: token ids of each rendered prompt.
         responses: token ids of each response, without an end.
@@ -404,15 +395,39 @@ class InstructionDataset:
         max_length: int | None = None,
     ) -> None:
         self._end = end
-        self._items: list[tuple[Tensor, Tensor]] = []
-        for prompt, response in zip(prompts, responses, strict=True):
-            ids = torch.tensor([*prompt, *response, end])
-            inputs, targets = ids[:-1], ids[1:].clone()
-            if mask_prompt:
-                # The prompt's last token predicts the response's first: that one is learnt.
-                targets[: max(len(prompt) - 1, 0)] = IGNORED
-            self._items.append((inputs[:max_length], targets[:max_length]))
+        turns = zip(prompts, responses, strict=True)
+        self._items = [self._item([turn], mask_prompt, max_length) for turn in turns]
         self.lengths = np.array([len(inputs) for inputs, _ in self._items])
+
+    @classmethod
+    def of_turns(
+        cls,
+        records: Sequence[Sequence[tuple[Sequence[int], Sequence[int]]]],
+        *,
+        end: int,
+        mask_prompt: bool = True,
+        max_length: int | None = None,
+    ) -> InstructionDataset:
+        """A dataset of conversations: the ids of the prompt and the response of every turn."""
+        dataset = cls([], [], end=end)
+        dataset._items = [dataset._item(turns, mask_prompt, max_length) for turns in records]
+        dataset.lengths = np.array([len(inputs) for inputs, _ in dataset._items])
+        return dataset
+
+    def _item(
+        self,
+        turns: Sequence[tuple[Sequence[int], Sequence[int]]],
+        mask_prompt: bool,
+        max_length: int | None,
+    ) -> tuple[Tensor, Tensor]:
+        ids: list[int] = []
+        learnt: list[int] = []
+        for prompt, response in turns:
+            answer = [*response, self._end]
+            ids += [*prompt, *answer]
+            learnt += [*([IGNORED] * len(prompt) if mask_prompt else prompt), *answer]
+        # A prompt's last token predicts the first of its response: that one is learnt.
+        return torch.tensor(ids)[:-1][:max_length], torch.tensor(learnt)[1:][:max_length]
 
     def __len__(self) -> int:
         return len(self._items)

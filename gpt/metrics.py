@@ -23,7 +23,7 @@ def lm_loss_sum(model: GPT, batch: Batch) -> tuple[Tensor, int]:
 
     Logits are made only where a target counts: prompts and padding cost no head.
     """
-    hidden = model.hidden(batch.inputs)  # (B, T, C)
+    hidden = model.hidden(batch.inputs, documents=batch.documents)  # (B, T, C)
     counts = batch.targets != IGNORED  # (B, T)
     n_targets = batch.n_targets
     if n_targets < counts.numel():

@@ -68,12 +68,21 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.qkv_bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
-        """(B, T, C) to (B, T, C); `mask` is True where a query sees a key."""
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        cache: KVCache | None,
+        documents: Tensor | None = None,
+    ) -> Tensor:
+        """(B, T, C) to (B, T, C); `mask` is True where a query sees a key.
+
+        `documents` (B, T) is for rows without a mask and a cache.
+        """
         qkv = self.c_attn(x)  # (B, T, 3C)
         dropout = self.dropout if self.training else 0.0
         if mask is None and cache is None:
-            y = causal_attention(qkv, self.n_head, dropout)
+            y = causal_attention(qkv, self.n_head, dropout, documents)
         else:
             q, k, v = heads(qkv, 3, self.n_head)  # (B, H, T, D) each
             if cache is not None:
@@ -129,6 +138,13 @@ def unpad(padded: Tensor, lengths: Tensor) -> Tensor:
     return padded[real]
 
 
+def _first_places(documents: Tensor) -> Tensor:
+    """Where in its row the document of each position begins, (B, T) int64 as `documents`."""
+    places = torch.arange(documents.shape[1], device=documents.device)
+    opens = documents.diff(dim=1, prepend=documents[:, :1]) != 0
+    return torch.where(opens, places, 0).cummax(1).values
+
+
 class MLP(nn.Module):
     """Widen four times, bend (GELU's tanh form, as GPT-2), narrow again."""
 
@@ -154,9 +170,15 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        cache: KVCache | None,
+        documents: Tensor | None = None,
+    ) -> Tensor:
         """(B, T, C) to (B, T, C)."""
-        x = x + self.attn(self.ln_1(x), mask, cache)
+        x = x + self.attn(self.ln_1(x), mask, cache, documents)
         return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
 
     def last(self, x: Tensor, lengths: Tensor) -> Tensor:
@@ -195,6 +217,7 @@ class Decoder(nn.Module):
         *,
         cache: KVCache | None = None,
         padding: Tensor | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """The final hidden states.
 
@@ -203,6 +226,9 @@ class Decoder(nn.Module):
             cache: positions seen before these; the new ones are added to it.
             padding: how many positions on each row's left are padding, (B,) int64; their own
                 outputs mean nothing, and no real position sees them.
+            documents: the number of the document of each position, (B, T) int64, where a row
+                holds several one behind the other: each is as if it were alone, its positions
+                counted from 0. Equal numbers lie side by side. Not with a cache or padding.
 
         Returns:
             (B, T, C).
@@ -210,6 +236,7 @@ class Decoder(nn.Module):
         Raises:
             InputError: more positions than the context holds.
         """
+        assert documents is None or (cache is None and padding is None)
         T = idx.shape[1]
         past = cache.used if cache is not None else 0
         self.check_length(past + T)
@@ -224,9 +251,11 @@ class Decoder(nn.Module):
             # padding sees itself: a row of no keys at all would be 0 / 0
             mask = visible | (seen == positions[:, None])
             positions = (positions - padding[:, None]).clamp(min=0)  # (B, T)
+        if documents is not None:
+            positions = positions - _first_places(documents)  # (B, T)
         x = self.embed(idx, positions)
         for block in self.h:
-            x = block(x, mask, cache)
+            x = block(x, mask, cache, documents)
         if cache is not None:
             cache.used += T
         return self.ln_f(x)  # type: ignore[no-any-return]
@@ -290,10 +319,15 @@ class GPT(Decoder):
         return F.linear(hidden, self.head_weight)
 
     def forward(
-        self, idx: Tensor, *, cache: KVCache | None = None, padding: Tensor | None = None
+        self,
+        idx: Tensor,
+        *,
+        cache: KVCache | None = None,
+        padding: Tensor | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """Token ids (B, T) int64 to logits (B, T, V); the arguments are those of `hidden`."""
-        return self.head(self.hidden(idx, cache=cache, padding=padding))
+        return self.head(self.hidden(idx, cache=cache, padding=padding, documents=documents))
 
 
 class GPTClassifier(Decoder):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from gpt.config import Architecture, GPTConfig
-from gpt.data import WindowDataset, batches, open_tokens, read_manifest, spread
+from gpt.data import RandomWindowDataset, WindowDataset, batches, spread
 from gpt.device import autocast, prepare
 from gpt.errors import InputError
 from gpt.events import Log, discard
@@ -20,9 +22,14 @@ from gpt.generate import Sampling, complete
 from gpt.metrics import bits_per_byte, lm_loss_sum, mean_loss, perplexity
 from gpt.model import GPT
 from gpt.recipe import TrainParams
+from gpt.token_files import SplitName, open_tokens, read_manifest
 from gpt.tokenizer import load_tokenizer
 from gpt.train import fit
 from gpt.weights import save_model
+
+SPLITS: tuple[SplitName, ...] = ("train", "validation")
+_LONGEST_NAME = 200
+"""Of a source's name in that of a metric; MLflow takes 250 characters in all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid"))
@@ -30,14 +37,86 @@ class PretrainParams:
     """What to train and how."""
 
     model: Architecture
+    windows: Literal["sliding", "random"] = "sliding"
+    """Where the training windows start: every `stride` tokens, each epoch in a new order; or
+    anywhere, each drawn by itself, an epoch being as many tokens as the split has."""
     stride: Annotated[int, Field(gt=0)] | None = None
     """Tokens from the start of one window to the next; None is the context: no overlap."""
+    separate_documents: bool = False
+    """A token sees no other document in its window, in training and in validation, and positions
+    are counted from where the document begins there."""
     eval_windows: Annotated[int, Field(gt=0)] | None = None
     """Validation windows that each evaluation during training looks at, spread evenly over the
     split; None is all of them. The final figures are always over all."""
     sample_prompt: Annotated[str, Field(min_length=1)] = "Every effort moves you"
     sample_tokens: Annotated[int, Field(gt=0)] = 40
     train: TrainParams
+
+    @model_validator(mode="after")
+    def _possible(self) -> PretrainParams:
+        if self.windows == "random" and self.stride is not None:
+            raise ValueError(
+                "stride: random windows start anywhere; leave it out, or set windows: sliding"
+            )
+        return self
+
+    @property
+    def recipe(self) -> TrainParams:
+        """What the loop is told: to it the windows drawn for all epochs are one epoch."""
+        train = self.train
+        return replace(train, epochs=1) if self.windows == "random" and train.epochs else train
+
+
+def open_windows(
+    params: PretrainParams, tokens: Path, end: int | None
+) -> dict[SplitName, WindowDataset]:
+    """The windows of training and of validation.
+
+    Args:
+        params: which windows.
+        tokens: the folder of tokens.
+        end: the id of `<|endoftext|>` if documents are kept apart, else None.
+
+    Raises:
+        InputError: a split is shorter than one context.
+    """
+    context, train = params.model.context_length, params.train
+    ids = {split: open_tokens(tokens, split) for split in SPLITS}
+    windows = {split: WindowDataset(ids[split], context, context, end=end) for split in SPLITS}
+    if params.windows == "random":
+        every = (train.epochs or 0) * len(windows["train"])
+        windows["train"] = RandomWindowDataset(
+            ids["train"],
+            context,
+            length=train.steps * train.rows if train.steps else every,
+            seed=train.seed,
+            end=end,
+        )
+    elif params.stride is not None:
+        windows["train"] = WindowDataset(ids["train"], context, params.stride, end=end)
+    for split in SPLITS:
+        if len(windows[split]) == 0:
+            raise InputError(
+                f"{tokens}: the {split} split has {len(ids[split])} tokens, fewer than one context "
+                f"and its target ({context} + 1); add text, or lower pretrain.model.context_length"
+            )
+    return windows
+
+
+def open_sources(params: PretrainParams, tokens: Path, end: int | None) -> dict[str, WindowDataset]:
+    """The validation windows of each source, if there are several.
+
+    The arguments are those of `open_windows`. A source with less than one window is left out.
+    """
+    context = params.model.context_length
+    sources = read_manifest(tokens).splits["validation"].sources
+    if len(sources) < 2:
+        return {}
+    windows = {
+        source: WindowDataset(open_tokens(tokens, "validation", source), context, context, end=end)
+        for source in sources
+    }
+    return {source: each for source, each in windows.items() if len(each)}
 
 
 def pretrain(
@@ -62,7 +141,8 @@ def pretrain(
         log: hears what goes on.
 
     Returns:
-        The final figures.
+        The final figures; with several sources also each one's `validation_loss/<source>`, where
+        its validation part fills a window.
 
     Raises:
         InputError: a split is shorter than one context.
@@ -72,20 +152,11 @@ def pretrain(
     device = prepare(train.device, train.threads)
     manifest = read_manifest(tokens)
     tokenizer = load_tokenizer(tokens)
-    context = params.model.context_length
-    stride = params.stride or context
-    splits = {}
-    for split, step in (("train", stride), ("validation", context)):
-        ids = open_tokens(tokens, split)  # type: ignore[arg-type]
-        splits[split] = WindowDataset(ids, context, step)
-        if len(splits[split]) == 0:
-            raise InputError(
-                f"{tokens}: the {split} split has {len(ids)} tokens, fewer than one context and "
-                f"its target ({context} + 1); add text, or lower pretrain.model.context_length"
-            )
+    end = tokenizer.eot if params.separate_documents else None
+    splits = open_windows(params, tokens, end)
     torch.manual_seed(train.seed)
     model = GPT(GPTConfig(**asdict(params.model), vocab_size=tokenizer.vocab_size)).to(device)
-    windows = splits["validation"]
+    training, windows = splits["train"], splits["validation"]
     some = windows if params.eval_windows is None else spread(windows, params.eval_windows)
     prompt = tokenizer.encode(params.sample_prompt)
 
@@ -97,22 +168,24 @@ def pretrain(
 
     result = fit(
         model,
-        params=train,
-        train=splits["train"],
+        params=params.recipe,
+        train=training,
         loss=lm_loss_sum,
         validate=lambda model: {
             "validation_loss": mean_loss(model, batches(some, train.batch_size))
         },
         sample=sample,
-        origin=lambda row: (
-            f"tokens {row * stride:,} to {row * stride + context:,} of the training split"
-        ),
+        origin=lambda row: _origin(training, row, params.model.context_length),
         task="pretrain",
         state=state,
         log=log,
     )
+    sources = open_sources(params, tokens, end)
     with autocast(device, train.precision):
-        loss = mean_loss(model, batches(windows, train.batch_size))
+        loss, *losses = (
+            mean_loss(model, batches(each, train.batch_size))
+            for each in (windows, *sources.values())
+        )
     validation = manifest.splits["validation"].total
     final = {
         "validation_loss": loss,
@@ -123,7 +196,26 @@ def pretrain(
         "steps": float(result.steps),
         "tokens": result.history[-1]["tokens"],
     }
+    final |= zip(_loss_names(sources), losses, strict=True)
     save_model(model, out, tokenizer=tokenizer)
     result.write_history(history)
     write_json(metrics, final)
     return final
+
+
+def _origin(windows: WindowDataset, row: int, context: int) -> str:
+    start = windows.start(row)
+    return f"tokens {start:,} to {start + context:,} of the training split"
+
+
+def _loss_names(sources: Iterable[str]) -> list[str]:
+    """What each source's loss is called: MLflow takes letters, digits and `_.- ` in a name."""
+    names: list[str] = []
+    for source in sources:
+        name = re.sub(r"[^\w.\- ]", "_", source)[:_LONGEST_NAME]
+        if name in ("", ".", ".."):  # names that are no path's either
+            name += "_"
+        while name in names:
+            name += "_"
+        names.append(name)
+    return [f"validation_loss/{name}" for name in names]

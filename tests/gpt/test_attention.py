@@ -8,8 +8,17 @@ from gpt import attention
 from gpt.attention import BlockedAttention, causal_attention, heads
 
 
-def _plain(qkv: torch.Tensor, n_head: int) -> torch.Tensor:
+def _plain(qkv: torch.Tensor, n_head: int, documents: torch.Tensor | None = None) -> torch.Tensor:
     q, k, v = heads(qkv, 3, n_head)
+    if documents is not None:  # a document at a time
+        return torch.stack(
+            [
+                torch.cat(
+                    [_plain(row[None, ids == n], n_head)[0] for n in ids.unique_consecutive()]
+                )
+                for row, ids in zip(qkv, documents, strict=True)
+            ]
+        )
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
 
 
@@ -29,8 +38,34 @@ def test_values_and_gradients_are_those_of_the_fused_kernel(length, dtype, toler
     assert torch.allclose(our_gradient, their_gradient, atol=3 * tolerance)
 
 
+def _documents(length: int) -> torch.Tensor:
+    """Two rows: documents of some 20 positions, and one document of all."""
+    return torch.stack([(torch.arange(length) * 13 % 20 == 7).cumsum(0), torch.full((length,), 9)])
+
+
+@pytest.mark.parametrize("length", [1, 5, 127, 128, 129, 300])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)], ids=str
+)
+def test_documents_of_a_row_are_as_if_each_were_alone(length, dtype, tolerance):
+    """In blocks, their gradients too, and in the fused kernel."""
+    torch.manual_seed(3)
+    documents = _documents(length)
+    qkv = torch.randn(2, length, 3 * 24, dtype=dtype, requires_grad=True)
+    up = torch.randn(2, length, 24, dtype=dtype)
+    ours, alone = causal_attention(qkv, 3, documents=documents), _plain(qkv, 3, documents)
+    assert ours.grad_fn.name().startswith("BlockedAttention")
+    assert torch.allclose(ours, alone, atol=tolerance)
+    with torch.no_grad():
+        assert torch.allclose(causal_attention(qkv, 3, documents=documents), alone, atol=tolerance)
+    (our_gradient,) = torch.autograd.grad(ours, qkv, up)
+    (their_gradient,) = torch.autograd.grad(alone, qkv, up)
+    assert torch.allclose(our_gradient, their_gradient, atol=3 * tolerance)
+
+
+@pytest.mark.parametrize("documents", [None, torch.tensor([[0, 0, 1, 1, 1, 1, 2, 2], [5] * 8])])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_the_gradient_is_that_of_the_function(monkeypatch, dropout):
+def test_the_gradient_is_that_of_the_function(monkeypatch, dropout, documents):
     """By finite differences, in several blocks and with the same dropout at every call."""
     monkeypatch.setattr(attention, "BLOCK", 3)
     torch.manual_seed(1)
@@ -38,9 +73,21 @@ def test_the_gradient_is_that_of_the_function(monkeypatch, dropout):
 
     def function(x: torch.Tensor) -> torch.Tensor:
         torch.manual_seed(5)
-        return BlockedAttention.apply(x, 2, dropout)
+        return BlockedAttention.apply(x, 2, dropout, documents)
 
     assert torch.autograd.gradcheck(function, qkv)
+
+
+def test_half_precision_learns_with_dropout_too():
+    torch.manual_seed(4)
+    qkv = torch.randn(2, 200, 72, requires_grad=True)
+    gradients = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(5)
+        y = causal_attention(qkv.to(dtype), 3, 0.3)
+        gradients.append(torch.autograd.grad(y.float().square().sum(), qkv)[0])
+    one, other = gradients
+    assert torch.nn.functional.cosine_similarity(one.flatten(), other.flatten(), dim=0) > 0.99
 
 
 def test_dropout_drops_that_share_and_keeps_the_mean():

@@ -205,6 +205,78 @@ def test_a_position_never_sees_what_follows_it():
     assert torch.equal(model(idx)[:, :12], model(changed)[:, :12])
 
 
+LONG = 160
+"""A context longer than a block of the attention."""
+
+
+def _packed() -> tuple[torch.Tensor, torch.Tensor, list[slice]]:
+    """A row of three documents, the number of each position's, and where they are."""
+    sizes = [50, 90, 20]
+    documents = torch.repeat_interleave(torch.tensor([3, 0, 7]), torch.tensor(sizes))[None]
+    ends = torch.tensor(sizes).cumsum(0).tolist()
+    places = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+    return torch.randint(0, 97, (1, 160)), documents, places
+
+
+@pytest.mark.parametrize("gradients", [True, False], ids=["blocks", "fused"])
+def test_no_position_sees_another_document(make_model, gradients):
+    model = make_model(context_length=LONG)
+    idx, documents, (first, *others) = _packed()
+    changed = idx.clone()
+    changed[0, first] = (changed[0, first] + 1) % 97
+    with torch.set_grad_enabled(gradients):
+        logits, after = model(idx, documents=documents), model(changed, documents=documents)
+        for place in others:
+            assert torch.equal(logits[:, place], after[:, place])
+            assert not torch.allclose(model(idx)[:, place], model(changed)[:, place], atol=1e-4)
+
+
+def test_a_later_document_sends_no_gradient_to_an_earlier_ones_tokens(make_model):
+    model = make_model(context_length=LONG)
+    model.wte.weight.register_hook(lambda gradient: seen.append(gradient.abs().sum(1) > 0))
+    seen: list[torch.Tensor] = []
+    _, documents, (_, second, _) = _packed()
+    idx = documents * 10  # each document has a token of its own: 30, 0, 70
+    model.hidden(idx, documents=documents)[0, second].square().sum().backward()
+    assert seen[0].nonzero().flatten().tolist() == [0]
+
+
+@pytest.mark.parametrize("gradients", [True, False], ids=["blocks", "fused"])
+def test_a_packed_document_has_the_logits_that_it_has_alone(make_model, gradients):
+    model = make_model(context_length=LONG)
+    idx, documents, places = _packed()
+    with torch.set_grad_enabled(gradients):
+        packed = model(idx, documents=documents)
+        for place in places:
+            assert torch.allclose(packed[:, place], model(idx[:, place]), atol=1e-6)
+
+
+def test_packed_documents_give_the_loss_and_the_gradients_that_they_give_alone(make_model):
+    model = make_model(context_length=LONG)
+    idx, documents, places = _packed()
+    targets = torch.randint(0, 97, (1, 160))
+    targets[0, 45:55] = -100
+    parameters = list(model.parameters())
+    packed, n = lm_loss_sum(model, Batch(idx, targets, documents=documents))
+    alone = [lm_loss_sum(model, Batch(idx[:, place], targets[:, place])) for place in places]
+    total = sum(loss for loss, _ in alone)
+    assert n == sum(n for _, n in alone) == 150
+    assert torch.allclose(packed, total, rtol=1e-6)
+    for ours, theirs in zip(
+        torch.autograd.grad(packed, parameters),
+        torch.autograd.grad(total, parameters),
+        strict=True,
+    ):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_row_that_is_one_document_is_a_row_without_documents(make_model):
+    model = make_model(context_length=LONG)
+    idx = torch.randint(0, 97, (2, 160))
+    documents = torch.tensor([[4], [0]]).expand(2, 160)
+    assert torch.allclose(model(idx, documents=documents), model(idx), atol=1e-6)
+
+
 def test_the_cache_changes_no_logit():
     torch.manual_seed(5)
     model = GPT(SHAPES[1]).eval()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import numpy as np
@@ -12,11 +13,12 @@ from pydantic import TypeAdapter, ValidationError
 from torch.nn import functional as F
 from transformers import GPT2LMHeadModel
 
-from gpt.data import open_tokens
+from gpt.data import batch_indices
 from gpt.errors import RunError
 from gpt.events import Message, Text
 from gpt.text import RawFile, write_sources
-from stages.pretrain import PretrainParams, pretrain
+from gpt.token_files import open_tokens, read_manifest
+from stages.pretrain import PretrainParams, open_windows, pretrain
 from stages.tokenize import TokenizeParams, tokenize
 
 MODEL = {"context_length": 32, "n_layer": 2, "n_head": 2, "n_embd": 16, "dropout": 0.1}
@@ -52,6 +54,44 @@ def run(folder, params, tokens, **options):
     )
     assert json.loads((folder / "metrics.json").read_text()) == figures
     return figures
+
+
+def of_sources(folder, tokens, parts):
+    """The token folder, validated on parts of its text: (source, number of tokens) each."""
+    shutil.copytree(tokens, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    ids = open_tokens(tokens, "train")[:].astype("<u2")
+    assert sum(size for _, size in parts) <= len(ids)
+    shards, start = [], 0
+    for number, (source, size) in enumerate(parts):
+        file = f"part-{number}.bin"
+        part = ids[start : start + size]
+        part.tofile(folder / file)
+        counts = {"documents": 1, "bytes": len(part), "tokens": len(part)}
+        shards.append({"file": file, "source": source, "sha256": "0" * 64, "counts": counts})
+        start += size
+    manifest["splits"]["validation"]["shards"] = shards
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def reference_loss(model, ids, separate=None):
+    """The mean loss of the windows of 32 as `transformers` has it, documents alone at an id."""
+    theirs = GPT2LMHeadModel.from_pretrained(model).eval()
+    total, n = 0.0, 0
+    for start in range(0, len(ids) - 32, 32):
+        window = torch.from_numpy(ids[start : start + 33])
+        inputs, targets = window[:-1], window[1:]
+        sizes = [32]
+        if separate is not None:
+            opens = (inputs == separate).nonzero().flatten().tolist()
+            sizes = np.diff([0, *(place for place in opens if place), 32]).tolist()
+        for document, wanted in zip(inputs.split(sizes), targets.split(sizes), strict=True):
+            with torch.no_grad():
+                logits = theirs(document[None]).logits[0]
+            total += F.cross_entropy(logits, wanted, reduction="sum").item()
+        n += 32
+    return total / n
 
 
 def test_it_writes_its_outputs_and_nothing_else(tmp_path, tokens, everything):
@@ -109,23 +149,138 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, tokens, everything, i
 def test_transformers_reads_the_model_and_finds_the_same_loss(tmp_path, tokens):
     """The final figures are over the whole validation split, whatever was looked at meanwhile."""
     figures = run(tmp_path, params(eval_windows=2), tokens)
-    theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "model").eval()
     ids = open_tokens(tokens, "validation")[:]
-    total, n = 0.0, 0
-    for start in range(0, len(ids) - 32, 32):
-        window = ids[start : start + 33]
-        with torch.no_grad():
-            logits = theirs(window[None, :-1]).logits[0]
-        total += F.cross_entropy(logits, window[1:], reduction="sum").item()
-        n += 32
-    assert n > 2 * 32
-    assert figures["validation_loss"] == pytest.approx(total / n, abs=1e-4)
-    assert figures["perplexity"] == pytest.approx(math.exp(total / n), rel=1e-3)
-    n_bytes = json.loads((tokens / "manifest.json").read_text())["splits"]["validation"]["total"]
+    assert len(ids) > 3 * 32
+    expected = reference_loss(tmp_path / "model", ids)
+    assert figures["validation_loss"] == pytest.approx(expected, abs=1e-4)
+    assert figures["perplexity"] == pytest.approx(math.exp(expected), rel=1e-3)
+    n_bytes = read_manifest(tokens).splits["validation"].total.bytes
     assert figures["bits_per_byte"] == pytest.approx(
-        total / n / math.log(2) * len(ids) / n_bytes["bytes"], rel=1e-4
+        expected / math.log(2) * len(ids) / n_bytes, rel=1e-4
     )
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "model")
     assert figures["parameters"] == sum(p.numel() for p in theirs.parameters())
+
+
+def test_each_source_that_fills_a_window_has_its_loss(tmp_path, tokens):
+    """Under a name that MLflow takes, whatever the source is called."""
+    from mlflow.utils.validation import _validate_metric_name
+
+    parts = [("a", 40), ("b/c+d", 50), ("short", 20), ("a", 30), ("b/c:d", 34), ("..", 33)]
+    folder = of_sources(tmp_path / "tokens", tokens, parts)
+    figures = run(tmp_path / "o", params(), folder)
+    names = {
+        "a": "validation_loss/a",
+        "b/c+d": "validation_loss/b_c_d",
+        "b/c:d": "validation_loss/b_c_d_",
+        "..": "validation_loss/.._",
+    }
+    assert {name for name in figures if "/" in name} == set(names.values())
+    for source, name in names.items():
+        _validate_metric_name(name)
+        ids = open_tokens(folder, "validation", source)[:]
+        expected = reference_loss(tmp_path / "o/model", ids)
+        assert figures[name] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_single_source_has_the_loss_of_all_and_no_other(tmp_path, tokens):
+    figures = run(tmp_path / "o", params(train={"steps": 1}), tokens)
+    assert not [name for name in figures if "/" in name]
+
+
+# --- documents kept apart -------------------------------------------------------------------------
+
+
+def test_documents_kept_apart_are_measured_as_if_each_were_alone(tmp_path, tokens):
+    figures = run(tmp_path, params(separate_documents=True), tokens)
+    ids = open_tokens(tokens, "validation")[:]
+    assert (ids == 256).sum() > 3
+    expected = reference_loss(tmp_path / "model", ids, separate=256)
+    assert figures["validation_loss"] == pytest.approx(expected, abs=1e-4)
+    assert abs(reference_loss(tmp_path / "model", ids) - expected) > 1e-3
+
+
+def test_documents_kept_apart_are_learnt_from_as_such(tmp_path, tokens, everything):
+    last = {"keep": "last"}
+    apart = params(train=last, separate_documents=True)
+    for name, chosen in (("together", params(train=last)), ("apart", apart), ("again", apart)):
+        run(tmp_path / name, chosen, tokens)
+    weights = {
+        name: (tmp_path / name / "model/model.safetensors").read_bytes()
+        for name in ("together", "apart")
+    }
+    assert weights["together"] != weights["apart"]
+    assert everything(tmp_path / "apart") == everything(tmp_path / "again")
+
+
+def test_documents_kept_apart_are_learnt_the_same_in_half_precision(tmp_path, tokens):
+    losses = []
+    for precision in ("fp32", "bf16"):
+        chosen = params(train={"precision": precision}, separate_documents=True)
+        losses.append(run(tmp_path / precision, chosen, tokens)["validation_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+    assert losses[0] != losses[1]
+
+
+# --- random windows -------------------------------------------------------------------------------
+
+RANDOM = {"windows": "random", "separate_documents": True}
+
+
+def test_a_stopped_run_on_random_windows_goes_on_to_the_same_bytes(
+    tmp_path, tokens, everything, interrupt_at
+):
+    epochs = params(train={"steps": None, "epochs": 1, "accumulation": 2}, **RANDOM)
+    run(tmp_path / "straight", epochs, tokens)
+    state = tmp_path / "state"
+    for step in (1, 3):
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "stopped", epochs, tokens, state=state, log=interrupt_at(step))
+    run(tmp_path / "stopped", epochs, tokens, state=state)
+    assert everything(tmp_path / "stopped") == everything(tmp_path / "straight")
+
+
+def test_epochs_of_random_windows_are_as_long_as_others_and_never_the_same(tmp_path, tokens):
+    epochs = {"steps": None, "epochs": 3, "batch_size": 1}
+    sliding = open_windows(params(train=epochs), tokens, None)["train"]
+    chosen = params(train=epochs, windows="random")
+    drawn = open_windows(chosen, tokens, None)["train"]
+    assert len(drawn) == 3 * len(sliding)
+    assert chosen.recipe.epochs == 1
+    assert chosen.recipe.steps is None
+    third = len(sliding)
+    starts = [drawn.start(i) for i in range(len(drawn))]
+    assert len({tuple(starts[i : i + third]) for i in (0, third, 2 * third)}) == 3
+    assert len({start % 32 for start in starts}) > 20
+    figures = run(tmp_path, chosen, tokens)
+    assert figures["steps"] == 3 * third
+
+
+def test_steps_of_random_windows_are_those_asked_for(tmp_path, tokens):
+    many = params(train={"steps": 50, "batch_size": 30}, windows="random")
+    assert len(open_windows(many, tokens, None)["train"]) == 1500
+    assert many.recipe == many.train
+    figures = run(tmp_path, params(train={"steps": 2, "batch_size": 90}, windows="random"), tokens)
+    assert figures["tokens"] == 2 * 90 * 32  # more rows than there are windows without overlap
+
+
+@pytest.mark.parametrize(
+    "windows", [{"windows": "random"}, {"stride": 5}, {}], ids=["random", "stride", "sliding"]
+)
+def test_the_tokens_that_spoil_a_run_are_named(tmp_path, tokens, windows):
+    hot = {"learning_rate": 1e30, "schedule": "constant", "grad_clip": 0, "batch_size": 2}
+    chosen = params(train=hot, **windows)
+    with pytest.raises(RunError) as caught:
+        run(tmp_path, chosen, tokens)
+    step = int(re.search(r"at step (\d+)", str(caught.value))[1])
+    named = re.findall(r"tokens ([\d,]+) to ([\d,]+) of the training split", str(caught.value))
+    found = [tuple(int(place.replace(",", "")) for place in pair) for pair in named]
+    training = open_windows(chosen, tokens, None)["train"]
+    rows = batch_indices(len(training), 2, chosen.train.seed, step - 1)
+    ids = open_tokens(tokens, "train")
+    assert [(training.start(row), training.start(row) + 32) for row in rows] == found
+    for row, (start, end) in zip(rows, found, strict=True):
+        assert training[row][0].tolist() == ids[start:end].tolist()
 
 
 def test_the_weights_that_validated_best_are_kept(tmp_path, tokens):
@@ -139,8 +294,9 @@ def test_the_weights_that_validated_best_are_kept(tmp_path, tokens):
 def test_the_validation_split_is_never_trained_on(tmp_path, tokens, everything):
     other = tmp_path / "tokens"
     shutil.copytree(tokens, other)
-    ids = np.fromfile(other / "validation.bin", dtype="<u2")
-    ids[::-1].tofile(other / "validation.bin")
+    for shard in read_manifest(other).splits["validation"].shards:
+        ids = np.fromfile(other / shard.file, dtype="<u2")
+        ids[::-1].tofile(other / shard.file)
     last = params(train={"keep": "last"})
     one = run(tmp_path / "one", last, tokens)
     changed = run(tmp_path / "changed", last, other)
@@ -193,6 +349,8 @@ def test_a_run_that_diverges_leaves_nothing(tmp_path, tokens, refused):
         ({"train": {"epochs": 2}}, "give exactly one of the two"),
         ({"train": {"learning_rate": "fast"}}, "learning_rate"),
         ({"stride": 0}, "stride"),
+        ({"stride": 8, "windows": "random"}, "random windows start anywhere; leave it out, or"),
+        ({"windows": "overlapping"}, "windows"),
         ({"sample_prompt": ""}, "sample_prompt"),
     ],
 )
@@ -208,7 +366,14 @@ def test_the_verdict_gives_nine_steps_an_epoch_at_context_256(tmp_path, mirror):
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     shutil.copy(mirror / "the-verdict.txt", corpus)
-    raw = RawFile(name="v", file="the-verdict.txt", format="text", bytes=20479, sha256="0" * 64)
+    raw = RawFile(
+        name="v",
+        file="the-verdict.txt",
+        kind="documents",
+        format="text",
+        bytes=20479,
+        sha256="0" * 64,
+    )
     write_sources(corpus, [raw])
     tokenize(
         TokenizeParams(tokenizer="gpt2", validation=0.1, split="tail"),
@@ -216,6 +381,7 @@ def test_the_verdict_gives_nine_steps_an_epoch_at_context_256(tmp_path, mirror):
         vocabulary=mirror / "gpt2",
         out=tmp_path / "tokens",
         metrics=tmp_path / "tokens.json",
+        report=tmp_path / "report.json",
     )
     book = {
         "model": {"context_length": 256, "n_layer": 1, "n_embd": 8, "tie_weights": False},
