@@ -12,7 +12,7 @@ from bench.harness import Settings, Skipped
 from gpt.config import GPT2_SIZES
 from gpt.files import sha256_of
 from gpt.model import GPT
-from gpt.text import Format, RawFile, write_sources
+from gpt.text import Format, Kind, RawFile, write_sources
 from gpt.tokenizer import load_tokenizer
 from gpt.weights import load_base, save_model
 
@@ -56,7 +56,7 @@ def real_file(settings: Settings, name: str, sample: str) -> Path:
     return settings.mirror / name
 
 
-def write_raw_file(file: Path, form: Format, folder: Path) -> None:
+def write_raw_file(file: Path, kind: Kind, form: Format, folder: Path) -> None:
     """A raw folder of one file, as the stage `download` leaves it."""
     folder.mkdir(parents=True)
     copy = folder / file.name
@@ -64,6 +64,7 @@ def write_raw_file(file: Path, form: Format, folder: Path) -> None:
     raw = RawFile(
         name=file.stem,
         file=file.name,
+        kind=kind,
         format=form,
         bytes=copy.stat().st_size,
         sha256=sha256_of(copy),

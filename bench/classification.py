@@ -61,7 +61,7 @@ def compare(settings: Settings, machine: Machine) -> Iterator[Comparison]:
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         name = write_base(settings, home / "base")
-        write_raw_file(messages, "messages", home / "messages")
+        write_raw_file(messages, "messages", "tsv", home / "messages")
         naive = recipe("fp32", settings)
         # so long that it is run once, for both tables
         in_full = _run_in_full(naive, home, settings) if settings.full else None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench.base import real_file, write_base
+from bench.base import real_file, write_base, write_raw_file
 from bench.harness import Comparison, Machine, Settings, compare_in_workers, seconds_of
 from bench.naive import naive_copy
 from bench.worker import Alternative, Job, Ran, as_ours
@@ -24,7 +24,7 @@ from gpt.metrics import lm_loss_sum
 from gpt.model import GPT
 from gpt.prompts import render_prompt
 from gpt.recipe import TrainParams
-from gpt.text import instructions_in
+from gpt.text import read_instructions
 from gpt.train import fit
 from gpt.weights import load_base
 
@@ -42,7 +42,9 @@ def compare(settings: Settings, machine: Machine) -> Iterator[Comparison]:
         home = Path(folder)
         name = write_base(settings, home / "base")
         records = json.loads(file.read_text("utf-8"))[:n_records]
-        (home / "records.json").write_text(json.dumps(records), encoding="utf-8")
+        some = home / "records.json"
+        some.write_text(json.dumps(records), encoding="utf-8")
+        write_raw_file(some, "instructions", "json", home / "instructions")
         precisions: tuple[Precision, ...] = ("fp32", "bf16")
         for precision in precisions:
             runs = compare_in_workers(
@@ -113,7 +115,7 @@ def _train_params(precision: Precision, settings: Settings) -> TrainParams:
 def _start(home: Path) -> tuple[GPT, InstructionDataset]:
     """The same weights and the same records in every worker."""
     model, tokenizer = load_base(home / "base")
-    records = instructions_in(home / "records.json")
+    records = read_instructions(home / "instructions")
     data = InstructionDataset(
         tokenizer.encode_batch([render_prompt("alpaca", r.instruction, r.input) for r in records]),
         tokenizer.encode_batch([record.output for record in records]),

@@ -8,27 +8,52 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from gpt.errors import InputError
 from gpt.files import write_json
+from gpt.formats import PLACES, fields_in, lines_in, objects_in, parts_of, texts_in
 
 Balance = Literal["undersample", "none"]
-Format = Literal["text", "jsonl", "messages", "instructions", "file"]
-"""What a raw file holds: `text` is plain text, one document or several with a separator between
-them; `jsonl` a JSON object a line with a document in its field "text"; `messages` a label, a tab
-and a text a line; `instructions` a JSON list of objects with instruction, input and output;
-`file` is anything else, kept as it is."""
+Kind = Literal["documents", "messages", "instructions", "file"]
+"""What a raw file holds: text to pretrain on, labelled messages, instruction records, or anything
+else, kept as it is."""
+Format = Literal["text", "jsonl", "parquet", "tsv", "csv", "json", "file"]
+"""How a raw file is written. `text` is plain text, one document or several with a separator between
+them; `jsonl` a JSON object a line; `parquet` a table; `tsv` a label, a tab and a text a line,
+without CSV's quoting; `csv` a table with a header (RFC 4180); `json` a list of objects. All but
+`parquet` may be compressed, which the end of the file's name says: `.gz` or `.zst`."""
+FORMATS: dict[Kind, tuple[Format, ...]] = {
+    "documents": ("text", "jsonl", "csv", "parquet"),
+    "messages": ("tsv", "csv", "jsonl", "parquet"),
+    "instructions": ("json", "jsonl", "parquet"),
+    "file": ("file",),
+}
+"""How a file of each kind may be written."""
 
 SOURCES = "sources.json"
 T = TypeVar("T")
+
+
+def _inside(path: str) -> str:
+    parts = PurePosixPath(path).parts
+    if not parts or path.startswith("/") or ".." in parts or "\\" in path or ":" in path:
+        raise ValueError(f"{path!r} must be a path inside the folder, with / between its parts")
+    return path
 
 
 @checked_dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid"))
@@ -54,37 +79,69 @@ class RawFile:
     """One file of a raw folder, as `sources.json` lists it.
 
     Attributes:
-        name: the source's name.
-        file: the file's name in the folder.
-        format: how to read it.
+        name: the source's name; one source may have several files.
+        file: the file's path in the folder, with / between its parts.
+        kind: what it holds.
+        format: how it is written.
         bytes: its size.
         sha256: of its bytes.
         url: where it is published.
         separator: what stands between the documents of a `text`.
-        split: of `messages` or `instructions` as documents: only the training part is read.
-        balance: how that split balances the classes of `messages`.
+        text_field: the field (column) of a document or message, in `jsonl`, `csv` and `parquet`.
+        label_field: the field (column) of a message's label, in `jsonl`, `csv` and `parquet`.
+        split: of messages or instructions as documents: only the training part is read.
+        balance: how that split balances the classes of messages.
         records: the documents, messages or instruction records in it.
     """
 
     name: str
-    file: str
+    file: Annotated[str, AfterValidator(_inside)]
+    kind: Kind
     format: Format
     bytes: int
     sha256: str
     url: str | None = None
     separator: str | None = None
+    text_field: str = "text"
+    label_field: str = "label"
     split: Split | None = None
     balance: Balance = "none"
     records: int | None = None
 
 
+class Turn(NamedTuple):
+    """What was asked in a conversation, and what was answered."""
+
+    prompt: str
+    response: str
+
+
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """A task in words, what it is to be done on (may be empty), and the answer."""
+    """A task in words, what it is to be done on (may be empty), and the answer.
+
+    It may be the last turn of a conversation: then `earlier` holds the turns before it. `system`
+    says how the assistant is to behave in all of them (may be empty).
+    """
 
     instruction: str
     input: str
     output: str
+    earlier: tuple[Turn, ...] = ()
+    system: str = ""
+
+    @property
+    def task(self) -> str:
+        """All that is asked, a turn a line: what tells it from other records."""
+        prompts = [turn.prompt for turn in self.earlier]
+        return "\n".join([*prompts, self.instruction, self.input])
+
+    @property
+    def text(self) -> str:
+        """All that is said, as a document."""
+        turns = [text for turn in self.earlier for text in turn]
+        said = (self.system, *turns, self.instruction, self.input, self.output)
+        return "\n".join(filter(None, said))
 
 
 # --- raw folders ----------------------------------------------------------------------------------
@@ -120,170 +177,68 @@ def read_sources(folder: Path) -> list[RawFile]:
     return files
 
 
+# --- documents ------------------------------------------------------------------------------------
+
+
 def read_documents(folder: Path) -> Iterator[tuple[str, str]]:
     """The documents of a raw folder, each with its source's name, in the order of the sources.
 
-    Plain text with a separator and JSON lines are read piece by piece; a document is never blank.
+    A document is never blank. One that is longer than `gpt.formats.LONGEST_DOCUMENT` comes in
+    parts, each a document of its own; the files are read piece by piece, and no more than about
+    that much of them is held.
 
     Raises:
         InputError: a file is not what its format says; file, line and remedy are named.
     """
-    for file in read_sources(folder):
-        for text in documents_in(folder / file.file, file):
+    for file, documents in documents_by_file(folder):
+        for text in documents:
             yield file.name, text
+
+
+def documents_by_file(folder: Path) -> Iterator[tuple[RawFile, Iterator[str]]]:
+    """The documents of each file of a raw folder; `read_documents` says more."""
+    for file in read_sources(folder):
+        yield file, documents_in(folder / file.file, file)
 
 
 def documents_in(path: Path, file: RawFile) -> Iterator[str]:
     """The documents of one file; `read_documents` says more."""
-    if file.format == "text":
-        documents = _split_text(path, file.separator)
-    elif file.format == "jsonl":
-        documents = _json_line_texts(path)
-    elif file.format == "messages":
-        frame = messages_in(path)
+    if file.kind == "messages":
+        frame = messages_in(path, file)
         if file.split:
             frame = split_messages(frame, file.split, file.balance)["train"]
-        documents = iter(frame["text"].tolist())
-    elif file.format == "instructions":
-        records = instructions_in(path)
+        texts = iter(frame["text"].tolist())
+    elif file.kind == "instructions":
+        records = instructions_in(path, file)
         if file.split:
             records = split_instructions(records, file.split)["train"]
-        documents = ("\n".join(filter(None, (r.instruction, r.input, r.output))) for r in records)
+        texts = (record.text for record in records)
+    elif file.kind == "documents":
+        _check_format(path, file)
+        if file.format == "text":
+            texts = texts_in(path, file.separator)
+        else:
+            texts = (part for text in _field_texts(path, file) for part in parts_of(text))
     else:
-        raise InputError(f"{path}: a {file.format!r} holds no documents; use another format")
-    return (text for text in documents if text.strip())
+        raise InputError(f"{path}: a {file.kind!r} holds no documents; use another kind")
+    return (text for text in texts if text and not text.isspace())
 
 
-def read_messages(folder: Path) -> pd.DataFrame:
-    """The labelled messages of a raw folder: string columns `label` and `text`, in file order.
-
-    Raises:
-        InputError: a line is not a label, a tab and a text; a file is not UTF-8; or all messages
-            have one label.
-    """
-    frames = [messages_in(folder / file.file) for file in read_sources(folder)]
-    frame = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame({"label": []})
-    if frame["label"].nunique() < 2:
-        found = ", ".join(map(repr, frame["label"].unique())) or "none"
+def _check_format(path: Path, file: RawFile) -> None:
+    if file.format not in FORMATS[file.kind]:
         raise InputError(
-            f"{folder}: the messages have {frame['label'].nunique()} class ({found}); "
-            "a classifier needs two or more"
+            f"{path}: {file.kind} cannot be read from the format {file.format!r}; use one of "
+            f"{', '.join(FORMATS[file.kind])}"
         )
-    return frame
 
 
-def messages_in(path: Path) -> pd.DataFrame:
-    """The messages of one file; `read_messages` says more, but for the number of classes."""
-    labels, texts = [], []
-    # Not pandas' reader: it reads quotes as CSV's and joins lines between them.
-    for number, line in _lines(path):
-        line = line.rstrip("\r\n")
-        if not line:
-            continue
-        parts = line.split("\t")
-        if len(parts) != 2 or not all(part.strip() for part in parts):
-            raise InputError(
-                f"{path}: line {number}: not a label, a tab and a text; correct or remove the line"
-            )
-        labels.append(parts[0])
-        texts.append(parts[1])
-    return pd.DataFrame({"label": labels, "text": texts}, dtype="str")
-
-
-def read_instructions(folder: Path) -> list[Instruction]:
-    """The instruction records of a raw folder, in file order.
-
-    Raises:
-        InputError: a file is not JSON, not a list of objects, or a record lacks a field.
-    """
-    return [
-        record for file in read_sources(folder) for record in instructions_in(folder / file.file)
-    ]
-
-
-def instructions_in(path: Path) -> list[Instruction]:
-    """The instruction records of one file; `read_instructions` says more."""
-    try:
-        records = json.loads("".join(line for _, line in _lines(path)))
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{path}: line {error.lineno}: not valid JSON ({error.msg}); correct the file"
-        ) from None
-    except RecursionError:
-        raise InputError(f"{path}: nested too deeply; the file must be a list of records") from None
-    if not isinstance(records, list):
-        raise InputError(f"{path}: not a JSON list; put the records between [ and ]")
-    return [_instruction(path, number, record) for number, record in enumerate(records, start=1)]
-
-
-def _instruction(path: Path, number: int, record: Any) -> Instruction:
-    if not isinstance(record, dict):
-        raise InputError(f"{path}: record {number}: not an object with fields; correct the record")
-    values = {}
-    for field in fields(Instruction):
-        value = record.get(field.name)
-        if not isinstance(value, str):
-            fault = "is not a text" if field.name in record else "is missing"
-            raise InputError(
-                f"{path}: record {number}: field {field.name!r} {fault}; "
-                "a record has the texts instruction, input and output (input may be empty)"
-            )
-        if not value.strip() and field.name != "input":
-            raise InputError(f"{path}: record {number}: field {field.name!r} is empty; fill it in")
-        if not _is_unicode(value):
-            raise InputError(
-                f"{path}: record {number}: field {field.name!r} holds half a character "
-                "(an unpaired surrogate); correct the record"
-            )
-        values[field.name] = value
-    return Instruction(**values)
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines with their numbers and their ends as they are (only U+000A ends a line)."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                # A byte order mark at the start of a file is no text.
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise InputError(
-                    f"{path}: line {number}: byte 0x{line[error.start]:02x} is not UTF-8; "
-                    "save the file as UTF-8"
-                ) from None
-
-
-def _split_text(path: Path, separator: str | None) -> Iterator[str]:
-    if not separator:
-        yield "".join(line for _, line in _lines(path))
-        return
-    pending: list[str] = []
-    size = 0
-    for _, line in _lines(path):
-        pending.append(line)
-        size += len(line)
-        if size >= 1 << 20:
-            *whole, rest = "".join(pending).split(separator)
-            yield from (text.strip("\r\n") for text in whole)
-            pending, size = [rest], 0
-    yield from (text.strip("\r\n") for text in "".join(pending).split(separator))
-
-
-def _json_line_texts(path: Path) -> Iterator[str]:
-    for number, line in _lines(path):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise InputError(
-                f"{path}: line {number}: not valid JSON ({error}); correct or remove the line"
-            ) from None
-        text = record.get("text") if isinstance(record, dict) else None
+def _field_texts(path: Path, file: RawFile) -> Iterator[str]:
+    for number, (text,) in fields_in(path, file.format, [file.text_field]):
         if not isinstance(text, str) or not _is_unicode(text):
+            place = PLACES[file.format]
             raise InputError(
-                f'{path}: line {number}: not an object with a text in its field "text"; '
-                "correct or remove the line"
+                f"{path}: {place} {number}: not an object with a text in its field "
+                f'"{file.text_field}"; correct or remove the {place}'
             )
         yield text
 
@@ -295,6 +250,165 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+# --- labelled messages ----------------------------------------------------------------------------
+
+
+def read_messages(folder: Path) -> pd.DataFrame:
+    """The labelled messages of a raw folder: string columns `label` and `text`, in file order.
+
+    Raises:
+        InputError: a file is not what its format says, a message lacks its label or text, or all
+            messages have one label.
+    """
+    frames = [messages_in(folder / file.file, file) for file in read_sources(folder)]
+    frame = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame({"label": []})
+    if frame["label"].nunique() < 2:
+        found = ", ".join(map(repr, frame["label"].unique())) or "none"
+        raise InputError(
+            f"{folder}: the messages have {frame['label'].nunique()} class ({found}); "
+            "a classifier needs two or more"
+        )
+    return frame
+
+
+def messages_in(path: Path, file: RawFile) -> pd.DataFrame:
+    """The messages of one file; `read_messages` says more, but for the number of classes."""
+    _check_format(path, file)
+    rows = _tsv_messages(path) if file.format == "tsv" else _field_messages(path, file)
+    labels, texts = [], []
+    for label, text in rows:
+        labels.append(label)
+        texts.append(text)
+    return pd.DataFrame({"label": labels, "text": texts}, dtype="str")
+
+
+def _tsv_messages(path: Path) -> Iterator[tuple[str, str]]:
+    # Not a reader of CSV: it reads quotes as CSV's and joins lines between them.
+    for number, line in lines_in(path):
+        line = line.rstrip("\r\n")
+        if not line:
+            continue
+        parts = line.split("\t")
+        if len(parts) != 2 or not all(part.strip() for part in parts):
+            raise InputError(
+                f"{path}: line {number}: not a label, a tab and a text; correct or remove the line"
+            )
+        yield parts[0], parts[1]
+
+
+def _field_messages(path: Path, file: RawFile) -> Iterator[tuple[str, str]]:
+    place = PLACES[file.format]
+    names = [file.label_field, file.text_field]
+    for number, (label, text) in fields_in(path, file.format, names):
+        if isinstance(label, int):  # as JSON spells it: bools are ints
+            label = json.dumps(label)
+        for name, value in zip(names, (label, text), strict=True):
+            if not isinstance(value, str) or not value.strip() or not _is_unicode(value):
+                what = "a label" if name == file.label_field else "a text"
+                raise InputError(
+                    f"{path}: {place} {number}: the field {name!r} is not {what}; correct or "
+                    f"remove the {place}"
+                )
+        yield label, text
+
+
+# --- instructions ---------------------------------------------------------------------------------
+
+_FIELDS = ("instruction", "input", "output")
+
+
+def read_instructions(folder: Path) -> list[Instruction]:
+    """The instruction records of a raw folder, in file order.
+
+    A record has the texts instruction, input and output; or it is a conversation: a list of
+    messages, each with a `role` and its `content`, or an object with that list as its `messages`.
+
+    Raises:
+        InputError: a file is not what its format says, or a record is neither.
+    """
+    return [
+        record
+        for file in read_sources(folder)
+        for record in instructions_in(folder / file.file, file)
+    ]
+
+
+def instructions_in(path: Path, file: RawFile) -> list[Instruction]:
+    """The instruction records of one file; `read_instructions` says more."""
+    _check_format(path, file)
+    return [
+        _record(f"{path}: {PLACES[file.format]} {number}", record)
+        for number, record in objects_in(path, file.format, (*_FIELDS, "messages"))
+    ]
+
+
+def _record(where: str, record: Any) -> Instruction:
+    if isinstance(record, list):
+        return _conversation(where, record)
+    if not isinstance(record, dict):
+        raise InputError(f"{where}: not an object with fields; correct the record")
+    if "messages" in record:
+        return _conversation(where, record["messages"])
+    values = {}
+    for field in _FIELDS:
+        value = record.get(field)
+        if not isinstance(value, str):
+            fault = "is not a text" if field in record else "is missing"
+            raise InputError(
+                f"{where}: field {field!r} {fault}; "
+                "a record has the texts instruction, input and output (input may be empty)"
+            )
+        if not value.strip() and field != "input":
+            raise InputError(f"{where}: field {field!r} is empty; fill it in")
+        if not _is_unicode(value):
+            raise InputError(
+                f"{where}: field {field!r} holds half a character "
+                "(an unpaired surrogate); correct the record"
+            )
+        values[field] = value
+    return Instruction(values["instruction"], values["input"], values["output"])
+
+
+def _conversation(where: str, messages: Any) -> Instruction:
+    """A record of messages: a system's, if any, then a user's and an assistant's in turn."""
+    if not isinstance(messages, list) or not messages:
+        raise InputError(f"{where}: no list of messages; give each a role and its content")
+    said = [_message(f"{where}: message {i}", each) for i, each in enumerate(messages, start=1)]
+    system = said.pop(0)[1] if said[0][0] == "system" else ""
+    skipped = len(messages) - len(said)
+    for i, (role, content) in enumerate(said):
+        place, expected = i + 1 + skipped, ("user", "assistant")[i % 2]
+        if role != expected:
+            raise InputError(
+                f"{where}: message {place}: from {role!r}, where {expected!r} has its turn; "
+                "after a system's message, if any, user and assistant take turns"
+            )
+        if not content.strip():
+            raise InputError(f"{where}: message {place}: its content is empty; fill it in")
+    if not said or len(said) % 2:
+        raise InputError(
+            f"{where}: message {len(messages)}: the last one, and not the assistant's; "
+            "a conversation ends with an answer"
+        )
+    texts = [content for _, content in said]
+    *earlier, last = map(Turn, texts[::2], texts[1::2])
+    return Instruction(last.prompt, "", last.response, tuple(earlier), system)
+
+
+def _message(where: str, message: Any) -> tuple[str, str]:
+    """Role and content."""
+    if not isinstance(message, dict):
+        raise InputError(f"{where}: not an object with a role and its content; correct the record")
+    role, content = message.get("role"), message.get("content")
+    for name, value in (("role", role), ("content", content)):
+        if not isinstance(value, str) or not _is_unicode(value):
+            fault = "is not a text" if name in message else "is missing"
+            raise InputError(f"{where}: its {name} {fault}; correct the record")
+    assert isinstance(role, str)
+    assert isinstance(content, str)
+    return role, content
 
 
 # --- splits ---------------------------------------------------------------------------------------
@@ -344,8 +458,8 @@ def split_messages(frame: pd.DataFrame, split: Split, balance: Balance) -> dict[
 def split_instructions(
     records: Sequence[Instruction], split: Split
 ) -> dict[str, list[Instruction]]:
-    """Records by part: `train`, `validation`, `test`; placed by their task, not their answer."""
-    parts = split_by_hash([f"{r.instruction}\n{r.input}" for r in records], split)
+    """Records by part: `train`, `validation`, `test`; placed by their tasks, not their answers."""
+    parts = split_by_hash([record.task for record in records], split)
     return _parts([[records[i] for i in part] for part in parts])
 
 

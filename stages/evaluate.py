@@ -17,8 +17,6 @@ from gpt.data import (
     InstructionDataset,
     WindowDataset,
     batches,
-    open_tokens,
-    read_manifest,
 )
 from gpt.device import DeviceName, prepare
 from gpt.errors import InputError
@@ -34,7 +32,7 @@ from gpt.metrics import (
     word_f1,
 )
 from gpt.model import GPT
-from gpt.prompts import TEMPLATES, render_prompt
+from gpt.prompts import TEMPLATES, encode_turns, last_prompt
 from gpt.text import (
     Balance,
     Instruction,
@@ -44,6 +42,7 @@ from gpt.text import (
     split_instructions,
     split_messages,
 )
+from gpt.token_files import open_tokens, read_manifest
 from gpt.tokenizer import Tokenizer, load_tokenizer
 from gpt.weights import load_base, load_classifier
 
@@ -132,7 +131,7 @@ def _base(
     params: EvaluateParams, directory: Path, tokens: Path, device: torch.device
 ) -> dict[str, float]:
     model, tokenizer = load_base(directory)
-    ids = open_tokens(tokens, "validation")[:]
+    ids = torch.from_numpy(open_tokens(tokens, "validation")[:])
     total = read_manifest(tokens).splits["validation"].total
     written_by = load_tokenizer(tokens)
     if written_by.hash != tokenizer.hash:
@@ -223,15 +222,8 @@ def _assistant(
     for name, source in (("", directory), ("base_", bases[training.base])):
         model, tokenizer = load_base(source)
         model.to(device)
-        prompts = tokenizer.encode_batch(
-            [render_prompt(template, record.instruction, record.input) for record in test]
-        )
-        data = InstructionDataset(
-            prompts,
-            tokenizer.encode_batch([record.output for record in test]),
-            end=tokenizer.eot,
-            max_length=training.max_length,
-        )
+        turns = encode_turns(tokenizer, template, test)
+        data = InstructionDataset.of_turns(turns, end=tokenizer.eot, max_length=training.max_length)
         if not any(batch.n_targets for batch in batches(data, params.batch_size)):
             raise InputError(
                 f"{instructions}: no answer of the test part begins within the "
@@ -240,6 +232,7 @@ def _assistant(
             )
         loss = mean_loss(model, batches(data, params.batch_size, by_length=True))
         figures |= {f"{name}loss": loss, f"{name}perplexity": perplexity(loss)}
+        prompts = [last_prompt(each, tokenizer.eot) for each in turns]
         answers[name] = _answers(model, tokenizer, prompts, params)
         figures |= {f"{name}{key}": value for key, value in _overlap(answers[name], test).items()}
     table = pd.DataFrame(
@@ -251,7 +244,18 @@ def _assistant(
             "base_answer": answers["base_"],
         }
     )
+    if any(record.earlier or record.system for record in test):
+        table.insert(0, "earlier", [_earlier(record) for record in test])
     return {**figures, "records": float(len(test))}, table
+
+
+def _earlier(record: Instruction) -> str:
+    """What comes before the last turn, as JSON messages; empty where nothing does."""
+    said = [("system", record.system)] if record.system else []
+    for turn in record.earlier:
+        said += [("user", turn.prompt), ("assistant", turn.response)]
+    messages = [{"role": role, "content": content} for role, content in said]
+    return json.dumps(messages, ensure_ascii=False) if messages else ""
 
 
 def _answers(

@@ -22,6 +22,7 @@ from gpt.events import Log, Message, Progress, discard
 from gpt.files import write_json
 from gpt.metrics import class_logits, class_loss_sum
 from gpt.model import ClassifierTop, GPTClassifier
+from gpt.overlap import count_contaminated
 from gpt.recipe import TrainParams
 from gpt.text import Balance, Split, read_messages, split_messages
 from gpt.train import fit
@@ -60,7 +61,7 @@ def finetune_classifier(
     state: Path | None = None,
     log: Log = discard,
 ) -> dict[str, float]:
-    """Train on the training part of the messages; the test part is never looked at.
+    """Train on the training part of the messages; the test part is compared with it, no more.
 
     Args:
         params: what and how.
@@ -101,6 +102,11 @@ def finetune_classifier(
                 f"{messages}: the {name} part of {len(frame)} messages is empty; add messages or "
                 "change finetune_classifier.split"
             )
+    shared = count_contaminated(
+        {name: [(text,) for text in part["text"]] for name, part in parts.items()},
+        "finetune_classifier",
+        log,
+    )
     longest = max(len(ids) for ids in tokenizer.encode_batch(parts["train"]["text"].tolist()))
     max_length = params.max_length or min(longest, config.context_length)
 
@@ -166,6 +172,7 @@ def finetune_classifier(
         "rows_train": float(len(parts["train"])),
         "rows_validation": float(len(parts["validation"])),
         "rows_test": float(len(parts["test"])),
+        **shared,
         "steps": float(result.steps),
     }
     training = {

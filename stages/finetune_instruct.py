@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
@@ -19,9 +18,10 @@ from gpt.files import write_json
 from gpt.generate import Sampling, complete
 from gpt.metrics import lm_loss_sum, mean_loss, perplexity
 from gpt.model import GPT
-from gpt.prompts import TemplateName, render_prompt
+from gpt.overlap import count_contaminated
+from gpt.prompts import TemplateName, encode_turns, last_prompt
 from gpt.recipe import TrainParams
-from gpt.text import Instruction, Split, read_instructions, split_instructions
+from gpt.text import Split, read_instructions, split_instructions
 from gpt.train import fit
 from gpt.weights import load_base, save_model
 
@@ -53,7 +53,7 @@ def finetune_instruct(
     state: Path | None = None,
     log: Log = discard,
 ) -> dict[str, float]:
-    """Train on the training part of the records; the test part is never looked at.
+    """Train on the training part of the records; the test part is compared with it, no more.
 
     Args:
         params: what and how.
@@ -94,22 +94,22 @@ def finetune_instruct(
                 "or change finetune_instruct.split"
             )
 
-    def prompts(part: Sequence[Instruction]) -> list[list[int]]:
-        return tokenizer.encode_batch(
-            [render_prompt(params.template, r.instruction, r.input) for r in part]
-        )
-
+    turns = {
+        name: encode_turns(tokenizer, params.template, parts[name])
+        for name in ("train", "validation")
+    }
     data = {
-        name: InstructionDataset(
-            prompts(parts[name]),
-            tokenizer.encode_batch([record.output for record in parts[name]]),
+        name: InstructionDataset.of_turns(
+            records,
             end=tokenizer.eot,
             mask_prompt=params.mask_prompt,
             max_length=max_length,
         )
-        for name in ("train", "validation")
+        for name, records in turns.items()
     }
     log(Message(f"finetune_instruct: {len(data['train'])} training records"))
+    texts = {name: [(each.task, each.text) for each in part] for name, part in parts.items()}
+    shared = count_contaminated(texts, "finetune_instruct", log)
     for name, dataset in data.items():
         cut = sum(batch.n_targets == 0 for batch in batches(dataset, 1))
         if cut == len(dataset):
@@ -121,7 +121,9 @@ def finetune_instruct(
             text = f"{cut} of {len(dataset)} {name} records are cut before their answer"
             log(Message(f"finetune_instruct: {text}", level="warning"))
     shown = parts["validation"][:3]
-    shown_prompts = [ids[-max_length:] for ids in prompts(shown)]
+    shown_prompts = [
+        last_prompt(each, tokenizer.eot)[-max_length:] for each in turns["validation"][:3]
+    ]
 
     def sample(model: GPT) -> str:
         sampling = Sampling(max_new_tokens=params.sample_tokens, stop=(tokenizer.eot,))
@@ -159,6 +161,7 @@ def finetune_instruct(
         "records_train": float(len(parts["train"])),
         "records_validation": float(len(parts["validation"])),
         "records_test": float(len(parts["test"])),
+        **shared,
         "steps": float(result.steps),
     }
     save_model(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from gpt.text import instructions_in, messages_in
+from gpt.text import RawFile, instructions_in, messages_in
 from gpt.weights import load_base
 from pipeline.params import load_params
 
@@ -24,9 +24,13 @@ def words(text):
     return re.findall(r"[a-z0-9']+", text.lower())
 
 
+def raw_file(kind, format_):
+    return RawFile(name=kind, file=kind, kind=kind, format=format_, bytes=0, sha256="")
+
+
 @pytest.fixture(scope="module")
 def messages():
-    return messages_in(SAMPLES / "messages.tsv")
+    return messages_in(SAMPLES / "messages.tsv", raw_file("messages", "tsv"))
 
 
 def test_there_are_60_kb_of_stories():
@@ -79,7 +83,8 @@ def test_no_single_word_gives_a_label_away(messages):
 
 
 def test_there_are_600_instructions_and_no_task_twice():
-    records = instructions_in(SAMPLES / "instructions.json")
+    path = SAMPLES / "instructions.json"
+    records = instructions_in(path, raw_file("instructions", "json"))
     assert len(records) >= 600
     tasks = Counter(" ".join(f"{r.instruction} {r.input}".lower().split()) for r in records)
     assert [task for task, n in tasks.items() if n > 1] == []

@@ -21,15 +21,24 @@ from gpt.tokenizer import byte_tokenizer
 from gpt.weights import save_model
 from stages.tokenize import TokenizeParams, tokenize
 
+FORMS = {
+    "jsonl": ("documents", "jsonl"),
+    "messages": ("messages", "tsv"),
+    "instructions": ("instructions", "json"),
+    "conversations": ("instructions", "jsonl"),
+}
 
-def write_raw(folder, format_, content):
+
+def write_raw(folder, form, content):
     """A raw folder of one file."""
     folder.mkdir(parents=True)
-    path = folder / f"{format_}.data"
+    path = folder / f"{form}.data"
     path.write_bytes(content)
+    kind, format_ = FORMS[form]
     file = RawFile(
-        name=format_,
+        name=form,
         file=path.name,
+        kind=kind,
         format=format_,
         bytes=len(content),
         sha256=sha256_of(path),
@@ -49,6 +58,8 @@ def raw(tmp_path_factory):
             content = "".join(f"{label}\t{text}\n" for label, text in content)
         elif format_ == "instructions" and not isinstance(content, bytes):
             content = json.dumps(content)
+        elif format_ == "conversations":
+            content = "".join(json.dumps({"messages": said}) + "\n" for said in content)
         if isinstance(content, str):
             content = content.encode()
         return write_raw(tmp_path_factory.mktemp("raw") / format_, format_, content)
@@ -71,6 +82,7 @@ def tokens(raw, documents, tmp_path_factory):
         vocabulary=None,
         out=out,
         metrics=out.with_name("metrics.json"),
+        report=out.with_name("report.json"),
     )
     return out
 

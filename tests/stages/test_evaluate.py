@@ -13,14 +13,22 @@ from pydantic import TypeAdapter, ValidationError
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, GPT2LMHeadModel
 
-from gpt.data import open_tokens
 from gpt.events import Progress
-from gpt.prompts import render_prompt
-from gpt.text import Instruction, Split, read_messages, split_instructions, split_messages
+from gpt.prompts import render_prompt, render_prompts
+from gpt.text import (
+    Instruction,
+    Split,
+    read_instructions,
+    read_messages,
+    split_instructions,
+    split_messages,
+)
+from gpt.token_files import open_tokens
 from gpt.tokenizer import byte_tokenizer, train_bpe
 from stages.evaluate import EvaluateParams, evaluate
 from stages.finetune_classifier import FinetuneClassifierParams, finetune_classifier
 from stages.finetune_instruct import FinetuneInstructParams, finetune_instruct
+from stages.tokenize import TokenizeParams, tokenize
 
 PARAMS = EvaluateParams(device="cpu", threads=1, batch_size=3, max_new_tokens=5)
 SPLIT = {"train": 0.5, "validation": 0.2, "seed": 11}
@@ -38,13 +46,32 @@ def gpt2(make_base, bpe):
     return make_base(tokenizer=bpe, context_length=48, n_layer=1)
 
 
-def make_classifier(base, messages, out, name="pretrain"):
+def make_classifier(base, messages, out, train=TRAIN):
     finetune_classifier(
         TypeAdapter(FinetuneClassifierParams).validate_python(
-            {"base": name, "split": SPLIT, "trainable": "all", "train": TRAIN}
+            {"base": "pretrain", "split": SPLIT, "trainable": "all", "train": train}
         ),
         base=base,
         messages=messages,
+        out=out,
+        metrics=out.with_name("metrics.json"),
+        history=out.with_name("history.csv"),
+    )
+    return out
+
+
+def make_assistant(base, instructions, out):
+    finetune_instruct(
+        TypeAdapter(FinetuneInstructParams).validate_python(
+            {
+                "base": "gpt2",
+                "split": SPLIT,
+                "template": "phi3",
+                "train": {**TRAIN, "steps": 40},
+            }
+        ),
+        base=base,
+        instructions=instructions,
         out=out,
         metrics=out.with_name("metrics.json"),
         history=out.with_name("history.csv"),
@@ -56,21 +83,7 @@ def make_classifier(base, messages, out, name="pretrain"):
 def paths(tmp_path_factory, base, gpt2, messages, instructions, tokens):
     """What evaluate reads: both bases, and the two models made of them."""
     models = tmp_path_factory.mktemp("models")
-    finetune_instruct(
-        TypeAdapter(FinetuneInstructParams).validate_python(
-            {
-                "base": "gpt2",
-                "split": SPLIT,
-                "template": "phi3",
-                "train": {**TRAIN, "steps": 40},
-            }
-        ),
-        base=gpt2,
-        instructions=instructions,
-        out=models / "assistant",
-        metrics=models / "metrics.json",
-        history=models / "history.csv",
-    )
+    make_assistant(gpt2, instructions, models / "assistant")
     return {
         "pretrain": base,
         "gpt2": gpt2,
@@ -151,7 +164,7 @@ def loss_over(model, ids, context):
 
 def test_the_loss_of_a_base_is_over_the_validation_split(done, paths):
     figures = done[1]["pretrain"]
-    ids = open_tokens(paths["tokens"], "validation")[:]
+    ids = torch.from_numpy(open_tokens(paths["tokens"], "validation")[:])
     loss = loss_over(paths["pretrain"], ids, 64)
     assert figures["loss"] == pytest.approx(loss, abs=1e-4)
     assert figures["perplexity"] == pytest.approx(math.exp(figures["loss"]))
@@ -246,6 +259,68 @@ def test_more_than_two_classes_and_any_text_survive_the_table(tmp_path, base, pa
     assert {"f1_first", "f1_second", "f1_third"} <= set(figures["classifier"])
 
 
+TOPICS = {
+    "weather": (
+        "Rain falls on hill {}.",
+        "Snow and wind by noon, {} degrees.",
+        "Fog at {}, then sun.",
+    ),
+    "sport": (
+        "Team {} won the match.",
+        "She ran lap {} in the lead.",
+        "Goal number {} of the cup.",
+    ),
+    "food": ("Bake bread for {} minutes.", "Soup with {} onions.", "Add {} spoons of sugar."),
+    "travel": (
+        "Train {} leaves the city.",
+        "Bus {} goes to the sea.",
+        "Gate {}: the flight boards.",
+    ),
+    "music": (
+        "Song {} has a slow beat.",
+        "The choir sings part {}.",
+        "Play chord {} on the piano.",
+    ),
+}
+
+
+def test_five_classes_are_trained_and_measured_as_two_are(tmp_path, base, paths, raw):
+    """By topic, in unequal numbers; every class is met in the test part, and some are taken for
+    others.
+    """
+    rows = [
+        (topic, sentence.format(i))
+        for size, (topic, sentences) in enumerate(TOPICS.items())
+        for sentence in sentences
+        for i in range(8 + size)
+    ]
+    messages = raw("messages", rows)
+    train = {**TRAIN, "steps": 60}
+    classifier = make_classifier(base, messages, tmp_path / "models/classifier", train)
+    figures = run(tmp_path, PARAMS, {**paths, "classifier": classifier, "messages": messages})
+    scores, table = figures["classifier"], read(tmp_path, "classifier")
+    labels = sorted(TOPICS)
+    n = len(table)
+    assert scores["rows"] == n == 36  # of 24 a class
+    counts = pd.crosstab(table["actual"], table["predicted"]).reindex(
+        index=labels, columns=labels, fill_value=0
+    )
+    assert counts.to_numpy().sum() == n
+    assert (counts.sum(axis=1) > 0).all()
+    assert scores["accuracy"] == pytest.approx(sum(counts.loc[k, k] for k in labels) / n)
+    assert scores["accuracy"] > 0.5  # by chance 0.2
+    for label in labels:
+        said, right = counts[label].sum(), counts.loc[label, label]
+        assert scores[f"precision_{label}"] == pytest.approx(right / said if said else 0)
+        assert scores[f"recall_{label}"] == pytest.approx(right / counts.loc[label].sum())
+    mean = sum(scores[f"f1_{label}"] for label in labels) / 5
+    assert scores["f1_macro"] == pytest.approx(mean)
+    probabilities = table[[f"probability_{label}" for label in labels]].astype(float)
+    assert probabilities.sum(axis=1).to_numpy() == pytest.approx([1] * n, abs=1e-5)
+    best = probabilities.to_numpy().argmax(1)
+    assert table["predicted"].tolist() == [labels[i] for i in best]
+
+
 # --- the assistant --------------------------------------------------------------------------------
 
 
@@ -288,6 +363,91 @@ def test_losses_and_answers_are_those_of_transformers(done, paths, bpe, test_rec
     assert figures[f"{prefix}loss"] == pytest.approx(total / n, abs=1e-4)
     assert figures[f"{prefix}perplexity"] == pytest.approx(math.exp(figures[f"{prefix}loss"]))
     assert read(done[0], "assistant")[f"{prefix}answer"].tolist() == answers
+
+
+def test_single_turns_have_no_column_of_earlier_ones(done):
+    columns = ["instruction", "input", "reference", "answer", "base_answer"]
+    assert read(done[0], "assistant").columns.tolist() == columns
+
+
+@pytest.fixture(scope="module")
+def talked(tmp_path_factory, paths, make_base, bpe, raw):
+    """An assistant that was trained on conversations of one to three turns, and its evaluation."""
+    folder = tmp_path_factory.mktemp("talked")
+    said = [
+        [
+            *([{"role": "system", "content": "Be brief."}] if i % 3 == 1 else []),
+            *(
+                {"role": role, "content": f"{text} {i}"}
+                for turn in (("Cats?", "Cats"), ("And dogs?", "dogs"), ("Is that", " all"))[
+                    : 1 + i % 3
+                ]
+                for role, text in zip(("user", "assistant"), turn, strict=True)
+            ),
+        ]
+        for i in range(40)
+    ]
+    instructions = raw("conversations", said)
+    base = make_base(tokenizer=bpe, context_length=160, n_layer=1)
+    assistant = make_assistant(base, instructions, folder / "models/assistant")
+    here = {**paths, "gpt2": base, "assistant": assistant, "instructions": instructions}
+    here["tokens"] = folder / "tokens"
+    tokenize(
+        TokenizeParams(tokenizer="bytes", validation=0.2),
+        corpus=raw("jsonl", [f"A longer text is needed, of {i} lines." for i in range(400)]),
+        vocabulary=None,
+        out=here["tokens"],
+        metrics=folder / "tokens.json",
+        report=folder / "tokens-report.json",
+    )
+    return folder, run(folder, PARAMS, here), here
+
+
+def test_a_conversation_is_measured_on_all_its_answers_and_asked_for_the_last(talked, bpe):
+    """Held against transformers; the earlier turns are as the record has them."""
+    folder, figures, here = talked
+    theirs = GPT2LMHeadModel.from_pretrained(here["assistant"]).eval()
+    test = split_instructions(read_instructions(here["instructions"]), Split(**SPLIT))["test"]
+    assert {len(record.earlier) for record in test} == {0, 1, 2}
+    total, n, answers = 0.0, 0, []
+    for record in test:
+        asked = [*(turn.prompt for turn in record.earlier), record.instruction]
+        responses = [*(turn.response for turn in record.earlier), record.output]
+        row = []
+        for prompt, response in zip(
+            render_prompts("phi3", asked, "", record.system), responses, strict=True
+        ):
+            row += bpe.encode(prompt)
+            start, end = len(row), [*bpe.encode(response), bpe.eot]
+            with torch.no_grad():
+                logits = theirs(torch.tensor([[*row, *end]])).logits[0, start - 1 : -1]
+            total += F.cross_entropy(logits, torch.tensor(end), reduction="sum").item()
+            n += len(end)
+            row += end
+        row = row[:start]
+        for _ in range(5):
+            with torch.no_grad():
+                row.append(int(theirs(torch.tensor([row])).logits[0, -1].argmax()))
+            if row[-1] == bpe.eot:
+                row.pop()
+                break
+        answers.append(bpe.decode(row[start:]).strip())
+    assert figures["assistant"]["loss"] == pytest.approx(total / n, abs=1e-4)
+    table = read(folder, "assistant")
+    assert table["answer"].tolist() == answers
+    assert table["reference"].tolist() == [record.output for record in test]
+
+
+def test_what_was_said_before_is_a_column_where_there_is_some(talked):
+    folder, _, here = talked
+    test = split_instructions(read_instructions(here["instructions"]), Split(**SPLIT))["test"]
+    for (_, row), record in zip(read(folder, "assistant").iterrows(), test, strict=True):
+        said = [("system", record.system)] if record.system else []
+        for turn in record.earlier:
+            said += [("user", turn.prompt), ("assistant", turn.response)]
+        shown = json.loads(row["earlier"] or "[]")
+        assert [(message["role"], message["content"]) for message in shown] == said
+        assert row["instruction"] == record.instruction
 
 
 @pytest.mark.parametrize("prefix", ["", "base_"])

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from transformers import GPT2LMHeadModel
 
 from gpt.events import Message, Text
-from gpt.prompts import render_prompt
-from gpt.text import Instruction, Split, split_instructions
+from gpt.prompts import render_prompt, render_prompts
+from gpt.text import Instruction, Split, Turn, split_instructions
 from gpt.tokenizer import byte_tokenizer
 from gpt.weights import load_model
 from stages.finetune_instruct import FinetuneInstructParams, finetune_instruct
@@ -208,6 +208,109 @@ def test_answers_to_validation_records_are_shown_at_each_evaluation(
     assert [event.name for event in texts] == [f"samples/step-{i:06d}.txt" for i in (2, 4, 6)]
     for record in parts_of(records)["validation"][:3]:
         assert all(record.instruction in event.text for event in texts)
+
+
+# --- conversations --------------------------------------------------------------------------------
+
+
+def conversation(i):
+    """Of one to three turns, every third with a system text; and how it is read."""
+    turns = [(f"Say {i}.", f"{i}."), ("Once more.", f"{i}!"), ("And?", "No.")][: 1 + i % 3]
+    system = [{"role": "system", "content": "Be brief."}] if i % 3 == 1 else []
+    messages = [
+        {"role": role, "content": content}
+        for turn in turns
+        for role, content in zip(("user", "assistant"), turn, strict=True)
+    ]
+    *earlier, (prompt, response) = (Turn(*turn) for turn in turns)
+    record = Instruction(prompt, "", response, tuple(earlier), "Be brief." if system else "")
+    return [*system, *messages], record
+
+
+@pytest.fixture(scope="module")
+def conversations():
+    return [conversation(i) for i in range(40)]
+
+
+def conversation_loss(model, records, template):
+    """The mean loss of all responses and their ends by transformers, one conversation at a time."""
+    tokenizer = byte_tokenizer()
+    theirs = GPT2LMHeadModel.from_pretrained(model).eval()
+    total, n = 0.0, 0
+    for record in records:
+        turns = [*record.earlier, Turn(record.instruction, record.output)]
+        prompts = render_prompts(template, [turn.prompt for turn in turns], "", record.system)
+        ids, learnt = [], []
+        for prompt, turn in zip(prompts, turns, strict=True):
+            response = [*tokenizer.encode(turn.response), tokenizer.eot]
+            learnt += range(len(ids) + len(tokenizer.encode(prompt)), 10**6)[: len(response)]
+            ids += [*tokenizer.encode(prompt), *response]
+        with torch.no_grad():
+            logits = theirs(torch.tensor([ids])).logits[0]
+        before = torch.tensor(learnt) - 1
+        targets = torch.tensor(ids)[learnt]
+        total += F.cross_entropy(logits[before], targets, reduction="sum").item()
+        n += len(learnt)
+    return total / n
+
+
+@pytest.mark.parametrize("template", ["phi3", "alpaca"])
+def test_an_assistant_learns_every_answer_of_a_conversation(
+    tmp_path, make_base, raw, conversations, template
+):
+    """Its losses before and after are those of transformers."""
+    wide = make_base(context_length=320, n_layer=1)
+    heard = []
+    folder = raw("conversations", [messages for messages, _ in conversations])
+    figures = run(tmp_path, params(template=template), wide, folder, log=heard.append)
+    validation = split_instructions([r for _, r in conversations], Split(**SPLIT))["validation"]
+    assert {len(record.earlier) for record in validation} == {0, 1, 2}
+    before = conversation_loss(wide, validation, template)
+    after = conversation_loss(tmp_path / "model", validation, template)
+    assert figures["validation_loss_before"] == pytest.approx(before, abs=1e-4)
+    assert figures["validation_loss"] == pytest.approx(after, abs=1e-4)
+    assert after < before
+    texts = [event.text for event in heard if isinstance(event, Text)]
+    assert all(record.instruction in texts[-1] for record in validation[:3])
+
+
+def test_a_message_out_of_turn_is_refused(tmp_path, base, raw, refused):
+    turned = [*(conversation(i)[0] for i in range(20)), conversation(0)[0][::-1]]
+    with refused("line 21: message 1: from 'assistant', where 'user' has its turn; "):
+        run(tmp_path / "o", params(), base, raw("conversations", turned))
+
+
+def test_held_out_records_that_are_seen_in_training_are_counted(tmp_path, base, raw, records):
+    """A task that differs from one of the training part in its spelling alone, or an answer that
+    has 13 words of one.
+    """
+    words = " ".join("abcdefghijklm")
+
+    def answered(part, tasks):
+        seen = {(r.instruction, r.input) for r in parts_of(tasks)[part][:2]}
+        return [
+            {**r, "output": f"{part} {words} {part}"}
+            if (r["instruction"], r["input"]) in seen
+            else r
+            for r in tasks
+        ]
+
+    letters = [
+        {**r, "instruction": f"Say {'ab'[i // 26]}{chr(97 + i % 26)}."}
+        for i, r in enumerate(records)
+    ]
+    heard = []
+    figures = run(tmp_path / "a", params(), base, raw("instructions", letters), log=heard.append)
+    assert figures["contaminated_test"] == figures["contaminated_validation"] == 0
+    assert not [e for e in heard if isinstance(e, Message) and "share text" in e.text]
+    for part in ("test", "train"):
+        letters = answered(part, letters)
+    figures = run(tmp_path / "b", params(), base, raw("instructions", letters), log=heard.append)
+    assert (figures["contaminated_test"], figures["contaminated_validation"]) == (2, 0)
+    assert (
+        Message("finetune_instruct: 2 of 8 test examples share text with the training part")
+        in heard
+    )
 
 
 # --- what is refused ------------------------------------------------------------------------------
