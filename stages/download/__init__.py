@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass as plain_dataclass
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +28,8 @@ from gpt.text import (
     read_messages,
     write_sources,
 )
-from stages.download.fetch import Fetched, Places, fetch_source
+from stages.download.cache import Cache
+from stages.download.fetch import Fetched, Places, Via, fetch_source
 from stages.download.python_docs import python_docs
 from stages.download.sources import (
     CorpusSource,
@@ -31,7 +37,9 @@ from stages.download.sources import (
     MessagesSource,
     ModelSource,
     Source,
+    TextSource,
 )
+from stages.download.together import run_together
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid"))
@@ -39,9 +47,11 @@ class DownloadParams:
     """What to fetch, and from where.
 
     Attributes:
-        local: the folder that sources with `file` are in.
+        local: the folder that sources with `file`, `folder` and `glob` are in.
         mirror: a folder or web address that is asked before a source's own addresses.
         offline: never open a connection.
+        parallel: how many sources are fetched at the same time.
+        timeout_seconds: for one file from one address, all attempts together.
         corpus: text to pretrain on.
         messages: labelled messages for the classifier.
         instructions: records for the assistant.
@@ -51,6 +61,8 @@ class DownloadParams:
     local: str
     mirror: str | None = None
     offline: bool = False
+    parallel: Annotated[int, Field(ge=1, le=64)] = 4
+    timeout_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3600.0
     corpus: Annotated[tuple[CorpusSource, ...], Field(min_length=1)]
     messages: Annotated[tuple[MessagesSource, ...], Field(min_length=1)]
     instructions: Annotated[tuple[InstructionsSource, ...], Field(min_length=1)]
@@ -78,6 +90,7 @@ def download(
     instructions: Path,
     gpt2: Path,
     metrics: Path,
+    cache: Path | None = None,
     log: Log = discard,
 ) -> dict[str, float]:
     """Fill the four raw folders, all of them or none.
@@ -90,6 +103,8 @@ def download(
         instructions: written: instruction records.
         gpt2: written: the published model's files.
         metrics: written: the figures that are returned, as JSON.
+        cache: kept from one call to the next: what came from the web, so that it need not come
+            again, and the beginnings of what was cut off; no output depends on it.
         log: told of the progress.
 
     Returns:
@@ -99,22 +114,40 @@ def download(
     Raises:
         InputError: a source cannot be had, is not the file it should be, or cannot be read.
     """
-    places = Places(local, params.mirror, params.offline)
     with contextlib.ExitStack() as folders:
         into = {
             path: folders.enter_context(whole_directory(path))
             for path in (corpus, messages, instructions, gpt2)
         }
+        scratch = into[corpus] / ".web"
+        places = Places(
+            local=local,
+            mirror=params.mirror,
+            offline=params.offline,
+            cache=Cache(cache or scratch),
+            seconds=params.timeout_seconds,
+            stop=threading.Event(),
+        )
+        corpus_files, messages_files, instructions_files, gpt2_files = _fetch_all(
+            (
+                _DataSet("corpus", params.corpus, into[corpus]),
+                _DataSet("messages", params.messages, into[messages]),
+                _DataSet("instructions", params.instructions, into[instructions]),
+                _DataSet("gpt2", params.gpt2, into[gpt2]),
+            ),
+            places,
+            params.parallel,
+            log,
+        )
+        if scratch.is_dir():
+            shutil.rmtree(scratch)
         counts: dict[str, float] = {
             f"{name}_{key}": value
             for name, figures in (
-                ("corpus", _corpus(params.corpus, into[corpus], places, log)),
-                ("messages", _messages(params.messages, into[messages], places, log)),
-                (
-                    "instructions",
-                    _instructions(params.instructions, into[instructions], places, log),
-                ),
-                ("gpt2", _model(params.gpt2, into[gpt2], places, log)),
+                ("corpus", _corpus(corpus_files, into[corpus])),
+                ("messages", _messages(messages_files, into[messages])),
+                ("instructions", _instructions(instructions_files, into[instructions])),
+                ("gpt2", _model(gpt2_files, into[gpt2])),
             )
             for key, value in figures.items()
         }
@@ -122,96 +155,164 @@ def download(
     return counts
 
 
-def _corpus(
-    sources: Sequence[CorpusSource], folder: Path, places: Places, log: Log
-) -> dict[str, int]:
+# --- fetching -------------------------------------------------------------------------------------
+
+
+@plain_dataclass(frozen=True, slots=True)
+class _DataSet:
+    name: str
+    sources: Sequence[Source]
+    folder: Path
+
+
+@plain_dataclass(frozen=True, slots=True)
+class _File:
+    """A file that came: what `sources.json` is to say of it, and where it is from."""
+
+    raw: RawFile
+    origin: str
+
+
+def _fetch_all(
+    sets: Sequence[_DataSet], places: Places, parallel: int, log: Log
+) -> list[list[_File]]:
+    """Fetch the sources of all data sets, several at a time; return the files of each data set."""
+    pairs = [(each, source) for each in sets for source in each.sources]
+    names = Counter(source.name for _, source in pairs)
+    tasks = [
+        partial(
+            _fetch,
+            source,
+            each.folder,
+            places,
+            f"download {each.name} {source.name}"
+            if names[source.name] > 1
+            else f"download {source.name}",
+        )
+        for each, source in pairs
+    ]
+    fetched = run_together(tasks, parallel, places.stop, log)
+    ways = Counter(file.via for files in fetched for file in files)
+    n = ways.total()
+    log(
+        Message(
+            f"download: {n} file{'s' * (n != 1)}: "
+            + ", ".join(f"{ways[via]} {words}" for via, words in _WAYS.items() if ways[via])
+        )
+    )
+    files: dict[str, list[_File]] = {each.name: [] for each in sets}
+    for (each, source), came in zip(pairs, fetched, strict=True):
+        files[each.name] += [_File(_raw_file(source, file), file.origin) for file in came]
+    return list(files.values())
+
+
+_WAYS: dict[Via, str] = {
+    "here": "from this machine",
+    "mirror": "from the mirror",
+    "cache": "fetched before",
+    "web": "from the web",
+}
+
+
+def _fetch(source: Source, folder: Path, places: Places, task: str, log: Log) -> list[Fetched]:
+    if source.builtin:
+        return [_write_python_docs(folder, source.saved_name, log)]
+    return fetch_source(source, folder, places, task, log)
+
+
+def _write_python_docs(folder: Path, name: str, log: Log) -> Fetched:
+    log(Message("download python-docs: reading the documentation inside the running Python"))
+    path = folder / name
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        for text in python_docs():
+            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+    sha256 = sha256_of(path)
+    origin = "the documentation inside Python"
+    return Fetched(name, path.stat().st_size, sha256, origin, "here", pin=sha256)
+
+
+def _raw_file(source: Source, file: Fetched) -> RawFile:
+    """What `sources.json` is to say of a file, but for the records in it."""
+    raw = RawFile(
+        name=source.name,
+        file=file.file,
+        kind=source.read_as,
+        format=source.format_of(file.file),
+        bytes=file.bytes,
+        sha256=file.sha256,
+        url=source.urls[0] if source.urls else None,
+    )
+    if isinstance(source, TextSource):
+        raw = replace(
+            raw,
+            text_field=source.text_field or raw.text_field,
+            label_field=source.label_field or raw.label_field,
+        )
+    if isinstance(source, CorpusSource):
+        raw = replace(
+            raw,
+            separator=source.separator if raw.format == "text" else None,
+            split=source.split,
+            balance=source.balance,
+        )
+    return raw
+
+
+# --- counting -------------------------------------------------------------------------------------
+
+
+def _corpus(files: Sequence[_File], folder: Path) -> dict[str, int]:
     def n_documents(path: Path, file: RawFile) -> int:
         n = sum(1 for _ in documents_in(path, file))
         if n == 0:
             raise InputError(f"{path}: holds no text; a corpus cannot be empty")
         return n
 
-    files = _fetch_all(sources, folder, places, log, n_documents)
-    return {**_size(files), "documents": _records(files)}
+    return {**_size(files), "documents": _count(files, folder, n_documents)}
 
 
-def _messages(
-    sources: Sequence[MessagesSource], folder: Path, places: Places, log: Log
-) -> dict[str, int]:
-    files = _fetch_all(sources, folder, places, log, lambda path, _: len(messages_in(path)))
-    with _errors_at(folder, f"download.messages ({', '.join(file.file for file in files)})"):
+def _messages(files: Sequence[_File], folder: Path) -> dict[str, int]:
+    n = _count(files, folder, lambda path, file: len(messages_in(path, file)))
+    with _errors_at(folder, f"download.messages ({_names(files)})"):
         rows = read_messages(folder)["label"].value_counts()
     classes = {f"rows_{label}": int(n) for label, n in sorted(rows.items())}
-    return {**_size(files), "rows": _records(files), **classes}
+    return {**_size(files), "rows": n, **classes}
 
 
-def _instructions(
-    sources: Sequence[InstructionsSource], folder: Path, places: Places, log: Log
-) -> dict[str, int]:
+def _instructions(files: Sequence[_File], folder: Path) -> dict[str, int]:
     def n_records(path: Path, file: RawFile) -> int:
-        n = len(instructions_in(path))
+        n = len(instructions_in(path, file))
         if n == 0:
             raise InputError(f"{path}: holds no record; the assistant needs some to learn from")
         return n
 
-    files = _fetch_all(sources, folder, places, log, n_records)
-    return {**_size(files), "records": _records(files)}
+    return {**_size(files), "records": _count(files, folder, n_records)}
 
 
-def _model(
-    sources: Sequence[ModelSource], folder: Path, places: Places, log: Log
-) -> dict[str, int]:
-    return _size(_fetch_all(sources, folder, places, log, lambda path, file: None))
+def _model(files: Sequence[_File], folder: Path) -> dict[str, int]:
+    write_sources(folder, [file.raw for file in files])
+    return _size(files)
 
 
-def _fetch_all(
-    sources: Sequence[Source],
-    folder: Path,
-    places: Places,
-    log: Log,
-    count: Callable[[Path, RawFile], int | None],
-) -> list[RawFile]:
-    """Fetch the files of one data set, count the records in each, and list them."""
-    files = []
-    for source in sources:
-        path = folder / source.saved_name
-        fetched = (
-            _write_python_docs(path, log)
-            if source.builtin
-            else fetch_source(source, path, places, log)
-        )
-        file = RawFile(
-            name=source.name,
-            file=path.name,
-            format=source.read_as,
-            bytes=fetched.bytes,
-            sha256=fetched.sha256,
-            url=source.urls[0] if source.urls else None,
-        )
-        if isinstance(source, CorpusSource):
-            file = replace(
-                file, separator=source.separator, split=source.split, balance=source.balance
-            )
-        with _errors_at(path, fetched.origin):
-            files.append(replace(file, records=count(path, file)))
-    write_sources(folder, files)
-    return files
+def _count(files: Sequence[_File], folder: Path, count: Callable[[Path, RawFile], int]) -> int:
+    """Count the records in each file of a data set, list the files, and return the sum."""
+    counted = []
+    for file in files:
+        path = folder / file.raw.file
+        with _errors_at(path, file.origin):
+            counted.append(replace(file.raw, records=count(path, file.raw)))
+    write_sources(folder, counted)
+    return sum(file.records or 0 for file in counted)
 
 
-def _write_python_docs(path: Path, log: Log) -> Fetched:
-    log(Message("download python-docs: reading the documentation inside the running Python"))
-    with path.open("w", encoding="utf-8", newline="\n") as file:
-        for text in python_docs():
-            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-    return Fetched(path.stat().st_size, sha256_of(path), "the documentation inside Python")
+def _size(files: Sequence[_File]) -> dict[str, int]:
+    return {"files": len(files), "bytes": sum(file.raw.bytes for file in files)}
 
 
-def _size(files: Sequence[RawFile]) -> dict[str, int]:
-    return {"files": len(files), "bytes": sum(file.bytes for file in files)}
-
-
-def _records(files: Sequence[RawFile]) -> int:
-    return sum(file.records or 0 for file in files)
+def _names(files: Sequence[_File]) -> str:
+    """The files' names, the first ones of many."""
+    names = [file.raw.file for file in files[:5]]
+    return ", ".join(names) + (f" and {len(files) - 5} more" if len(files) > 5 else "")
 
 
 @contextlib.contextmanager

@@ -9,20 +9,59 @@ from urllib.parse import unquote, urlsplit
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from gpt.text import SOURCES, Balance, Format, Split
+from gpt.text import FORMATS, SOURCES, Balance, Format, Kind, Split
+
+_BY_SUFFIX: dict[str, Format] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+}
+_PACKED = (".gz", ".zst")
+_ARCHIVES = (
+    *(".zip", ".tar", ".tgz", ".tbz2", ".txz", ".tzst"),
+    *(f".tar{suffix}" for suffix in (".gz", ".bz2", ".xz", ".zst")),
+)
 
 
-def _inside(path: str) -> str:
+def inside_path(path: str) -> str:
+    """`path` if it stays in its folder, on every system.
+
+    Raises:
+        ValueError: it does not, or no file should be called so.
+    """
     parts = PurePosixPath(path).parts
     if not parts or path.startswith("/") or ".." in parts or "\\" in path or ":" in path:
         raise ValueError(f"{path!r} must be a path inside its folder, with / between the parts")
+    if any(char < " " or char == "\x7f" or "\ud800" <= char <= "\udfff" for char in path):
+        raise ValueError(f"{path!r} has a character that no file name should have")
     return path
 
 
+def format_of(kind: Kind, name: str) -> Format:
+    """The format that a file's name tells, `.gz` and `.zst` at its end apart."""
+    path = PurePosixPath(name.lower())
+    if path.suffix in _PACKED:
+        path = path.with_suffix("")
+    told = _BY_SUFFIX.get(path.suffix)
+    if told == "json" and kind == "documents":
+        told = "jsonl"
+    # the first one of a kind is that of a file whose name tells none
+    return told if told in FORMATS[kind] else FORMATS[kind][0]
+
+
 def _plain_name(name: str) -> str:
-    if _inside(name) != PurePosixPath(name).name or name.startswith(".") or name == SOURCES:
+    if inside_path(name) != PurePosixPath(name).name or name.startswith(".") or name == SOURCES:
         raise ValueError(f"{name!r} cannot be the name of a data file")
     return name
+
+
+def _pattern(pattern: str) -> str:
+    parts = PurePosixPath(inside_path(pattern)).parts
+    if any("**" in part and part != "**" for part in parts):
+        raise ValueError(f"{pattern!r}: ** stands for folders, alone between two /")
+    return pattern
 
 
 def _web_address(url: str) -> str:
@@ -32,63 +71,103 @@ def _web_address(url: str) -> str:
     return url
 
 
-InsidePath = Annotated[str, AfterValidator(_inside)]
+InsidePath = Annotated[str, AfterValidator(inside_path)]
 PlainName = Annotated[str, AfterValidator(_plain_name)]
+Pattern = Annotated[str, AfterValidator(_pattern)]
 Url = Annotated[str, AfterValidator(_web_address)]
+FieldName = Annotated[str, Field(min_length=1)]
 _CONFIG = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_CONFIG)
 class Source:
-    """One file to fetch.
+    """One file to fetch, or several that belong together.
+
+    Several files keep their paths, in a folder that is called as the source.
 
     Attributes:
         name: what reports call it.
         file: a path in the folder of local sources, or
+        folder: a folder in there, with all below it but what is hidden, or
+        glob: a pattern of paths in there (`*` within a name, `**` for any folders), or
         urls: where it is published; tried in this order, after the mirror; or
         builtin: `python-docs`, the documentation inside the running Python (a corpus only).
-        sha256: of the file, or of the archive's member; required for `urls`.
-        bytes: its size; without it and without sha256 only a general bound holds.
-        member: the one to take out of a zip archive.
+        sha256: of the file; with `member` of that member, with `members` of the archive. A
+            download without it is not checked, which a warning says.
+        bytes: its size, or with `members` the most that they may have together; without it only
+            a general bound holds for what comes from the web or out of an archive.
+        member: the one to take out of an archive: zip, or tar as it is or in gz, bz2, xz or zst.
+        members: a pattern of those to take out of an archive.
         save_as: its name in the output folder; by default the name it has.
         mirror_names: other names (or paths) that a mirror may keep it under.
     """
 
     name: Annotated[str, Field(min_length=1)]
     file: InsidePath | None = None
+    folder: InsidePath | None = None
+    glob: Pattern | None = None
     urls: tuple[Url, ...] = ()
     builtin: Literal["python-docs"] | None = None
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
     bytes: Annotated[int, Field(gt=0)] | None = None
     member: InsidePath | None = None
+    members: Pattern | None = None
     save_as: PlainName | None = None
     mirror_names: tuple[InsidePath, ...] = ()
 
     @model_validator(mode="after")
     def _one_place(self) -> Source:
-        if sum(map(bool, (self.file, self.urls, self.builtin))) != 1:
-            raise ValueError(f"source {self.name!r}: give one of file, urls and builtin")
-        if self.urls and self.sha256 is None:
-            raise ValueError(f"source {self.name!r}: a download needs its sha256")
+        where = f"source {self.name!r}:"
+        if sum(map(bool, (self.file, self.folder, self.glob, self.urls, self.builtin))) != 1:
+            raise ValueError(f"{where} give one of file, folder, glob, urls and builtin")
+        if self.member and self.members:
+            raise ValueError(f"{where} give either member or members")
+        if (self.folder or self.glob) and (
+            self.sha256 or self.bytes or self.member or self.members or self.mirror_names
+        ):
+            raise ValueError(
+                f"{where} folder and glob take no sha256, bytes, member, members or mirror_names"
+            )
+        if self.save_as and self.gives_several:
+            raise ValueError(f"{where} only a single file can be saved as another")
+        packed = (self.file or self._url_name).lower().endswith(_ARCHIVES)
+        if packed and not (self.member or self.members):
+            raise ValueError(
+                f"{where} {self.file or self._url_name} is an archive; name its member, or "
+                "members by a pattern"
+            )
         _plain_name(self.saved_name)
         return self
 
     @property
+    def gives_several(self) -> bool:
+        """Whether its files go into a folder of their own."""
+        return bool(self.folder or self.glob or self.members)
+
+    @property
     def saved_name(self) -> str:
-        """The file's name in the output folder."""
+        """The name of the file, or of the folder of its files, in the output folder."""
+        if self.gives_several:
+            return self.name
         if self.save_as or self.builtin:
             return self.save_as or f"{self.builtin}.jsonl"
         return PurePosixPath(self.member or self.file or self._url_name).name
 
     @property
-    def read_as(self) -> Format:
-        """How to read the file."""
+    def read_as(self) -> Kind:
+        """What its files hold."""
         return "file"
+
+    def format_of(self, name: str) -> Format:
+        """How one of its files is written, from the file's name where nothing else says it."""
+        return format_of(self.read_as, name)
 
     @property
     def sought_names(self) -> tuple[str, ...]:
         """The names under which a mirror may have it, the likeliest first."""
-        names = [*self.mirror_names, self.saved_name]
+        names = [*self.mirror_names]
+        if not self.gives_several:
+            names.append(self.saved_name)
         names += [name for name in (self.member, self._url_name) if name]
         names += [PurePosixPath(name).name for name in names]
         return tuple(dict.fromkeys(names))
@@ -99,19 +178,62 @@ class Source:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_CONFIG)
-class CorpusSource(Source):
+class TextSource(Source):
+    """Files with texts in them.
+
+    Attributes:
+        format: how they are written; by default what the names say: `.jsonl`, `.ndjson`,
+            `.json`, `.parquet`, `.csv` (`.gz` or `.zst` behind it apart), else plain text, a
+            `tsv` of messages or a `json` of instructions.
+        text_field: the field (column) of the text, in `jsonl`, `parquet` and `csv`.
+        label_field: the field (column) of a message's label, in the same.
+    """
+
+    format: Format | None = None
+    text_field: FieldName | None = None
+    label_field: FieldName | None = None
+
+    @model_validator(mode="after")
+    def _fitting_format(self) -> TextSource:
+        where, kind = f"source {self.name!r}:", self.read_as
+        if self.format and self.format not in FORMATS[kind]:
+            raise ValueError(
+                f"{where} {kind} have one of the formats {', '.join(FORMATS[kind])}, "
+                f"not {self.format}"
+            )
+        fields = self._may_be("jsonl", "parquet", "csv")
+        if self.text_field and (kind == "instructions" or not fields):
+            raise ValueError(
+                f"{where} only documents and messages in jsonl, parquet or csv have a text_field"
+            )
+        if self.label_field and (kind != "messages" or not fields):
+            raise ValueError(f"{where} only messages in jsonl, parquet or csv have a label_field")
+        return self
+
+    def _may_be(self, *formats: Format) -> bool:
+        """Whether one of its files can be in one of `formats`."""
+        if self.format or not self.gives_several:
+            return self.format_of(self.saved_name) in formats
+        return True
+
+    def format_of(self, name: str) -> Format:
+        """How one of its files is written."""
+        return self.format or format_of(self.read_as, name)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_CONFIG)
+class CorpusSource(TextSource):
     """Text to pretrain on.
 
     Attributes:
-        format: `text`, `jsonl` (a field "text" a line), or labelled data as text: `messages`,
-            `instructions`.
+        kind: documents, or labelled data as text: `messages`, `instructions`.
         separator: what stands between the documents of a `text`; without it a file is one.
         split: of labelled data: the same as the stage that trains on it has, so that
         part: only the training part becomes text to pretrain on.
         balance: of `messages`, again as in the stage that trains on them.
     """
 
-    format: Literal["text", "jsonl", "messages", "instructions"] | None = None
+    kind: Literal["documents", "messages", "instructions"] = "documents"
     separator: Annotated[str, Field(min_length=1)] | None = None
     split: Split | None = None
     part: Literal["train"] | None = None
@@ -120,47 +242,58 @@ class CorpusSource(Source):
     @model_validator(mode="after")
     def _fitting_options(self) -> CorpusSource:
         where = f"source {self.name!r}:"
-        if self.builtin and (self.format or self.sha256 or self.bytes or self.member):
-            raise ValueError(f"{where} builtin takes no format, sha256, bytes or member")
-        if self.separator and self.read_as != "text":
-            raise ValueError(f"{where} only the format text has a separator")
+        if self.builtin and (
+            self.format
+            or self.text_field
+            or self.kind != "documents"
+            or self.sha256
+            or self.bytes
+            or self.member
+            or self.members
+        ):
+            raise ValueError(
+                f"{where} builtin takes no kind, format, text_field, sha256, bytes, member or "
+                "members"
+            )
+        if self.separator and not (self.kind == "documents" and self._may_be("text")):
+            raise ValueError(f"{where} only documents in the format text have a separator")
         if (self.split is None) != (self.part is None):
             raise ValueError(f"{where} split and part: train go together")
-        if self.split and self.read_as not in ("messages", "instructions"):
+        if self.split and self.kind == "documents":
             raise ValueError(f"{where} only messages and instructions have a split")
-        if self.balance != "none" and (self.read_as != "messages" or self.split is None):
+        if self.balance != "none" and (self.kind != "messages" or self.split is None):
             raise ValueError(f"{where} balance is for messages with a split")
         return self
 
     @property
-    def read_as(self) -> Format:
-        """How to read the file: a builtin's form, or `format`."""
-        return self.format or ("jsonl" if self.builtin else "text")
+    def read_as(self) -> Kind:
+        """What its files hold."""
+        return self.kind
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_CONFIG)
-class MessagesSource(Source):
+class MessagesSource(TextSource):
     """Labelled messages: `tsv` is a label, a tab and a text a line, without CSV's quoting."""
 
     builtin: None = None
-    format: Literal["tsv"] = "tsv"
+    kind: Literal["messages"] = "messages"
 
     @property
-    def read_as(self) -> Format:
-        """How to read the file."""
+    def read_as(self) -> Kind:
+        """What its files hold."""
         return "messages"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_CONFIG)
-class InstructionsSource(Source):
-    """Instruction records: `json` is a list of objects with instruction, input and output."""
+class InstructionsSource(TextSource):
+    """Instruction records: objects with instruction, input and output, listed or a line each."""
 
     builtin: None = None
-    format: Literal["json"] = "json"
+    kind: Literal["instructions"] = "instructions"
 
     @property
-    def read_as(self) -> Format:
-        """How to read the file."""
+    def read_as(self) -> Kind:
+        """What its files hold."""
         return "instructions"
 
 

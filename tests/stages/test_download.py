@@ -1,83 +1,39 @@
-import hashlib
-import http.server
+import gzip
 import json
 import os
 import socket
 import subprocess
 import sys
 import threading
-import zipfile
 
 import pytest
-from pydantic import TypeAdapter, ValidationError
+from downloads import (
+    FOLDERS,
+    MESSAGES,
+    RECORDS,
+    STORY,
+    UNREACHABLE,
+    corpus_files,
+    listed,
+    make_local,
+    params,
+    refused,
+    run,
+    sha256,
+    story,
+)
+from pydantic import ValidationError
 
 from gpt.errors import InputError
-from gpt.events import Progress
 from gpt.text import Split, read_documents, read_instructions, read_messages, split_messages
-from stages.download import DownloadParams, download, fetch
+from stages.download import web
 from stages.download.python_docs import python_docs
-
-STORY = b"Once upon a time.\n\n\nAnd then.\n"
-MESSAGES = b"".join(b"%s\tmessage %d\n" % (b"ham" if i % 3 else b"spam", i) for i in range(30))
-RECORDS = json.dumps([{"instruction": f"Do {i}.", "input": "", "output": "ok"} for i in range(9)])
-FOLDERS = ("corpus", "messages", "instructions", "gpt2")
-
-
-def sha256(content):
-    return hashlib.sha256(content).hexdigest()
+from stages.download.sources import format_of
 
 
 @pytest.fixture
 def local(tmp_path):
-    folder = tmp_path / "samples"
-    folder.mkdir()
-    (folder / "stories.txt").write_bytes(STORY)
-    (folder / "messages.tsv").write_bytes(MESSAGES)
-    (folder / "instructions.json").write_text(RECORDS)
-    (folder / "nano").mkdir()
-    (folder / "nano" / "config.json").write_bytes(b"{}")
-    return folder
-
-
-def params(**changes):
-    return TypeAdapter(DownloadParams).validate_python(
-        {
-            "local": "samples",
-            "corpus": [{"name": "stories", "file": "stories.txt", "separator": "\n\n\n"}],
-            "messages": [{"name": "messages", "file": "messages.tsv"}],
-            "instructions": [{"name": "instructions", "file": "instructions.json"}],
-            "gpt2": [{"name": "config", "file": "nano/config.json"}],
-            **changes,
-        }
-    )
-
-
-def run(tmp_path, params, local=None, **options):
-    raw = tmp_path / "raw"
-    return download(
-        params,
-        local=local or tmp_path / "samples",
-        **{name: raw / name for name in FOLDERS},
-        metrics=tmp_path / "metrics.json",
-        **options,
-    )
-
-
-def story(content=STORY, **where):
-    """A corpus of one source with the hash of `content`."""
-    return [{"name": "story", "sha256": sha256(content), **where}]
-
-
-def refused(tmp_path, params, complaint, **options):
-    """Run, see it refused in one line that matches, and nothing left; return the line."""
-    with pytest.raises(InputError, match=complaint) as caught:
-        run(tmp_path, params, **options)
-    assert "\n" not in str(caught.value)
-    assert ".partial" not in str(caught.value)
-    raw = tmp_path / "raw"
-    assert not raw.exists() or not list(raw.iterdir())
-    assert not (tmp_path / "metrics.json").exists()
-    return str(caught.value)
+    return make_local(tmp_path)
 
 
 # --- local sources --------------------------------------------------------------------------------
@@ -130,7 +86,7 @@ def test_labelled_data_enters_the_corpus_with_its_training_part_only(tmp_path, l
         {
             "name": "messages",
             "file": "messages.tsv",
-            "format": "messages",
+            "kind": "messages",
             "split": split,
             "part": "train",
             "balance": "undersample",
@@ -138,7 +94,7 @@ def test_labelled_data_enters_the_corpus_with_its_training_part_only(tmp_path, l
         {
             "name": "instructions",
             "file": "instructions.json",
-            "format": "instructions",
+            "kind": "instructions",
             "split": split,
             "part": "train",
         },
@@ -219,9 +175,141 @@ def test_a_link_cannot_lead_out_of_the_local_folder(tmp_path, local):
     refused(tmp_path, params(corpus=corpus), "leads out of its folder")
 
 
-# --- a folder as mirror ---------------------------------------------------------------------------
+def test_a_folder_gives_every_file_below_it_in_order_under_the_sources_name(tmp_path, local):
+    for name in ("b.txt", "deep/a.jsonl", "deep/er/c.txt", ".hidden", ".git/config", "B.txt"):
+        path = local / "texts" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text('{"text": "in lines"}\n' if name.endswith("l") else f"one--two {name}")
+    corpus = [{"name": "mine", "folder": "texts", "separator": "--"}]
+    figures = run(tmp_path, params(corpus=corpus))
+    names = ["B.txt", "b.txt", "deep/a.jsonl", "deep/er/c.txt"]
+    files = listed(tmp_path)
+    assert [file["file"] for file in files] == [f"mine/{name}" for name in names]
+    assert {file["name"] for file in files} == {"mine"}
+    assert [file["format"] for file in files] == ["text", "text", "jsonl", "text"]
+    assert [file["records"] for file in files] == [2, 2, 1, 2]
+    assert list(corpus_files(tmp_path)) == [file["file"] for file in files]
+    assert figures["corpus_files"] == 4
+    assert figures["corpus_documents"] == 7
 
-UNREACHABLE = "https://data.invalid/some/story.txt"
+
+def test_a_glob_gives_the_files_that_fit_it(tmp_path, local):
+    for name in ("a/1.txt", "a/2.txt", "a/x/3.txt", "b/4.txt", "a/.5.txt", "a/6.md"):
+        path = local / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    for glob, expected in (
+        ("a/*.txt", ["a/1.txt", "a/2.txt"]),
+        ("a/**/*.txt", ["a/1.txt", "a/2.txt", "a/x/3.txt"]),
+        ("?/[34].txt", ["b/4.txt"]),
+        ("**/4.txt", ["b/4.txt"]),
+    ):
+        run(tmp_path, params(corpus=[{"name": "g", "glob": glob}]))
+        assert list(corpus_files(tmp_path)) == [f"g/{name}" for name in expected]
+
+
+@pytest.mark.parametrize(
+    ("source", "complaint"),
+    [
+        ({"folder": "empty"}, "samples/empty: no file in it or below it"),
+        ({"folder": "nothing"}, "samples/nothing: no such folder"),
+        ({"folder": "stories.txt"}, r"stories\.txt: no such folder"),
+        ({"glob": "*.none"}, r"samples: no file fits '\*\.none'"),
+        ({"glob": "nothing/*"}, r"samples: no file fits 'nothing/\*'"),
+    ],
+)
+def test_a_folder_or_glob_without_files_is_one_line(tmp_path, local, source, complaint):
+    (local / "empty").mkdir()
+    (local / "empty" / ".hidden").write_text("x")
+    refused(tmp_path, params(corpus=[{"name": "mine", **source}]), complaint)
+
+
+def test_no_link_leads_out_of_a_folder(tmp_path, local):
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "secret.txt").write_text("secret")
+    folder = local / "texts"
+    folder.mkdir()
+    (folder / "own.txt").write_text("own")
+    link = folder / "link.txt"
+    for target, complaint in (
+        (tmp_path / "outside" / "secret.txt", "leads out of its folder"),
+        (tmp_path / "nothing", "leads out of its folder"),
+        (tmp_path / "outside", "a link to a folder"),
+    ):
+        link.symlink_to(target)
+        for source in ({"folder": "texts"}, {"glob": "texts/*"}):
+            line = refused(tmp_path, params(corpus=[{"name": "mine", **source}]), complaint)
+            assert "link.txt" in line
+        link.unlink()
+    (local / "away").symlink_to(tmp_path / "outside")
+    for source in ({"folder": "away"}, {"glob": "away/*.txt"}):
+        refused(tmp_path, params(corpus=[{"name": "mine", **source}]), "leads out of its folder")
+    link.symlink_to(folder / "own.txt")  # one that stays inside is as good as its file
+    run(tmp_path, params(corpus=[{"name": "mine", "folder": "texts"}]))
+    assert corpus_files(tmp_path) == {"mine/link.txt": b"own", "mine/own.txt": b"own"}
+
+
+@pytest.mark.parametrize("name", ["two\nlines.txt", "C:x.txt", "back\\slash.txt", b"\xff.txt"])
+def test_a_file_name_that_not_every_system_has_is_one_line(tmp_path, local, name):
+    (local / "texts").mkdir()
+    (local / "texts" / os.fsdecode(name)).write_text("x")
+    refused(tmp_path, params(corpus=[{"name": "mine", "folder": "texts"}]), "rename it")
+
+
+def test_kinds_formats_and_fields_reach_the_readers(tmp_path, local):
+    (local / "m.csv").write_text("kind,words\n" + "ham,a\nspam,b\n" * 5)
+    (local / "i.jsonl.gz").write_bytes(
+        gzip.compress(b'{"instruction": "a", "input": "", "output": "b"}\n' * 3)
+    )
+    (local / "d.ndjson").write_text('{"body": "one"}\n{"body": "two"}\n')
+    fields = {"text_field": "words", "label_field": "kind"}
+    figures = run(
+        tmp_path,
+        params(
+            corpus=[
+                {"name": "d", "file": "d.ndjson", "text_field": "body"},
+                {"name": "m", "file": "m.csv", "kind": "messages", **fields},
+                {"name": "i", "file": "i.jsonl.gz", "kind": "instructions"},
+            ],
+            messages=[{"name": "m", "file": "m.csv", **fields}],
+            instructions=[{"name": "i", "file": "i.jsonl.gz"}],
+        ),
+    )
+    assert [(f["kind"], f["format"], f["records"]) for f in listed(tmp_path)] == [
+        ("documents", "jsonl", 2),
+        ("messages", "csv", 10),
+        ("instructions", "jsonl", 3),
+    ]
+    assert figures["messages_rows_ham"] == figures["messages_rows_spam"] == 5
+    assert figures["instructions_records"] == 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "formats"),
+    [
+        ("documents", {"a.txt": "text", "a": "text", "a.json": "jsonl", "A.JSONL.gz": "jsonl"}),
+        ("documents", {"a.parquet": "parquet", "a.ndjson.zst": "jsonl", "a.md.gz": "text"}),
+        ("messages", {"a": "tsv", "a.csv.gz": "csv", "a.json": "tsv", "a.parquet": "parquet"}),
+        ("instructions", {"a": "json", "a.json.zst": "json", "a.jsonl": "jsonl"}),
+        ("file", {"a.json": "file"}),
+    ],
+)
+def test_a_files_name_tells_its_format(kind, formats):
+    assert {name: format_of(kind, name) for name in formats} == formats
+
+
+def test_a_failure_ends_the_others_and_no_event_comes_from_another_thread(tmp_path, local):
+    heard = set()
+    corpus = [{"name": f"s{i}", "file": "stories.txt", "save_as": f"{i}.txt"} for i in range(20)]
+    broken = [*corpus[:10], {**corpus[10], "sha256": "0" * 64}, *corpus[11:]]
+    with pytest.raises(InputError, match="source 's10'"):
+        run(tmp_path, params(corpus=broken), log=lambda _: heard.add(threading.get_ident()))
+    assert not list((tmp_path / "raw").iterdir())
+    run(tmp_path, params(corpus=corpus), log=lambda _: heard.add(threading.get_ident()))
+    assert heard == {threading.get_ident()}
+
+
+# --- a folder as mirror ---------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -249,10 +337,10 @@ def test_a_mirror_is_asked_by_each_of_a_files_names(tmp_path, local, no_socket, 
     path.write_bytes(STORY)
     corpus = story(urls=[UNREACHABLE], **source)
     run(tmp_path, params(mirror=str(tmp_path / "mirror"), corpus=corpus))
-    listed = json.loads((tmp_path / "raw/corpus/sources.json").read_text())
-    assert [file["file"] for file in listed] == [source.get("save_as", "story.txt")]
-    assert listed[0]["url"] == UNREACHABLE
-    assert listed[0]["sha256"] == sha256(STORY)
+    (file,) = listed(tmp_path)
+    assert file["file"] == source.get("save_as", "story.txt")
+    assert file["url"] == UNREACHABLE
+    assert file["sha256"] == sha256(STORY)
 
 
 def test_a_wrong_mirror_file_is_refused_with_both_hashes(tmp_path, local, no_socket):
@@ -274,7 +362,7 @@ def test_offline_opens_no_connection_and_says_what_to_do(tmp_path, local, no_soc
 
 
 def test_without_network_and_mirror_the_line_says_what_was_tried(tmp_path, local, monkeypatch):
-    monkeypatch.setattr(fetch, "BACK_OFF_SECONDS", 0)
+    monkeypatch.setattr(web, "BACK_OFF_SECONDS", 0)
     closed = f"http://127.0.0.1:{_free_port()}/story.txt"
     line = refused(tmp_path, params(corpus=story(urls=[closed])), "source 'story'")
     assert f"{closed} (the connection failed, 4 times)" in line
@@ -293,154 +381,6 @@ def _free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-# --- archives -------------------------------------------------------------------------------------
-
-
-def test_only_the_named_member_of_an_archive_is_taken(tmp_path, local):
-    with zipfile.ZipFile(local / "all.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("../outside.txt", "escaped")
-        archive.writestr("inner/story.txt", STORY)
-    corpus = story(file="all.zip", member="inner/story.txt")
-    run(tmp_path, params(corpus=corpus))
-    names = sorted(path.name for path in (tmp_path / "raw/corpus").iterdir())
-    assert names == ["sources.json", "story.txt"]
-    assert not list(tmp_path.rglob("outside.txt"))
-
-
-def test_a_mirror_may_keep_the_member_or_an_archive_of_its_own(tmp_path, local, no_socket):
-    corpus = story(urls=["https://data.invalid/all.zip"], member="inner/story.txt")
-    (local / "story.txt").write_bytes(STORY)
-    run(tmp_path, params(corpus=corpus, mirror=str(local)))
-    (local / "story.txt").unlink()
-    with zipfile.ZipFile(local / "all.zip", "w") as archive:
-        archive.writestr("inner/story.txt", STORY)
-    run(tmp_path, params(corpus=corpus, mirror=str(local)))
-    assert (tmp_path / "raw/corpus/story.txt").read_bytes() == STORY
-
-
-def test_a_zip_bomb_stops_at_the_bound(tmp_path, local):
-    with zipfile.ZipFile(local / "all.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("story.txt", b"0" * 5_000_000)
-    corpus = story(file="all.zip", member="story.txt", bytes=1000)
-    refused(tmp_path, params(corpus=corpus), "more than 1000 bytes")
-
-
-def test_a_missing_member_or_a_broken_archive_is_named(tmp_path, local):
-    with zipfile.ZipFile(local / "all.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("story.txt", os.urandom(1000))
-    corpus = story(file="all.zip", member="other.txt")
-    refused(tmp_path, params(corpus=corpus), "no member 'other.txt'")
-    content = bytearray((local / "all.zip").read_bytes())
-    content[300] ^= 1
-    (local / "all.zip").write_bytes(content)
-    corpus = story(file="all.zip", member="story.txt")
-    refused(tmp_path, params(corpus=corpus), "not an archive that can be read")
-
-
-# --- the web, a server of our own -----------------------------------------------------------------
-
-
-class _Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.server.asked.append(self.path)
-        name = self.path.rpartition("/")[2]
-        if name == "loop.txt":
-            self.send_response(302)
-            self.send_header("Location", "/loop.txt")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-        elif name == "busy.txt" and self.server.asked.count(self.path) < 3:
-            self.send_error(503)
-        elif name == "broken.txt" and self.server.asked.count(self.path) < 2:
-            self._give(STORY, announced=len(STORY) + 10)
-        elif name == "truncated.txt":
-            self._give(STORY[:10], announced=len(STORY))
-        elif name == "endless.txt":
-            self._give(STORY * 100, announced=None)
-        elif name == "wrong.txt":
-            self._give(STORY + b"!", announced=len(STORY) + 1)
-        elif name in ("story.txt", "busy.txt", "broken.txt", "a+b c.txt", "a+b%20c.txt"):
-            self._give(STORY, announced=len(STORY))
-        else:
-            self.send_error(404)
-
-    def _give(self, content, announced):
-        self.send_response(200)
-        if announced is not None:
-            self.send_header("Content-Length", str(announced))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setattr(fetch, "BACK_OFF_SECONDS", 0)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as running:
-        running.asked = []
-        running.address = f"http://127.0.0.1:{running.server_port}"
-        thread = threading.Thread(target=running.serve_forever, args=(0.01,))
-        thread.start()
-        yield running
-        running.shutdown()
-        thread.join()
-
-
-@pytest.mark.parametrize("name", ["story.txt", "busy.txt", "broken.txt", "a+b%20c.txt"])
-def test_a_download_ends_whole_though_the_server_stumbles(tmp_path, local, server, name):
-    events = []
-    corpus = story(urls=[f"{server.address}/{name}"], save_as="saved.txt")
-    run(tmp_path, params(corpus=corpus), log=events.append)
-    assert (tmp_path / "raw/corpus/saved.txt").read_bytes() == STORY
-    shown = [e for e in events if isinstance(e, Progress) and e.task == "download story"]
-    assert shown[-1].done == shown[-1].total == len(STORY)
-
-
-def test_addresses_are_tried_in_order_until_one_has_the_file(tmp_path, local, server):
-    names = ["missing.txt", "wrong.txt", "story.txt", "busy.txt"]
-    corpus = story(urls=[f"{server.address}/{name}" for name in names])
-    run(tmp_path, params(corpus=corpus))
-    assert server.asked == ["/missing.txt", "/wrong.txt", "/story.txt"]
-
-
-@pytest.mark.parametrize(
-    ("name", "bytes_", "complaint"),
-    [
-        ("missing.txt", None, r"missing\.txt \(HTTP 404\)"),
-        ("truncated.txt", None, "the connection broke off, 4 times"),
-        ("loop.txt", None, "TooManyRedirects"),
-        ("endless.txt", len(STORY), "more than 30 bytes"),
-        ("wrong.txt", len(STORY), "31 bytes announced, more than the 30 allowed"),
-    ],
-)
-def test_a_download_that_cannot_end_well_is_one_line(
-    tmp_path, local, server, name, bytes_, complaint
-):
-    corpus = story(urls=[f"{server.address}/{name}"], bytes=bytes_)
-    refused(tmp_path, params(corpus=corpus), complaint)
-
-
-def test_a_wrong_download_is_refused_with_both_hashes(tmp_path, local, server):
-    line = refused(tmp_path, params(corpus=story(urls=[f"{server.address}/wrong.txt"])), "sha256")
-    assert sha256(STORY) in line
-    assert sha256(STORY + b"!") in line
-
-
-def test_a_mirror_on_the_web_is_asked_first(tmp_path, local, server):
-    corpus = story(urls=[UNREACHABLE], mirror_names=["deep/tale.txt"])
-    run(tmp_path, params(corpus=corpus, mirror=f"{server.address}/files/"))
-    assert server.asked == ["/files/deep/tale.txt", "/files/story.txt"]
-
-
-def test_a_wrong_file_on_a_web_mirror_is_not_passed_over(tmp_path, local, server):
-    corpus = story(urls=[f"{server.address}/story.txt"], mirror_names=["wrong.txt"])
-    line = refused(tmp_path, params(corpus=corpus, mirror=server.address), "put the published file")
-    assert sha256(STORY + b"!") in line
 
 
 # --- the published data ---------------------------------------------------------------------------
@@ -511,13 +451,27 @@ def test_one_wrong_byte_in_published_data_is_refused_with_both_hashes(
     [
         ({"corpus": []}, "corpus"),
         ({"unknown": 1}, "unknown"),
-        ({"corpus": [{"name": "a"}]}, "give one of file, urls and builtin"),
+        ({"corpus": [{"name": "a"}]}, "give one of file, folder, glob, urls and builtin"),
         ({"corpus": [{"name": "a", "file": "b", "builtin": "python-docs"}]}, "give one of"),
         ({"corpus": [{"name": "a", "file": "../b"}]}, "inside its folder"),
         ({"corpus": [{"name": "a", "file": "/b"}]}, "inside its folder"),
         ({"corpus": [{"name": "a", "file": "b", "save_as": "c/d"}]}, "name of a data file"),
         ({"corpus": [{"name": "a", "file": "b", "save_as": "sources.json"}]}, "name of a data"),
-        ({"corpus": [{"name": "a", "urls": ["https://a.b/c"]}]}, "needs its sha256"),
+        ({"corpus": [{"name": "a", "file": "b", "folder": "c"}]}, "give one of"),
+        ({"corpus": [{"name": "a", "folder": "../b"}]}, "inside its folder"),
+        ({"corpus": [{"name": "a", "glob": "/b/*"}]}, "inside its folder"),
+        ({"corpus": [{"name": "a", "glob": "b/a**"}]}, "stands for folders"),
+        ({"corpus": [{"name": "../a", "folder": "b"}]}, "inside its folder"),
+        ({"corpus": [{"name": "a/b", "folder": "b"}]}, "name of a data file"),
+        ({"corpus": [{"name": "a", "folder": "b", "sha256": "0" * 64}]}, "take no sha256"),
+        ({"corpus": [{"name": "a", "glob": "b/*", "save_as": "c"}]}, "only a single file"),
+        ({"corpus": [{"name": "a", "file": "b.zip"}]}, "is an archive; name its member"),
+        ({"corpus": [{"name": "a", "urls": ["https://a.b/c.tar.gz"]}]}, "is an archive"),
+        (
+            {"corpus": [{"name": "a", "file": "b.zip", "member": "c", "members": "*"}]},
+            "either member or members",
+        ),
+        ({"corpus": [{"name": "a", "file": "b\n"}]}, "no file name should have"),
         ({"corpus": [{"name": "a", "urls": ["https://a.b"], "sha256": "0" * 64}]}, "inside its"),
         ({"corpus": story(urls=["file:///etc/passwd"])}, "must begin with https"),
         ({"corpus": [{"name": "a", "file": "b", "sha256": "xyz"}]}, "sha256"),
@@ -540,6 +494,17 @@ def test_one_wrong_byte_in_published_data_is_refused_with_both_hashes(
         ),
         ({"corpus": [{"name": "a", "file": "b", "balance": "undersample"}]}, "balance"),
         ({"messages": [{"name": "a", "builtin": "python-docs"}]}, "builtin"),
+        ({"corpus": [{"name": "a", "file": "b", "format": "messages"}]}, "format"),
+        ({"corpus": [{"name": "a", "file": "b", "format": "tsv"}]}, "documents have one of"),
+        ({"messages": [{"name": "a", "file": "b", "format": "json"}]}, "messages have one of"),
+        ({"messages": [{"name": "a", "file": "b", "kind": "documents"}]}, "kind"),
+        ({"corpus": [{"name": "a", "file": "b", "text_field": "x"}]}, "have a text_field"),
+        ({"corpus": [{"name": "a", "file": "b.jsonl", "label_field": "x"}]}, "label_field"),
+        ({"messages": [{"name": "a", "file": "b.tsv", "label_field": "x"}]}, "label_field"),
+        ({"instructions": [{"name": "a", "file": "b", "text_field": "x"}]}, "text_field"),
+        ({"corpus": [{"name": "a", "file": "b.jsonl", "separator": "x"}]}, "have a separator"),
+        ({"parallel": 0}, "parallel"),
+        ({"timeout_seconds": 0}, "timeout_seconds"),
     ],
 )
 def test_impossible_parameters_are_refused(changes, complaint):
