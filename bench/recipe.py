@@ -27,13 +27,14 @@ def compare(settings: Settings, machine: Machine) -> Iterator[Comparison]:
     file = real_file(settings, "tinyshakespeare.txt", "stories.txt")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_raw_file(file, "text", folder / "corpus")
+        write_raw_file(file, "documents", "text", folder / "corpus")
         tokenize(
             _params("shakespeare").tokenize,
             corpus=folder / "corpus",
             vocabulary=None,
             out=folder / "tokens",
             metrics=folder / "metrics.json",
+            report=folder / "report.json",
         )
         runs = compare_in_workers(
             {

@@ -6,11 +6,13 @@ encode through one `tiktoken.Encoding`. The plain-bytes tokenizer is the case wi
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import tiktoken
 
 from gpt.errors import InputError
@@ -79,6 +81,17 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """The ids of `text`; a literal `<|endoftext|>` in it is text like any other."""
         return self._encoding.encode_ordinary(text)
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """`encode` into an array, (n,) uint32: without a Python number for each id."""
+        return self._encoding.encode_to_numpy(text, disallowed_special=())
+
+    @functools.cached_property
+    def byte_lengths(self) -> np.ndarray:
+        """How many bytes of text each id stands for, (vocab_size,); none for `<|endoftext|>`."""
+        lengths = [len(token) for token in self._tokens()]
+        lengths[self.eot] = 0
+        return np.array(lengths, np.min_scalar_type(max(lengths)))
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
         """`encode` for many texts; the result does not depend on the number of threads."""

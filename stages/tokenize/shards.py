@@ -1,0 +1,118 @@
+"""The token files themselves: copied together from the blocks, a file at a time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gpt.token_files import Counts, Shard, SplitName
+from stages.tokenize.blocks import Table, ids_of, tokenizer
+from stages.tokenize.draw import Part
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What goes into one shard file.
+
+    Attributes:
+        file: its name.
+        source: its source's name.
+        documents: how many begin in it.
+        runs: for each block in turn, where the runs of ids that are taken begin and end.
+        lead: an `<|endoftext|>` stands before them.
+    """
+
+    file: str
+    source: str
+    documents: int
+    runs: Sequence[tuple[int, np.ndarray, np.ndarray]]
+    lead: bool
+
+
+def plan(
+    parts: Sequence[Part], table: Table, counts: np.ndarray, names: Sequence[str], shard_tokens: int
+) -> Iterator[tuple[SplitName, Plan]]:
+    """Cut the parts into shards of about `shard_tokens`, whole documents each.
+
+    Args:
+        parts: what each split is made of.
+        table: the documents.
+        counts: of documents in each block.
+        names: of the sources.
+        shard_tokens: a document that begins beyond so many begins the next shard.
+
+    Yields:
+        The split and the plan of each shard.
+    """
+    block = np.repeat(np.arange(len(counts)), counts)
+    first = np.cumsum(counts) - counts
+    ends = np.cumsum(table.length)
+    begins = ends - table.length
+    offset = begins - begins[first[block]]  # of each document in its block
+    numbers: dict[str, int] = {}
+    for part in parts:
+        lengths = part.stop - part.start
+        shard = (np.cumsum(lengths) - lengths) // shard_tokens
+        for index, chosen in enumerate(np.split(np.arange(len(shard)), _steps(shard))):
+            number = numbers.get(part.split, 0)
+            numbers[part.split] = number + 1
+            rows = part.rows[chosen]
+            start = offset[rows] + part.start[chosen]
+            stop = offset[rows] + part.stop[chosen]
+            cuts = _steps(block[rows])
+            runs = [
+                (int(block[of[0]]), *_runs(begin, end))
+                for of, begin, end in zip(
+                    np.split(rows, cuts), np.split(start, cuts), np.split(stop, cuts), strict=True
+                )
+            ]
+            yield (
+                part.split,
+                Plan(
+                    f"{part.split}-{number:05}.bin",
+                    names[part.source],
+                    int((part.start[chosen] <= 1).sum()),
+                    runs,
+                    part.lead and index == 0,
+                ),
+            )
+
+
+def _steps(values: np.ndarray) -> np.ndarray:
+    """Where the values change."""
+    return np.flatnonzero(values[1:] != values[:-1]) + 1
+
+
+def _runs(start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same pieces, those that touch made one."""
+    apart = np.flatnonzero(start[1:] != stop[:-1])
+    return start[np.concatenate([[0], apart + 1])], stop[np.concatenate([apart, [len(stop) - 1]])]
+
+
+# --- in the workers -------------------------------------------------------------------------------
+
+
+def write(blocks: Path, dtype: str, folder: Path, plan: Plan) -> Shard:
+    """Write one shard into `folder`; return what the manifest says of it."""
+    byte_lengths = tokenizer().byte_lengths
+    little_endian = np.dtype(dtype).newbyteorder("<")
+    digest = hashlib.sha256()
+    n_tokens = n_bytes = 0
+    with (folder / plan.file).open("wb") as file:
+        pieces = [np.array([tokenizer().eot], little_endian)] if plan.lead else []
+        for block, starts, stops in plan.runs:
+            ids = ids_of(blocks, block, dtype)
+            pieces += [ids[a:b] for a, b in zip(starts.tolist(), stops.tolist(), strict=True)]
+            joined = np.concatenate(pieces)
+            pieces = []
+            n_tokens += len(joined)
+            n_bytes += int(byte_lengths[joined].sum(dtype=np.int64))
+            data = joined.tobytes()
+            digest.update(data)
+            file.write(data)
+    counts = Counts(documents=plan.documents, bytes=n_bytes, tokens=n_tokens)
+    return Shard(file=plan.file, source=plan.source, sha256=digest.hexdigest(), counts=counts)

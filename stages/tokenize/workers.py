@@ -1,0 +1,104 @@
+"""Work shared out to processes, its results in the order of the work."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
+from typing import Any, TypeVar
+
+from gpt.errors import RunError
+
+T = TypeVar("T")
+
+_AHEAD = 2
+"""So many pieces of work for each process are in memory: one in hand and one waiting."""
+
+
+class Workers:
+    """Processes that do pieces of work; with `n` = 1 the caller's own process does.
+
+    Args:
+        n: how many.
+        prepare: called once in each of them before its first piece of work.
+        arguments: of `prepare`.
+
+    Whoever does it, `map` gives the same: what is worked on must not depend on `n`.
+    """
+
+    def __init__(self, n: int, prepare: Callable[..., None], *arguments: Any) -> None:
+        self._n = n
+        self._start = (prepare, arguments)
+        self._pool: ProcessPoolExecutor | None = None
+        self._prepared = False
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def map(self, work: Callable[..., T], pieces: Iterable[tuple[Any, ...]]) -> Iterator[T]:
+        """`work(*piece)` of every piece, in order; few pieces are drawn ahead of their turn.
+
+        Raises:
+            RunError: a process was killed.
+        """
+        if self._n == 1:
+            prepare, arguments = self._start
+            if not self._prepared:
+                prepare(*arguments)
+                self._prepared = True
+            for piece in pieces:
+                yield work(*piece)
+            return
+        if self._pool is None:
+            # not by fork: the caller has threads, whose locks a copy would hold for ever
+            self._pool = ProcessPoolExecutor(
+                self._n,
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=_begin,
+                initargs=self._start,
+            )
+        waiting: deque[Future[T]] = deque()
+        with _killed_workers_named():
+            for piece in pieces:
+                waiting.append(self._pool.submit(work, *piece))
+                if len(waiting) > _AHEAD * self._n:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+
+
+@contextlib.contextmanager
+def _killed_workers_named() -> Iterator[None]:
+    try:
+        yield
+    except BrokenProcessPool:
+        raise RunError(
+            "tokenize: a worker process was killed, as happens where memory runs out; "
+            "run it again, with fewer tokenize.workers"
+        ) from None
+
+
+def _begin(prepare: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    # Ctrl-C reaches the whole group: the parent decides what becomes of the work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    prepare(*arguments)
+
+
+def _end_with_parent() -> None:
+    """A killed parent says nothing, and its workers would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
