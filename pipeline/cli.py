@@ -268,6 +268,14 @@ def report() -> None:
 
 
 @app.command()
+def data() -> None:
+    """What the models learn from: write reports/data.md anew, and say it in short."""
+    from pipeline.data_report import print_data
+
+    print_data(_root())
+
+
+@app.command()
 def clean(
     everything: Annotated[
         bool, typer.Option("--all", help="Those too that a run would go on from.")

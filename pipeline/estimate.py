@@ -25,12 +25,13 @@ from rich.table import Table
 from rich.text import Text
 
 from gpt import estimate as shapes
-from gpt.data import batch_indices, read_manifest
+from gpt.data import batch_indices
 from gpt.device import pick_device
 from gpt.errors import InputError
 from gpt.estimate import ACCELERATORS, UTILISATION, Accelerator, Memory, Shape, Trained
-from gpt.prompts import render_prompt
+from gpt.prompts import encode_turns, last_prompt
 from gpt.text import read_instructions, read_messages, split_instructions, split_messages
+from gpt.token_files import read_manifest
 from gpt.tokenizer import load_tokenizer
 from gpt.weights import read_config
 from pipeline.console import seconds_in_words
@@ -135,30 +136,24 @@ def make_plan(stage: str, params: Params, root: Path) -> Plan:
 
 def _plan_pretrain(params: PretrainParams, *, tokens: Path) -> Plan:
     from gpt.config import GPTConfig
+    from stages.pretrain import open_sources, open_windows
 
-    manifest = read_manifest(tokens)
-    config = GPTConfig(**dataclasses.asdict(params.model), vocab_size=manifest.vocab_size)
+    vocabulary = read_manifest(tokens).vocab_size
+    config = GPTConfig(**dataclasses.asdict(params.model), vocab_size=vocabulary)
     context = config.context_length
-    windows: dict[str, int] = {}
-    for split, step in (("train", params.stride or context), ("validation", context)):
-        entry = manifest.splits.get(split)  # type: ignore[call-overload]
-        windows[split] = len(range(0, entry.total.tokens - context, step)) if entry else 0
-        if not windows[split]:
-            raise InputError(
-                f"{tokens}: the {split} split is shorter than one context ({context} tokens); add "
-                "text, or lower pretrain.model.context_length"
-            )
-    train, validation = windows["train"], windows["validation"]
-    every = shapes.forward_flops(config, Shape.full(1, context)) * validation
-    some = min(params.eval_windows or validation, validation)
+    windows = open_windows(params, tokens, end=None)
+    validation = len(windows["validation"])
+    by_source = sum(map(len, open_sources(params, tokens, end=None).values()))
+    one = shapes.forward_flops(config, Shape.full(1, context))
     prompt = len(load_tokenizer(tokens).encode(params.sample_prompt))
+    full = np.broadcast_to(context, len(windows["train"]))
     return _language_plan(
         "pretrain",
-        params.train,
+        params.recipe,
         config,
-        _Rows(np.full(train, context), np.full(train, context), uniform=True),
-        evaluation_flops=every * some / validation,
-        final_flops=every,
+        _Rows(full, full, uniform=True),
+        evaluation_flops=one * min(params.eval_windows or validation, validation),
+        final_flops=one * (validation + by_source),
         cache=(1, prompt + params.sample_tokens),
     )
 
@@ -177,22 +172,15 @@ def _plan_instruct(params: FinetuneInstructParams, *, base: Path, instructions: 
         )
     rows: dict[str, _Rows] = {}
     for name in ("train", "validation"):
-        prompts = [
-            tokenizer.encode(render_prompt(params.template, each.instruction, each.input))
-            for each in parts[name]
-        ]
-        data = InstructionDataset(
-            prompts,
-            tokenizer.encode_batch([each.output for each in parts[name]]),
-            end=tokenizer.eot,
-            mask_prompt=params.mask_prompt,
-            max_length=longest,
+        turns = encode_turns(tokenizer, params.template, parts[name])
+        data = InstructionDataset.of_turns(
+            turns, end=tokenizer.eot, mask_prompt=params.mask_prompt, max_length=longest
         )
         if not len(data):
             raise InputError(f"{instructions}: the {name} part is empty; add records")
         targets = [data.collate([data[i]]).n_targets for i in range(len(data))]
         rows[name] = _Rows(data.lengths, np.array(targets))
-    shown = [len(prompt[-longest:]) for prompt in prompts[:3]]
+    shown = [len(last_prompt(each, tokenizer.eot)[-longest:]) for each in turns[:3]]
     by_length = rows["validation"].by_length(params.train.batch_size)
     validation = sum(shapes.forward_flops(config, shape) for shape in by_length)
     return _language_plan(

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 PARAMS_FILE = "params.yaml"
 
+_PLACE = ("file", "folder", "glob", "urls", "member", "members")
+"""The parameters of a source that say where it is."""
+
 _MOST_PROBLEMS = 5
 """So many problems are named in one message."""
 
@@ -241,6 +244,7 @@ def _across(params: Params) -> Iterator[str]:
     yield from _contexts(params)
     yield from _missing_model(params)
     yield from _leaks(params)
+    yield from _mixture(params)
 
 
 def _contexts(params: Params) -> Iterator[str]:
@@ -288,16 +292,27 @@ def _leaks(params: Params) -> Iterator[str]:
         ),
     }
     for index, source in enumerate(params.download.corpus):
-        if source.read_as not in labelled:
+        if source.kind not in labelled:
             continue
-        name, stage, data = labelled[source.read_as]
-        same_file = any(
-            (source.file, source.urls, source.member) == (each.file, each.urls, each.member)
-            for each in data
-        )
+        name, stage, data = labelled[source.kind]
+        same_file = any(_place(source) == _place(each) for each in data)
         balance = getattr(stage, "balance", "none")
         if same_file and (source.split != stage.split or source.balance != balance):
             yield (
                 f"download.corpus[{index}]: holds rows that {name} is tested on; give it "
                 f"part: train and the split and balance of {name}"
             )
+
+
+def _place(source: Source) -> tuple[Any, ...]:
+    return tuple(getattr(source, name) for name in _PLACE)
+
+
+def _mixture(params: Params) -> Iterator[str]:
+    """Weights of sources that the corpus does not have, or sources without a weight."""
+    from stages.tokenize.draw import difference
+
+    if params.tokenize.mixture:
+        names = [source.name for source in params.download.corpus]
+        if problem := difference(params.tokenize.mixture.weights, names):
+            yield f"tokenize.mixture.weights: {problem}"

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from gpt.files import whole_file
+from pipeline.markdown import name_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import Locator
 
 _SIZE = (7.0, 4.2)  # inches
+_MOST_BARS = 20
+_MOST_PANELS = 12
+_NAME_LENGTH = 24  # of a source or class in a picture
 _TITLES = {
     "pretrain": "Pretraining",
     "finetune_classifier": "Fine-tuning the classifier",
@@ -73,6 +81,113 @@ def draw_confusion(predictions: Path, picture: Path) -> Path:
     return _draw(picture, title, cells)
 
 
+def draw_bars(path: Path, title: str, values: Mapping[str, int], unit: str) -> Path:
+    """One bar a name, in the given order, with its figure and share; the 20 largest if more.
+
+    Args:
+        path: the picture.
+        title: above it.
+        values: name -> how many.
+        unit: what is counted.
+    """
+    shown = dict(values)
+    if len(shown) > _MOST_BARS:
+        largest = sorted(shown, key=lambda name: -shown[name])[: _MOST_BARS - 1]
+        rest = [n for name, n in shown.items() if name not in largest]
+        shown = {name: shown[name] for name in largest}
+        shown[f"{len(rest)} others"] = sum(rest)
+    total = max(sum(shown.values()), 1)
+
+    def bars(axes: Axes) -> None:
+        drawn = axes.barh(range(len(shown)), list(shown.values()), height=0.7)
+        axes.bar_label(drawn, [f"{n:,} ({n / total:.1%})" for n in shown.values()], padding=4)
+        axes.set(xlabel=unit, xlim=(0, max(1, *shown.values()) * 1.45))
+        axes.xaxis.set_major_formatter(_in_thousands)
+        axes.xaxis.set_major_locator(_whole_numbers())
+        _name_rows(axes, list(shown))
+
+    return _draw(path, title, bars, _height_for(len(shown)))
+
+
+def draw_lengths(
+    path: Path,
+    title: str,
+    groups: Mapping[str, tuple[Sequence[int], Sequence[int]]],
+    length: str,
+    counted: str,
+) -> Path:
+    """A panel a group: how many texts have which length, in bars on a logarithmic axis.
+
+    Args:
+        path: the picture.
+        title: above it.
+        groups: name -> the bars' edges and counts; the 12 largest groups are drawn.
+        length: what a length is measured in.
+        counted: what has the lengths.
+    """
+    largest = sorted(groups, key=lambda name: -sum(groups[name][1]))[:_MOST_PANELS]
+    shown = {name: groups[name] for name in groups if name in largest}
+    # all panels alike, so that they can be compared; only as far as there is something to see
+    filled = [
+        (edges[i], _end_of(edges, i))
+        for edges, counts in shown.values()
+        for i, n in enumerate(counts)
+        if n
+    ]
+    limits = (
+        max(min((low for low, _ in filled), default=1), 0.5),
+        max((high for _, high in filled), default=2),
+    )
+    if len(shown) < len(groups):
+        title += f" (the {len(shown)} largest of {len(groups)})"
+
+    def panel(name: str) -> Callable[[Axes], None]:
+        edges, counts = shown[name]
+
+        def bars(axes: Axes) -> None:
+            starts = [max(edge, 0.5) for edge in edges[: len(counts)]]  # 0 is left of a half
+            widths = [_end_of(edges, i) - start for i, start in enumerate(starts)]
+            axes.bar(starts, counts, widths, align="edge", edgecolor="white")
+            axes.set_xscale("log", base=2)
+            axes.set_xlim(*limits)
+            axes.xaxis.set_major_formatter(_doubled)
+            axes.xaxis.set_minor_formatter("")
+            axes.yaxis.set_major_formatter(_in_thousands)
+            axes.yaxis.set_major_locator(_whole_numbers())
+            axes.set_ylim(bottom=0)
+
+        return bars
+
+    panels = {name: panel(name) for name in shown}
+    return _draw_panels(path, title, panels, xlabel=length, ylabel=counted)
+
+
+def draw_mixture(path: Path, title: str, shares: Mapping[str, tuple[float, float, float]]) -> Path:
+    """Three bars a source: its share of the text there is, its weight, its share of the mixture.
+
+    Args:
+        path: the picture.
+        title: above it.
+        shares: name -> the three shares, 0 to 1.
+    """
+    names = ("of the text there is", "wanted (weight)", "of the training tokens")
+
+    def bars(axes: Axes) -> None:
+        for i, label in enumerate(names):
+            rows = [row + (i - 1) * 0.27 for row in range(len(shares))]
+            values = [each[i] for each in shares.values()]
+            drawn = axes.barh(rows, values, height=0.25, label=label)
+            axes.bar_label(drawn, [f"{value:.1%}" for value in values], padding=3, size=8)
+        largest = max((max(each) for each in shares.values()), default=0)
+        axes.set(xlabel="share of tokens", xlim=(0, max(largest * 1.15, 0.01)))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axes.figure.legend(frameon=False, loc="outside lower center", ncols=3)
+        _name_rows(axes, list(shares))
+
+    width, _ = _SIZE
+    return _draw(path, title, bars, (width, 1.7 + 0.62 * len(shares)))
+
+
 def _curve(path: Path, title: str, unit: str, frame: pd.DataFrame, measure: str) -> Path:
     def lines(axes: Axes) -> None:
         for split in ("train", "validation"):
@@ -84,18 +199,103 @@ def _curve(path: Path, title: str, unit: str, frame: pd.DataFrame, measure: str)
     return _draw(path, title, lines)
 
 
-def _draw(path: Path, title: str, content: Callable[[Axes], None]) -> Path:
-    # a figure of our own instead of pyplot's: no global state, no display
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def _whole_numbers() -> Locator:
+    from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=_SIZE, layout="constrained")
-    FigureCanvasAgg(figure)
+    return MaxNLocator(nbins=6, integer=True, min_n_ticks=1)
+
+
+def _height_for(n_bars: int) -> tuple[float, float]:
+    width, _ = _SIZE
+    return width, 1.1 + 0.36 * max(n_bars, 2)
+
+
+def _name_rows(axes: Axes, names: Sequence[str]) -> None:
+    axes.set_yticks(range(len(names)))
+    # as text: a name with dollar signs is no formula
+    axes.set_yticklabels([name_of(name, _NAME_LENGTH) for name in names], parse_math=False)
+    axes.set_ylim(len(names) - 0.4, -0.6)  # the first on top
+    axes.grid(False, axis="y")
+    axes.set_axisbelow(True)
+    axes.tick_params(axis="y", length=0)
+
+
+def _doubled(value: float, _: object = None) -> str:
+    """On an axis that doubles: `512`, `1K` for 1,024, `2M`."""
+    for size, unit in ((1 << 20, "M"), (1 << 10, "K")):
+        if value >= size:
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"
+
+
+def _in_thousands(value: float, _: object = None) -> str:
+    """`512`, `1.5k`, `2M`."""
+    for size, unit in ((10**6, "M"), (10**3, "k")):
+        if value >= size:
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"
+
+
+def _end_of(edges: Sequence[int], i: int) -> int:
+    """Where a bar ends: the last one may have no edge of its own, and is as wide as it is far."""
+    return edges[i + 1] if i + 1 < len(edges) else max(2 * edges[i], 1)
+
+
+def _draw(
+    path: Path,
+    title: str,
+    content: Callable[[Axes], None],
+    size: tuple[float, float] = _SIZE,
+) -> Path:
+    figure = _figure(size)
     axes = figure.add_subplot()
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     content(axes)
     axes.set_title(title)
-    with whole_file(path) as partial:
+    return _save(figure, path)
+
+
+def _draw_panels(
+    path: Path,
+    title: str,
+    panels: Mapping[str, Callable[[Axes], None]],
+    *,
+    xlabel: str,
+    ylabel: str,
+) -> Path:
+    """Pictures side by side, each under its name, with one scale for the x axis."""
+    columns = 2 if len(panels) == 4 else min(3, max(len(panels), 1))
+    rows = math.ceil(len(panels) / columns)
+    width, height = _SIZE
+    figure = _figure((width + 2 * (columns - 1), height if rows == 1 else 1.0 + 2.1 * rows))
+    for i, (name, content) in enumerate(panels.items()):
+        axes = figure.add_subplot(rows, columns, i + 1)
+        axes.grid(alpha=0.3)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        content(axes)
+        axes.set_title(name_of(name, _NAME_LENGTH), size=10, parse_math=False)
+        axes.tick_params(labelsize=8)
+    figure.suptitle(title)
+    figure.supxlabel(xlabel, size=10)
+    figure.supylabel(ylabel, size=10)
+    return _save(figure, path)
+
+
+def _figure(size: tuple[float, float]) -> Figure:
+    # a figure of our own instead of pyplot's: no global state, no display
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    with whole_file(path) as partial, warnings.catch_warnings():
+        # a name in a script that the font lacks is drawn as boxes; the tables have it in full
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
         figure.savefig(partial, dpi=120, format="png")
     return path

@@ -54,15 +54,22 @@ class StageSpec:
         inputs: keyword -> path relative to the project; `{name}` stands for the stage's
             parameter of that name.
         outputs: keyword -> path relative to the project.
-        trains: it can be cut off and continued, and takes a `state` folder for that.
+        scratch: keyword -> path relative to the project, of what is kept between runs and no
+            output depends on.
+        trains: it has a `train` section, and several processes may share its work.
+        continues: it can be cut off and continued, and takes a `state` folder for that.
         model: under which name its model is registered; none if it makes no model to serve.
+        makes_data: the data report is written anew after it.
     """
 
     function: str
     inputs: Mapping[str, str] = field(default_factory=dict)
     outputs: Mapping[str, str]
+    scratch: Mapping[str, str] = field(default_factory=dict)
     trains: bool = False
+    continues: bool = False
     model: str | None = None
+    makes_data: bool = False
 
     def load(self) -> Callable[..., dict[str, Any]]:
         """The stage's function."""
@@ -87,11 +94,19 @@ STAGES: dict[str, StageSpec] = {
             "gpt2": "data/raw/gpt2",
             "metrics": "reports/download/metrics.json",
         },
+        scratch={"cache": ".pipeline/downloads"},
+        makes_data=True,
     ),
     "tokenize": StageSpec(
         function="stages.tokenize:tokenize",
         inputs={"corpus": "data/raw/corpus", "vocabulary": "data/raw/gpt2"},
-        outputs={"out": "data/tokens", "metrics": "reports/tokenize/metrics.json"},
+        outputs={
+            "out": "data/tokens",
+            "metrics": "reports/tokenize/metrics.json",
+            "report": "reports/tokenize/corpus.json",
+        },
+        continues=True,
+        makes_data=True,
     ),
     "pretrain": StageSpec(
         function="stages.pretrain:pretrain",
@@ -102,6 +117,7 @@ STAGES: dict[str, StageSpec] = {
             "history": "reports/pretrain/history.csv",
         },
         trains=True,
+        continues=True,
         model="base",
     ),
     "load_gpt2": StageSpec(
@@ -118,6 +134,7 @@ STAGES: dict[str, StageSpec] = {
             "history": "reports/finetune_classifier/history.csv",
         },
         trains=True,
+        continues=True,
         model="classifier",
     ),
     "finetune_instruct": StageSpec(
@@ -129,6 +146,7 @@ STAGES: dict[str, StageSpec] = {
             "history": "reports/finetune_instruct/history.csv",
         },
         trains=True,
+        continues=True,
         model="assistant",
     ),
     "evaluate": StageSpec(
@@ -292,20 +310,35 @@ def _run(name: str, root: Path) -> None:
     function = spec.load()
     input_md5 = _md5s(root, inputs)
     state, notice = None, None
-    if spec.trains:
+    if spec.continues:
         state = state_folder(root, name, params, input_md5)
         notice = older_states(root, name, state)
-        from gpt.checkpoint import Checkpoints
+        # says now, before MLflow has a run, if nothing can be kept there
+        if spec.trains:
+            from gpt.checkpoint import Checkpoints
 
-        Checkpoints(state)  # says now, before MLflow has a run, if nothing can be kept there
+            Checkpoints(state)
+        else:
+            state.mkdir(parents=True, exist_ok=True)
 
     if launch.is_worker():
         # before what only this process does: from now on the others hear of its end
         launch.meet(params.train)
+    from pipeline.data_sets import input_sets
+
+    data_sets = input_sets(root, input_md5, trains=spec.trains)
     started = time.monotonic()
     _end_abandoned(root, name, state)
     description = (sys.modules[function.__module__].__doc__ or "").partition("\n")[0]
-    run = StageRun(root, name, params, input_md5, state=state, description=description)
+    run = StageRun(
+        root,
+        name,
+        params,
+        input_md5,
+        state=state,
+        description=description,
+        data_sets=data_sets,
+    )
     note = _RunNote(root, name, run)
     try:
         with make_log(name) as log:
@@ -316,6 +349,7 @@ def _run(name: str, root: Path) -> None:
                 _with_mirror(params),
                 **inputs,
                 **outputs,
+                **{keyword: root / path for keyword, path in spec.scratch.items()},
                 **({"state": state} if state else {}),
                 log=_to_both(log, run),
             )
@@ -369,7 +403,7 @@ def _finish(
     metrics: Mapping[str, Any],
     log: Log,
 ) -> None:
-    """What the run keeps of a stage that went well: pictures, the model, checksums, metrics."""
+    """What the run keeps of a stage that went well: pictures, the model, the data, the figures."""
     output_md5 = _md5s(root, outputs)
     with tempfile.TemporaryDirectory() as folder:
         for picture in _pictures(name, outputs, Path(folder)):
@@ -380,6 +414,14 @@ def _finish(
         directory = outputs["out"]
         version = register(run, spec.model, directory, output_md5[_relative(root, directory)])
         log(Message(f"registered as models:/{spec.model}/{version}"))
+    if spec.makes_data:
+        from pipeline.data_report import write_report
+        from pipeline.data_sets import made_sets
+
+        report = write_report(root)
+        run.add_data_sets(made_sets(root, run.inputs, output_md5))
+        run.add_report(report.page, report.pictures)
+        log(Message(f"the data report: {_relative(root, report.page)}"))
     # a group of their own beside the curves of a training run; named to come after the losses
     run.close(
         "FINISHED", metrics={"result": metrics} if spec.trains else metrics, outputs=output_md5

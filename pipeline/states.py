@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 FOLDER = ".checkpoints"
 
-HOW = ("devices", "parallel", "checkpoint_seconds")
-"""The parameters of a `train` section that say how and not what is trained. They change no result,
-so a training that was stopped goes on under others: on the machine that has the GPUs, say."""
+HOW = ("train.devices", "train.parallel", "train.checkpoint_seconds", "workers")
+"""The parameters of a stage that say how and not what is done. They change no result, so what was
+stopped goes on under others: on the machine that has the GPUs, say."""
 
 _STEP = re.compile(r"step-(\d+)\b.*")
 _PARTIAL = ".*.partial"
@@ -68,8 +68,10 @@ def fingerprint(root: Path, stage: str, params: Any, inputs: Mapping[str, str]) 
     if missing := [dep for dep in code if not (root / dep).is_file()]:
         raise InputError(f"{missing[0]} is missing, and {stage} depends on it; restore the file")
     values = dataclasses.asdict(params)
-    if isinstance(train := values.get("train"), dict):
-        values["train"] = {key: value for key, value in train.items() if key not in HOW}
+    for section, within in (("", values), ("train.", values.get("train"))):
+        for name in HOW:
+            if within and name.startswith(section):
+                within.pop(name.removeprefix(section), None)
     code_md5 = {dep: dvc_md5(root / dep) for dep in code}
     whole = json.dumps([values, dict(inputs), code_md5], sort_keys=True)
     return hashlib.sha256(whole.encode()).hexdigest()[:16]
@@ -248,7 +250,7 @@ def _clean_stage(
 ) -> Iterator[Removed | Kept]:
     folder = root / FOLDER / stage
     going_on, unknown = None, ""
-    if next_state and spec and spec.trains and _states(root, stage):
+    if next_state and spec and spec.continues and _states(root, stage):
         # before the lock is taken: to hash the inputs takes long, and a run need not wait for it
         try:
             going_on = next_state(stage)

@@ -20,7 +20,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
@@ -243,6 +244,28 @@ def _machine() -> dict[str, str]:
     }
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataSet:
+    """A data set that a run worked with, as its page names it under "Datasets used".
+
+    Attributes:
+        name: what it is called.
+        digest: of its bytes, at most 36 characters. What MLflow knows by name and digest already,
+            it does not take anew.
+        context: what the run did with it: `raw`, `train`, `training` or `input`.
+        source_type: `http` or `local`.
+        source: where it is: `url` or `uri`.
+        profile: what is in it, in figures.
+    """
+
+    name: str
+    digest: str
+    context: Literal["raw", "train", "training", "input"]
+    source_type: Literal["http", "local"]
+    source: Mapping[str, Any]
+    profile: Mapping[str, Any] = field(default_factory=dict)
+
+
 # --- the run ---------------------------------------------------------------------------------
 
 
@@ -258,6 +281,7 @@ class StageRun:
             are noted there too, so that a run that is cut off, by SIGKILL even, goes on as the
             same run, with no step missing and none logged twice.
         description: what the stage does, for the experiment's page.
+        data_sets: what the inputs are, for the run's page.
 
     Raises:
         RunError: MLflow cannot be reached.
@@ -271,9 +295,11 @@ class StageRun:
         inputs: Mapping[str, str],
         state: Path | None = None,
         description: str = "",
+        data_sets: Sequence[DataSet] = (),
     ) -> None:
         self.root = root
         self.stage = stage
+        self.inputs = dict(inputs)
         self.experiment = EXPERIMENT_PREFIX + stage
         self.client = connect(root)
         with _named_failure(root, "does not take a run"):
@@ -281,6 +307,8 @@ class StageRun:
             self._seen: dict[str, set[int]] = {}
             resumed = self._reopen(_noted_id(state))
             self.id = resumed or self._create(flatten(params), inputs)
+            if not resumed:
+                self._log_data_sets(data_sets)
         self.resumed = resumed is not None
         self.url = run_url(root, self.experiment_id, self.id)
         self._metrics: deque[tuple[str, float, int, int]] = deque()  # name, value, ms, step
@@ -307,6 +335,19 @@ class StageRun:
         """Keep a picture under `plots/`."""
         with _named_failure(self.root, "did not take a picture"):
             self.client.log_artifact(self.id, str(path), "plots")
+
+    def add_data_sets(self, data_sets: Iterable[DataSet]) -> None:
+        """Name data sets that the stage found or made."""
+        with _named_failure(self.root, "did not take the data sets"):
+            self._log_data_sets(list(data_sets))
+
+    def add_report(self, page: Path, pictures: Sequence[Path]) -> None:
+        """Keep a page under `data/`, and its pictures where it links to them."""
+        with _named_failure(self.root, "did not take the data report"):
+            self.client.log_artifact(self.id, str(page), "data")
+            for picture in pictures:
+                folder = picture.relative_to(page.parent).parent
+                self.client.log_artifact(self.id, str(picture), f"data/{folder.as_posix()}")
 
     def close(
         self,
@@ -392,7 +433,7 @@ class StageRun:
             return str(self.client.get_experiment_by_name(self.experiment).experiment_id)
 
     def _create(self, params: dict[str, str], inputs: Mapping[str, str]) -> str:
-        from mlflow.entities import Dataset, DatasetInput, InputTag, Param
+        from mlflow.entities import Param
 
         git = git_state(self.root)
         last = self.client.search_runs(
@@ -414,17 +455,26 @@ class StageRun:
             self.client.create_run(self.experiment_id, tags=tags, run_name=name).info.run_id
         )
         self.client.log_batch(run_id, params=[Param(key, value) for key, value in params.items()])
-        self.client.log_inputs(
-            run_id,
-            [
-                DatasetInput(
-                    Dataset(path, md5, "local", json.dumps({"uri": path})),
-                    [InputTag("mlflow.data.context", "input")],
-                )
-                for path, md5 in inputs.items()
-            ],
-        )
         return run_id
+
+    def _log_data_sets(self, data_sets: Sequence[DataSet]) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        inputs = [
+            DatasetInput(
+                Dataset(
+                    _short(each.name),
+                    each.digest,
+                    each.source_type,
+                    json.dumps(each.source),
+                    profile=json.dumps(each.profile) if each.profile else None,
+                ),
+                [InputTag("mlflow.data.context", each.context)],
+            )
+            for each in data_sets
+        ]
+        if inputs:
+            self.client.log_inputs(self.id, inputs)
 
     def _reopen(self, run_id: str | None) -> str | None:
         """Go on with a run that was cut off; None if MLflow no longer has it."""

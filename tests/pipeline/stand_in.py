@@ -125,6 +125,7 @@ STAGES = {
             "history": "reports/learn/history.csv",
         },
         trains=True,
+        continues=True,
     ),
 }
 

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from data_project import make_data_project
 
 import pipeline
 
@@ -217,3 +218,20 @@ def test_a_python_without_the_packages_hands_over_to_the_projects_environment(tm
     python.chmod(0o755)
     handed = subprocess.run([*bare, start], capture_output=True, text=True, check=False)
     assert handed.stdout == "project: -m pipeline stage x\n"
+
+
+def test_data_writes_the_report_and_says_it_in_short(project, command):
+    make_data_project(project, ["docs", "stories"])
+    code, shown, _ = command("data")
+    assert code == 0
+    assert "pretraining text (documents)" in shown
+    assert "reports/data.md: the whole report, with pictures" in shown
+    assert (project / "reports" / "data.md").read_text().startswith("# The data\n")
+    assert " data " in command("--help")[1]
+
+
+def test_data_before_anything_was_downloaded_is_one_line(project, command):
+    code, shown, errors = command("data")
+    assert (code, shown) == (2, "")
+    assert errors.count("\n") == 1
+    assert "nothing was downloaded yet; run `gpt-pipeline run tokenize` first" in errors

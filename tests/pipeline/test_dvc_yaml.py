@@ -114,7 +114,8 @@ def test_a_stage_writes_what_dvc_takes(stage):
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_is_called_with_the_names_that_it_knows(stage):
     spec = STAGES[stage]
-    keywords = {*spec.inputs, *spec.outputs, *(["state"] if spec.trains else []), "log"}
+    keywords = {*spec.inputs, *spec.outputs, *spec.scratch, "log"}
+    keywords |= {"state"} if spec.continues else set()
     signature = inspect.signature(spec.load())
     assert keywords == {
         name

@@ -33,15 +33,19 @@ ROOT = Path(__file__).resolve().parents[2]
 TRAINING = ("pretrain", "finetune_classifier", "finetune_instruct")
 
 
-def raw(folder, format_, text):
+def raw(folder, kind, format_, text):
     folder.mkdir(parents=True)
-    path = folder / f"{format_}.data"
+    path = folder / f"{kind}.data"
     path.write_text(text)
-    size = path.stat().st_size
-    write_sources(
-        folder,
-        [RawFile(name=format_, file=path.name, format=format_, bytes=size, sha256=sha256_of(path))],
+    file = RawFile(
+        name=kind,
+        file=path.name,
+        kind=kind,
+        format=format_,
+        bytes=path.stat().st_size,
+        sha256=sha256_of(path),
     )
+    write_sources(folder, [file])
 
 
 @pytest.fixture(scope="module")
@@ -51,20 +55,21 @@ def tiny(tmp_path_factory):
     corpus = "".join(
         json.dumps({"text": f"Document {i} tells of cats. "}) + "\n" for i in range(99)
     )
-    raw(root / "data/raw/corpus", "jsonl", corpus)
+    raw(root / "data/raw/corpus", "documents", "jsonl", corpus)
     messages = [f"{'spam' if i % 2 else 'ham'}\tit is {'so ' * (i % 7)} {i}\n" for i in range(80)]
-    raw(root / "data/raw/messages", "messages", "".join(messages))
+    raw(root / "data/raw/messages", "messages", "tsv", "".join(messages))
     records = [
         {"instruction": f"Say {i}.", "input": "now " * (i % 3), "output": f"It is {i}."}
         for i in range(40)
     ]
-    raw(root / "data/raw/instructions", "instructions", json.dumps(records))
+    raw(root / "data/raw/instructions", "instructions", "json", json.dumps(records))
     tokenize(
         TokenizeParams(tokenizer="bytes", validation=0.2),
         corpus=root / "data/raw/corpus",
         vocabulary=None,
         out=root / "data/tokens",
         metrics=root / "reports/tokenize/metrics.json",
+        report=root / "reports/tokenize/corpus.json",
     )
     torch.manual_seed(0)
     config = GPTConfig(vocab_size=257, context_length=256, n_layer=2, n_head=2, n_embd=32)
@@ -115,6 +120,8 @@ def shown(root, *arguments, **options):
     ("stage", "changes"),
     [
         ("pretrain", {"stride": 5, "accumulation": 2}),
+        ("pretrain", {"windows": "random", "separate_documents": True}),
+        ("pretrain", {"windows": "random", "steps": None, "epochs": 3, "accumulation": 2}),
         ("pretrain", {"steps": None, "epochs": 1, "batch_size": 1000}),
         ("finetune_classifier", {"trainable": "all"}),
         ("finetune_classifier", {"trainable": "last_block", "group_by_length": True}),

@@ -145,7 +145,7 @@ def test_gpt2_that_is_never_fetched_is_refused(smoke, refuse):
 
 @pytest.mark.parametrize("other", [{"train": 0.8, "validation": 0.1}, None])
 def test_pretraining_on_rows_that_the_classifier_is_tested_on_is_refused(smoke, refuse, other):
-    source = {"name": "m", "file": "messages.tsv", "format": "messages", "balance": "undersample"}
+    source = {"name": "m", "file": "messages.tsv", "kind": "messages", "balance": "undersample"}
     if other:
         source |= {"split": other, "part": "train"}
     else:

@@ -275,7 +275,8 @@ def test_the_table_of_stages_names_what_the_functions_take() -> None:
 
     for name, spec in runner.STAGES.items():
         taken = inspect.signature(spec.load()).parameters
-        given = {*spec.inputs, *spec.outputs, "params", "log", *(["state"] if spec.trains else [])}
+        given = {*spec.inputs, *spec.outputs, *spec.scratch, "params", "log"}
+        given |= {"state"} if spec.continues else set()
         assert set(taken) == given, name
 
 

@@ -1,17 +1,27 @@
-"""Checksums as DVC's, the cost of a step, names of runs."""
+"""Checksums as DVC's, the cost of a step, names of runs, data sets."""
 
+import dataclasses
+import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import stand_in
 import yaml
+from data_project import add_corpus, add_messages, raw_file
+from pydantic import TypeAdapter
 
 from gpt.events import Metrics
+from gpt.files import sha256_of, write_json
+from gpt.text import read_sources, write_sources
+from gpt.token_files import Counts, Manifest, Shard, SplitManifest
 from pipeline import tracking
+from pipeline.data_sets import input_sets, made_sets
 from pipeline.tracking import StageRun, dvc_md5
 
 
@@ -122,3 +132,92 @@ def test_a_run_killed_right_after_its_end_was_written_has_its_results_once(proje
         run.close("FINISHED", metrics={"result": {"accuracy": 0.5}})
     for name in ("result/accuracy", "loss/train"):
         assert len(run.client.get_metric_history(run.id, name)) == 1, name
+
+
+# --- data sets ------------------------------------------------------------------------------------
+
+
+def shown_sets(run: StageRun) -> dict[str, tuple[str, dict[str, Any]]]:
+    """What the run's page lists: name -> context and profile."""
+    inputs = run.client.get_run(run.id).inputs.dataset_inputs
+    return {
+        each.dataset.name: (each.tags[0].value, json.loads(each.dataset.profile or "{}"))
+        for each in inputs
+    }
+
+
+def add_manifest(folder: Path) -> None:
+    counts = Counts(documents=3, bytes=40, tokens=10)
+    shard = Shard(file="train-0.bin", source="docs", sha256="0" * 64, counts=counts)
+    split = SplitManifest(shards=(shard,))
+    manifest = Manifest(dtype="uint16", vocab_size=257, tokenizer="0", splits={"train": split})
+    write_json(folder / "manifest.json", TypeAdapter(Manifest).dump_python(manifest))
+
+
+def test_a_training_s_page_says_what_it_learnt_from(project: Path, empty_database: Path) -> None:
+    shutil.copy(empty_database, project / "mlflow.db")
+    add_manifest(project / "data" / "tokens")
+    add_messages(project, [("ham", "a"), ("spam", "b")])
+    paths = ("data/tokens", "data/raw/messages", "models/gpt2")
+    (project / "models" / "gpt2").mkdir(parents=True)
+    md5s = {path: dvc_md5(project / path) for path in paths}
+    sets = input_sets(project, md5s, trains=True)
+    run = StageRun(project, "learn", stand_in.LearnParams(), md5s, data_sets=sets)
+    run.close("FINISHED")
+    figures = {"documents": 3, "bytes": 40, "tokens": 10}
+    size = (project / "data/raw/messages/messages.tsv").stat().st_size
+    assert shown_sets(run) == {
+        "data/tokens": ("training", figures | {f"train_{key}": n for key, n in figures.items()}),
+        "data/raw/messages": ("training", {"rows": 2, "files": 1, "bytes": size}),
+        "models/gpt2": ("input", {}),
+    }
+
+
+def test_a_data_set_is_known_by_the_bytes_of_its_files(project: Path, empty_database: Path) -> None:
+    shutil.copy(empty_database, project / "mlflow.db")
+    add_corpus(project, ["local", "web"])
+    folder = "data/raw/corpus"
+    first = made_sets(project, {}, {folder: "md5"})
+    assert [(each.name, each.context, each.source_type) for each in first] == [
+        ("local", "raw", "local"),
+        ("web", "raw", "http"),
+    ]
+    sha256 = sha256_of(project / folder / "0.txt")
+    assert first[0].digest == f"{sha256[:16]}-100"
+    assert first[0].source["sha256"] == sha256
+    files = read_sources(project / folder)
+    both = [dataclasses.replace(file, name="both") for file in files]
+    write_sources(project / folder, both)
+    (joined,) = made_sets(project, {}, {folder: "md5"})
+    assert joined.digest not in {each.digest for each in first}
+    assert joined.profile["files"] == 2
+    # what MLflow keeps of the first is not told of other documents out of the same bytes
+    write_sources(project / folder, [dataclasses.replace(file, records=7) for file in files])
+    again = made_sets(project, {}, {folder: "md5"})
+    assert not {each.digest for each in again} & {each.digest for each in first}
+    # once more by a process that went on where the first was killed: each is there once
+    run = StageRun(project, "learn", stand_in.LearnParams(), {})
+    run.add_data_sets([*first, joined])
+    run.add_data_sets([*first, joined])
+    run.close("FINISHED")
+    assert set(shown_sets(run)) == {"local", "web", "both"}
+    assert len(run.client.get_run(run.id).inputs.dataset_inputs) == 3
+
+
+def test_the_tokens_that_a_stage_made_are_named_for_training(project: Path) -> None:
+    add_corpus(project, ["docs"])
+    add_manifest(project / "data" / "tokens")
+    sets = made_sets(project, {"data/raw/corpus": "a"}, {"data/tokens": "b.dir", "reports/x": "c"})
+    assert [(each.name, each.digest, each.context) for each in sets][1:] == [
+        ("data/tokens", "b.dir", "train")
+    ]
+    # what the stage only read is no data set that it made
+    assert made_sets(project, {"data/tokens": "b.dir"}, {}) == []
+
+
+def test_files_of_a_model_are_no_data_set(project: Path) -> None:
+    folder = project / "data" / "raw" / "gpt2"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    write_sources(folder, [raw_file(folder / "config.json", "config", "file", "file", 0)])
+    assert made_sets(project, {}, {"data/raw/gpt2": "a"}) == []

@@ -52,6 +52,7 @@ def project(tmp_path: Path) -> Path:
             RawFile(
                 name="stories",
                 file="stories.txt",
+                kind="documents",
                 format="text",
                 bytes=(corpus / "stories.txt").stat().st_size,
                 sha256=sha256_of(corpus / "stories.txt"),
@@ -64,6 +65,7 @@ def project(tmp_path: Path) -> Path:
         vocabulary=None,
         out=root / "data" / "tokens",
         metrics=root / "metrics.json",
+        report=root / "report.json",
     )
     for name in ("gpt", "stages"):  # the code is part of a state's fingerprint
         shutil.copytree(ROOT / name, root / name)
