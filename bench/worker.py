@@ -88,8 +88,9 @@ class Worker:
         # a fresh interpreter: a forked one would inherit this process's threads and memory
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
+        # no daemon: what is measured may start processes of its own
         self._process = context.Process(
-            target=_serve, args=(theirs, alternative, threads), name=name, daemon=True
+            target=_serve, args=(theirs, alternative, threads), name=name, daemon=False
         )
         self._process.start()
         theirs.close()  # theirs alone: so its death is an end of file here

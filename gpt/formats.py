@@ -19,9 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 
-import pyarrow as pa  # type: ignore[import-untyped]
 import zstandard
-from pyarrow import parquet
 
 from gpt.errors import InputError
 
@@ -358,6 +356,9 @@ def _places_of(path: Path, there: Sequence[str], columns: Sequence[str]) -> list
 
 
 def _parquet_columns(path: Path) -> list[str]:
+    import pyarrow as pa  # here: only parquet needs it, and it takes long
+    from pyarrow import parquet
+
     try:
         return list(parquet.read_schema(path).names)
     except (pa.ArrowException, OSError) as error:
@@ -365,6 +366,9 @@ def _parquet_columns(path: Path) -> list[str]:
 
 
 def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Sequence[Any]]]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
     number = 0
     try:
         with parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BLOCK) as table:

@@ -10,10 +10,9 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
-import pandas as pd
 from pydantic import (
     AfterValidator,
     ConfigDict,
@@ -27,6 +26,9 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from gpt.errors import InputError
 from gpt.files import write_json
 from gpt.formats import PLACES, fields_in, lines_in, objects_in, parts_of, texts_in
+
+if TYPE_CHECKING:  # imported where a table is made: whoever reads documents should not wait for it
+    import pandas as pd
 
 Balance = Literal["undersample", "none"]
 Kind = Literal["documents", "messages", "instructions", "file"]
@@ -262,6 +264,8 @@ def read_messages(folder: Path) -> pd.DataFrame:
         InputError: a file is not what its format says, a message lacks its label or text, or all
             messages have one label.
     """
+    import pandas as pd
+
     frames = [messages_in(folder / file.file, file) for file in read_sources(folder)]
     frame = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame({"label": []})
     if frame["label"].nunique() < 2:
@@ -275,6 +279,8 @@ def read_messages(folder: Path) -> pd.DataFrame:
 
 def messages_in(path: Path, file: RawFile) -> pd.DataFrame:
     """The messages of one file; `read_messages` says more, but for the number of classes."""
+    import pandas as pd
+
     _check_format(path, file)
     rows = _tsv_messages(path) if file.format == "tsv" else _field_messages(path, file)
     labels, texts = [], []

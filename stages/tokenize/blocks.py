@@ -221,7 +221,7 @@ def _digest(ids: np.ndarray) -> int:
 
 
 def ids_of(folder: Path, number: int, dtype: str) -> np.ndarray:
-    """The ids of a block, memory-mapped."""
+    """The ids of a block, (n,), memory-mapped."""
     return map_ids(_path(folder, number).with_suffix(".ids"), dtype)
 
 

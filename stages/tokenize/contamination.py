@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from gpt.token_files import map_ids
-
-MOST_TOKENS = 1 << 22
+MOST_TOKENS = 1 << 21
 """So many validation tokens are looked for at most, those of whole documents from the first on."""
 
 _CHUNK = 1 << 20
@@ -54,13 +53,11 @@ class Held:
         if len(ids) > MOST_TOKENS:
             ends = np.flatnonzero(ids[:MOST_TOKENS] == end)
             ids = ids[: ends[-1]] if len(ends) else ids[:MOST_TOKENS]
-        self._n, self._end = n, end
-        self._is_end = ids == end
-        self._document = np.cumsum(self._is_end)
-        places = _whole_ngrams(ids, end, n)
-        hashes = ngram_hashes(ids, n)[places]
-        self.hashes, self._which = np.unique(hashes, return_inverse=True)
-        self._places = places
+        self._n = n
+        self._document = np.cumsum(ids == end, dtype=np.int32)
+        self._places = _whole_ngrams(ids, end, n)
+        self._own = ngram_hashes(ids, n)[self._places]
+        self.hashes = np.unique(self._own)
 
     def save(self, path: Path) -> None:
         """Write what `found` needs."""
@@ -70,7 +67,7 @@ class Held:
         """What the held-out text shares, from which of `hashes` were found, (m,) bool."""
         of = int(self._document[-1]) + 1 if len(self._document) else 0
         shared = np.zeros(len(self._document) + 1, np.int32)
-        starts = self._places[found[self._which]]
+        starts = self._places[found[np.searchsorted(self.hashes, self._own)]]
         np.add.at(shared, starts, 1)
         np.add.at(shared, starts + self._n, -1)
         covered = np.cumsum(shared[:-1]) > 0
@@ -93,7 +90,7 @@ def found(hashes: Path, shard: Path, dtype: str, n: int) -> np.ndarray:
     shift = np.uint64(64 - _FILTER_BITS)
     maybe[wanted >> shift] = True
     hits: list[np.ndarray] = [np.empty(0, np.int64)]
-    for ids in _overlapping_chunks(map_ids(shard, dtype), n):
+    for ids in _overlapping_chunks(shard, np.dtype(dtype).newbyteorder("<"), n):
         candidates = ngram_hashes(ids, n)
         likely = np.flatnonzero(maybe[candidates >> shift])
         place = np.searchsorted(wanted, candidates[likely])
@@ -134,6 +131,8 @@ def _whole_ngrams(ids: np.ndarray, end: int, n: int) -> np.ndarray:
     return np.flatnonzero(ends[n:] == ends[:-n])
 
 
-def _overlapping_chunks(ids: np.ndarray, n: int) -> Iterator[np.ndarray]:
-    for start in range(0, max(len(ids) - n + 1, 0), _CHUNK):
-        yield ids[start : start + _CHUNK + n - 1]
+def _overlapping_chunks(shard: Path, dtype: np.dtype[Any], n: int) -> Iterator[np.ndarray]:
+    # read, not mapped: pages that were looked at would stay in memory
+    n_ids = shard.stat().st_size // dtype.itemsize
+    for start in range(0, max(n_ids - n + 1, 0), _CHUNK):
+        yield np.fromfile(shard, dtype, count=_CHUNK + n - 1, offset=start * dtype.itemsize)
