@@ -46,7 +46,7 @@ class Shard:
         file: its name in the folder.
         source: whose documents it holds.
         sha256: of its bytes.
-        counts: of the documents that begin in it, and of its bytes of text and tokens.
+        counts: of its documents (or parts of one), their bytes of text and its tokens.
     """
 
     file: str

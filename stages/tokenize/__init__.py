@@ -126,7 +126,7 @@ def tokenize(
     Returns:
         Documents, bytes, tokens and bytes per token, in all and of each split; what was read and
         removed; and what validation shares with training. A document that a tail begins in counts
-        once, for training.
+        in both splits, and once in all.
 
     Raises:
         InputError: the corpus or a split of it is empty, or the vocabulary cannot be read.
@@ -174,6 +174,7 @@ def tokenize(
             "clean": asdict(params.clean),
         }
     figures = _figures(said, manifest, overlap[1] if overlap else None)
+    figures["documents"] -= sum(int(part.start[0] > 1) for part in parts)  # in both splits
     if overlap and figures["contaminated_documents"]:
         log(
             Message(

@@ -91,9 +91,7 @@ def facts(
                     for split in ("train", "validation")
                 },
                 "lengths": _lengths(table.length[rows] - 1),
-                "contamination": contaminated.get(name, {"documents": 0, "tokens": 0})
-                if overlap
-                else None,
+                "contamination": contaminated.get(name),
             }
         )
     return {
@@ -170,44 +168,39 @@ def _lengths(tokens: np.ndarray) -> dict[str, Any]:
     }
 
 
+def _owners(overlap: Overlap, manifest: Manifest) -> list[str]:
+    """The source of each document that shares something."""
+    counts = manifest.splits["validation"].sources
+    ends = np.cumsum([each.tokens for each in counts.values()])
+    places = np.searchsorted(ends, overlap.longest[:, 0], side="right")
+    return [list(counts)[place] for place in places.tolist()]
+
+
 def _by_source(
     overlap: Overlap, manifest: Manifest, names: Sequence[str]
 ) -> dict[str, dict[str, int]]:
-    """Shared documents and tokens by source: the split has one source's documents after another."""
-    counts = manifest.splits["validation"].sources
-    present = [name for name in names if name in counts]
-    ends = np.cumsum([counts[name].documents for name in present])
-    owner = np.searchsorted(ends, overlap.documents, side="right")
-    return {
-        name: {
-            "documents": int((owner == place).sum()),
-            "tokens": int(overlap.tokens[owner == place].sum()),
-        }
-        for place, name in enumerate(present)
-    }
+    """Shared documents and tokens by source."""
+    shared = {name: {"documents": 0, "tokens": 0} for name in names}
+    for name, tokens in zip(_owners(overlap, manifest), overlap.tokens.tolist(), strict=True):
+        shared[name]["documents"] += 1
+        shared[name]["tokens"] += tokens
+    return shared
 
 
 def _contamination(
     n: int, overlap: Overlap, ids: Tokens, manifest: Manifest, tokenizer: Tokenizer
 ) -> dict[str, Any]:
-    counts = manifest.splits["validation"].sources
-    ends = np.cumsum([each.documents for each in counts.values()])
-    shown: dict[str, int] = {}  # text -> the document
+    owners = _owners(overlap, manifest)
+    examples: dict[str, str] = {}  # text -> source
     for index in np.argsort(-overlap.tokens, kind="stable").tolist():
         run = ids[slice(*overlap.longest[index].tolist())]
-        shown.setdefault(tokenizer.decode(run.tolist())[:_EXCERPT], int(overlap.documents[index]))
-        if len(shown) == _SHOWN:
+        examples.setdefault(tokenizer.decode(run.tolist())[:_EXCERPT], owners[index])
+        if len(examples) == _SHOWN:
             break
     return {
         "ngram": n,
         "documents": len(overlap.documents),
         "of": overlap.of,
         "tokens": int(overlap.tokens.sum()),
-        "examples": [
-            {
-                "source": list(counts)[int(np.searchsorted(ends, document, side="right"))],
-                "text": text,
-            }
-            for text, document in shown.items()
-        ],
+        "examples": [{"source": source, "text": text} for text, source in examples.items()],
     }

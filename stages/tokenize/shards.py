@@ -21,7 +21,7 @@ class Plan:
     Attributes:
         file: its name.
         source: its source's name.
-        documents: how many begin in it.
+        documents: how many, or parts of one, are in it.
         runs: for each block in turn, where the runs of ids that are taken begin and end.
         lead: an `<|endoftext|>` stands before them.
     """
@@ -75,7 +75,7 @@ def plan(
                 Plan(
                     f"{part.split}-{number:05}.bin",
                     names[part.source],
-                    int((part.start[chosen] <= 1).sum()),
+                    len(rows),
                     runs,
                     part.lead and index == 0,
                 ),

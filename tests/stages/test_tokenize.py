@@ -526,3 +526,21 @@ def test_shards_make_up_the_same_row_of_ids(tmp_path):
         for name in ("source 0", "source 1"):
             own = open_tokens(cut, split, name)[:]
             assert len(own) == read_manifest(whole).splits[split].sources[name].tokens
+
+
+def test_what_tails_share_is_found_in_the_source_that_it_is_of(tmp_path):
+    """Also where a document lies in both splits."""
+    shared = " ".join(f"said{i}" for i in range(40))
+    one = "a beginning " * 30 + shared + " and an end" * 20
+    two = "other words " * 60 + shared
+    corpus = write_corpus(tmp_path / "corpus", [one], ["filler " * 20, two], ["plain text " * 90])
+    params = replace(BYTES, split="tail", validation=0.2, contamination_ngram=60)
+    _, figures = run(tmp_path, params, corpus)
+    assert figures["documents"] == 4
+    assert figures["train_documents"] == 4
+    assert figures["validation_documents"] == 3
+    said = json.loads((tmp_path / "tokens.report.json").read_text())
+    found_in = {each["name"]: each["contamination"]["documents"] for each in said["sources"]}
+    assert found_in["source 1"] == 1
+    assert said["contamination"]["of"] == 3
+    assert {"source 1", "source 2"} >= {e["source"] for e in said["contamination"]["examples"]}
