@@ -71,7 +71,8 @@ class Workers:
         waiting: deque[Future[T]] = deque()
         with _killed_workers_named():
             for piece in pieces:
-                waiting.append(self._pool.submit(work, *piece))
+                with _interrupts_kept_from_children():
+                    waiting.append(self._pool.submit(work, *piece))
                 if len(waiting) > _AHEAD * self._n:
                     yield waiting.popleft().result()
             while waiting:
@@ -89,8 +90,23 @@ def _killed_workers_named() -> Iterator[None]:
         ) from None
 
 
+@contextlib.contextmanager
+def _interrupts_kept_from_children() -> Iterator[None]:
+    """Ctrl-C reaches the whole group: the parent decides what becomes of the work.
+
+    A process that is started within the block has it blocked from its first moment on.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # on Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _begin(prepare: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    # Ctrl-C reaches the whole group: the parent decides what becomes of the work
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     prepare(*arguments)

@@ -544,3 +544,46 @@ def test_what_tails_share_is_found_in_the_source_that_it_is_of(tmp_path):
     assert found_in["source 1"] == 1
     assert said["contamination"]["of"] == 3
     assert {"source 1", "source 2"} >= {e["source"] for e in said["contamination"]["examples"]}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no process groups")
+def test_an_interrupt_ends_it_quietly_and_the_next_run_goes_on(tmp_path):
+    """Ctrl-C reaches parent and workers at once, here while the workers start and later."""
+    corpus = write_corpus(
+        tmp_path / "corpus", [f"{DOCUMENTS[i % 40]} {i} " * 40 for i in range(2000)]
+    )
+    whole, _ = run(tmp_path, replace(BYTES, workers=2), corpus, name="whole")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys; sys.path.insert(0, '.')\n"
+        "from pathlib import Path\n"
+        "import stages.tokenize as t\n"
+        "if __name__ == '__main__':\n"
+        "    t._SMALL = 0; t.blocks.BLOCK = 20_000\n"
+        f"    h = Path({str(tmp_path)!r})\n"
+        "    say = lambda event: print(event, flush=True)\n"
+        "    try:\n"
+        "        t.tokenize(t.TokenizeParams(tokenizer='bytes', validation=0.3, workers=2),\n"
+        "            corpus=h / 'corpus', vocabulary=None, out=h / 'out', metrics=h / 'm.json',\n"
+        "            report=h / 'r.json', state=h / 'state', log=say)\n"
+        "    except KeyboardInterrupt:\n"
+        "        print('interrupted')\n"
+    )
+    state = tmp_path / "state"
+    for blocks_before in (0, 5):
+        process = subprocess.Popen(
+            [sys.executable, str(script)],
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        while not (state / "tokenizer").exists() or len([*state.glob("*.npz")]) < blocks_before:
+            time.sleep(0.001)
+        os.killpg(process.pid, signal.SIGINT)
+        said, errors = process.communicate(timeout=30)
+        assert errors == ""
+        assert said.endswith("interrupted\n")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
+    assert "tokenize: continuing after" in done.stdout
+    assert everything(tmp_path / "out") == everything(whole)
