@@ -36,7 +36,7 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from gpt.errors import RunError
+from gpt.errors import InputError, RunError
 from gpt.events import Event
 from pipeline.console import (
     EVENTS_VARIABLE,
@@ -213,11 +213,23 @@ def _bring_up_to_date(run: _Run, stage: Stage) -> State[Any]:
     run.touched.add(name)
     if not executed:
         run.display.line(name, "cached: restored from DVC's run cache", "quiet")
+        _renew_data_report(run.dag.root, name)
         _publish(run, stage, "Cached: restored from DVC's run cache, nothing was executed.")
         return Completed(name="Cached", message="restored from DVC's run cache")
     run.display.line(name, f"finished in {took}", "good")
     _publish(run, stage, f"Ran for {took} because {why}.")
     return Completed(message=f"ran for {took}")
+
+
+def _renew_data_report(root: Path, name: str) -> None:
+    """A stage that makes data writes it; where the data came back by itself, nobody did."""
+    from pipeline.runner import STAGES
+
+    if name in STAGES and STAGES[name].makes_data:
+        from pipeline.data_report import write_report
+
+        with contextlib.suppress(InputError):  # a rendering is no reason to fail
+            write_report(root)
 
 
 def _short(reasons: Sequence[Change]) -> str:

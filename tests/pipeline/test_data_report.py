@@ -345,3 +345,15 @@ def test_a_stage_that_makes_data_keeps_the_report_and_names_its_data_sets(
     assert "data/data/tokens.png" in [
         file.path for file in client.list_artifacts(note["run_id"], "data/data")
     ]
+
+
+def test_data_that_came_out_of_a_cache_are_reported_too(tmp_path):
+    from pipeline.flow import _renew_data_report
+
+    make_data_project(tmp_path, ["a"])
+    for stage in ("pretrain", "another"):
+        _renew_data_report(tmp_path, stage)
+        assert not (tmp_path / "reports" / "data.md").exists()
+    _renew_data_report(tmp_path, "tokenize")
+    assert (tmp_path / "reports" / "data.md").is_file()
+    _renew_data_report(tmp_path / "without data", "tokenize")  # nothing to say is no failure

@@ -189,6 +189,27 @@ def test_a_trained_vocabulary_has_not_seen_the_validation_split(tmp_path):
     assert load_tokenizer(after).hash == load_tokenizer(before).hash
 
 
+def test_a_vocabulary_is_learnt_from_a_sample_of_the_mixture(tmp_path):
+    """Of each source as much as its share of training, whatever its size."""
+    small = [f"zebra zebra zebra {i}" for i in range(60)]
+    large = [f"qqqq wwww qqqq wwww {i}" for i in range(3000)]
+    corpus = write_corpus(tmp_path / "corpus", small, large)
+    words = {}
+    for name, weights in (("small", (50, 1)), ("large", (1, 500))):
+        params = TokenizeParams(
+            tokenizer="bpe",
+            vocab_size=262,
+            bpe_sample=1500,
+            mixture=Mixture(weights={"source 0": weights[0], "source 1": weights[1]}),
+        )
+        tokens, _ = run(tmp_path, params, corpus, name=name)
+        vocabulary = json.loads((tokens / "vocab.json").read_text())
+        words[name] = {token for token in vocabulary if len(token) > 1 and "<" not in token}
+    assert any("z" in token for token in words["small"])
+    assert not any("q" in token or "w" in token for token in words["small"])
+    assert not any("z" in token for token in words["large"])
+
+
 def test_progress_counts_documents_to_the_end(tmp_path):
     events = []
     corpus = write_corpus(tmp_path / "corpus", DOCUMENTS)
