@@ -8,10 +8,14 @@ which stores its matrices input-major, and of the `transformer.` prefix.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
+import math
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +35,7 @@ from gpt.tokenizer import Tokenizer, load_tokenizer
 _PREFIX = "transformer."
 _CONV1D = re.compile(r"h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
 # causal masks that old files carry along; the architecture implies them
-_IGNORED = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
+IGNORED = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 _HEADS = ("lm_head.weight", "score.weight")
 
 # config.json's name -> the only value under which the architecture is the one in gpt.model
@@ -115,41 +119,21 @@ def load_model(
     path = directory / "model.safetensors"
     if not path.is_file():
         raise InputError(f"{path}: no such file; a model directory holds its weights there")
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            names = {_plain_name(name): name for name in file.keys()}  # noqa: SIM118
-            if "score.weight" in names and labels is None:
-                n_classes = file.get_slice(names["score.weight"]).get_shape()[0]
-                labels = [f"LABEL_{i}" for i in range(n_classes)]  # transformers' own default
-            with torch.device("meta"), _SkipInit():
-                model = (
-                    GPTClassifier(config, labels)
-                    if "score.weight" in names and labels is not None
-                    else GPT(config)
-                )
-            wanted = model.state_dict()
-            _account_for_every_name(path, names, wanted, config)
-            for name, empty in wanted.items():
-                tensor = file.get_tensor(names[name])
-                if _CONV1D.fullmatch(name):
-                    tensor = tensor.t()
-                if tensor.shape != empty.shape:
-                    raise InputError(
-                        f"{path}: {names[name]} has the shape {tuple(tensor.shape)}, config.json "
-                        f"asks for {tuple(empty.shape)}; the file and config.json do not belong "
-                        "together"
-                    )
-                if not tensor.is_floating_point():
-                    raise InputError(
-                        f"{path}: {names[name]} holds {tensor.dtype}, not floating-point weights; "
-                        "get the unquantized file"
-                    )
-                value = tensor.to(device=device, dtype=dtype or torch.float32).contiguous()
-                _assign(model, name, value)
-    except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"{path}: damaged or cut short ({error}); fetch or make it again"
-        ) from error
+    tensors = by_plain_name(path, stored_in_safetensors(path))
+    if (score := tensors.get("score.weight")) is None:
+        labels = None
+    elif labels is None:  # transformers' own default; a wrong shape is refused below
+        n_classes = score.shape[0] if score.shape[1:] == (config.n_embd,) else 1
+        labels = [f"LABEL_{i}" for i in range(n_classes)]
+    model = empty_model(path, config, labels, len(tensors))
+    wanted = model.state_dict()
+    ignored = {name for name in tensors if IGNORED.fullmatch(name)}
+    if config.tie_weights:
+        ignored.add("lm_head.weight")  # a copy of wte.weight
+    if not config.qkv_bias:
+        ignored |= {name for name in tensors if name.endswith("attn.c_attn.bias")}  # zeros
+    account_for_every_name(path, tensors, wanted, ignored)
+    fill(model, tensors, device, dtype)
     return model.eval()
 
 
@@ -187,13 +171,22 @@ def load_classifier(directory: Path) -> tuple[GPTClassifier, Tokenizer]:
 
 def _load_pair(directory: Path) -> tuple[GPT | GPTClassifier, Tokenizer]:
     model = load_model(directory)
+    return model, load_tokenizer_of(directory, model.config)
+
+
+def load_tokenizer_of(directory: Path, config: GPTConfig) -> Tokenizer:
+    """Read the tokenizer that lies beside a model.
+
+    Raises:
+        InputError: as `load_tokenizer`; or it has another vocabulary than the model.
+    """
     tokenizer = load_tokenizer(directory)
-    if tokenizer.vocab_size != model.config.vocab_size:
+    if tokenizer.vocab_size != config.vocab_size:
         raise InputError(
-            f"{directory}: the model has {model.config.vocab_size} tokens, its vocab.json "
+            f"{directory}: the model has {config.vocab_size} tokens, its vocab.json "
             f"{tokenizer.vocab_size}; take both from the same place"
         )
-    return model, tokenizer
+    return tokenizer
 
 
 def read_config(directory: Path) -> tuple[GPTConfig, list[str] | None]:
@@ -257,30 +250,192 @@ class _SkipInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _plain_name(name: str) -> str:
-    return name.removeprefix(_PREFIX)
+# --- tensors in files -----------------------------------------------------------------------------
 
 
-def _account_for_every_name(
-    path: Path, names: Mapping[str, str], wanted: Mapping[str, Tensor], config: GPTConfig
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor in a file: what it is, and a way to have it when its turn comes.
+
+    Attributes:
+        path: the file.
+        name: what the file calls it.
+        shape: as in the file.
+        dtype: PyTorch's where it is one of floating point that weights come in, else the file's
+            own word.
+        read: gives it.
+        lent: what `read` gives is the file's own memory, to be copied and let go.
+        turned: a matrix that is input-major, as GPT-2's `Conv1D` keeps it.
+    """
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype | str
+    read: Callable[[], Tensor]
+    lent: bool = False
+    turned: bool = False
+
+    def expect(self, shape: tuple[int, ...]) -> None:
+        """Refuse what does not fit into a weight of `shape`, (out, in) where it is a matrix.
+
+        Raises:
+            InputError: the shape is another, or the numbers are not floating-point ones.
+        """
+        expected = shape[::-1] if self.turned else shape
+        if self.shape != expected:
+            raise InputError(
+                f"{self.path}: {self.name} has the shape {self.shape}, the configuration asks for "
+                f"{expected}; the weights and their configuration do not belong together"
+            )
+        if self.dtype not in FLOATS:
+            raise InputError(
+                f"{self.path}: {self.name} holds {self.dtype}, not floating-point weights; "
+                "get the unquantized file"
+            )
+
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""What weights may come in."""
+_SAFETENSORS_FLOATS: dict[str, torch.dtype] = dict(
+    zip(("F64", "F32", "BF16", "F16"), FLOATS, strict=True)
+)
+
+
+def stored_in_safetensors(path: Path) -> dict[str, Stored]:
+    """The tensors of a safetensors file, by name; none is read yet.
+
+    Raises:
+        InputError: the file is damaged or cut short.
+    """
+
+    def read(name: str) -> Tensor:
+        # Opened for each tensor: what was touched of a mapped file counts as memory until then.
+        with _damage_in(path), safe_open(path, framework="pt", device="cpu") as file:
+            return file.get_tensor(name)  # type: ignore[no-any-return]
+
+    tensors = {}
+    with _damage_in(path), safe_open(path, framework="pt", device="cpu") as file:
+        for name in file.keys():  # noqa: SIM118
+            entry = file.get_slice(name)
+            kind = entry.get_dtype()
+            tensors[name] = Stored(
+                path,
+                name,
+                tuple(entry.get_shape()),
+                _SAFETENSORS_FLOATS.get(kind, kind),
+                functools.partial(read, name),
+                lent=True,
+            )
+    return tensors
+
+
+@contextlib.contextmanager
+def _damage_in(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{path}: damaged or cut short ({error}); fetch or make it again"
+        ) from error
+
+
+def by_plain_name(path: Path, tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Tensors under Hugging Face's names by the model's own, which have no prefix.
+
+    Raises:
+        InputError: one is there with and without the prefix.
+    """
+    plain: dict[str, Stored] = {}
+    for name, stored in tensors.items():
+        short = name.removeprefix(_PREFIX)
+        if short in plain:
+            raise InputError(
+                f"{path}: holds {short} with and without {_PREFIX!r}; get a file with one of them"
+            )
+        plain[short] = replace(stored, turned=is_conv1d(short))
+    return plain
+
+
+def is_conv1d(name: str) -> bool:
+    """Whether GPT-2's own files keep this matrix (the model's name) input-major."""
+    return _CONV1D.fullmatch(name) is not None
+
+
+def empty_model(
+    path: Path, config: GPTConfig, labels: list[str] | None, n_tensors: int
+) -> GPT | GPTClassifier:
+    """A model without weights, on the meta device, for `n_tensors` that wait in `path`.
+
+    Raises:
+        InputError: a configuration of more layers than there are tensors.
+    """
+    if config.n_layer > n_tensors:
+        raise InputError(
+            f"{path}: {n_tensors} tensors cannot be {config.n_layer} layers; the weights and "
+            "their configuration do not belong together"
+        )
+    with torch.device("meta"), _SkipInit():
+        return GPT(config) if labels is None else GPTClassifier(config, labels)
+
+
+def account_for_every_name(
+    path: Path, there: Iterable[str], wanted: Iterable[str], ignored: Iterable[str]
 ) -> None:
-    missing = [name for name in wanted if name not in names]
+    """Refuse a file that lacks a tensor, or has one that is neither wanted nor ignored.
+
+    Raises:
+        InputError: naming them.
+    """
+    there, wanted = set(there), list(wanted)
+    missing = [name for name in wanted if name not in there]
     if missing:
         raise InputError(
             f"{path}: lacks {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}; "
             "get a complete file of this architecture"
         )
-    ignored = {name for name in names if _IGNORED.fullmatch(name)}
-    if config.tie_weights:
-        ignored.add("lm_head.weight")  # a copy of wte.weight
-    if not config.qkv_bias:
-        ignored |= {name for name in names if name.endswith("attn.c_attn.bias")}  # zeros
-    unknown = sorted(set(names) - set(wanted) - ignored)
+    unknown = sorted(there.difference(wanted, ignored))
     if unknown:
         raise InputError(
             f"{path}: holds {', '.join(unknown[:3])}{' …' if len(unknown) > 3 else ''}, which "
             "GPT-2's architecture does not have; config.json and the weights do not belong together"
         )
+
+
+def fill(
+    model: GPT | GPTClassifier,
+    tensors: dict[str, Stored],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Give an empty model its weights one by one; all are checked before the first is read.
+
+    Args:
+        model: on the meta device.
+        tensors: by the model's names; emptied, so that none is held longer than it is needed.
+        device: where the weights are put.
+        dtype: of the weights; None for fp32.
+
+    Raises:
+        InputError: a tensor has another shape, is not of floating point, or cannot be read.
+    """
+    wanted = {name: tuple(empty.shape) for name, empty in model.state_dict().items()}
+    for name, shape in wanted.items():
+        tensors[name].expect(shape)
+    waiting = {name: tensors[name] for name in wanted}
+    tensors.clear()
+    # The largest first: what a reader holds beside it is little by the time that the model is big.
+    for name in sorted(wanted, key=lambda name: math.prod(wanted[name]), reverse=True):
+        _assign(model, name, _weight(waiting.pop(name), device, dtype or torch.float32))
+
+
+def _weight(stored: Stored, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+    value = stored.read()
+    if stored.turned:
+        value = value.t()
+    if stored.lent:  # one copy that moves, widens and turns
+        return torch.empty(value.shape, device=device, dtype=dtype).copy_(value)
+    return value.to(device=device, dtype=dtype).contiguous()
 
 
 def _assign(model: torch.nn.Module, name: str, value: Tensor) -> None:

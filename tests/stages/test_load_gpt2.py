@@ -68,6 +68,8 @@ def test_the_model_is_that_of_the_files_in_fp32(tmp_path, published, everything)
         "n_embd": 16,
         "context_length": 32,
         "vocab_size": 257,
+        "perplexity": figures["perplexity"],
+        "perplexity_random": figures["perplexity_random"],
     }
 
 
@@ -117,9 +119,12 @@ def add_a_token(folder):
 @pytest.mark.parametrize(
     ("damage", "complaint"),
     [
-        (shutil.rmtree, r"config\.json: no such file"),
+        (shutil.rmtree, r"published: no such folder; name one that holds published weights"),
         (lambda folder: (folder / "vocab.json").unlink(), r"no vocab\.json or encoder\.json here"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "holds its weights there"),
+        (
+            lambda folder: (folder / "model.safetensors").unlink(),
+            r"published: holds no weights; put model\.safetensors",
+        ),
         (truncate, r"model\.safetensors: damaged or cut short .*; fetch or make it again"),
         (add_a_token, r"the model has 257 tokens, its vocab\.json 258; take both from the same"),
         (lambda folder: (folder / "config.json").write_text("[]"), r"config\.json: not a JSON obj"),
