@@ -25,7 +25,7 @@ _NESTED = ("model_state_dict", "state_dict", "model")
 _AT_ONCE = 1 / 25
 """How much of a mapped file may have been read before it is let go and mapped anew."""
 _AT_LEAST_BYTES = 8 << 20
-_FORBIDDEN = re.compile(r"(?:Unsupported|Unsupported global:|Trying to call) (?:GLOBAL )?([\w.]+)")
+_FORBIDDEN = re.compile(r"GLOBAL ([\w.]+)")
 
 
 def stored_in_torch(path: Path) -> dict[str, Stored]:
@@ -109,12 +109,14 @@ def _load(path: Path, mapped: bool) -> Any:
         return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
     except Exception as error:  # what a damaged pickle raises is anyone's guess
         said = str(error)
-        forbidden = _FORBIDDEN.search(said)
-        if isinstance(error, pickle.UnpicklingError) and forbidden:
-            raise InputError(
-                f"{path}: asks for {forbidden[1]}; a pickle is never executed, get a file of "
-                "nothing but weights (safetensors)"
-            ) from None
+        if isinstance(error, pickle.UnpicklingError):
+            if forbidden := _FORBIDDEN.search(said):
+                raise InputError(
+                    f"{path}: asks for {forbidden[1]}; a pickle is never executed, get a file of "
+                    "nothing but weights (safetensors)"
+                ) from None
+            # the rest of what PyTorch says is how to execute it after all
+            said = said.partition("WeightsUnpickler error:")[2].strip() or "no table of tensors"
         first = next(iter(said.splitlines()), type(error).__name__)[:200]
         raise InputError(
             f"{path}: damaged or cut short ({first}); fetch or make it again"

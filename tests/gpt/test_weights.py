@@ -102,7 +102,7 @@ def _change(directory, change):
         (lambda t: t.update(extra=torch.ones(1)), r"holds extra, which GPT-2's architecture"),
         (
             lambda t: t.update({"transformer.wpe.weight": torch.ones(7, 32)}),
-            r"transformer\.wpe\.weight has the shape \(7, 32\), the configuration asks for \(48, 32\)",
+            r"transformer\.wpe\.weight has the shape \(7, 32\), the configuration asks for \(48,",
         ),
         (
             lambda t: t.update({"transformer.ln_f.bias": torch.ones(32, dtype=torch.int8)}),
