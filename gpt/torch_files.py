@@ -6,12 +6,14 @@ apart, which knows tensors and containers and calls nothing that the file names.
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import os
 import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -25,14 +27,16 @@ _NESTED = ("model_state_dict", "state_dict", "model")
 _AT_ONCE = 1 / 25
 """How much of a mapped file may have been read before it is let go and mapped anew."""
 _AT_LEAST_BYTES = 8 << 20
+_SMALL_BYTES = 1 << 10
+"""Of the old form, storages below this are read at once: so is what stands between them."""
 _FORBIDDEN = re.compile(r"GLOBAL ([\w.]+)")
 
 
 def stored_in_torch(path: Path) -> dict[str, Stored]:
     """The tensors of a state dict in a file, by name.
 
-    A zip file (PyTorch 1.6 and later) is mapped, and none of them is read yet; the older form has
-    no way but to read it whole, and each tensor is let go once it has been taken.
+    None of the large ones is read yet, be the file a zip file (PyTorch 1.6 and later) or of the
+    older form.
 
     Raises:
         InputError: the file is damaged or cut short, or holds anything but tensors.
@@ -42,17 +46,71 @@ def stored_in_torch(path: Path) -> dict[str, Stored]:
             mapped = file.read(len(_ZIP)) == _ZIP
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    tensors = _state_dict(path, mapped)
-    if mapped:
-        take = _Mapped(path).take
-        return {
-            name: _stored(path, name, tensor, functools.partial(take, name), lent=True)
-            for name, tensor in tensors.items()
-        }
+    if not mapped:
+        return _stored_in_old_form(path)
+    take = _Mapped(path).take
     return {
-        name: _stored(path, name, tensor, functools.partial(_itself, tensor), lent=False)
-        for name, tensor in tensors.items()
+        name: _stored(path, name, tensor, functools.partial(take, name), lent=True)
+        for name, tensor in _state_dict(path, _load(path, path, mmap=True)).items()
     }
+
+
+def _stored_in_old_form(path: Path) -> dict[str, Stored]:
+    """As before 1.6, the storages one behind the other: found by a reader that steps over them."""
+    with path.open("rb") as file:
+        steps = _Steps(file)
+        tensors = _state_dict(path, _load(path, steps))
+    stored = {}
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        place = steps.places.get(storage.data_ptr())
+        read = functools.partial(_itself, tensor)  # so small that it was read
+        if place is not None:
+            whole = torch.empty(storage.nbytes(), dtype=torch.uint8, device="meta")
+            like = whole.view(tensor.dtype).as_strided(
+                tensor.size(), tensor.stride(), tensor.storage_offset()
+            )
+            read = functools.partial(_read_strided, path, place, storage.nbytes(), like)
+        # copied, though it is nobody else's memory: what is then let go is what the next one takes
+        stored[name] = _stored(path, name, tensor, read, lent=True)
+    return stored
+
+
+class _Steps:
+    """A file for `torch.load` that leaves large storages as they are, and notes where they begin.
+
+    Memory that was asked for and never written to takes no place.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.places: dict[int, int] = {}
+        """Where in the file the storage at an address begins."""
+        self.read, self.readline = file.read, file.readline
+        self.seek, self.tell = file.seek, file.tell
+        self._file = file
+        self._bytes = os.fstat(file.fileno()).st_size
+
+    def readinto(self, buffer: memoryview) -> int:
+        """Fill a small buffer; step over what a large one would hold."""
+        n, here = len(buffer), self._file.tell()
+        if n < _SMALL_BYTES:
+            return self._file.readinto(buffer)  # type: ignore[attr-defined,no-any-return]
+        if here + n > self._bytes:
+            raise EOFError(f"{here + n - self._bytes} bytes are missing at the end")
+        self.places[ctypes.addressof(ctypes.c_char.from_buffer(buffer))] = here
+        self._file.seek(here + n)
+        return n
+
+
+def _read_strided(path: Path, place: int, n_bytes: int, like: Tensor) -> Tensor:
+    """The storage at `place`, seen as `like`, which has no bytes, sees it."""
+    storage = torch.empty(n_bytes, dtype=torch.uint8)
+    with path.open("rb") as file:
+        file.seek(place)
+        if file.readinto(storage.numpy().data) != n_bytes:
+            raise InputError(f"{path}: changed while it was read; load it again")
+    view = storage.view(like.dtype)
+    return view.as_strided(like.size(), like.stride(), int(like.storage_offset()))
 
 
 class _Mapped:
@@ -67,7 +125,8 @@ class _Mapped:
     def take(self, name: str) -> Tensor:
         if not self._tensors or self._taken > self._limit:
             self._tensors.clear()  # before the next mapping is made
-            self._tensors, self._taken = _state_dict(self._path, mapped=True), 0
+            self._tensors = _state_dict(self._path, _load(self._path, self._path, mmap=True))
+            self._taken = 0
         tensor = self._tensors[name]
         self._taken += tensor.nbytes
         return tensor
@@ -82,8 +141,7 @@ def _stored(path: Path, name: str, tensor: Tensor, read: Any, *, lent: bool) -> 
     return Stored(path, name, tuple(tensor.shape), kind, read, lent)
 
 
-def _state_dict(path: Path, mapped: bool) -> dict[str, Tensor]:
-    value = _load(path, mapped)
+def _state_dict(path: Path, value: Any) -> dict[str, Tensor]:
     if isinstance(value, Mapping):
         value = next((value[k] for k in _NESTED if isinstance(value.get(k), Mapping)), value)
     if not isinstance(value, Mapping):
@@ -104,9 +162,9 @@ def _state_dict(path: Path, mapped: bool) -> dict[str, Tensor]:
     return dict(value)
 
 
-def _load(path: Path, mapped: bool) -> Any:
+def _load(path: Path, source: Any, *, mmap: bool = False) -> Any:
     try:
-        return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+        return torch.load(source, map_location="cpu", mmap=mmap, weights_only=True)
     except Exception as error:  # what a damaged pickle raises is anyone's guess
         said = str(error)
         if isinstance(error, pickle.UnpicklingError):

@@ -95,6 +95,42 @@ def test_half_precision_is_widened(tmp_path):
         (tmp_path / name).unlink()
 
 
+@pytest.mark.parametrize("old", [False, True], ids=["zip", "before 1.6"])
+def test_views_of_one_storage_are_read_as_what_they_are(tmp_path, old):
+    theirs = hugging_face_model()
+    write_config(theirs, tmp_path)
+    tensors = tensors_of(theirs)
+    name = "transformer.h.0.mlp.c_fc.weight"
+    tensors[name] = torch.cat([torch.zeros(3, 128), tensors[name]]).t().contiguous().t()[3:]
+    assert not tensors[name].is_contiguous()
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(tensors, path, _use_new_zipfile_serialization=not old)
+    loaded = open_published(tmp_path).load().state_dict()[name.removeprefix("transformer.")]
+    assert torch.equal(loaded, tensors[name].t())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", [each for each in FORMS if each != "TensorFlow"])
+def test_124m_load_in_time_and_in_little_more_than_their_own_memory(tmp_path, form):
+    """Random weights of the real size; a process of its own, so that the peak is the loading's."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(_transformers_config(GPT2_SIZES["124M"]))
+    FORMS[form](model, tmp_path)
+    program = Path(__file__).with_name("loading.py")
+    root = program.parent.parent.parent
+    took = json.loads(
+        subprocess.run(
+            [sys.executable, program, tmp_path],
+            env={**os.environ, "PYTHONPATH": str(root)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    )
+    assert took["ratio"] <= 1.1
+    assert took["seconds"] <= 3
+
+
 # --- the architecture -----------------------------------------------------------------------------
 
 

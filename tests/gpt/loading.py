@@ -1,0 +1,23 @@
+"""Run as a program: load a folder of published weights and say what it took."""
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import torch
+
+from gpt.published import open_published
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    before = psutil.Process().memory_info().rss
+    start = time.perf_counter()
+    model = open_published(Path(sys.argv[1])).load()
+    seconds = time.perf_counter() - start
+    unit = 1 if sys.platform == "darwin" else 1024
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - before
+    n_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    print(json.dumps({"seconds": seconds, "ratio": grown / n_bytes}))
