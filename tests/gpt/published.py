@@ -42,7 +42,7 @@ def with_masks(tensors, model):
 def book_tensors(model):
     """The state dict of the book's GPTModel with these weights: its mask, an own copy as head."""
     theirs = model.transformer.state_dict()
-    width = model.config.n_embd
+    width, n = model.config.n_embd, model.config.n_positions
     book = {"tok_emb.weight": theirs["wte.weight"], "pos_emb.weight": theirs["wpe.weight"]}
     for i in range(model.config.n_layer):
         h, block = f"h.{i}", f"trf_blocks.{i}"

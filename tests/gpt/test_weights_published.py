@@ -4,6 +4,9 @@ import importlib.util
 import json
 import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch

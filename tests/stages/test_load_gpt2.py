@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt.config import GPT2_SIZES, GPTConfig
-from gpt.events import Text
+from gpt.events import Message, Text
 from gpt.model import GPTClassifier
 from gpt.tokenizer import byte_tokenizer
 from gpt.weights import save_model
@@ -90,6 +91,40 @@ def test_a_greedy_continuation_shows_that_the_files_work(tmp_path, published):
     assert sample == Text("samples/greedy.txt", byte_tokenizer().decode(ids))
 
 
+def test_the_sample_model_is_far_better_than_random_weights(tmp_path):
+    heard = []
+    nano = Path(__file__).resolve().parents[2] / "samples" / "gpt2-nano"
+    figures = run(tmp_path / "one", PARAMS, nano, log=heard.append)
+    assert figures["perplexity"] < figures["perplexity_random"] / 10
+    assert figures["perplexity_random"] > 4096
+    assert not any(isinstance(each, Message) and each.level == "warning" for each in heard)
+
+
+def test_a_model_no_better_than_random_weights_is_told(tmp_path, published):
+    path = published / "model.safetensors"
+    save_file({name: value * 20 for name, value in load_file(path).items()}, path)
+    heard = []
+    run(tmp_path / "one", PARAMS, published, log=heard.append)
+    warnings = [e.text for e in heard if isinstance(e, Message) and e.level == "warning"]
+    assert len(warnings) == 1
+    assert "no better than random weights" in warnings[0]
+
+
+def test_a_pytorch_file_gives_the_same_bytes_and_what_is_skipped_is_said(tmp_path, published):
+    """With the causal mask and the copied head that old files carry along."""
+    run(tmp_path / "one", PARAMS, published)
+    model = GPT2LMHeadModel.from_pretrained(published, dtype=torch.float32)
+    (published / "model.safetensors").unlink()
+    state = {**model.state_dict(), "transformer.h.0.attn.bias": torch.ones(1, 1, 32, 32)}
+    torch.save(state, published / "pytorch_model.bin")
+    heard = []
+    run(tmp_path / "other", PARAMS, published, log=heard.append)
+    name = "model/model.safetensors"
+    assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
+    said = [event.text for event in heard if isinstance(event, Message)]
+    assert any("skipped 2" in text and "transformer.h.0.attn.bias" in text for text in said)
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 
@@ -134,6 +169,15 @@ def add_a_token(folder):
 def test_damaged_files_are_refused(tmp_path, published, refused, damage, complaint):
     damage(published)
     with refused(complaint):
+        run(tmp_path / "o", PARAMS, published)
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path, published, refused):
+    path = published / "model.safetensors"
+    tensors = load_file(path)
+    tensors["transformer.ln_f.bias"][3] = float("nan")
+    save_file(tensors, path)
+    with refused(r"model\.safetensors: the weights are not finite numbers"):
         run(tmp_path / "o", PARAMS, published)
 
 
