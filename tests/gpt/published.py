@@ -46,9 +46,7 @@ def book_tensors(model):
     book = {"tok_emb.weight": theirs["wte.weight"], "pos_emb.weight": theirs["wpe.weight"]}
     for i in range(model.config.n_layer):
         h, block = f"h.{i}", f"trf_blocks.{i}"
-        book[f"{block}.att.mask"] = torch.ones(
-            model.config.n_positions, model.config.n_positions
-        ).triu(1)
+        book[f"{block}.att.mask"] = torch.ones(n, n).triu(1)
         for j, part in enumerate(("W_query", "W_key", "W_value")):
             columns = slice(j * width, (j + 1) * width)
             book[f"{block}.att.{part}.weight"] = theirs[f"{h}.attn.c_attn.weight"][:, columns].T
