@@ -123,12 +123,13 @@ class _Mapped:
         self._taken = 0
 
     def take(self, name: str) -> Tensor:
-        if not self._tensors or self._taken > self._limit:
-            self._tensors.clear()  # before the next mapping is made
+        if not self._tensors:
             self._tensors = _state_dict(self._path, _load(self._path, self._path, mmap=True))
             self._taken = 0
         tensor = self._tensors[name]
         self._taken += tensor.nbytes
+        if self._taken > self._limit:  # this one alone holds the mapping until it is let go
+            self._tensors = {}
         return tensor
 
 
