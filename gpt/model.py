@@ -57,6 +57,15 @@ class KVCache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 
+class QueryKeyValue(nn.Linear):
+    """Queries, keys and values side by side, of which some can be asked for alone."""
+
+    def some(self, x: Tensor, outputs: slice) -> Tensor:
+        """What `forward` gives at these outputs, and nothing else."""
+        bias = None if self.bias is None else self.bias[outputs]
+        return F.linear(x, self.weight[outputs], bias)
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head attention in which a position sees itself and what came before it."""
 
@@ -65,7 +74,7 @@ class CausalSelfAttention(nn.Module):
         self.layer = layer
         self.n_head = config.n_head
         self.dropout = config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.qkv_bias)
+        self.c_attn = QueryKeyValue(config.n_embd, 3 * config.n_embd, bias=config.qkv_bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(
@@ -110,10 +119,9 @@ class CausalSelfAttention(nn.Module):
             (B, C).
         """
         C = x.shape[1]
-        weight, bias = self.c_attn.weight, self.c_attn.bias
         ends = lengths.cumsum(0) - 1  # (B,)
-        q = F.linear(x[ends], weight[:C], None if bias is None else bias[:C])  # (B, C)
-        kv = F.linear(x, weight[C:], None if bias is None else bias[C:])  # (N, 2C)
+        q = self.c_attn.some(x[ends], slice(0, C))  # (B, C)
+        kv = self.c_attn.some(x, slice(C, 3 * C))  # (N, 2C)
         k, v = heads(pad(kv, lengths), 2, self.n_head)  # (B, H, T, D) each
         (query,) = heads(q[:, None], 1, self.n_head)  # (B, H, 1, D)
         seen = torch.arange(k.shape[2], device=x.device) < lengths[:, None]  # (B, T)
