@@ -18,10 +18,9 @@ from typing import Literal
 
 from gpt.attention import BLOCK
 from gpt.config import GPTConfig
+from gpt.lora import LoraParams
 from gpt.loss import CHUNK_BYTES
 
-Trained = Literal["all", "last_block", "head"]
-"""The whole model; or of a classifier the last block, final norm and head; or the head alone."""
 Kernel = Literal["blocked", "fused"]
 """`gpt.attention` on a CPU, which keeps the probabilities; PyTorch's on a graphics card, which
 keeps none."""
@@ -30,6 +29,26 @@ Optimizer = Literal["adamw", "muon"]
 FP32, BF16, INT64 = 4, 2, 8
 _LANES = 64  # gpt.loss pads the logits' rows to multiples of so many
 _SOFTMAX_ROWS = 32  # and takes so many at a time
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tuning:
+    """What of a model is trained.
+
+    Attributes:
+        blocks: the last so many blocks, with them the final norm, and a classifier's head; 0 is
+            the head alone; None is everything.
+        lora: adapters are trained in place of all that; a classifier's head without an adapter is
+            trained whole.
+        mean: a classifier's head sees the mean over all positions, and not the last one.
+    """
+
+    blocks: int | None = None
+    lora: LoraParams | None = None
+    mean: bool = False
+
+
+ALL = Tuning()
 
 
 # --- parameters -----------------------------------------------------------------------------------
@@ -57,17 +76,37 @@ def n_parameters(config: GPTConfig, classes: int | None = None) -> int:
     return embeddings + config.n_layer * block_parameters(config) + 2 * C + head
 
 
-def n_trained(config: GPTConfig, trained: Trained = "all", classes: int | None = None) -> int:
+def n_trained(config: GPTConfig, tuning: Tuning = ALL, classes: int | None = None) -> int:
     """The parameters that get gradients."""
     C = config.n_embd
     head = 0 if classes is None else classes * C
-    match trained:
-        case "all":
-            return n_parameters(config, classes)
-        case "last_block":
-            return block_parameters(config) + 2 * C + head
-        case "head":
-            return head
+    if tuning.lora is not None:
+        whole = 0 if "head" in tuning.lora.layers else head
+        return n_adapters(config, tuning.lora, classes) + whole
+    if tuning.blocks is None:
+        return n_parameters(config, classes)
+    norm = 2 * C if tuning.blocks else 0
+    return tuning.blocks * block_parameters(config) + norm + head
+
+
+def n_adapters(config: GPTConfig, lora: LoraParams, classes: int | None = None) -> int:
+    """The parameters of the adapters: rank x (inputs + outputs) of each matrix that has one."""
+    blocks = config.n_layer - trunk_depth(config, Tuning(lora=lora))
+    head = 0
+    if "head" in lora.layers:
+        head = lora.rank * (config.n_embd + (classes or config.vocab_size))
+    return blocks * _block_adapters(config, lora) + head
+
+
+def _block_adapters(config: GPTConfig, lora: LoraParams) -> int:
+    """Those of one block."""
+    C = config.n_embd
+    outputs = {"attn.c_attn": 3 * C, "mlp.c_fc": 4 * C}
+    total = 0
+    for name, thirds in lora.in_blocks.items():
+        inside = 4 * C if name == "mlp.c_proj" else C
+        total += len(thirds) * 2 * C if thirds else inside + outputs.get(name, C)
+    return lora.rank * total
 
 
 def n_multiplied(config: GPTConfig) -> int:
@@ -124,37 +163,53 @@ def step_flops(config: GPTConfig, shape: Shape) -> float:
     return 3 * forward_flops(config, shape)
 
 
-def trunk_flops(config: GPTConfig, shape: Shape, depth: int) -> float:
-    """Forward through a classifier's first `depth` blocks; of the last one only the last place."""
+def trunk_flops(config: GPTConfig, shape: Shape, depth: int, *, mean: bool = False) -> float:
+    """Forward through a classifier's first `depth` blocks; of the last one only the last place.
+
+    `mean`: all places of the last block are wanted too.
+    """
     C = config.n_embd
     positions = shape.rows * shape.length
     block = 2 * block_parameters(config) * positions + 4 * C * shape.length * positions
+    if mean:
+        return depth * block
     last = 4 * C**2 * shape.tokens + shape.rows * (20 * C**2 + 4 * C * shape.length)
     whole = min(depth, config.n_layer - 1)
     return whole * block + (last if depth == config.n_layer else 0)
 
 
 def classifier_flops(
-    config: GPTConfig, shape: Shape, trained: Trained, classes: int, *, kept: bool
+    config: GPTConfig, shape: Shape, tuning: Tuning, classes: int, *, kept: bool
 ) -> float:
     """A step of a classifier: forward all of it, backward what is trained.
+
+    A frozen matrix beside adapters costs one product backward and not two.
 
     Args:
         config: the architecture.
         shape: of the batch.
-        trained: what of it.
+        tuning: what of it is trained.
         classes: of the head.
         kept: what the frozen blocks make of the texts was computed before.
     """
-    everything = trunk_flops(config, shape, config.n_layer)
-    frozen = trunk_flops(config, shape, trunk_depth(config, trained))
+    depth = trunk_depth(config, tuning)
+    everything = trunk_flops(config, shape, config.n_layer, mean=tuning.mean)
+    frozen = trunk_flops(config, shape, depth, mean=tuning.mean)
     head = 2 * config.n_embd * classes * shape.rows
-    return (0 if kept else frozen) + 3 * (everything - frozen + head)
+    own = everything - frozen + head
+    before = 0 if kept else frozen
+    if tuning.lora is None:
+        return before + 3 * own
+    adapters = (config.n_layer - depth) * _block_adapters(config, tuning.lora)
+    return before + 2 * own + 3 * 2 * adapters * shape.rows * shape.length
 
 
-def trunk_depth(config: GPTConfig, trained: Trained) -> int:
+def trunk_depth(config: GPTConfig, tuning: Tuning) -> int:
     """How many blocks come before what is trained."""
-    return {"all": 0, "last_block": config.n_layer - 1, "head": config.n_layer}[trained]
+    own = config.n_layer if tuning.blocks is None else tuning.blocks
+    if tuning.lora is not None:
+        own = (tuning.lora.blocks or config.n_layer) if tuning.lora.in_blocks else 0
+    return config.n_layer - own
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -206,15 +261,16 @@ class Memory:
 
 def optimizer_bytes(
     config: GPTConfig,
-    trained: Trained = "all",
+    tuning: Tuning = ALL,
     classes: int | None = None,
     optimizer: Optimizer = "adamw",
 ) -> int:
     """AdamW keeps two numbers a parameter, Muon one for each in a block's matrices."""
-    numbers = 2 * n_trained(config, trained, classes)
+    numbers = 2 * n_trained(config, tuning, classes)
     if optimizer == "muon":
-        blocks = {"all": config.n_layer, "last_block": 1, "head": 0}[trained]
-        numbers -= blocks * block_matrices(config)
+        lora = tuning.lora
+        one = block_matrices(config) if lora is None else _block_adapters(config, lora)
+        numbers -= (config.n_layer - trunk_depth(config, tuning)) * one
     return FP32 * numbers
 
 
@@ -257,6 +313,23 @@ def _block_activations(
     return kept
 
 
+def _adapter_activations(
+    config: GPTConfig, lora: LoraParams, rows: int, length: int, bf16: bool, kernel: Kernel
+) -> int:
+    """What one block keeps more with adapters than where all of it is trained; below 0 if less.
+
+    A frozen matrix keeps no input. Its adapters do, and what their first matrix makes of it; with
+    dropout also which of it was dropped.
+    """
+    C, n, size = config.n_embd, rows * length, BF16 if bf16 else FP32
+    numbers, dropped = -7 * C, 0
+    for name, thirds in lora.in_blocks.items():
+        inside = 4 * C if name == "mlp.c_proj" else C
+        numbers += inside + (len(thirds) or 1) * lora.rank
+        dropped += inside if lora.dropout else 0
+    return n * numbers * size + n * dropped * (size if kernel == "blocked" else 1)
+
+
 def _last_activations(config: GPTConfig, shape: Shape, bf16: bool, *, feeds_back: bool) -> int:
     """What the last block of a classifier keeps: keys and values everywhere, one query a row.
 
@@ -287,27 +360,41 @@ def lm_activations(config: GPTConfig, shape: Shape, *, bf16: bool, kernel: Kerne
 
 
 def classifier_activations(
-    config: GPTConfig, shape: Shape, trained: Trained, *, bf16: bool, kernel: Kernel
+    config: GPTConfig, shape: Shape, tuning: Tuning, *, bf16: bool, kernel: Kernel
 ) -> int:
     """What autograd keeps of a classifier's forward pass.
 
     Before what is trained nothing is kept, whether or not it was computed beforehand.
     """
     B, C = shape.rows, config.n_embd
-    head = B * C * (BF16 if bf16 else FP32) + 2 * INT64 * B  # its input, the classes
-    ends = B * (C + 2) * FP32 + head  # the final norm before it
-    if trained == "head":
+    size = BF16 if bf16 else FP32
+    head = B * C * size + 2 * INT64 * B  # its input, the classes
+    if tuning.lora is not None and "head" in tuning.lora.layers:
+        head += B * tuning.lora.rank * size
+    own = config.n_layer - trunk_depth(config, tuning)
+    if not own:
         return head
-    if trained == "last_block":
-        return ends + _last_activations(config, shape, bf16, feeds_back=False)
+    embeds = tuning.lora is None and tuning.blocks is None
     n = B * shape.length
-    kept = (config.n_layer - 1) * _block_activations(config, B, shape.length, bf16, kernel)
-    kept += n * INT64
-    if config.n_layer > 1:
-        kept += 2 * INT64 * shape.tokens  # where the real positions are
-    if config.dropout:
+    kept = n * INT64 if embeds else 0
+    if embeds and config.dropout:
         kept += n * C * (FP32 if kernel == "blocked" else 1)
-    return kept + ends + _last_activations(config, shape, bf16, feeds_back=True)
+    block = _block_activations(config, B, shape.length, bf16, kernel)
+    if tuning.lora is not None:
+        block += _adapter_activations(config, tuning.lora, B, shape.length, bf16, kernel)
+    whole = own if tuning.mean else own - 1
+    kept += whole * block
+    if tuning.lora is not None:  # the first norm is frozen, and nothing before it is trained
+        kept -= (C + 2) * FP32 * (n if whole else shape.tokens)
+    if whole:
+        kept += 2 * INT64 * shape.tokens  # where the real positions are
+    if tuning.mean:
+        return kept + shape.tokens * (C + 2) * FP32 + B * INT64 + head
+    ends = B * (C + 2) * FP32 + head  # the final norm before it
+    kept += _last_activations(config, shape, bf16, feeds_back=embeds or own > 1)
+    if tuning.lora is not None:
+        kept += shape.tokens * tuning.lora.rank * size * len(tuning.lora.in_blocks)
+    return kept + ends
 
 
 def lm_loss_kept(config: GPTConfig, targets: int) -> int:
@@ -366,7 +453,7 @@ def lm_memory(
 def classifier_memory(
     config: GPTConfig,
     shape: Shape,
-    trained: Trained,
+    tuning: Tuning,
     classes: int,
     *,
     bf16: bool,
@@ -380,7 +467,7 @@ def classifier_memory(
     Args:
         config: the architecture of the base.
         shape: of the largest batch.
-        trained: what of the model.
+        tuning: what of the model is trained.
         classes: of the head.
         bf16: products in bf16 under autocast.
         kernel: of the attention.
@@ -389,22 +476,24 @@ def classifier_memory(
         features: vectors that the frozen blocks made beforehand, 0 where nothing is kept; then
             `fit` sees, and copies, only what comes after those blocks.
     """
-    own = n_trained(config, trained, classes)
+    own = n_trained(config, tuning, classes)
     everything = n_parameters(config, classes)
-    last = features and trained == "head"
-    seen = own + (2 * config.n_embd if last else 0) if features else everything
-    multiplied = {
-        "all": everything - (config.vocab_size + config.context_length) * config.n_embd,
-        "last_block": own,
-        "head": own,
-    }[trained]
+    blocks = config.n_layer - trunk_depth(config, tuning)
+    # what comes after the frozen blocks: trained, or with adapters beside it
+    top = blocks * block_parameters(config) + (2 + classes) * config.n_embd
+    if tuning.lora is not None:
+        added = n_adapters(config, tuning.lora, classes)
+        everything, top = everything + added, top + added
+    multiplied = top if blocks else own
+    if tuning.lora is not None and blocks:
+        multiplied -= 3 * config.n_embd**2  # nothing goes back through the first c_attn
     return Memory(
         weights=FP32 * everything,
         copies=BF16 * multiplied if bf16 else 0,
         gradients=FP32 * own,
-        optimizer=optimizer_bytes(config, trained, classes, optimizer),
-        activations=classifier_activations(config, shape, trained, bf16=bf16, kernel=kernel),
-        best=FP32 * seen if keep_best else 0,
+        optimizer=optimizer_bytes(config, tuning, classes, optimizer),
+        activations=classifier_activations(config, shape, tuning, bf16=bf16, kernel=kernel),
+        best=FP32 * (top if features else everything) if keep_best else 0,
         features=features * config.n_embd * (BF16 if bf16 else FP32),
     )
 

@@ -110,28 +110,32 @@ class LoraLinear(nn.Module):
 
     def _adapted(self, y: Tensor, x: Tensor, outputs: slice) -> Tensor:
         """`y` (..., outputs), what the layer itself makes of `x`, and what the adapters add."""
+        needed = [
+            i
+            for i, own in enumerate(self.slices)
+            if own.start < outputs.stop and own.stop > outputs.start
+        ]
+        if not needed:
+            return y
         x = F.dropout(x, self.dropout, self.training)
+        thin = F.linear(x, self.lora_a[needed[0] * self.rank : (needed[-1] + 1) * self.rank])
         parts, at = [], outputs.start
-        for own, a, b in zip(self.slices, *self._matrices(), strict=True):
+        for i, each in zip(needed, thin.chunk(len(needed), -1), strict=True):
+            own, b = self.slices[i], self.lora_b.chunk(len(self.slices))[i]
             start, stop = max(own.start, outputs.start), min(own.stop, outputs.stop)
-            if start >= stop:
-                continue
             if start > at:  # a third without an adapter
                 parts.append(y.new_zeros(*y.shape[:-1], start - at))
-            parts.append(F.linear(F.linear(x, a), b[start - own.start : stop - own.start]))
+            parts.append(F.linear(each, b[start - own.start : stop - own.start]))
             at = stop
         if at < outputs.stop:
             parts.append(y.new_zeros(*y.shape[:-1], outputs.stop - at))
         return y + self.scale * (torch.cat(parts, -1) if len(parts) > 1 else parts[0])
 
-    def _matrices(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        n = len(self.slices)
-        return self.lora_a.chunk(n), self.lora_b.chunk(n)
-
     @torch.no_grad()
     def merge(self) -> nn.Linear:
         """The layer with what the adapters learnt added to its own matrix, in place."""
-        for own, a, b in zip(self.slices, *self._matrices(), strict=True):
+        n = len(self.slices)
+        for own, a, b in zip(self.slices, self.lora_a.chunk(n), self.lora_b.chunk(n), strict=True):
             self.base.weight[own] += self.scale * (b @ a)
         return self.base
 

@@ -39,6 +39,37 @@ def class_loss_sum(model: GPTClassifier | ClassifierTop, batch: Batch) -> tuple[
     return F.cross_entropy(logits, batch.targets, reduction="sum"), batch.n_targets
 
 
+def class_weights(classes: Sequence[int], n_classes: int) -> Tensor:
+    """What a text of each class counts in the loss, so that every class counts the same in all.
+
+    n / (k n_c) for n texts of k classes, n_c of them of the class: 1 in the mean over the texts
+    (King & Zeng, 2001, "Logistic Regression in Rare Events Data"). A class that has no text counts
+    as if it had one.
+
+    Returns:
+        (n_classes,) fp32.
+    """
+    counts = torch.bincount(torch.tensor(classes), minlength=n_classes).clamp(min=1)
+    return len(classes) / (n_classes * counts.float())
+
+
+class WeightedClassLoss:
+    """`class_loss_sum` in which a text counts as much as its class.
+
+    The mean over many texts is that of the weighted loss, since the weights are 1 in the mean.
+    """
+
+    def __init__(self, weights: Tensor) -> None:
+        self.weights = weights
+
+    def __call__(self, model: GPTClassifier | ClassifierTop, batch: Batch) -> tuple[Tensor, int]:
+        """The summed cross-entropy, each row's times its class's weight, and the number of rows."""
+        logits = model(batch.inputs, batch.lengths).float()  # (B, classes)
+        weights = self.weights.to(logits.device)
+        loss = F.cross_entropy(logits, batch.targets, weight=weights, reduction="sum")
+        return loss, batch.n_targets
+
+
 @torch.no_grad()
 def mean_loss(
     model: Any,

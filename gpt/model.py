@@ -9,6 +9,7 @@ Shapes: B rows, T positions, C = n_embd channels, H heads of D = C / H channels,
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from gpt.errors import InputError
 
 LAYER_NORM_EPS = 1e-5
 INIT_STD = 0.02
+
+Pooling = Literal["last", "mean"]
+"""What of a text a classifier's head sees: its last real position, or the mean of all of them."""
 
 
 class KVCache:
@@ -339,11 +343,19 @@ class GPT(Decoder):
 
 
 class GPTClassifier(Decoder):
-    """The decoder with a linear classification head on the last real position of each row."""
+    """The decoder with a linear classification head on one vector of each row.
 
-    def __init__(self, config: GPTConfig, labels: list[str]) -> None:
+    Args:
+        config: the architecture.
+        labels: the classes.
+        pooling: `last` is the last real position, as `transformers` has it; `mean` the mean of
+            the final hidden states of all real positions, which `transformers` does not know.
+    """
+
+    def __init__(self, config: GPTConfig, labels: list[str], pooling: Pooling = "last") -> None:
         super().__init__(config)
         self.labels = labels
+        self.pooling = pooling
         self.score = nn.Linear(config.n_embd, len(labels), bias=False)
         self._init_weights()
 
@@ -372,7 +384,7 @@ class GPTClassifier(Decoder):
 
         Returns:
             The vectors of the real positions, one row behind the other: (N, C). Behind the last
-            block only each row's last position has a use: (B, C).
+            block only each row's last position has a use, if that is what is pooled: (B, C).
 
         Raises:
             InputError: more positions than the context holds.
@@ -380,7 +392,7 @@ class GPTClassifier(Decoder):
         T = idx.shape[1]
         self.check_length(T)
         x = self.embed(idx, torch.arange(T, device=idx.device))  # (B, T, C)
-        within = min(depth, len(self.h) - 1)
+        within = depth if self.pooling == "mean" else min(depth, len(self.h) - 1)
         for block in self.h[:within]:
             x = block(x, None, None)  # causal: no real position sees the padding on its right
         x = unpad(x, lengths)  # (N, C)
@@ -400,6 +412,7 @@ class ClassifierTop(nn.Module):
 
     def __init__(self, model: GPTClassifier, depth: int) -> None:
         super().__init__()
+        self.pooling = model.pooling
         self.h = model.h[depth:]
         self.ln_f = model.ln_f
         self.score = model.score
@@ -407,11 +420,15 @@ class ClassifierTop(nn.Module):
     def forward(self, features: Tensor, lengths: Tensor) -> Tensor:
         """Class logits (B, classes) from what `GPTClassifier.trunk` returned for these lengths."""
         x = features
-        if len(self.h) > 1:
+        whole = self.h if self.pooling == "mean" else self.h[:-1]
+        if len(whole) > 0:
             x = pad(x, lengths)  # (B, T, C)
-            for block in self.h[:-1]:
+            for block in whole:
                 x = block(x, None, None)
             x = unpad(x, lengths)  # (N, C)
+        if self.pooling == "mean":
+            x = pad(self.ln_f(x), lengths).sum(1) / lengths[:, None]  # (B, C)
+            return self.score(x)  # type: ignore[no-any-return]
         if len(self.h) > 0:
             x = self.h[-1].last(x, lengths)  # type: ignore[operator]
         return self.score(self.ln_f(x))  # type: ignore[no-any-return]

@@ -30,7 +30,9 @@ from gpt.formats import PLACES, fields_in, lines_in, objects_in, parts_of, texts
 if TYPE_CHECKING:  # imported where a table is made: whoever reads documents should not wait for it
     import pandas as pd
 
-Balance = Literal["undersample", "none"]
+Balance = Literal["undersample", "class_weights", "none"]
+"""Of classes of unlike size: take as many of each as of the smallest, let a text of a rare class
+count for more in the loss, or leave them as they are."""
 Kind = Literal["documents", "messages", "instructions", "file"]
 """What a raw file holds: text to pretrain on, labelled messages, instruction records, or anything
 else, kept as it is."""
@@ -449,7 +451,8 @@ def split_by_hash(keys: Sequence[str], split: Split) -> tuple[np.ndarray, np.nda
 def split_messages(frame: pd.DataFrame, split: Split, balance: Balance) -> dict[str, pd.DataFrame]:
     """Messages by part: `train`, `validation`, `test`.
 
-    `undersample` first reduces every class to as many messages as the smallest one has.
+    `undersample` first reduces every class to as many messages as the smallest one has; the other
+    ways leave every message in.
     """
     if balance == "undersample":
         classes = frame.groupby("label").indices.values()

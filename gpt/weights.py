@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from pydantic import ValidationError
@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 from gpt.config import GPTConfig
 from gpt.errors import InputError
 from gpt.files import whole_directory, write_json
-from gpt.model import GPT, INIT_STD, LAYER_NORM_EPS, GPTClassifier
+from gpt.model import GPT, INIT_STD, LAYER_NORM_EPS, GPTClassifier, Pooling
 from gpt.tokenizer import Tokenizer, load_tokenizer
 
 _PREFIX = "transformer."
@@ -125,7 +125,8 @@ def load_model(
     elif labels is None:  # transformers' own default; a wrong shape is refused below
         n_classes = score.shape[0] if score.shape[1:] == (config.n_embd,) else 1
         labels = [f"LABEL_{i}" for i in range(n_classes)]
-    model = empty_model(path, config, labels, len(tensors))
+    pooling = _read_pooling(directory) if labels is not None else "last"
+    model = empty_model(path, config, labels, len(tensors), pooling)
     wanted = model.state_dict()
     ignored = {name for name in tensors if IGNORED.fullmatch(name)}
     if config.tie_weights:
@@ -234,6 +235,17 @@ def read_config(directory: Path) -> tuple[GPTConfig, list[str] | None]:
         ) from None
     names = raw.get("id2label")
     return config, [names[str(i)] for i in range(len(names))] if names else None
+
+
+def _read_pooling(directory: Path) -> Pooling:
+    """What a classifier's head sees, by `config.json`; the layout's own is the last position."""
+    path = directory / "config.json"
+    pooling = json.loads(path.read_text(encoding="utf-8")).get("pooling", "last")
+    if pooling not in get_args(Pooling):
+        raise InputError(
+            f"{path}: pooling is {pooling!r}; it is one of {', '.join(get_args(Pooling))}"
+        )
+    return pooling  # type: ignore[no-any-return]
 
 
 class _SkipInit(TorchFunctionMode):
@@ -363,7 +375,11 @@ def is_conv1d(name: str) -> bool:
 
 
 def empty_model(
-    path: Path, config: GPTConfig, labels: list[str] | None, n_tensors: int
+    path: Path,
+    config: GPTConfig,
+    labels: list[str] | None,
+    n_tensors: int,
+    pooling: Pooling = "last",
 ) -> GPT | GPTClassifier:
     """A model without weights, on the meta device, for `n_tensors` that wait in `path`.
 
@@ -376,7 +392,7 @@ def empty_model(
             "their configuration do not belong together"
         )
     with torch.device("meta"), _SkipInit():
-        return GPT(config) if labels is None else GPTClassifier(config, labels)
+        return GPT(config) if labels is None else GPTClassifier(config, labels, pooling)
 
 
 def account_for_every_name(
@@ -480,6 +496,9 @@ def _config_json(model: GPT | GPTClassifier, eot: int) -> dict[str, Any]:
     }
     if isinstance(model, GPT):
         return result | {"architectures": ["GPT2LMHeadModel"]}
+    if model.pooling != "last":
+        # no parameter of the layout: transformers passes it over, and takes the last position
+        result["pooling"] = model.pooling
     return result | {
         "architectures": ["GPT2ForSequenceClassification"],
         "pad_token_id": eot,  # transformers finds the last real token as the last that is not this

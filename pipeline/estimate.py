@@ -28,7 +28,7 @@ from gpt import estimate as shapes
 from gpt.data import batch_indices
 from gpt.device import pick_device
 from gpt.errors import InputError
-from gpt.estimate import ACCELERATORS, UTILISATION, Accelerator, Memory, Shape, Trained
+from gpt.estimate import ACCELERATORS, UTILISATION, Accelerator, Memory, Shape, Tuning
 from gpt.prompts import encode_turns, last_prompt
 from gpt.text import read_instructions, read_messages, split_instructions, split_messages
 from gpt.token_files import read_manifest
@@ -256,16 +256,16 @@ def _plan_classifier(params: FinetuneClassifierParams, *, base: Path, messages: 
         name: _Rows(np.minimum(each, longest), np.ones(len(each), dtype=int))
         for name, each in lengths.items()
     }
-    trained: Trained = params.trainable
-    depth = shapes.trunk_depth(config, trained)
+    tuning = _tuning(params, config, base)
+    depth = shapes.trunk_depth(config, tuning)
     tokens = sum(int(each.lengths.sum()) for each in rows.values())
     kept = depth > 0 and tokens * config.n_embd * shapes.FP32 <= _KEPT_BYTES
     texts = sum(len(each.lengths) for each in rows.values())
-    vectors = 0 if not kept else texts if trained == "head" else tokens
+    vectors = 0 if not kept else texts if depth == config.n_layer and not tuning.mean else tokens
 
     def scores(name: str) -> float:
         return sum(
-            shapes.classifier_flops(config, shape, trained, classes, kept=kept) / 3
+            shapes.classifier_flops(config, shape, tuning, classes, kept=kept) / 3
             for shape in rows[name].in_order(_ROWS_AT_ONCE)
         )
 
@@ -273,7 +273,7 @@ def _plan_classifier(params: FinetuneClassifierParams, *, base: Path, messages: 
         return shapes.classifier_memory(
             config,
             shape,
-            trained,
+            tuning,
             classes,
             bf16=bf16,
             kernel=kernel,
@@ -285,7 +285,9 @@ def _plan_classifier(params: FinetuneClassifierParams, *, base: Path, messages: 
     before = 0.0
     if kept:
         before = sum(
-            shapes.trunk_flops(config, Shape(rows=1, length=n, tokens=n, targets=1), depth)
+            shapes.trunk_flops(
+                config, Shape(rows=1, length=n, tokens=n, targets=1), depth, mean=tuning.mean
+            )
             for each in rows.values()
             for n in each.lengths.tolist()
         )
@@ -293,14 +295,37 @@ def _plan_classifier(params: FinetuneClassifierParams, *, base: Path, messages: 
         "finetune_classifier",
         params.train,
         rows["train"],
-        lambda shape: shapes.classifier_flops(config, shape, trained, classes, kept=kept),
-        parameters=shapes.n_parameters(config, classes),
-        trained=shapes.n_trained(config, trained, classes),
+        lambda shape: shapes.classifier_flops(config, shape, tuning, classes, kept=kept),
+        parameters=shapes.n_parameters(config, classes)
+        + (shapes.n_adapters(config, tuning.lora, classes) if tuning.lora else 0),
+        trained=shapes.n_trained(config, tuning, classes),
         flops_before=before,
         evaluation_flops=scores("validation"),
         final_flops=scores("train") + scores("validation"),
         memory=memory,
     )
+
+
+def _tuning(params: FinetuneClassifierParams, config: GPTConfig, base: Path) -> Tuning:
+    """What a classifier's parameters let be trained.
+
+    Raises:
+        InputError: more blocks than the base has.
+    """
+    from gpt.lora import LoraParams
+
+    mean = params.pooling == "mean"
+    if params.trainable == "lora":
+        tuning = Tuning(lora=params.lora or LoraParams(), mean=mean)
+    else:
+        blocks = {"all": None, "last_block": 1, "last_blocks": params.blocks, "head": 0}
+        tuning = Tuning(blocks=blocks[params.trainable], mean=mean)
+    if shapes.trunk_depth(config, tuning) < 0:
+        where = "lora.blocks" if tuning.lora else "blocks"
+        raise InputError(
+            f"finetune_classifier.{where}: {base} has {config.n_layer} blocks; use at most that"
+        )
+    return tuning
 
 
 _PLANS: dict[str, Callable[..., Plan]] = {

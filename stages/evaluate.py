@@ -31,7 +31,7 @@ from gpt.metrics import (
     perplexity,
     word_f1,
 )
-from gpt.model import GPT
+from gpt.model import GPT, Pooling
 from gpt.prompts import TEMPLATES, encode_turns, last_prompt
 from gpt.text import (
     Balance,
@@ -68,6 +68,8 @@ class Training:
     split: Split
     balance: Balance = "none"
     max_length: Annotated[int, Field(gt=0)]
+    pooling: Pooling = "last"
+    """Of a classifier; its model says the same."""
 
 
 def evaluate(

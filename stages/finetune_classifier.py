@@ -10,23 +10,27 @@ from typing import Annotated, Literal
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
+from gpt.config import Positive
 from gpt.data import ClassificationDataset, Dataset, FeatureDataset, batches, take
 from gpt.device import autocast, prepare
 from gpt.errors import InputError
 from gpt.events import Log, Message, Progress, discard
 from gpt.files import write_json
-from gpt.metrics import class_logits, class_loss_sum
-from gpt.model import ClassifierTop, GPTClassifier
+from gpt.lora import LoraParams, merge, wrap
+from gpt.metrics import WeightedClassLoss, class_logits, class_loss_sum, class_weights
+from gpt.model import ClassifierTop, GPTClassifier, Pooling
 from gpt.overlap import count_contaminated
 from gpt.recipe import TrainParams
 from gpt.text import Balance, Split, read_messages, split_messages
 from gpt.train import fit
 from gpt.weights import load_base, save_model
+
+Trainable = Literal["all", "last_block", "last_blocks", "head", "lora"]
 
 _KEPT_BYTES = 2 << 30
 """What a frozen trunk makes of the texts is kept up to this size, else made anew at each step."""
@@ -43,11 +47,32 @@ class FinetuneClassifierParams:
     """The model to start from; its architecture and tokenizer are kept."""
     split: Split = Split(train=0.7, validation=0.1)
     balance: Balance = "undersample"
-    trainable: Literal["all", "last_block", "head"] = "last_block"
-    """`last_block` is the last block, the final norm and the head, as in the book."""
+    """Of unlike classes: `undersample` drops rows before the split, `class_weights` weighs the
+    loss by the training part's classes."""
+    trainable: Trainable = "last_block"
+    """`last_block` is the last block, the final norm and the head, as in the book; `last_blocks`
+    the last `blocks`; `lora` adapters beside frozen layers."""
+    blocks: Positive | None = None
+    """With `trainable: last_blocks`, how many."""
+    lora: LoraParams | None = None
+    """With `trainable: lora`, which adapters; None is `LoraParams`' defaults."""
+    pooling: Pooling = "last"
+    """What the head sees of a text: its last real token, or the mean over all of them, which
+    `transformers`' class does not know."""
     max_length: Annotated[int, Field(gt=0)] | None = None
     """Tokens a text is cut to; None is the longest training text, the context at most."""
     train: TrainParams
+
+    @model_validator(mode="after")
+    def _belong_together(self) -> FinetuneClassifierParams:
+        if (self.trainable == "last_blocks") != (self.blocks is not None):
+            raise ValueError(
+                "blocks: says how many with trainable: last_blocks, and with nothing else; "
+                "give both or neither"
+            )
+        if self.lora is not None and self.trainable != "lora":
+            raise ValueError(f"lora: has no say with trainable: {self.trainable}; set it to lora")
+        return self
 
 
 def finetune_classifier(
@@ -80,8 +105,12 @@ def finetune_classifier(
     it is computed once for each text, without padding and without dropout, and only the rest is
     gone through at each step.
 
+    Adapters (`lora`) are merged into the layers' own matrices when the training is over, so that
+    the directory is a plain model however it was trained.
+
     Raises:
-        InputError: the messages cannot be used, or `max_length` is above the base's context.
+        InputError: the messages cannot be used, `max_length` is above the base's context, or
+            more blocks are to be trained than the base has.
         RunError: the loss is no longer finite.
     """
     train = params.train
@@ -120,14 +149,14 @@ def finetune_classifier(
 
     texts = {name: dataset(parts[name]) for name in ("train", "validation")}
     torch.manual_seed(train.seed)
-    model = GPTClassifier(config, labels)
+    model = GPTClassifier(config, labels, params.pooling)
     model.load_state_dict(
         {name: value for name, value in trunk.state_dict().items() if name != "lm_head.weight"},
         strict=False,  # the head is new
     )
     del trunk
     model.to(device)
-    depth = freeze(model, params.trainable)
+    depth = freeze(model, params.trainable, params.blocks, params.lora)
     log(
         Message(
             f"finetune_classifier: {len(texts['train'])} training messages of up to {max_length} "
@@ -143,13 +172,19 @@ def finetune_classifier(
         with autocast(device, train.precision):
             data = trunk_features(model, texts, depth, log)
 
+    weights = None  # of the classes
+    if params.balance == "class_weights":
+        weights = class_weights(
+            [labels.index(each) for each in parts["train"]["label"]], len(labels)
+        )
+
     def scores(model: GPTClassifier | ClassifierTop, part: str) -> dict[str, float]:
         rows = list(batches(data[part], _ROWS_AT_ONCE))
         actual = torch.cat([batch.targets for batch in rows])  # (n,)
         with autocast(device, train.precision):
             logits = class_logits(model, rows)  # (n, classes)
         return {
-            f"{part}_loss": F.cross_entropy(logits, actual).item(),
+            f"{part}_loss": F.cross_entropy(logits, actual, weights).item(),
             f"{part}_accuracy": (logits.argmax(1) == actual).float().mean().item(),
         }
 
@@ -157,7 +192,7 @@ def finetune_classifier(
         trained,
         params=train,
         train=data["train"],
-        loss=class_loss_sum,
+        loss=class_loss_sum if weights is None else WeightedClassLoss(weights),
         validate=lambda model: scores(model, "validation"),
         origin=lambda row: f"message {parts['train']['text'].iloc[row]!r:.60}",
         task="finetune_classifier",
@@ -165,6 +200,10 @@ def finetune_classifier(
         log=log,
     )
     model.eval()
+    if params.trainable == "lora":
+        merge(model)
+        if trained is not model:
+            trained = model.top(depth)  # of the merged layers
     final = {
         **scores(trained, "train"),
         **scores(trained, "validation"),
@@ -180,6 +219,7 @@ def finetune_classifier(
         "split": asdict(params.split),
         "balance": params.balance,
         "max_length": max_length,
+        **({"pooling": params.pooling} if params.pooling != "last" else {}),
     }
     save_model(model, out, tokenizer=tokenizer, extra={"training.json": training})
     result.write_history(history)
@@ -187,14 +227,43 @@ def finetune_classifier(
     return final
 
 
-def freeze(model: GPTClassifier, trainable: Literal["all", "last_block", "head"]) -> int:
-    """Let only the named part of the model be trained; return how many blocks come before it."""
+def freeze(
+    model: GPTClassifier,
+    trainable: Trainable,
+    blocks: int | None = None,
+    lora: LoraParams | None = None,
+) -> int:
+    """Let only the named part of the model be trained; return how many blocks come before it.
+
+    Args:
+        model: on its device. With `lora` its layers are wrapped; a head without an adapter is
+            trained whole, since it is new.
+        trainable: which part.
+        blocks: how many, with `last_blocks`.
+        lora: which adapters, with `lora`.
+
+    Raises:
+        InputError: more blocks than the model has.
+    """
+    if trainable == "lora":
+        lora = lora or LoraParams()
+        depth = wrap(model, lora)
+        if "head" not in lora.layers:
+            model.score.requires_grad_(True)
+        return depth
+    own = {"all": len(model.h), "last_block": 1, "last_blocks": blocks or 1, "head": 0}[trainable]
+    if own > len(model.h):
+        raise InputError(
+            f"finetune_classifier.blocks: {own} blocks are to be trained, the base has "
+            f"{len(model.h)}; use at most that"
+        )
     model.requires_grad_(trainable == "all")
     model.score.requires_grad_(True)
-    if trainable == "last_block":
-        model.h[-1].requires_grad_(True)
+    depth = len(model.h) - own
+    if trainable != "head":
+        model.h[depth:].requires_grad_(True)
         model.ln_f.requires_grad_(True)
-    return {"all": 0, "last_block": len(model.h) - 1, "head": len(model.h)}[trainable]
+    return depth
 
 
 @torch.no_grad()
@@ -225,8 +294,9 @@ def trunk_features(
             vectors = model.trunk(here.inputs, here.lengths, depth)
             if torch.is_autocast_enabled(model.device.type):
                 vectors = vectors.to(torch.get_autocast_dtype(model.device.type))
-            # behind the last block each text has one vector
-            lengths = here.lengths if depth < len(model.h) else torch.ones_like(here.lengths)
+            lengths = here.lengths
+            if depth == len(model.h) and model.pooling == "last":
+                lengths = torch.ones_like(lengths)  # behind the last block a text has one vector
             split = torch.split(vectors.cpu(), lengths.tolist())
             for index, own, label in zip(indices, split, batch.targets.tolist(), strict=True):
                 features[index], labels[index] = own.clone(), label

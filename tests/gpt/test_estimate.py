@@ -10,7 +10,8 @@ from gpt.attention import causal_attention
 from gpt.config import GPT2_SIZES, GPTConfig
 from gpt.data import Batch
 from gpt.device import autocast
-from gpt.estimate import ACCELERATORS, Memory, Shape
+from gpt.estimate import ACCELERATORS, Memory, Shape, Tuning
+from gpt.lora import LoraParams
 from gpt.loss import linear_cross_entropy
 from gpt.metrics import class_loss_sum, lm_loss_sum
 from gpt.model import GPT, GPTClassifier
@@ -26,6 +27,26 @@ ARCHITECTURES = [
     {"context_length": 300},  # more than one block of queries, the last one smaller
     {"n_layer": 1},
 ]
+LORAS = {
+    "lora": LoraParams(rank=4),
+    "lora of some": LoraParams(rank=4, layers=("query", "value"), dropout=0.1),
+    "lora of the last": LoraParams(rank=8, layers=("attn.c_attn", "mlp.c_fc", "head"), blocks=1),
+    "lora of the head": LoraParams(rank=8, layers=("head",)),
+}
+CHOICES = {
+    "all": {"trainable": "all"},
+    "last_block": {"trainable": "last_block"},
+    "last_blocks": {"trainable": "last_blocks", "blocks": 2},
+    "head": {"trainable": "head"},
+    **{name: {"trainable": "lora", "lora": lora} for name, lora in LORAS.items()},
+}
+TUNINGS = {
+    "all": Tuning(),
+    "last_block": Tuning(blocks=1),
+    "last_blocks": Tuning(blocks=2),
+    "head": Tuning(blocks=0),
+    **{name: Tuning(lora=lora) for name, lora in LORAS.items()},
+}
 
 
 def kept_bytes(model, batch, loss, precision):
@@ -67,11 +88,14 @@ def test_every_parameter_is_counted(changes):
     assert estimate.n_parameters(config) == GPT(config).n_params
     model = GPTClassifier(config, ["ham", "spam"])
     assert estimate.n_parameters(config, 2) == model.n_params
-    for trained in ("all", "last_block", "head"):
-        depth = freeze(model, trained)
-        assert estimate.trunk_depth(config, trained) == depth
+    for trained, tuning in TUNINGS.items():
+        if config.n_layer < (tuning.blocks or 0):
+            continue
+        model = GPTClassifier(config, ["ham", "spam"])
+        depth = freeze(model, **CHOICES[trained])
+        assert estimate.trunk_depth(config, tuning) == depth
         own = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        assert estimate.n_trained(config, trained, 2) == own
+        assert estimate.n_trained(config, tuning, 2) == own
 
 
 def test_the_published_sizes_are_those_of_their_names():
@@ -109,12 +133,16 @@ def test_targets_that_do_not_count_cost_no_logits():
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("trained", ["all", "last_block", "head"])
+@pytest.mark.parametrize("trained", CHOICES)
 @pytest.mark.parametrize("kept", [True, False])
-def test_activations_of_a_classifier_are_those_that_autograd_keeps(trained, precision, kept):
-    config = GPTConfig(**BASE)
-    model = GPTClassifier(config, ["ham", "spam"])
-    depth = freeze(model, trained)
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_activations_of_a_classifier_are_those_that_autograd_keeps(
+    trained, precision, kept, pooling
+):
+    config = GPTConfig(**{**BASE, "n_layer": 3})
+    tuning = replace(TUNINGS[trained], mean=pooling == "mean")
+    model = GPTClassifier(config, ["ham", "spam"], pooling)
+    depth = freeze(model, **CHOICES[trained])
     batch, shape = texts(config)
     top = model
     if kept and depth:
@@ -122,9 +150,9 @@ def test_activations_of_a_classifier_are_those_that_autograd_keeps(trained, prec
             batch = replace(batch, inputs=model.trunk(batch.inputs, batch.lengths, depth))
         top = model.top(depth)
     bf16 = precision == "bf16"
-    counted = estimate.classifier_activations(config, shape, trained, bf16=bf16, kernel="blocked")
-    if bf16 and trained != "head":
-        memory = estimate.classifier_memory(config, shape, trained, 2, bf16=True, kernel="blocked")
+    counted = estimate.classifier_activations(config, shape, tuning, bf16=bf16, kernel="blocked")
+    if bf16 and "head" not in trained:
+        memory = estimate.classifier_memory(config, shape, tuning, 2, bf16=True, kernel="blocked")
         counted += memory.copies
     assert counted == pytest.approx(kept_bytes(top, batch, class_loss_sum, precision), rel=0.1)
 
@@ -214,7 +242,7 @@ def test_what_is_frozen_costs_a_forward_pass_or_nothing():
     shape = Shape(rows=4, length=96, tokens=300, targets=4)
 
     def flops(trained, kept):
-        return estimate.classifier_flops(config, shape, trained, 2, kept=kept)
+        return estimate.classifier_flops(config, shape, TUNINGS[trained], 2, kept=kept)
 
     frozen = estimate.trunk_flops(config, shape, 2)
     assert flops("last_block", kept=False) - flops("last_block", kept=True) == frozen

@@ -18,6 +18,7 @@ from rich.console import Console
 from gpt.config import GPTConfig
 from gpt.errors import InputError
 from gpt.files import sha256_of
+from gpt.lora import LoraParams
 from gpt.model import GPT
 from gpt.text import RawFile, write_sources
 from gpt.tokenizer import byte_tokenizer
@@ -126,6 +127,9 @@ def shown(root, *arguments, **options):
         ("finetune_classifier", {"trainable": "all"}),
         ("finetune_classifier", {"trainable": "last_block", "group_by_length": True}),
         ("finetune_classifier", {"trainable": "head", "max_length": None}),
+        ("finetune_classifier", {"trainable": "last_blocks", "blocks": 2, "pooling": "mean"}),
+        ("finetune_classifier", {"trainable": "head", "pooling": "mean"}),
+        ("finetune_classifier", {"trainable": "lora", "lora": LoraParams(rank=2)}),
         ("finetune_instruct", {"steps": None, "epochs": 2}),
         ("finetune_instruct", {"max_length": 30, "mask_prompt": False, "group_by_length": True}),
     ],
@@ -135,7 +139,7 @@ def test_steps_tokens_and_evaluations_are_those_of_the_stage(tiny, tmp_path, sta
     plan = make_plan(stage, params, tiny)
     history = run(tiny, tmp_path, stage, params)
     assert plan.steps == history["step"].flat[-1]
-    if (stage, changes.get("trainable")) != ("finetune_classifier", "head"):
+    if changes.get("trainable") != "head" or changes.get("pooling") == "mean":
         assert plan.tokens == history["tokens"].flat[-1]  # the stage counts a text's one vector
     assert plan.evaluations == history.size
     assert len(plan.step_flops) == plan.steps

@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
+from gpt.errors import InputError
 from gpt.events import Message, Progress
 from gpt.model import GPTClassifier
 from gpt.text import Split, read_messages, split_messages
@@ -33,6 +34,9 @@ MODEL_FILES = [
     "model/training.json",
     "model/vocab.json",
 ]
+
+
+LORA = {"trainable": "lora", "lora": {"rank": 4, "dropout": 0.1}}
 
 
 def params(train=(), **changes):
@@ -111,13 +115,48 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     assert everything(tmp_path / "s") == everything(tmp_path / "straight")
 
 
-@pytest.mark.parametrize("trainable", ["last_block", "head"])
+@pytest.mark.parametrize("choice", [LORA, {"pooling": "mean", "balance": "class_weights"}])
+def test_a_stopped_run_of_every_kind_goes_on_to_the_same_bytes(
+    tmp_path, make_base, messages, everything, interrupt_at, choice
+):
+    base = make_base(dropout=0.1)
+    learn = params(**choice)
+    run(tmp_path / "straight", learn, base, messages)
+    for step in (1, 4):
+        with pytest.raises(KeyboardInterrupt):
+            run(
+                tmp_path / "s",
+                learn,
+                base,
+                messages,
+                state=tmp_path / "state",
+                log=interrupt_at(step),
+            )
+    heard = []
+    run(tmp_path / "s", learn, base, messages, state=tmp_path / "state", log=heard.append)
+    assert Message("finetune_classifier: continuing from step 4 of 6") in heard
+    assert everything(tmp_path / "s") == everything(tmp_path / "straight")
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"trainable": "last_block"},
+        {"trainable": "last_blocks", "blocks": 2},
+        {"trainable": "head"},
+        {"trainable": "lora", "lora": {"rank": 4, "blocks": 1}},
+        {"trainable": "lora", "lora": {"rank": 4, "layers": ["head"]}},
+        {"trainable": "head", "pooling": "mean"},
+        {"trainable": "last_block", "pooling": "mean", "balance": "class_weights"},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_frozen_trunk_computed_once_trains_what_one_computed_at_each_step_does(
-    tmp_path, monkeypatch, make_base, messages, trainable, precision
+    tmp_path, monkeypatch, make_base, messages, choice, precision
 ):
     base = make_base(n_layer=3)
-    learn = params(trainable=trainable, train={"precision": precision, "eps": 1e-5})
+    learn = params(**choice, train={"precision": precision, "eps": 1e-5})
     figures = run(tmp_path / "once", learn, base, messages)
     monkeypatch.setattr("stages.finetune_classifier._KEPT_BYTES", 0)
     expected = run(tmp_path / "each", learn, base, messages)
@@ -147,17 +186,22 @@ def test_each_text_goes_through_a_frozen_trunk_once(tmp_path, monkeypatch, base,
     assert progress[-1].done == progress[-1].total == n_texts
 
 
-@pytest.mark.parametrize("trainable", ["all", "last_block", "head"])
-def test_what_is_not_to_be_trained_stays_as_it_was(tmp_path, base, messages, trainable):
+@pytest.mark.parametrize("trainable", ["all", "last_block", "last_blocks", "head"])
+def test_what_is_not_to_be_trained_stays_as_it_was(tmp_path, make_base, messages, trainable):
     heard = []
-    run(tmp_path, params(trainable=trainable), base, messages, log=heard.append)
+    base = make_base(n_layer=3)
+    blocks = {"blocks": 2} if trainable == "last_blocks" else {}
+    run(tmp_path, params(trainable=trainable, **blocks), base, messages, log=heard.append)
     before = load_file(base / "model.safetensors")
     after = load_file(tmp_path / "model/model.safetensors")
     assert set(after) == set(before) | {"score.weight"}
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     trained = {
         "all": lambda name: True,
-        "last_block": lambda name: name.startswith(("transformer.h.1.", "transformer.ln_f.")),
+        "last_block": lambda name: name.startswith(("transformer.h.2.", "transformer.ln_f.")),
+        "last_blocks": lambda name: name.startswith(
+            ("transformer.h.1.", "transformer.h.2.", "transformer.ln_f.")
+        ),
         "head": lambda name: False,
     }[trainable]
     assert changed == {name for name in before if trained(name)}
@@ -166,9 +210,38 @@ def test_what_is_not_to_be_trained_stays_as_it_was(tmp_path, base, messages, tra
     assert f", {n:,} of " in said
 
 
-def test_transformers_classifies_padded_texts_alike(tmp_path, base, messages):
+def test_adapters_change_the_matrices_they_stand_beside_and_leave_a_plain_model(
+    tmp_path, base, messages
+):
+    heard = []
+    learn = params(trainable="lora", lora={"rank": 4, "layers": ["query", "value", "mlp.c_fc"]})
+    run(tmp_path, learn, base, messages, log=heard.append)
+    before = load_file(base / "model.safetensors")
+    after = load_file(tmp_path / "model/model.safetensors")
+    assert set(after) == set(before) | {"score.weight"}
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {
+        f"transformer.h.{i}.{name}.weight" for i in (0, 1) for name in ("attn.c_attn", "mlp.c_fc")
+    }
+    for i in (0, 1):  # the file's layout is input-major
+        name = f"transformer.h.{i}.attn.c_attn.weight"
+        assert torch.equal(before[name][:, 16:32], after[name][:, 16:32]), "keys have no adapter"
+    # 2 blocks of rank 4: queries and values 16 -> 16 each, 16 -> 64; a new head of 16 x 2
+    n = 2 * 4 * (2 * 32 + 80) + 32
+    (said,) = (e.text for e in heard if isinstance(e, Message) and "parameters trained" in e.text)
+    assert f", {n:,} of " in said
+    assert json.loads((tmp_path / "model/training.json").read_text()).keys() == {
+        "base",
+        "split",
+        "balance",
+        "max_length",
+    }
+
+
+@pytest.mark.parametrize("choice", [{}, LORA, {"trainable": "last_blocks", "blocks": 2}], ids=str)
+def test_transformers_classifies_padded_texts_alike(tmp_path, base, messages, choice):
     """Twenty texts, each of another length, one row a text."""
-    run(tmp_path, params(), base, messages)
+    run(tmp_path, params(**choice), base, messages)
     texts = ["win a prize of words and numbers"[: i + 1] for i in range(20)]
     logits, padded, lengths = theirs(tmp_path / "model", texts)
     assert len(set(lengths.tolist())) == 20
@@ -212,6 +285,66 @@ def test_more_than_two_classes_are_learnt(tmp_path, base, raw):
     assert logits.shape == (3, 3)
     with torch.no_grad():
         assert torch.allclose(load_model(tmp_path / "model")(padded, lengths), logits, atol=1e-4)
+
+
+def test_a_mean_is_over_the_real_positions_and_the_directory_says_so(tmp_path, base, messages):
+    run(tmp_path, params(pooling="mean"), base, messages)
+    for name in ("config", "training"):
+        said = json.loads((tmp_path / f"model/{name}.json").read_text())
+        assert said["pooling"] == "mean"
+    ours = load_model(tmp_path / "model")
+    ids = torch.tensor([byte_tokenizer().encode(text) for text in ("win now", "see you")])
+    with torch.no_grad():
+        expected = ours.score(ours.hidden(ids).mean(1))
+        assert torch.allclose(ours(ids), expected, atol=1e-5)
+        padded = torch.cat([ids, torch.full((2, 5), 256)], 1)
+        assert torch.allclose(ours(padded, torch.tensor([7, 7])), expected, atol=1e-5)
+    # transformers loads it, and takes the last position
+    logits, _, _ = theirs(tmp_path / "model", ["win now"])
+    assert not torch.allclose(logits, expected[:1], atol=1e-4)
+    path = tmp_path / "model/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pooling": "max"}))
+    with pytest.raises(
+        InputError, match=r"config\.json: pooling is 'max'; it is one of last, mean"
+    ):
+        load_model(tmp_path / "model")
+
+
+def test_class_weights_let_a_rare_class_count_as_much_as_a_frequent_one(tmp_path, base, raw):
+    """What nothing tells apart goes to the frequent class, unless the classes weigh the same."""
+    rows = [("ham" if i % 10 else "spam", f"text {i * 37 % 101}") for i in range(200)]
+    messages = raw("messages", rows)
+    learn = {"trainable": "head", "train": {"steps": 60, "eval_interval": 60, "keep": "last"}}
+    said = {}
+    for balance in ("none", "class_weights"):
+        folder = tmp_path / balance
+        figures = run(folder, params(balance=balance, **learn), base, messages)
+        assert figures["rows_train"] == 120, "no row is left out"
+        model = load_model(folder / "model")
+        ids = [torch.tensor([byte_tokenizer().encode(text)]) for _, text in rows[:40]]
+        with torch.no_grad():
+            said[balance] = torch.cat([model(each).softmax(1) for each in ids])[:, 1].mean().item()
+    assert said["none"] < 0.25
+    assert 0.35 < said["class_weights"] < 0.65
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"trainable": "all"},
+        {"trainable": "lora"},
+        {"pooling": "mean"},
+        {"balance": "class_weights", "trainable": "last_blocks", "blocks": 2},
+    ],
+    ids=str,
+)
+def test_five_classes_train_unchanged(tmp_path, base, raw, choice):
+    labels = ("art", "law", "sea", "sport", "zoo")
+    rows = [(label, f"{label} {i}") for i in range(20) for label in labels]
+    learn = params(**choice, train={"steps": 100, "eval_interval": 50})
+    figures = run(tmp_path, learn, base, raw("messages", rows))
+    assert load_model(tmp_path / "model").labels == list(labels)
+    assert figures["train_accuracy"] > 0.9
 
 
 @pytest.fixture
@@ -367,6 +500,15 @@ def test_a_base_that_cannot_be_used_is_refused(
         run(tmp_path / "o", params(), broken, messages)
 
 
+@pytest.mark.parametrize(
+    "choice",
+    [{"trainable": "last_blocks", "blocks": 3}, {"trainable": "lora", "lora": {"blocks": 3}}],
+)
+def test_more_blocks_than_the_base_has_are_refused(tmp_path, base, messages, refused, choice):
+    with refused(r"blocks: 3 blocks are to be .* has 2; use at most that"):
+        run(tmp_path / "o", params(**choice), base, messages)
+
+
 def test_a_classifier_is_no_base(tmp_path, base, messages, refused):
     run(tmp_path, params(train={"steps": 1}), base, messages)
     with refused("holds a classifier; a language model is needed"):
@@ -375,7 +517,19 @@ def test_a_classifier_is_no_base(tmp_path, base, messages, refused):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"base": "gpt3"}, {"trainable": "some"}, {"max_length": 0}, {"split": {"train": 1}}, {"x": 1}],
+    [
+        {"base": "gpt3"},
+        {"trainable": "some"},
+        {"max_length": 0},
+        {"split": {"train": 1}},
+        {"x": 1},
+        {"trainable": "last_blocks"},
+        {"trainable": "all", "blocks": 1},
+        {"trainable": "all", "lora": {"rank": 4}},
+        {"trainable": "lora", "lora": {"layers": ["score"]}},
+        {"pooling": "first"},
+        {"balance": "oversample"},
+    ],
 )
 def test_impossible_parameters_are_refused(wrong):
     with pytest.raises(ValidationError):
