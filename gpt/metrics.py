@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from string import punctuation
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -133,9 +134,9 @@ def _words(text: str) -> Counter[str]:
 def classification_scores(
     actual: Sequence[str], predicted: Sequence[str], labels: Sequence[str]
 ) -> dict[str, float]:
-    """Accuracy, macro F1, and precision, recall and F1 of each class, all in 0..1.
+    """Accuracy, and precision, recall and F1 of each class and in the mean over the classes.
 
-    A class that was never predicted has a precision of 0.
+    All in 0..1. A class that was never predicted has a precision of 0.
     """
     from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
@@ -147,4 +148,57 @@ def classification_scores(
         scores[f"precision_{label}"] = float(precision[i])
         scores[f"recall_{label}"] = float(recall[i])
         scores[f"f1_{label}"] = float(f1[i])
+    scores["precision_macro"] = float(precision.mean())
+    scores["recall_macro"] = float(recall.mean())
     return scores
+
+
+def roc_auc(classes: Sequence[int], probabilities: np.ndarray) -> float | None:
+    """The area under the ROC curve: how often a text of a class is put before one of another.
+
+    With more than two classes each one against all others, and the mean over the classes
+    (Provost & Domingos, 2000).
+
+    Args:
+        classes: of each text, by number.
+        probabilities: of each class, (n, classes).
+
+    Returns:
+        0..1; None where no class has both texts in it and texts outside it.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    actual = np.asarray(classes)
+    n_classes = probabilities.shape[1]
+    areas = [
+        roc_auc_score(actual == i, probabilities[:, i])
+        for i in ([1] if n_classes == 2 else range(n_classes))
+        if 0 < (actual == i).sum() < len(actual)
+    ]
+    return float(np.mean(areas)) if areas else None
+
+
+def calibration_error(classes: Sequence[int], probabilities: np.ndarray, bins: int = 15) -> float:
+    """The expected calibration error: how far what is said lies from how often it is right.
+
+    The texts are put into `bins` equally wide bins by the probability of the class that was
+    chosen; the error is the mean distance of a bin's accuracy from its mean probability, each bin
+    weighed by its texts (Guo et al., 2017, "On Calibration of Modern Neural Networks", 2).
+
+    Args:
+        classes: of each text, by number.
+        probabilities: of each class, (n, classes).
+        bins: how many.
+
+    Returns:
+        0..1; 0 is calibrated.
+    """
+    said = probabilities.max(1)
+    right = probabilities.argmax(1) == np.asarray(classes)
+    # a bin holds its upper end and not its lower
+    at = np.clip(np.ceil(said * bins).astype(int) - 1, 0, bins - 1)
+    total = 0.0
+    for each in np.unique(at):
+        inside = at == each
+        total += inside.sum() * abs(right[inside].mean() - said[inside].mean())
+    return float(total / len(said))

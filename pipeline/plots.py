@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 
 from gpt.files import whole_file
@@ -54,15 +55,28 @@ def draw_curves(history: Path, stage: str, folder: Path) -> list[Path]:
     return pictures
 
 
-def draw_confusion(predictions: Path, picture: Path) -> Path:
-    """The confusion matrix of a table of predictions: columns `actual` and `predicted`."""
-    frame = pd.read_csv(predictions, dtype=str, keep_default_na=False)
-    labels = sorted({*frame["actual"], *frame["predicted"]})
-    counts = (
-        pd.crosstab(frame["actual"], frame["predicted"])
-        .reindex(index=labels, columns=labels, fill_value=0)
-        .to_numpy()
-    )
+def draw_confusion(confusion: Path, folder: Path) -> list[Path]:
+    """Which classes were taken for which, a picture a part of the data.
+
+    Args:
+        confusion: a table of `part`, `actual`, `predicted` and how many `messages`.
+        folder: where the pictures go: `confusion_matrix.png` is of the test part.
+    """
+    frame = pd.read_csv(confusion, dtype=str, keep_default_na=False)
+    pictures = []
+    for part, rows in frame.groupby("part", sort=False):
+        name = "confusion_matrix" if part == "test" else f"confusion_matrix_{part}"
+        labels = list(rows["actual"].drop_duplicates())
+        counts = rows["messages"].to_numpy(int).reshape(len(labels), -1)
+        what = "held-out messages" if part == "test" else f"the {part} part"
+        right = f"{counts.trace()} of {counts.sum()} right"
+        title = f"Classifier on {what}: {right}"
+        pictures.append(_confusion(folder / f"{name}.png", title, labels, counts))
+    return pictures
+
+
+def _confusion(picture: Path, title: str, labels: list[str], counts: np.ndarray) -> Path:
+    shown = [name_of(label, _NAME_LENGTH) for label in labels]
 
     def cells(axes: Axes) -> None:
         axes.imshow(counts, cmap="Blues", vmin=0)
@@ -71,13 +85,11 @@ def draw_confusion(predictions: Path, picture: Path) -> Path:
             colour = "white" if count > counts.max() / 2 else "black"
             axes.text(column, row, str(count), ha="center", va="center", color=colour, size=14)
         axes.set(xticks=range(len(labels)), yticks=range(len(labels)))
-        axes.set_xticklabels(labels)
-        axes.set_yticklabels(labels)
+        axes.set_xticklabels(shown)
+        axes.set_yticklabels(shown)
         axes.set(xlabel="predicted", ylabel="actual")
         axes.grid(False)
 
-    right = int(counts.trace())
-    title = f"Classifier on held-out messages: {right} of {len(frame)} right"
     return _draw(picture, title, cells)
 
 

@@ -434,8 +434,7 @@ def _pictures(stage: str, outputs: Mapping[str, Path], folder: Path) -> list[Pat
     if "history" in outputs:
         return draw_curves(outputs["history"], stage, folder)
     if "predictions" in outputs:
-        table = outputs["predictions"] / "classifier.csv"
-        return [draw_confusion(table, folder / "confusion_matrix.png")]
+        return draw_confusion(outputs["predictions"] / "classifier_confusion.csv", folder)
     return []
 
 

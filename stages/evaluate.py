@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import pandas as pd
 import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -25,10 +27,12 @@ from gpt.files import whole_directory, write_json
 from gpt.generate import Sampling, complete
 from gpt.metrics import (
     bits_per_byte,
+    calibration_error,
     classification_scores,
     classify,
     mean_loss,
     perplexity,
+    roc_auc,
     word_f1,
 )
 from gpt.model import GPT, Pooling
@@ -45,6 +49,9 @@ from gpt.text import (
 from gpt.token_files import open_tokens, read_manifest
 from gpt.tokenizer import Tokenizer, load_tokenizer
 from gpt.weights import load_base, load_classifier
+
+_MOST_WRONG = 20
+"""Of each part so many messages are listed that a classifier was wrong about."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid"))
@@ -97,7 +104,8 @@ def evaluate(
         tokens: the folder of token files; its validation split is the bases' test.
         messages: the raw folder that the classifier was trained on a part of.
         instructions: the raw folder that the assistant was trained on a part of.
-        predictions: written: `classifier.csv` and `assistant.csv`, a row a test example.
+        predictions: written: `classifier.csv` and `assistant.csv`, a row a test example; of the
+            classifier also which classes it took for which, and where it was most wrong.
         metrics: written: what is returned, as JSON.
         log: hears what goes on.
 
@@ -119,8 +127,11 @@ def evaluate(
             if name in bases:
                 figures[name] = _base(params, bases[name], tokens, device)
             elif name == "classifier":
-                figures[name], table = _classifier(params, classifier, messages, device)
-                table.to_csv(folder / "classifier.csv", index=False)
+                figures[name], tables = measure_classifier(
+                    classifier, messages, device, params.batch_size
+                )
+                for file, table in tables.items():
+                    table.to_csv(folder / f"{file}.csv", index=False)
             else:
                 figures[name], table = _assistant(params, assistant, bases, instructions, device)
                 table.to_csv(folder / "assistant.csv", index=False)
@@ -169,9 +180,26 @@ def _in_other_tokens(ids: torch.Tensor, old: Tokenizer, new: Tokenizer) -> torch
     return torch.tensor(result)
 
 
-def _classifier(
-    params: EvaluateParams, directory: Path, messages: Path, device: torch.device
-) -> tuple[dict[str, float], pd.DataFrame]:
+def measure_classifier(
+    directory: Path, messages: Path, device: torch.device, batch_size: int
+) -> tuple[dict[str, float], dict[str, pd.DataFrame]]:
+    """Score a classifier on each part of the messages that it was trained on a part of.
+
+    Args:
+        directory: its model directory.
+        messages: the raw folder.
+        device: where.
+        batch_size: texts at once.
+
+    Returns:
+        The scores, those of the training and validation parts under `train_` and `validation_`:
+        in 0..1. And tables: `classifier`, a row a test message; `classifier_confusion`, a row a
+        part and pair of classes; `classifier_most_wrong`, of each part the messages whose right
+        class got the least.
+
+    Raises:
+        InputError: the directory or the messages cannot be used, or do not belong together.
+    """
     model, tokenizer = load_classifier(directory)
     model.to(device)
     training = _training(directory)
@@ -182,24 +210,68 @@ def _classifier(
             f"{messages}: the class {unknown[0]!r} is unknown to {directory} "
             f"({', '.join(model.labels)}); run finetune_classifier on these messages"
         )
-    test = split_messages(frame, training.split, training.balance)["test"]
-    data = ClassificationDataset(
-        tokenizer.encode_batch(test["text"].tolist()),
-        [model.labels.index(label) for label in test["label"]],
-        padding=tokenizer.eot,
-        max_length=training.max_length,
+    parts = split_messages(frame, training.split, training.balance)
+    figures: dict[str, float] = {}
+    tables: dict[str, pd.DataFrame] = {}
+    for name in ("test", "validation", "train"):
+        part = parts[name]
+        classes = [model.labels.index(label) for label in part["label"]]
+        data = ClassificationDataset(
+            tokenizer.encode_batch(part["text"].tolist()),
+            classes,
+            padding=tokenizer.eot,
+            max_length=training.max_length,
+        )
+        rows = batches(data, batch_size)
+        probabilities = classify(model, rows).double().numpy()  # (n, classes)
+        tables[name] = _predictions(part, probabilities, model.labels)
+        prefix = "" if name == "test" else f"{name}_"
+        scores = _scores(tables[name], classes, probabilities, model.labels)
+        figures |= {f"{prefix}{key}": value for key, value in scores.items()}
+    confusion = [_confusion(name, table, model.labels) for name, table in tables.items()]
+    wrong = [_most_wrong(name, table) for name, table in tables.items()]
+    return figures, {
+        "classifier": tables["test"],
+        "classifier_confusion": pd.concat(confusion, ignore_index=True),
+        "classifier_most_wrong": pd.concat(wrong, ignore_index=True),
+    }
+
+
+def _predictions(part: pd.DataFrame, probabilities: np.ndarray, labels: list[str]) -> pd.DataFrame:
+    predicted = [labels[i] for i in probabilities.argmax(1).tolist()]
+    return pd.DataFrame(
+        {"text": part["text"], "actual": part["label"], "predicted": predicted}
+        | {f"probability_{each}": probabilities[:, i].round(6) for i, each in enumerate(labels)}
     )
-    probabilities = classify(model, batches(data, params.batch_size))  # (n, classes)
-    predicted = [model.labels[i] for i in probabilities.argmax(1).tolist()]
-    table = pd.DataFrame(
-        {"text": test["text"], "actual": test["label"], "predicted": predicted}
-        | {
-            f"probability_{label}": probabilities[:, i].double().numpy().round(6)
-            for i, label in enumerate(model.labels)
-        }
-    )
-    scores = classification_scores(test["label"].tolist(), predicted, model.labels)
-    return {**scores, "rows": float(len(test))}, table
+
+
+def _scores(
+    table: pd.DataFrame, classes: list[int], probabilities: np.ndarray, labels: list[str]
+) -> dict[str, float]:
+    scores = classification_scores(table["actual"].tolist(), table["predicted"].tolist(), labels)
+    area = roc_auc(classes, probabilities)
+    return {
+        **scores,
+        **({"roc_auc": area} if area is not None else {}),
+        "calibration_error": calibration_error(classes, probabilities),
+        "rows": float(len(table)),
+    }
+
+
+def _confusion(part: str, table: pd.DataFrame, labels: list[str]) -> pd.DataFrame:
+    """How many messages of each class were taken for each."""
+    pairs = Counter(zip(table["actual"], table["predicted"], strict=True))
+    rows = [(part, a, p, pairs[a, p]) for a in labels for p in labels]
+    return pd.DataFrame(rows, columns=["part", "actual", "predicted", "messages"])
+
+
+def _most_wrong(part: str, table: pd.DataFrame) -> pd.DataFrame:
+    """The wrong ones, the one first whose right class got the smallest probability."""
+    wrong = table[table["actual"] != table["predicted"]]
+    given = [row[f"probability_{row['actual']}"] for _, row in wrong.iterrows()]
+    found = wrong[["text", "actual", "predicted"]].assign(probability_actual=given)
+    found.insert(0, "part", part)
+    return found.sort_values("probability_actual", kind="stable").head(_MOST_WRONG)
 
 
 def _assistant(

@@ -10,13 +10,17 @@ from torch.nn import functional as F
 
 from gpt.data import IGNORED, Batch
 from gpt.metrics import (
+    WeightedClassLoss,
     bits_per_byte,
+    calibration_error,
     class_loss_sum,
+    class_weights,
     classification_scores,
     classify,
     lm_loss_sum,
     mean_loss,
     perplexity,
+    roc_auc,
     word_f1,
 )
 from gpt.model import GPTClassifier
@@ -98,8 +102,54 @@ def test_scores_are_those_of_the_confusion_matrix():
         assert scores[f"f1_{label}"] == pytest.approx(f1[-1])
     assert scores["f1_macro"] == pytest.approx(sum(f1) / 3)
     report = classification_report(actual, predicted, output_dict=True)
-    assert scores["f1_macro"] == pytest.approx(report["macro avg"]["f1-score"])
-    assert len(scores) == 2 + 3 * 3
+    for ours, theirs in (("f1", "f1-score"), ("precision", "precision"), ("recall", "recall")):
+        assert scores[f"{ours}_macro"] == pytest.approx(report["macro avg"][theirs])
+    assert len(scores) == 1 + 3 + 3 * 3
+
+
+def test_the_area_under_the_roc_curve_is_how_often_the_right_one_comes_first():
+    generator = np.random.default_rng(0)
+    for n_classes in (2, 3):
+        classes = generator.integers(0, n_classes, 60)
+        probabilities = generator.dirichlet([1] * n_classes, 60).round(1)  # with equal ones
+        areas = []
+        for i in range(n_classes):
+            inside, outside = probabilities[classes == i, i], probabilities[classes != i, i]
+            pairs = [(a > b) + (a == b) / 2 for a in inside for b in outside]
+            areas.append(sum(pairs) / len(pairs))
+        expected = areas[1] if n_classes == 2 else sum(areas) / 3
+        assert roc_auc(classes.tolist(), probabilities) == pytest.approx(expected)
+    # of a class that is not there nothing can be said, and of one alone neither
+    assert roc_auc([0, 1, 1], np.eye(3)[[0, 1, 1]]) == 1
+    assert roc_auc([1, 1], np.eye(2)) is None
+
+
+def test_the_calibration_error_is_what_is_said_beside_what_is_right():
+    # three say 0.9 and two of them are right; one says 0.6 and is right
+    probabilities = np.array([[0.9, 0.1], [0.9, 0.1], [0.1, 0.9], [0.6, 0.4]])
+    error = calibration_error([0, 0, 0, 0], probabilities, bins=10)
+    assert error == pytest.approx(3 / 4 * abs(2 / 3 - 0.9) + 1 / 4 * abs(1 - 0.6))
+    assert calibration_error([0, 1], np.eye(2)) == 0
+    assert calibration_error([1, 0], np.eye(2)) == 1
+    # at the border of two bins it lies in the lower one: 0.5 and 0.45 are one bin of ten
+    two = np.array([[0.5, 0.3, 0.2], [0.45, 0.3, 0.25]])
+    assert calibration_error([0, 1], two, bins=10) == pytest.approx(abs(0.5 - 0.475))
+
+
+def test_the_weights_of_classes_are_one_in_the_mean_and_make_classes_equal(make_model):
+    classes = [0] * 6 + [1] * 2
+    weights = class_weights(classes, 3)
+    assert weights[:2].tolist() == pytest.approx([8 / 18, 8 / 6])
+    assert class_weights([0, 0, 1, 1], 2).tolist() == [1, 1]
+    torch.manual_seed(3)
+    model = GPTClassifier(make_model().config, LABELS).eval()
+    batch = Batch(ids(4, 9), torch.tensor([0, 1, 1, 0]), torch.tensor([9, 4, 1, 7]))
+    summed, n = WeightedClassLoss(weights)(model, batch)
+    each = F.cross_entropy(model(batch.inputs, batch.lengths), batch.targets, reduction="none")
+    assert n == 4
+    assert summed.item() == pytest.approx((each * weights[batch.targets]).sum().item(), rel=1e-6)
+    equal, _ = WeightedClassLoss(torch.ones(3))(model, batch)
+    assert equal.item() == pytest.approx(class_loss_sum(model, batch)[0].item())
 
 
 def test_a_class_that_is_never_predicted_scores_zero_and_counts_in_the_mean():

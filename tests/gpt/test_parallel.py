@@ -15,6 +15,7 @@ from gpt.config import GPTConfig
 from gpt.data import InstructionDataset, WindowDataset, batches
 from gpt.errors import InputError
 from gpt.events import Message, Metrics
+from gpt.lora import LoraParams, merge, wrap
 from gpt.metrics import lm_loss_sum, mean_loss
 from gpt.model import GPT
 from gpt.recipe import TrainParams
@@ -36,13 +37,25 @@ class Run:
     interrupted: bool = False
 
 
-def train(params: TrainParams, state: Path | None = None, stop_at: int = 0) -> Run:
-    """A small model on tokens; `stop_at` sends this process SIGTERM at that step."""
+def train(
+    params: TrainParams,
+    state: Path | None = None,
+    stop_at: int = 0,
+    lora: LoraParams | None = None,
+) -> Run:
+    """A small model on tokens; `stop_at` sends this process SIGTERM at that step.
+
+    With `lora` adapters alone are trained, beside weights that are the same in every process, and
+    merged in the end.
+    """
     torch.set_num_threads(1)
-    torch.manual_seed(3 + parallel.world().rank)  # only the first process's weights must count
+    # only the first process's weights must count
+    torch.manual_seed(3 + parallel.world().rank)
     model = GPT(
         GPTConfig(vocab_size=64, context_length=16, n_layer=2, n_head=2, n_embd=32, dropout=0.1)
     )
+    if lora:
+        wrap(model, lora)
     tokens = torch.arange(2000) * 7 % 61  # soon learnt
     data = WindowDataset(tokens, 16, 16)
     validation = WindowDataset(tokens[:200], 16, 16)  # an odd number of batches
@@ -69,6 +82,8 @@ def train(params: TrainParams, state: Path | None = None, stop_at: int = 0) -> R
         )
     except Interrupted:
         seen.interrupted = True
+    if lora and not seen.interrupted:
+        merge(model)
     seen.weights = {name: value.clone() for name, value in model.state_dict().items()}
     return seen
 
@@ -138,6 +153,26 @@ def test_two_processes_give_the_curve_of_one(together, mode, optimizer):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
     for name, value in alone.weights.items():
         assert (both.weights[name] - value).abs().max() < 1e-3, name
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_two_processes_train_adapters_as_one_does_also_when_they_were_stopped(
+    together, tmp_path, mode
+):
+    lora = LoraParams(rank=4, dropout=0.1, layers=("query", "value", "attn.c_proj", "mlp.c_fc"))
+    params = TrainParams(steps=20, parallel=mode, learning_rate=3e-2, **COMMON)
+    alone = train(params, lora=lora)
+    straight = together(train, params, None, 0, lora)[0]
+    assert alone.losses[-1] < alone.losses[0] - 0.05, "nothing was learnt: nothing is compared"
+    assert straight.losses == pytest.approx(alone.losses, abs=1e-4)
+    for name, value in alone.weights.items():
+        assert (straight.weights[name] - value).abs().max() < 1e-3, name
+    stopped = together(train, params, tmp_path / "state", 8, lora)[0]
+    assert stopped.interrupted
+    second = together(train, params, tmp_path / "state", 0, lora)[0]
+    assert [*stopped.losses, *second.losses] == straight.losses
+    for name, value in straight.weights.items():
+        assert torch.equal(second.weights[name], value), name
 
 
 @pytest.mark.slow

@@ -6,10 +6,12 @@ import re
 import shutil
 from collections import Counter
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
+from sklearn.metrics import roc_auc_score
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, GPT2LMHeadModel
 
@@ -25,7 +27,7 @@ from gpt.text import (
 )
 from gpt.token_files import open_tokens
 from gpt.tokenizer import byte_tokenizer, train_bpe
-from stages.evaluate import EvaluateParams, evaluate
+from stages.evaluate import EvaluateParams, evaluate, measure_classifier
 from stages.finetune_classifier import FinetuneClassifierParams, finetune_classifier
 from stages.finetune_instruct import FinetuneInstructParams, finetune_instruct
 from stages.tokenize import TokenizeParams, tokenize
@@ -137,6 +139,8 @@ def test_it_writes_its_outputs_and_nothing_else(done, everything):
         "metrics.json",
         "predictions/assistant.csv",
         "predictions/classifier.csv",
+        "predictions/classifier_confusion.csv",
+        "predictions/classifier_most_wrong.csv",
     ]
     assert list(figures) == ["pretrain", "gpt2", "classifier", "assistant"]
 
@@ -222,23 +226,66 @@ def test_the_predictions_are_those_of_transformers(done, paths):
 
 def test_the_scores_follow_from_the_predictions(done):
     table = read(done[0], "classifier")
-    figures = dict(done[1]["classifier"])
+    held = ("train_", "validation_")
+    figures = {n: v for n, v in done[1]["classifier"].items() if not n.startswith(held)}
+    for name in held:  # the other parts have the same scores
+        assert {name + key for key in figures} <= set(done[1]["classifier"])
     pairs = Counter(zip(table["actual"], table["predicted"], strict=True))
     assert figures.pop("accuracy") == pytest.approx(
         (pairs["ham", "ham"] + pairs["spam", "spam"]) / 24
     )
-    f1 = {}
+    f1, precision, recall = {}, {}, {}
     for label in ("ham", "spam"):
         right = pairs[label, label]
         said = sum(n for (_, predicted), n in pairs.items() if predicted == label)
         there = sum(n for (actual, _), n in pairs.items() if actual == label)
         f1[label] = 2 * right / (said + there)
-        assert figures.pop(f"precision_{label}") == pytest.approx(right / said if said else 0)
-        assert figures.pop(f"recall_{label}") == pytest.approx(right / there)
+        precision[label], recall[label] = right / said if said else 0, right / there
+        assert figures.pop(f"precision_{label}") == pytest.approx(precision[label])
+        assert figures.pop(f"recall_{label}") == pytest.approx(recall[label])
         assert figures.pop(f"f1_{label}") == pytest.approx(f1[label])
-    assert figures.pop("f1_macro") == pytest.approx(sum(f1.values()) / 2)
+    for name, values in (("f1", f1), ("precision", precision), ("recall", recall)):
+        assert figures.pop(f"{name}_macro") == pytest.approx(sum(values.values()) / 2)
+    said = table[["probability_ham", "probability_spam"]].astype(float)
+    spam = table["actual"] == "spam"
+    area = roc_auc_score(spam, said["probability_spam"])
+    assert figures.pop("roc_auc") == pytest.approx(area, abs=0.01)
+    bins = pd.cut(said.max(axis=1), np.linspace(0, 1, 16))
+    right = table["actual"] == table["predicted"]
+    error = sum(
+        len(rows) / 24 * abs(rows.mean() - said.max(axis=1)[rows.index].mean())
+        for _, rows in right.groupby(bins, observed=True)
+    )
+    assert figures.pop("calibration_error") == pytest.approx(error, abs=1e-4)
     assert figures.pop("rows") == 24
     assert not figures
+
+
+def test_each_part_has_its_confusion_matrix_and_the_messages_that_it_got_most_wrong(
+    tmp_path, base, messages
+):
+    hardly = make_classifier(base, messages, tmp_path / "m/classifier", {**TRAIN, "steps": 1})
+    figures, tables = measure_classifier(hardly, messages, torch.device("cpu"), 8)
+    confusion, wrong = tables["classifier_confusion"], tables["classifier_most_wrong"]
+    for part in ("test", "validation", "train"):
+        prefix = "" if part == "test" else f"{part}_"
+        rows = confusion[confusion["part"] == part]
+        assert rows["messages"].sum() == figures[f"{prefix}rows"]
+        right = rows[rows["actual"] == rows["predicted"]]["messages"].sum()
+        assert right / figures[f"{prefix}rows"] == pytest.approx(figures[f"{prefix}accuracy"])
+        listed = wrong[wrong["part"] == part]
+        assert len(listed) == min(20, figures[f"{prefix}rows"] - right)
+        assert listed["probability_actual"].is_monotonic_increasing
+        assert (listed["probability_actual"] <= 0.5).all()
+        assert (listed["actual"] != listed["predicted"]).all()
+    table = tables["classifier"]
+    missed = table[table["actual"] != table["predicted"]]
+    assert len(missed), "nothing was wrong: nothing is compared"
+    of_test = wrong[wrong["part"] == "test"]
+    assert set(of_test["text"]) <= set(missed["text"])
+    columns = {label: missed[f"probability_{label}"] for label in ("ham", "spam")}
+    worst = min(columns[label][i] for i, label in missed["actual"].items())
+    assert of_test["probability_actual"].iloc[0] == worst
 
 
 def test_more_than_two_classes_and_any_text_survive_the_table(tmp_path, base, paths, raw):
