@@ -252,6 +252,21 @@ def estimate(
 
 
 @app.command()
+def ablate(
+    table: Annotated[Path, typer.Argument(help="The rows: YAML, as ablations/sms.yaml.")],
+) -> None:
+    """Train the classifier once for each row of a table, and compare the scores (MLflow too)."""
+    from pipeline.ablation import ablate as train
+    from pipeline.ablation import markdown
+    from pipeline.console import make_log
+
+    root = _root()
+    with make_log("ablation") as log:
+        records = train(root, table.resolve(), log)
+    print(markdown(records), end="")
+
+
+@app.command()
 def ui() -> None:
     """Serve MLflow's and Prefect's pages on this machine until Ctrl-C."""
     from pipeline.ui import serve
