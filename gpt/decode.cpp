@@ -6,17 +6,21 @@
 // token, no allocation, and each vector of weights loaded once for all rows.
 //
 // Weights are read in place, in nn.Linear's layout: (out, in), row-major, so that each output is
-// the dot product of the input with one contiguous row. They are float or bfloat16; activations
-// and sums are float in either case. Each output is summed by one thread in an order of its own,
-// so the result depends neither on the number of threads nor on the rows beside it.
+// the dot product of the input with one contiguous row. They are float, bfloat16, or int8 with a
+// scale for each row; activations and sums are float in any case. Each output is summed by one
+// thread in an order of its own, so the result depends neither on the number of threads nor on the
+// rows beside it.
 //
-// gpt/decode.py compiles this file where it runs and calls `decode_float` or `decode_bfloat16`;
-// `Layer`, `Model` and `Step` are mirrored there.
+// gpt/decode.py compiles this file where it runs and calls `decode_float`, `decode_bfloat16` or
+// `decode_int8`; `Layer`, `Model` and `Step` are mirrored there.
 
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -32,6 +36,8 @@ struct Layer {
     const void *ln_2_weight, *ln_2_bias;
     const void *c_fc_weight, *c_fc_bias;
     const void *mlp_proj_weight, *mlp_proj_bias;
+    // of each row of the matrices above, where these are int8
+    const float *c_attn_scale, *attn_proj_scale, *c_fc_scale, *mlp_proj_scale;
 };
 
 struct Model {
@@ -40,6 +46,7 @@ struct Model {
     const void *wte, *wpe;          // (V, C), (context, C)
     const void *ln_f_weight, *ln_f_bias;
     const void *head;               // (V, C)
+    const float *wte_scale, *head_scale;  // (V), where these are int8
     const Layer *layers;
 };
 
@@ -69,6 +76,7 @@ constexpr int LANES = 4, ACCUMULATORS = 16;
 typedef float Floats __attribute__((vector_size(LANES * 4)));
 typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
 typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
+typedef int8_t Bytes __attribute__((vector_size(LANES)));
 
 struct bfloat16 {
     uint16_t bits;  // the upper half of a float
@@ -86,6 +94,20 @@ inline Floats load(const bfloat16 *from) {
     return (Floats)(__builtin_convertvector(half, Ints) << 16);
 }
 
+inline Floats load(const int8_t *from) {
+    Bytes bytes;
+    std::memcpy(&bytes, from, sizeof bytes);
+    // GCC 12 would widen number by number, in a tenth of the speed
+#if defined(__AVX512F__)
+    const Ints wide = (Ints)_mm512_cvtepi8_epi32((__m128i)bytes);
+#elif defined(__AVX2__)
+    const Ints wide = (Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)&bytes));
+#else
+    const Ints wide = __builtin_convertvector(bytes, Ints);
+#endif
+    return __builtin_convertvector(wide, Floats);
+}
+
 inline void store(float *to, Floats v) { std::memcpy(to, &v, sizeof v); }
 
 inline float one(const float *from) { return *from; }
@@ -96,6 +118,8 @@ inline float one(const bfloat16 *from) {
     std::memcpy(&value, &bits, sizeof value);
     return value;
 }
+
+inline float one(const int8_t *from) { return float(*from); }
 
 inline void put(float *to, float value) { *to = value; }
 
@@ -254,6 +278,15 @@ inline void product(const void *weights, const float *x, int64_t stride, int64_t
     for (; o < end; ++o) block<T, 1>(weight + o * n_in, x, stride, n_in, n_rows, o, use);
 }
 
+// What stands for `value` in row `o` of a matrix of W: of int8 it is so many times the row's scale.
+template <class W>
+inline float scaled(float value, const float *scale, int64_t o) {
+    if constexpr (sizeof(W) == 1)
+        return value * scale[o];
+    else
+        return value;
+}
+
 // --- the parts of a block -------------------------------------------------------------------------
 
 template <class T>
@@ -328,7 +361,8 @@ inline Floats gelu(Floats x) {
 
 // What `decode_scratch` makes room for. Shared: x, attention's output (C each), q k v (3C), the
 // MLP's inner layer (4C), for every row; each worker's own: normalized x for every row, scores.
-template <class T>
+// The matrices are of W, all else and the cache of T.
+template <class W, class T>
 void work(const Model &model, const Step &step, Worker worker) {
     const int64_t C = model.n_embd, H = model.n_head, D = C / H, B = step.n_rows;
     float *const x = step.scratch, *const y = x + B * C, *const qkv = y + B * C;
@@ -345,9 +379,11 @@ void work(const Model &model, const Step &step, Worker worker) {
 
     worker.share(C, begin, end);
     for (int64_t b = 0; b < B; ++b) {
-        const T *token = static_cast<const T *>(model.wte) + step.tokens[b] * C;
+        const W *token = static_cast<const W *>(model.wte) + step.tokens[b] * C;
         const T *place = static_cast<const T *>(model.wpe) + (position - step.padding[b]) * C;
-        for (int64_t i = begin; i < end; ++i) x[b * C + i] = one(token + i) + one(place + i);
+        for (int64_t i = begin; i < end; ++i)
+            x[b * C + i] =
+                scaled<W>(one(token + i), model.wte_scale, step.tokens[b]) + one(place + i);
     }
     wait_for_all();
 
@@ -358,9 +394,10 @@ void work(const Model &model, const Step &step, Worker worker) {
         norm(layer.ln_1_weight, layer.ln_1_bias);
         const T *bias = static_cast<const T *>(layer.c_attn_bias);
         worker.share(3 * C, begin, end);
-        product<T>(layer.c_attn_weight, normal, C, C, B, begin, end,
-                   [=](int64_t o, int64_t b, float value) {
-                       qkv[b * 3 * C + o] = value + (bias ? one(bias + o) : 0.0f);
+        product<W>(layer.c_attn_weight, normal, C, C, B, begin, end,
+                   [=, &layer](int64_t o, int64_t b, float value) {
+                       qkv[b * 3 * C + o] = scaled<W>(value, layer.c_attn_scale, o) +
+                                            (bias ? one(bias + o) : 0.0f);
                    });
         wait_for_all();
 
@@ -379,46 +416,48 @@ void work(const Model &model, const Step &step, Worker worker) {
         }
         wait_for_all();
 
-        const auto add = [=](const void *weight) {
+        const auto add = [=](const float *scale, const void *weight) {
             const T *bias = static_cast<const T *>(weight);
             return [=](int64_t o, int64_t b, float value) {
-                x[b * C + o] += value + one(bias + o);
+                x[b * C + o] += scaled<W>(value, scale, o) + one(bias + o);
             };
         };
         worker.share(C, begin, end);
-        product<T>(layer.attn_proj_weight, y, C, C, B, begin, end, add(layer.attn_proj_bias));
+        product<W>(layer.attn_proj_weight, y, C, C, B, begin, end,
+                   add(layer.attn_proj_scale, layer.attn_proj_bias));
         wait_for_all();
 
         norm(layer.ln_2_weight, layer.ln_2_bias);
         const T *inner_bias = static_cast<const T *>(layer.c_fc_bias);
         worker.share(4 * C, begin, end);
-        product<T>(layer.c_fc_weight, normal, C, C, B, begin, end,
-                   [=](int64_t o, int64_t b, float value) {
-                       inner[b * 4 * C + o] = value + one(inner_bias + o);
+        product<W>(layer.c_fc_weight, normal, C, C, B, begin, end,
+                   [=, &layer](int64_t o, int64_t b, float value) {
+                       inner[b * 4 * C + o] =
+                           scaled<W>(value, layer.c_fc_scale, o) + one(inner_bias + o);
                    });
         for (int64_t b = 0; b < B; ++b) each(inner + b * 4 * C + begin, end - begin, gelu);
         wait_for_all();
 
         worker.share(C, begin, end);
-        product<T>(layer.mlp_proj_weight, inner, 4 * C, 4 * C, B, begin, end,
-                   add(layer.mlp_proj_bias));
+        product<W>(layer.mlp_proj_weight, inner, 4 * C, 4 * C, B, begin, end,
+                   add(layer.mlp_proj_scale, layer.mlp_proj_bias));
         wait_for_all();
     }
 
     norm(model.ln_f_weight, model.ln_f_bias);
     worker.share(model.vocab_size, begin, end);
-    product<T>(model.head, normal, C, C, B, begin, end, [&](int64_t o, int64_t b, float value) {
-        step.logits[step.rows[b] * model.vocab_size + o] = value;
+    product<W>(model.head, normal, C, C, B, begin, end, [&](int64_t o, int64_t b, float value) {
+        step.logits[step.rows[b] * model.vocab_size + o] = scaled<W>(value, model.head_scale, o);
     });
 }
 
-template <class T>
+template <class W, class T>
 void decode(const Model *model, const Step *step) {
 #ifdef _OPENMP
 #pragma omp parallel num_threads(int(step->n_threads))
-    work<T>(*model, *step, Worker{omp_get_thread_num(), omp_get_num_threads()});
+    work<W, T>(*model, *step, Worker{omp_get_thread_num(), omp_get_num_threads()});
 #else
-    work<T>(*model, *step, Worker{0, 1});
+    work<W, T>(*model, *step, Worker{0, 1});
 #endif
 }
 
@@ -432,7 +471,11 @@ int64_t decode_scratch(const Model *model, const Step *step) {
     return 9 * B * C + step->n_threads * (B * C + step->cache_length);
 }
 
-void decode_float(const Model *model, const Step *step) { decode<float>(model, step); }
+void decode_float(const Model *model, const Step *step) { decode<float, float>(model, step); }
 
-void decode_bfloat16(const Model *model, const Step *step) { decode<bfloat16>(model, step); }
+void decode_bfloat16(const Model *model, const Step *step) {
+    decode<bfloat16, bfloat16>(model, step);
+}
+
+void decode_int8(const Model *model, const Step *step) { decode<int8_t, float>(model, step); }
 }

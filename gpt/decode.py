@@ -2,7 +2,8 @@
 
 It is an engine beside the plain one (the model itself, called a token at a time), several times as
 fast for a few rows on a CPU, and the same to rounding: sums are in fp32 in either, in another
-order. With bf16 weights its activations stay in fp32, where PyTorch rounds each to bf16.
+order. With bf16 weights its activations stay in fp32, where PyTorch rounds each to bf16; weights
+of 8 bits (`gpt.int8`) it reads as they are.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from gpt import native
 from gpt.errors import RunError
+from gpt.int8 import Int8Embedding, Int8GPT, Int8Linear
 from gpt.model import GPT, LAYER_NORM_EPS, KVCache
 
 SOURCE = Path(__file__).with_name("decode.cpp")
@@ -24,7 +26,12 @@ SOURCE = Path(__file__).with_name("decode.cpp")
 MOST_ROWS = 32
 """Up to so many the compiled step is the faster engine, as measured; the step itself takes more."""
 
-_FUNCTIONS = {torch.float32: "decode_float", torch.bfloat16: "decode_bfloat16"}
+_KNOWN = (nn.Linear, nn.LayerNorm, nn.Embedding, Int8Linear, Int8Embedding)
+_FUNCTIONS = {
+    torch.float32: "decode_float",
+    torch.bfloat16: "decode_bfloat16",
+    torch.int8: "decode_int8",
+}
 
 
 # The structures of decode.cpp, name by name.
@@ -42,11 +49,13 @@ _LAYER_WEIGHTS = (
     "mlp.c_proj.weight",
     "mlp.c_proj.bias",
 )
+_LAYER_SCALES = ("attn.c_attn.scale", "attn.c_proj.scale", "mlp.c_fc.scale", "mlp.c_proj.scale")
+_LAYER = (*_LAYER_WEIGHTS, *_LAYER_SCALES)
 _int, _pointer = ctypes.c_int64, ctypes.c_void_p
 
 
 class _Layer(ctypes.Structure):
-    _fields_ = [(name.replace(".", "_"), _pointer) for name in _LAYER_WEIGHTS]
+    _fields_ = [(name.replace(".", "_"), _pointer) for name in _LAYER]
 
 
 class _Model(ctypes.Structure):
@@ -54,6 +63,7 @@ class _Model(ctypes.Structure):
         *[(name, _int) for name in ("n_layer", "n_head", "n_embd", "vocab_size")],
         ("epsilon", ctypes.c_double),
         *[(name, _pointer) for name in ("wte", "wpe", "ln_f_weight", "ln_f_bias", "head")],
+        *[(name, _pointer) for name in ("wte_scale", "head_scale")],
         ("layers", ctypes.POINTER(_Layer)),
     ]
 
@@ -121,36 +131,45 @@ def _find() -> ctypes.CDLL:
 
 def _unsupported(model: GPT) -> str | None:
     """What about the model the compiled step does not know; None if nothing."""
-    if type(model) is not GPT:
+    if type(model) not in (GPT, Int8GPT):
         return f"a {type(model).__name__} may compute something else than a GPT"
     if model.training and model.config.dropout:
         return "dropout, in training mode"
     dtype = model.wte.weight.dtype
     if dtype not in _FUNCTIONS:
-        return f"weights in {str(dtype).removeprefix('torch.')}, neither float32 nor bfloat16"
+        return f"weights in {str(dtype).removeprefix('torch.')}, not float32, bfloat16 or int8"
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
     for module in model.modules():
         if module._forward_hooks or module._forward_pre_hooks:
             return "a module with hooks"
-        if next(module.parameters(recurse=False), None) is not None and type(module) not in (
-            nn.Linear,
-            nn.LayerNorm,
-            nn.Embedding,
-        ):
+        own = next(module.parameters(recurse=False), next(module.buffers(recurse=False), None))
+        if own is not None and type(module) not in _KNOWN:
             return f"a {type(module).__name__} with weights of its own"
-    found = dict(model.named_parameters())
+    found = _weights(model)
     wanted = _shapes(model)
     if found.keys() != wanted.keys():
         return f"other weights than GPT-2's: {min(found.keys() ^ wanted.keys())}"
     for name, weight in found.items():
-        if type(weight) is not nn.Parameter or tuple(weight.shape) != wanted[name]:
+        if type(weight) not in (nn.Parameter, Tensor) or tuple(weight.shape) != wanted[name]:
             return f"{name} is no plain tensor of the shape {wanted[name]}"
         if weight.device.type != "cpu":
             return f"weights on {weight.device.type}, not in the CPU's memory"
-        if weight.dtype != dtype or not weight.is_contiguous():
+        if weight.dtype != _dtype(name, dtype) or not weight.is_contiguous():
             return f"{name} is laid out in another way than the others"
     return None
+
+
+def _weights(model: GPT) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """That of one weight of a model whose matrices are in `dtype`."""
+    if dtype != torch.int8:
+        return dtype
+    matrix = name.endswith(".weight") and "ln_" not in name and name != "wpe.weight"
+    return torch.int8 if matrix else torch.float32
 
 
 def _shapes(model: GPT) -> dict[str, tuple[int, ...]]:
@@ -172,6 +191,12 @@ def _shapes(model: GPT) -> dict[str, tuple[int, ...]]:
                 continue
             shape = widths.get(owner, (C,) if "ln_" in owner else (C, C))
             shapes[f"h.{layer}.{name}"] = shape if kind == "weight" else shape[:1]
+    if model.wte.weight.dtype == torch.int8:
+        shapes |= {
+            name.removesuffix("weight") + "scale": shape[:1]
+            for name, shape in shapes.items()
+            if len(shape) == 2 and name != "wpe.weight"
+        }
     return shapes
 
 
@@ -190,11 +215,11 @@ class CompiledStep:
         self._cache = cache
         self._run = library[_FUNCTIONS[model.wte.weight.dtype]]
         # held: were the model moved or freed meanwhile, these addresses must stay good
-        self._weights = {name: weight.detach() for name, weight in model.named_parameters()}
+        self._weights = {name: weight.detach() for name, weight in _weights(model).items()}
         address = {name: weight.data_ptr() for name, weight in self._weights.items()}
         layers = (_Layer * config.n_layer)()
         for i in range(config.n_layer):
-            for name, (field, *_) in zip(_LAYER_WEIGHTS, _Layer._fields_, strict=True):
+            for name, (field, *_) in zip(_LAYER, _Layer._fields_, strict=True):
                 setattr(layers[i], field, address.get(f"h.{i}.{name}"))
         self._model = _Model(
             n_layer=config.n_layer,
@@ -207,6 +232,8 @@ class CompiledStep:
             ln_f_weight=address["ln_f.weight"],
             ln_f_bias=address["ln_f.bias"],
             head=address.get("lm_head.weight", address["wte.weight"]),
+            wte_scale=address.get("wte.scale"),
+            head_scale=address.get("lm_head.scale", address.get("wte.scale")),
             layers=layers,
         )
         B = len(padding)

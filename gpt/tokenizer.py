@@ -73,6 +73,16 @@ class Tokenizer:
         return len(self._vocab)
 
     @property
+    def tokens(self) -> list[str]:
+        """Every token, in byte symbols and in the order of ids."""
+        return self._tokens()
+
+    @property
+    def merges(self) -> list[tuple[str, str]]:
+        """The pairs that may be joined, the earliest-learnt first."""
+        return list(self._merges)
+
+    @property
     def hash(self) -> str:
         """The sha256 of vocabulary and merges: equal hashes mean equal ids for every text."""
         content = json.dumps([self._tokens(), self._merges])
