@@ -195,4 +195,5 @@ def _packed(path: Path, name: str, tensor: Tensor, kind: Kind) -> np.ndarray:
             f"{path}: {name} holds {highest:g}, which {kind.name.lower()} cannot; "
             "the model is damaged, or no GPT-2"
         )
-    return gguf.quantize(wide.numpy(), kind)
+    packed: np.ndarray = gguf.quantize(wide.numpy(), kind)
+    return packed
