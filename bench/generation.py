@@ -1,4 +1,7 @@
-"""Greedy generation: one stream, a batch, and how long the first token takes."""
+"""Greedy generation: one stream, a batch, and how long the first token takes.
+
+One stream also with our matrices in 8 bits, against our own bf16: no peer decodes these on a CPU.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ from gpt.config import GPT2_SIZES, GPTConfig
 from gpt.device import Precision
 from gpt.estimate import n_multiplied
 from gpt.generate import generate
+from gpt.int8 import quantize
 from gpt.model import GPT
 
 # how far below the likeliest, by the fp32 model, a token may be that was chosen in bf16: the logits
@@ -70,6 +74,26 @@ def compare(settings: Settings, machine: Machine) -> Iterator[Comparison]:
     for shape in shapes(settings):
         for precision in DTYPES:
             yield _compare(shape, precision, settings, machine)
+        if shape.rows == 1 and shape.new > 1:
+            yield _compare_int8(shape, settings)
+
+
+def _compare_int8(shape: Shape, settings: Settings) -> Comparison:
+    runs = compare_in_workers(
+        {
+            "ours, int8": Alternative(build=_int8_job, arguments=(shape,), setting=as_ours),
+            "ours, bf16": Alternative(build=_our_job, arguments=(shape, "bf16"), setting=as_ours),
+        },
+        settings,
+        agree=lambda int8, bf16: _agree(int8, bf16, shape, "bf16"),
+    )
+    return Comparison(
+        title=f"{shape.title}, int8 weights",
+        work=shape.rows * shape.new,
+        unit="tokens",
+        seconds=seconds_of(runs),
+        columns={"peak memory": peak_memory_of(runs)},
+    )
 
 
 def _compare(
@@ -162,6 +186,15 @@ def _our_job(shape: Shape, precision: Precision) -> Job:
     return Job(
         # waits for the compiler in the run that does not count, if it has to
         run=lambda: generate(model, idx, shape.new, engine="compiled"),
+        report=Tensor.tolist,
+    )
+
+
+def _int8_job(shape: Shape) -> Job:
+    model, idx = _start(shape)
+    small = quantize(model)
+    return Job(
+        run=lambda: generate(small, idx, shape.new, engine="compiled"),
         report=Tensor.tolist,
     )
 

@@ -8,6 +8,7 @@ import torch
 from gpt import decode, native
 from gpt.errors import RunError
 from gpt.generate import Sampling, complete
+from gpt.int8 import quantize
 from gpt.model import GPT
 
 SHAPES = [
@@ -85,9 +86,37 @@ def test_bf16_is_nearer_to_the_truth_than_the_plain_engine(compiled, make_model)
     assert (ours - truth).abs().mean() < (plain - truth).abs().mean()
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape['n_embd']}x{shape['n_head']}")
+def test_weights_of_8_bits_give_the_logits_of_the_model_that_holds_them(
+    compiled, make_model, shape
+):
+    model = quantize(make_model(**shape))
+    for n_rows in (1, 2, 3, 5, 8, 17):
+        plain, ours = both(model, n_rows)
+        assert torch.allclose(ours, plain, atol=1e-4, rtol=1e-4), n_rows
+
+
+def test_auto_decodes_8_bits_with_the_compiled_step(compiled, make_model):
+    model = quantize(make_model(n_embd=64))
+    assert decode.why_not(model) is None
+    sampling = Sampling(max_new_tokens=12)
+    prompts = [[1, 2, 3], [4]]
+    assert complete(model, prompts, sampling) == complete(model, prompts, sampling, engine="plain")
+
+
+def test_8_bits_in_another_layout_are_not_read(compiled, make_model):
+    model = quantize(make_model())
+    model.h[0].mlp.c_fc.scale = model.h[0].mlp.c_fc.scale[:5]
+    assert "h.0.mlp.c_fc.scale is no plain tensor" in decode.why_not(model)
+    assert "wpe.weight is laid out" in decode.why_not(quantize(make_model()).bfloat16())
+    model = quantize(make_model())
+    model.h[1].mlp.c_proj = make_model().h[1].mlp.c_proj
+    assert "h.1.mlp.c_proj.scale" in decode.why_not(model)
+
+
 def test_neither_threads_nor_the_rows_beside_change_a_bit(compiled, make_model):
-    for dtype in (torch.float32, torch.bfloat16):
-        model = make_model(n_embd=96, vocab_size=301).to(dtype)
+    for change in (torch.nn.Module.float, torch.nn.Module.bfloat16, quantize):
+        model = change(make_model(n_embd=96, vocab_size=301))
         _, one = both(model, 9)
         for threads in (2, 3, 5):
             assert torch.equal(both(model, 9, threads=threads)[1], one)

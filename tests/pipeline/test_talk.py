@@ -94,6 +94,14 @@ def test_the_weights_are_in_the_precision_that_was_asked_for(base, capsys):
         assert capsys.readouterr().out == f"Once{answer(model, tokenizer, 'Once', 5)}\n"
 
 
+def test_8_bits_are_read_on_the_cpu(base, capsys):
+    model, tokenizer = talk._load_writer(base, "pretrain", "int8")
+    assert model.wte.weight.dtype == torch.int8
+    assert model.device.type == "cpu"
+    talk.generate(base, "Once", Sampling(max_new_tokens=5), precision="int8")
+    assert capsys.readouterr().out == f"Once{answer(model, tokenizer, 'Once', 5)}\n"
+
+
 def test_the_engine_is_the_one_that_was_asked_for(base, assistant, capsys):
     """Here no compiled engine can be had: the tests' cache is no folder."""
     for engine in ("auto", "plain"):
