@@ -7,7 +7,8 @@ up to its end, softmax, product with the values, each one batched matrix product
 What lies to the right of a block's end is never computed, and the probabilities are kept for the
 backward pass, which is four more products a block (Vaswani et al., 2017, section 3.2.1).
 
-Documents that share a row are kept apart by minus infinity between them.
+Documents that share a row are kept apart by minus infinity between them, and keys that no query of
+a block sees are left out (`Documents`).
 
 Shapes: B rows, T positions, H heads of D channels, C = H D.
 """
@@ -15,7 +16,7 @@ Shapes: B rows, T positions, H heads of D channels, C = H D.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,10 +24,78 @@ from torch.nn import functional as F
 
 BLOCK = 128
 """Rows of scores at a time, as measured: fewer cost calls, more what lies past the diagonal."""
+DOCUMENT_BLOCK = 64
+"""The same where documents share a row: more rows meet more keys that are not theirs to see."""
+
+
+class _Block(NamedTuple):
+    """Rows of scores, the places of their keys (one slice or two), and where they see none."""
+
+    rows: slice
+    keys: tuple[slice, ...]
+    mask: Tensor
+    """(rows, keys) or (B, 1, rows, keys): minus infinity where a query does not see a key, else 0;
+    to be added: filling the scores of every head takes twice as long."""
+
+
+class Documents:
+    """Rows that hold several documents each, and what their positions see; for all layers alike.
+
+    Args:
+        numbers: the number of the document of each position, (B, T) int64, equal numbers side by
+            side. A document sees itself alone; a negative number, at a row's beginning, is the
+            opening that all documents of the row go on from, and they see it.
+    """
+
+    def __init__(self, numbers: Tensor) -> None:
+        places = torch.arange(numbers.shape[1], device=numbers.device)
+        begins = numbers.diff(dim=1, prepend=numbers[:, :1]) != 0
+        opening = (numbers < 0).sum(1, keepdim=True)  # (B, 1)
+        self._numbers = numbers
+        self._first = torch.where(begins, places, 0).cummax(1).values  # (B, T)
+        self.positions = places - self._first + torch.where(numbers < 0, 0, opening)
+        """Where in its document each position is, counted from the row's opening: (B, T) int64."""
+        self._blocks: dict[torch.dtype, list[_Block]] = {}
+        # on a graphics card made here: what comes after may be compiled
+        self._seen = None if numbers.device.type == "cpu" else self._all_seen()
+
+    @property
+    def seen(self) -> Tensor:
+        """(B, 1, T, T) bool: the query, in its row, sees the key."""
+        if self._seen is None:
+            self._seen = self._all_seen()
+        return self._seen
+
+    def blocks(self, dtype: torch.dtype) -> list[_Block]:
+        """The scores of the rows in parts."""
+        if dtype not in self._blocks:
+            opening = int((self._numbers < 0).sum(1).max())
+            rows = _rows(self._numbers.shape[1], DOCUMENT_BLOCK)
+            self._blocks[dtype] = [self._block(each, opening, dtype) for each in rows]
+        return self._blocks[dtype]
+
+    def _block(self, rows: slice, opening: int, dtype: torch.dtype) -> _Block:
+        begin = int(self._first[:, rows.start].min())  # of the first document that is in it
+        keys: tuple[slice, ...] = (slice(begin, rows.stop),)
+        if begin <= opening:
+            keys = (slice(0, rows.stop),)
+        elif opening:
+            keys = (slice(0, opening), *keys)
+        seen = self._all_seen(rows, keys)
+        mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf)
+        return _Block(rows, keys, mask)
+
+    def _all_seen(
+        self, rows: slice = slice(None), keys: tuple[slice, ...] = (slice(None),)
+    ) -> Tensor:
+        places = torch.arange(self._numbers.shape[1], device=self._numbers.device)
+        of_key = _take(self._numbers, keys)[:, None]  # (B, 1, keys)
+        own = (self._numbers[:, rows, None] == of_key) | (of_key < 0)  # (B, rows, keys)
+        return (own & (places[rows, None] >= _take(places[None], keys)))[:, None]
 
 
 def causal_attention(
-    qkv: Tensor, n_head: int, dropout: float = 0.0, documents: Tensor | None = None
+    qkv: Tensor, n_head: int, dropout: float = 0.0, documents: Documents | None = None
 ) -> Tensor:
     """Each position's mean of the values up to it, weighed by how its query meets their keys.
 
@@ -34,8 +103,7 @@ def causal_attention(
         qkv: queries, keys and values side by side, (B, T, 3C).
         n_head: H; the heads lie side by side in each third.
         dropout: the share of the probabilities that is dropped.
-        documents: the number of the document of each position, (B, T) int64, which then sees no
-            other; None where a row is all one.
+        documents: those of the rows, of which none sees another; None where a row is all one.
 
     Returns:
         (B, T, C), the heads side by side.
@@ -46,8 +114,7 @@ def causal_attention(
     if documents is None:
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
     else:
-        seen = (documents[:, :, None] == documents[:, None]).tril()[:, None]  # (B, 1, T, T)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=documents.seen, dropout_p=dropout)
     return y.transpose(1, 2).flatten(2)
 
 
@@ -57,18 +124,12 @@ def heads(x: Tensor, parts: int, n_head: int) -> tuple[Tensor, ...]:
     return x.view(B, T, parts, n_head, width // (parts * n_head)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
-@functools.lru_cache(maxsize=8)
-def _future(length: int, dtype: torch.dtype) -> Tensor:
-    """(length, length): minus infinity where a key comes after the query, else 0."""
-    return torch.full((length, length), -torch.inf, dtype=dtype).triu(1)
-
-
 class BlockedAttention(torch.autograd.Function):
     """`causal_attention` in blocks of queries; call `apply(qkv, n_head, dropout, documents)`."""
 
     @staticmethod
     def forward(
-        ctx: Any, qkv: Tensor, n_head: int, dropout: float, documents: Tensor | None = None
+        ctx: Any, qkv: Tensor, n_head: int, dropout: float, documents: Documents | None = None
     ) -> Tensor:
         """(B, T, 3C) to (B, T, C)."""
         B, T, width = qkv.shape
@@ -76,26 +137,28 @@ class BlockedAttention(torch.autograd.Function):
         # one copy, after which each head's rows lie together: (3, B H, T, D)
         parts = torch.stack(heads(qkv, 3, n_head)).view(3, B * n_head, T, D)
         q, k, v = parts.unbind(0)
-        future = _future(T, qkv.dtype)
+        blocks = _causal(T, qkv.dtype, BLOCK) if documents is None else documents.blocks(qkv.dtype)
+        scaled = q if documents is None else q * D**-0.5
         y = torch.empty_like(v)
         kept: list[Tensor] = []
-        for rows in _blocks(T):
-            end = rows.stop
-            scores = torch.baddbmm(  # (B H, rows, end)
-                future[rows, :end], q[:, rows], k[:, :end].transpose(1, 2), alpha=D**-0.5
-            )
-            if documents is not None:
-                scores.view(B, n_head, -1, end).add_(_others(documents, rows, qkv.dtype))
+        for rows, keys, mask in blocks:
+            own = _take(k, keys).transpose(1, 2)  # (B H, D, keys)
+            if mask.dim() == 2:
+                scores = torch.baddbmm(mask, q[:, rows], own, alpha=D**-0.5)  # (B H, rows, keys)
+            else:
+                scores = torch.bmm(scaled[:, rows], own)
+                scores.view(B, n_head, *mask.shape[2:]).add_(mask)
             weights = scores.softmax(-1)
             kept.append(weights)
             if dropout:
-                weights, mask = torch.native_dropout(weights, dropout, True)
-                kept.append(mask)
+                weights, left = torch.native_dropout(weights, dropout, True)
+                kept.append(left)
             # not out=: the library's product is slower into rows that do not lie together
-            y[:, rows] = torch.bmm(weights, v[:, :end])
+            y[:, rows] = torch.bmm(weights, _take(v, keys))
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(parts, *kept)
             ctx.n_head, ctx.dropout = n_head, dropout
+            ctx.places = [(rows, keys) for rows, keys, _ in blocks]
         return y.view(B, n_head, T, D).transpose(1, 2).flatten(2)
 
     @staticmethod
@@ -110,38 +173,51 @@ class BlockedAttention(torch.autograd.Function):
         dy = dy.reshape(B * ctx.n_head, T, D)
         d_parts = torch.empty_like(parts)
         dq, dk, dv = d_parts.unbind(0)
-        for rows in reversed(_blocks(T)):
-            end = rows.stop
-            mask = kept.pop() if ctx.dropout else None
-            weights = used = kept.pop()  # (B H, rows, end)
-            d_weights = torch.bmm(dy[:, rows], v[:, :end].transpose(1, 2))
-            if mask is not None:
-                scaled = mask.to(weights.dtype) * (1 / (1 - ctx.dropout))
+        for index, (rows, keys) in enumerate(reversed(ctx.places)):
+            left = kept.pop() if ctx.dropout else None
+            weights = used = kept.pop()  # (B H, rows, keys)
+            d_weights = torch.bmm(dy[:, rows], _take(v, keys).transpose(1, 2))
+            if left is not None:
+                scaled = left.to(weights.dtype) * (1 / (1 - ctx.dropout))
                 d_weights *= scaled
                 used = weights * scaled
             d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype)
             d_scores *= D**-0.5
-            dq[:, rows] = torch.bmm(d_scores, k[:, :end])
+            dq[:, rows] = torch.bmm(d_scores, _take(k, keys))
             d_keys = torch.bmm(d_scores.transpose(1, 2), q[:, rows])
             d_values = torch.bmm(used.transpose(1, 2), dy[:, rows])
-            if end == T:  # the first block seen fills what the others add to
+            if index == 0 and keys == (slice(0, T),):  # fills what the others add to
                 dk.copy_(d_keys)
                 dv.copy_(d_values)
-            else:
-                dk[:, :end] += d_keys
-                dv[:, :end] += d_values
+                continue
+            if index == 0:
+                dk.zero_()
+                dv.zero_()
+            at = 0
+            for each in keys:
+                n = each.stop - each.start
+                dk[:, each] += d_keys[:, at : at + n]
+                dv[:, each] += d_values[:, at : at + n]
+                at += n
         d_qkv = d_parts.view(3, B, ctx.n_head, T, D).permute(1, 3, 0, 2, 4)
         return d_qkv.reshape(B, T, 3 * C), None, None, None
 
 
-def _others(documents: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
-    """(B, 1, rows, end): minus infinity where a key is of another document, else 0.
-
-    Added, as measured: filling the scores of every head takes twice as long.
-    """
-    other = documents[:, rows, None] != documents[:, None, : rows.stop]
-    return torch.zeros(other.shape, dtype=dtype).masked_fill_(other, -torch.inf)[:, None]
+def _take(x: Tensor, places: tuple[slice, ...]) -> Tensor:
+    """x (n, T, ...) at these places; a view where they lie together."""
+    parts = [x[:, each] for each in places]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-def _blocks(length: int) -> list[slice]:
-    return [slice(start, min(length, start + BLOCK)) for start in range(0, length, BLOCK)]
+@functools.lru_cache(maxsize=8)
+def _causal(length: int, dtype: torch.dtype, size: int) -> list[_Block]:
+    """The scores of rows that are all one document, in parts."""
+    future = torch.full((length, length), -torch.inf, dtype=dtype).triu(1)
+    return [
+        _Block(rows, (slice(0, rows.stop),), future[rows, : rows.stop])
+        for rows in _rows(length, size)
+    ]
+
+
+def _rows(length: int, size: int) -> list[slice]:
+    return [slice(start, min(length, start + size)) for start in range(0, length, size)]

@@ -32,8 +32,8 @@ class Batch:
             class of each text (B,). int64.
         lengths: the number of real tokens of each row (B,), int64; None where every row is full.
         documents: the number of the document that each place belongs to (B, T), int64, equal
-            numbers side by side: none sees another (`gpt.model.Decoder.hidden`). None where a row
-            is read as one.
+            numbers side by side: none sees another, a negative one is the opening of them all
+            (`gpt.model.Decoder.hidden`). None where a row is read as one.
     """
 
     inputs: Tensor
@@ -383,6 +383,9 @@ class InstructionDataset:
         mask_prompt: learn the response only; else every token counts, as in pretraining.
         max_length: inputs are cut to this many tokens. A prompt that fills them alone leaves
             nothing to learn.
+        row_length: the records of a batch lie one behind the other in rows of at most so many
+            tokens, and none sees another; None gives each a row of its own, padded on the right.
+            The losses are the same.
     """
 
     def __init__(
@@ -393,8 +396,10 @@ class InstructionDataset:
         end: int,
         mask_prompt: bool = True,
         max_length: int | None = None,
+        row_length: int | None = None,
     ) -> None:
         self._end = end
+        self._row_length = row_length
         turns = zip(prompts, responses, strict=True)
         self._items = [self._item([turn], mask_prompt, max_length) for turn in turns]
         self.lengths = np.array([len(inputs) for inputs, _ in self._items])
@@ -407,9 +412,10 @@ class InstructionDataset:
         end: int,
         mask_prompt: bool = True,
         max_length: int | None = None,
+        row_length: int | None = None,
     ) -> InstructionDataset:
         """A dataset of conversations: the ids of the prompt and the response of every turn."""
-        dataset = cls([], [], end=end)
+        dataset = cls([], [], end=end, row_length=row_length)
         dataset._items = [dataset._item(turns, mask_prompt, max_length) for turns in records]
         dataset.lengths = np.array([len(inputs) for inputs, _ in dataset._items])
         return dataset
@@ -437,10 +443,66 @@ class InstructionDataset:
         return self._items[index]
 
     def collate(self, items: Sequence[tuple[Tensor, Tensor]]) -> Batch:
-        """Inputs (B, T) and targets (B, T), padded on the right; padding is never learnt."""
+        """Inputs (B, T) and targets (B, T), padded on the right; padding is never learnt.
+
+        Packed records have fewer rows than there are items, and `documents` that say which is
+        whose. What all of them begin with and nobody learns, the words of the template, stands
+        once in a row, and each record goes on from there.
+        """
+        if self._row_length is not None:
+            return self._packed(items, self._row_length)
         inputs, targets = zip(*items, strict=True)
         lengths = torch.tensor([len(ids) for ids in inputs])
         return Batch(_pad(inputs, self._end), _pad(targets, IGNORED), lengths)
+
+    def _packed(self, items: Sequence[tuple[Tensor, Tensor]], row_length: int) -> Batch:
+        shared = _shared(items)
+        opening, _ = items[0]
+        opened = [(opening[:shared], opening.new_full((shared,), IGNORED))]
+        rows = _even_rows([len(inputs) - shared for inputs, _ in items], row_length - shared)
+        inputs, targets, documents = [], [], []
+        for row in rows:
+            own = [(ids[shared:], learnt[shared:]) for ids, learnt in (items[i] for i in row)]
+            parts = [*opened, *own]
+            inputs.append(torch.cat([ids for ids, _ in parts]))
+            targets.append(torch.cat([learnt for _, learnt in parts]))
+            numbers = torch.arange(-1, len(own))  # -1 is the opening's
+            sizes = torch.tensor([len(ids) for ids, _ in parts])
+            documents.append(numbers.repeat_interleave(sizes))
+        return Batch(
+            _pad(inputs, self._end),
+            _pad(targets, IGNORED),
+            torch.tensor([len(ids) for ids in inputs]),
+            _pad(documents, len(items)),  # what is padded is a document of its own
+        )
+
+
+def _shared(items: Sequence[tuple[Tensor, Tensor]]) -> int:
+    """With how many equal inputs all items begin, up to the first whose target is learnt."""
+    shortest = min(len(inputs) for inputs, _ in items)
+    inputs = torch.stack([inputs[:shortest] for inputs, _ in items])  # (items, shortest)
+    targets = torch.stack([targets[:shortest] for _, targets in items])
+    same = (inputs == inputs[0]).all(0) & (targets == IGNORED).all(0)
+    return int(same.cumprod(0).sum())
+
+
+def _even_rows(lengths: Sequence[int], room: int) -> list[list[int]]:
+    """Items by index in as few rows of at most `room` tokens as may be, of about one length.
+
+    The longest first, each into the emptiest row (Graham, 1969, "Bounds on multiprocessing timing
+    anomalies"); where it does not fit, into a new one.
+    """
+    rows: list[list[int]] = [[] for _ in range(max(1, -(-sum(lengths) // max(1, room))))]
+    filled = [0] * len(rows)
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        emptiest = min(range(len(rows)), key=filled.__getitem__)
+        if filled[emptiest] + lengths[index] > room and filled[emptiest]:
+            emptiest = len(rows)
+            rows.append([])
+            filled.append(0)
+        rows[emptiest].append(index)
+        filled[emptiest] += lengths[index]
+    return [row for row in rows if row]
 
 
 def _pad(rows: Sequence[Tensor], value: int) -> Tensor:

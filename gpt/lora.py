@@ -29,6 +29,9 @@ model's head."""
 PARTS: tuple[LayerName, ...] = ("query", "key", "value")
 """The thirds of `attn.c_attn`, in its order."""
 
+IN_BLOCKS: tuple[LayerName, ...] = (*PARTS, "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+"""Every linear layer of a block."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid"))
 class LoraParams:
@@ -43,7 +46,7 @@ class LoraParams:
     """What the adapters make is multiplied by alpha / rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Of what goes into the adapters, in training."""
-    layers: tuple[LayerName, ...] = (*PARTS, "attn.c_proj", "mlp.c_fc", "mlp.c_proj", "head")
+    layers: tuple[LayerName, ...] = (*IN_BLOCKS, "head")
     """`query`, `key` and `value` are adapted apart, `attn.c_attn` is all three as one matrix."""
     blocks: Positive | None = None
     """Only in the last so many blocks; None is all of them."""
@@ -99,6 +102,16 @@ class LoraLinear(nn.Module):
         self.lora_a = nn.Parameter(like.new_empty(adapters * self.rank, base.in_features))
         self.lora_b = nn.Parameter(like.new_zeros(adapters * width, self.rank))
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))  # as nn.Linear is, and LoRA's A
+
+    @property
+    def weight(self) -> Tensor:
+        """The layer's matrix with what the adapters add to it, (out, in); gradients flow back."""
+        n = len(self.slices)
+        pairs = zip(self.lora_a.chunk(n), self.lora_b.chunk(n), strict=True)
+        added = torch.zeros_like(self.base.weight)
+        for own, (a, b) in zip(self.slices, pairs, strict=True):
+            added[own] = b @ a
+        return self.base.weight + self.scale * added
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gpt.attention import causal_attention, heads
+from gpt.attention import Documents, causal_attention, heads
 from gpt.config import GPTConfig
 from gpt.errors import InputError
 
@@ -86,11 +86,11 @@ class CausalSelfAttention(nn.Module):
         x: Tensor,
         mask: Tensor | None,
         cache: KVCache | None,
-        documents: Tensor | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         """(B, T, C) to (B, T, C); `mask` is True where a query sees a key.
 
-        `documents` (B, T) is for rows without a mask and a cache.
+        `documents` are for rows without a mask and a cache.
         """
         qkv = self.c_attn(x)  # (B, T, 3C)
         dropout = self.dropout if self.training else 0.0
@@ -150,13 +150,6 @@ def unpad(padded: Tensor, lengths: Tensor) -> Tensor:
     return padded[real]
 
 
-def _first_places(documents: Tensor) -> Tensor:
-    """Where in its row the document of each position begins, (B, T) int64 as `documents`."""
-    places = torch.arange(documents.shape[1], device=documents.device)
-    opens = documents.diff(dim=1, prepend=documents[:, :1]) != 0
-    return torch.where(opens, places, 0).cummax(1).values
-
-
 class MLP(nn.Module):
     """Widen four times, bend (GELU's tanh form, as GPT-2), narrow again."""
 
@@ -187,7 +180,7 @@ class Block(nn.Module):
         x: Tensor,
         mask: Tensor | None,
         cache: KVCache | None,
-        documents: Tensor | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         """(B, T, C) to (B, T, C)."""
         x = x + self.attn(self.ln_1(x), mask, cache, documents)
@@ -240,7 +233,9 @@ class Decoder(nn.Module):
                 outputs mean nothing, and no real position sees them.
             documents: the number of the document of each position, (B, T) int64, where a row
                 holds several one behind the other: each is as if it were alone, its positions
-                counted from 0. Equal numbers lie side by side. Not with a cache or padding.
+                counted from 0. Equal numbers lie side by side. A negative number, at a row's
+                beginning, is what all its documents begin with: they see it, and count their
+                positions on from it. Not with a cache or padding.
 
         Returns:
             (B, T, C).
@@ -253,7 +248,7 @@ class Decoder(nn.Module):
         past = cache.used if cache is not None else 0
         self.check_length(past + T)
         positions = torch.arange(past, past + T, device=idx.device)  # (T,)
-        mask = None
+        mask = apart = None
         if padding is not None or (past and T > 1):
             seen = torch.arange(past + T, device=idx.device)
             mask = (seen <= positions[:, None])[None, None]  # (1, 1, T, past + T)
@@ -264,10 +259,11 @@ class Decoder(nn.Module):
             mask = visible | (seen == positions[:, None])
             positions = (positions - padding[:, None]).clamp(min=0)  # (B, T)
         if documents is not None:
-            positions = positions - _first_places(documents)  # (B, T)
+            apart = Documents(documents)
+            positions = apart.positions  # (B, T)
         x = self.embed(idx, positions)
         for block in self.h:
-            x = block(x, mask, cache, documents)
+            x = block(x, mask, cache, apart)
         if cache is not None:
             cache.used += T
         return self.ln_f(x)  # type: ignore[no-any-return]

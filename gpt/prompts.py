@@ -1,10 +1,18 @@
-"""How an instruction or a conversation is put to a model: a table of templates."""
+"""How an instruction or a conversation is put to a model: a table of templates.
+
+A model carries the template that it was trained with in its `prompt.json`, and the same in Jinja in
+its `tokenizer_config.json`, which `transformers` and other runtimes of that layout read: whoever
+talks to it uses the words that it knows.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from string import Formatter
+from typing import TYPE_CHECKING, Any, Literal
 
 from gpt.errors import InputError
 
@@ -12,16 +20,21 @@ if TYPE_CHECKING:
     from gpt.text import Instruction
     from gpt.tokenizer import Tokenizer
 
-TemplateName = Literal["alpaca", "phi3"]
+TemplateName = Literal["alpaca", "phi3", "chatml"]
+
+PROMPT_FILE = "prompt.json"
+TOKENIZER_FILE = "tokenizer_config.json"
+_LONGEST_FILE = 1 << 16
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Template:
     """The pieces of a prompt; the model's response follows directly.
 
     `<|endoftext|>` ends a response, the next turn's prompt comes behind it.
 
     Attributes:
+        template: its name.
         opening: begins a conversation.
         system: holds `{system}`; in the place of the opening where there is one.
         again: begins every further turn.
@@ -30,6 +43,7 @@ class Template:
         response: announces the response.
     """
 
+    template: str
     opening: str
     system: str
     again: str
@@ -37,33 +51,117 @@ class Template:
     input: str
     response: str
 
+    @property
+    def files(self) -> dict[str, Any]:
+        """What a model directory says of it: file name to JSON value."""
+        return {PROMPT_FILE: asdict(self), TOKENIZER_FILE: {"chat_template": _jinja(self)}}
+
 
 TEMPLATES: dict[str, Template] = {
-    # Stanford Alpaca's, as "Build a Large Language Model (From Scratch)" words it (chapter 7).
-    "alpaca": Template(
-        opening=(
-            "Below is an instruction that describes a task. "
-            "Write a response that appropriately completes the request.\n\n"
+    each.template: each
+    for each in (
+        # Stanford Alpaca's, as "Build a Large Language Model (From Scratch)" words it (chapter 7).
+        Template(
+            template="alpaca",
+            opening=(
+                "Below is an instruction that describes a task. "
+                "Write a response that appropriately completes the request.\n\n"
+            ),
+            system="{system}\n\n",
+            again="\n\n",
+            instruction="### Instruction:\n{instruction}",
+            input="\n\n### Input:\n{input}",
+            response="\n\n### Response:\n",
         ),
-        system="{system}\n\n",
-        again="\n\n",
-        instruction="### Instruction:\n{instruction}",
-        input="\n\n### Input:\n{input}",
-        response="\n\n### Response:\n",
-    ),
-    # Phi-3's, far shorter.
-    "phi3": Template(
-        opening="",
-        system="<|system|>\n{system}\n",
-        again="",
-        instruction="<|user|>\n{instruction}",
-        input="\n{input}",
-        response="\n<|assistant|>\n",
-    ),
+        # Phi-3's, far shorter.
+        Template(
+            template="phi3",
+            opening="",
+            system="<|system|>\n{system}\n",
+            again="",
+            instruction="<|user|>\n{instruction}",
+            input="\n{input}",
+            response="\n<|assistant|>\n",
+        ),
+        # OpenAI's ChatML. Its marks are text to GPT-2's vocabulary, and what ends the assistant's
+        # own turn is the end that the vocabulary has.
+        Template(
+            template="chatml",
+            opening="",
+            system="<|im_start|>system\n{system}<|im_end|>\n",
+            again="\n",
+            instruction="<|im_start|>user\n{instruction}",
+            input="\n\n{input}",
+            response="<|im_end|>\n<|im_start|>assistant\n",
+        ),
+    )
 }
 
 
-def render_prompt(template: str, instruction: str, input: str = "") -> str:
+def find_template(template: str | Template) -> Template:
+    """The template of that name, or the one that is given.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    if isinstance(template, Template):
+        return template
+    if template not in TEMPLATES:
+        raise InputError(f"template: no {template!r}; there are {', '.join(TEMPLATES)}")
+    return TEMPLATES[template]
+
+
+def read_template(directory: Path) -> Template:
+    """The template that a model was trained with, from its `prompt.json`.
+
+    A file that only names one means that of the table here.
+
+    Raises:
+        InputError: there is no such file, so the model follows no instructions; or it does not
+            hold a template.
+    """
+    path = directory / PROMPT_FILE
+    try:
+        with path.open("rb") as file:
+            value = json.loads(file.read(_LONGEST_FILE))
+    except FileNotFoundError:
+        raise InputError(
+            f"{path}: not there, so this model follows no instructions; take one that the stage "
+            "finetune_instruct made"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not JSON ({error}); run the fine-tuning again") from None
+    names = [each.name for each in fields(Template)]
+    if isinstance(value, dict) and list(value) == ["template"]:
+        try:
+            return find_template(str(value["template"]))
+        except InputError as error:
+            raise InputError(f"{path}: {error}; run the fine-tuning again") from None
+    if not isinstance(value, dict) or not all(isinstance(value.get(name), str) for name in names):
+        raise InputError(
+            f"{path}: must be JSON with the texts {', '.join(names)}, or that names a template, as "
+            '{"template": "alpaca"}; run the fine-tuning again'
+        )
+    template = Template(**{name: value[name] for name in names})
+    for name in ("system", "instruction", "input"):
+        if _holes(getattr(template, name)) != [name]:
+            raise InputError(
+                f"{path}: {name}: must hold {{{name}}} once and no other braces; "
+                "run the fine-tuning again"
+            )
+    return template
+
+
+def _holes(text: str) -> list[str | None]:
+    """What would be put into a text; None for what is no plain name."""
+    try:
+        found = [parts for parts in Formatter().parse(text) if parts[1] is not None]
+    except ValueError:  # a single brace
+        return [None]
+    return [None if how or conversion else name for _, name, how, conversion in found]
+
+
+def render_prompt(template: str | Template, instruction: str, input: str = "") -> str:
     """The prompt for an instruction, up to where the response begins.
 
     Raises:
@@ -73,12 +171,12 @@ def render_prompt(template: str, instruction: str, input: str = "") -> str:
 
 
 def render_prompts(
-    template: str, instructions: Sequence[str], input: str = "", system: str = ""
+    template: str | Template, instructions: Sequence[str], input: str = "", system: str = ""
 ) -> list[str]:
     """The prompt of every turn of a conversation, each up to where its response begins.
 
     Args:
-        template: the name of one of `TEMPLATES`.
+        template: one of `TEMPLATES` by name, or one that a model brought along.
         instructions: what is asked in each turn.
         input: what the last of them is to be done on.
         system: how the assistant is to behave.
@@ -86,9 +184,7 @@ def render_prompts(
     Raises:
         InputError: there is no template of that name.
     """
-    if template not in TEMPLATES:
-        raise InputError(f"template: no {template!r}; there are {', '.join(TEMPLATES)}")
-    pieces = TEMPLATES[template]
+    pieces = find_template(template)
     prompts = []
     for turn, instruction in enumerate(instructions, start=1):
         if turn > 1:
@@ -103,7 +199,7 @@ def render_prompts(
 
 
 def encode_turns(
-    tokenizer: Tokenizer, template: str, records: Sequence[Instruction]
+    tokenizer: Tokenizer, template: str | Template, records: Sequence[Instruction]
 ) -> list[list[tuple[list[int], list[int]]]]:
     """The token ids of every record's turns: of each prompt as rendered, and of its response.
 
@@ -129,3 +225,37 @@ def last_prompt(turns: Sequence[tuple[Sequence[int], Sequence[int]]], end: int) 
     """
     *earlier, (prompt, _) = turns
     return [*(i for before, response in earlier for i in (*before, *response, end)), *prompt]
+
+
+def _jinja(template: Template) -> str:
+    """The template in Jinja, over messages of a role and a content.
+
+    `transformers`' page "Chat templates" describes the format. An instruction's input is part of
+    the content there.
+    """
+    pieces = {name: json.dumps(value) for name, value in asdict(template).items()}
+    around: Mapping[str, tuple[str, str]] = {
+        name: tuple(json.dumps(text) for text in getattr(template, name).split(f"{{{name}}}"))  # type: ignore[misc]
+        for name in ("system", "instruction")
+    }
+    return (
+        "{%- if messages and messages[0]['role'] == 'system' -%}"
+        f"{{{{- {around['system'][0]} + messages[0]['content'] + {around['system'][1]} -}}}}"
+        "{%- set turns = messages[1:] -%}"
+        "{%- else -%}"
+        f"{{{{- {pieces['opening']} -}}}}"
+        "{%- set turns = messages -%}"
+        "{%- endif -%}"
+        "{%- for message in turns -%}"
+        "{%- if message['role'] == 'user' -%}"
+        f"{{{{- {pieces['again']} if not loop.first else '' -}}}}"
+        f"{{{{- {around['instruction'][0]} + message['content'] + {around['instruction'][1]} "
+        f"+ {pieces['response']} -}}}}"
+        "{%- elif message['role'] == 'assistant' -%}"
+        "{{- message['content'] + '<|endoftext|>' -}}"
+        "{%- else -%}"
+        "{{- raise_exception('a conversation has the roles user and assistant in turn, and system "
+        "at its beginning') -}}"
+        "{%- endif -%}"
+        "{%- endfor -%}"
+    )

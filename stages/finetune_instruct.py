@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from gpt.data import InstructionDataset, batches
@@ -16,14 +16,21 @@ from gpt.errors import InputError
 from gpt.events import Log, Message, discard
 from gpt.files import write_json
 from gpt.generate import Sampling, complete
+from gpt.lora import IN_BLOCKS, LoraParams, merge, wrap
 from gpt.metrics import lm_loss_sum, mean_loss, perplexity
 from gpt.model import GPT
 from gpt.overlap import count_contaminated
-from gpt.prompts import TemplateName, encode_turns, last_prompt
+from gpt.prompts import TEMPLATES, TemplateName, encode_turns, last_prompt
 from gpt.recipe import TrainParams
 from gpt.text import Split, read_instructions, split_instructions
 from gpt.train import fit
 from gpt.weights import load_base, save_model
+
+
+def _in_blocks(given: Any) -> Any:
+    """Adapters of every layer of the blocks, unless others are named: GPT-2's head has none of its
+    own, since it is the embedding."""
+    return {"layers": IN_BLOCKS, **given} if isinstance(given, dict) else given
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid"))
@@ -36,10 +43,24 @@ class FinetuneInstructParams:
     template: TemplateName = "alpaca"
     mask_prompt: bool = True
     """Learn the response only; otherwise the prompt's tokens count as well."""
+    rows: Literal["packed", "padded"] = "packed"
+    """How the records of a pass lie: one behind the other in rows as long as the base's context,
+    none of which sees another, or each in a row of its own, padded to the longest. The losses are
+    the same; packed ones are computed faster."""
+    trainable: Literal["all", "lora"] = "all"
+    """The whole model, or adapters beside frozen layers, which are merged when it is done."""
+    lora: Annotated[LoraParams | None, BeforeValidator(_in_blocks)] = None
+    """Which adapters, with `trainable: lora`; by default beside every layer of the blocks."""
     max_length: Annotated[int, Field(gt=0)] | None = None
     """Tokens a record is cut to; None is the base's context."""
     sample_tokens: Annotated[int, Field(gt=0)] = 40
     train: TrainParams
+
+    @model_validator(mode="after")
+    def _belong_together(self) -> FinetuneInstructParams:
+        if self.lora is not None and self.trainable != "lora":
+            raise ValueError(f"lora: has no say with trainable: {self.trainable}; set it to lora")
+        return self
 
 
 def finetune_instruct(
@@ -59,8 +80,9 @@ def finetune_instruct(
         params: what and how.
         base: the model directory of a language model.
         instructions: a raw folder of instruction records.
-        out: the model directory to write; `prompt.json` in it names the template, `training.json`
-            says what was held out.
+        out: the model directory to write; `prompt.json` in it holds the template, which
+            `tokenizer_config.json` says again for `transformers`; `training.json` says what was
+            held out.
         metrics: the final figures, written as JSON: losses in nats a token.
         history: the curve, written as CSV, a row an evaluation.
         state: the folder of the loop's resume state.
@@ -71,7 +93,7 @@ def finetune_instruct(
 
     Raises:
         InputError: the records cannot be used, `max_length` is above the base's context, or it
-            cuts every record before its answer.
+            cuts every record before its answer; adapters that the base has no place for.
         RunError: the loss is no longer finite.
     """
     train = params.train
@@ -104,10 +126,10 @@ def finetune_instruct(
             end=tokenizer.eot,
             mask_prompt=params.mask_prompt,
             max_length=max_length,
+            row_length=context if params.rows == "packed" else None,
         )
         for name, records in turns.items()
     }
-    log(Message(f"finetune_instruct: {len(data['train'])} training records"))
     texts = {name: [(each.task, each.text) for each in part] for name, part in parts.items()}
     shared = count_contaminated(texts, "finetune_instruct", log)
     for name, dataset in data.items():
@@ -140,6 +162,16 @@ def finetune_instruct(
 
     torch.manual_seed(train.seed)
     before = validation_loss(model)
+    n_params = model.n_params
+    if params.trainable == "lora":
+        wrap(model, params.lora or LoraParams(layers=IN_BLOCKS))
+    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    log(
+        Message(
+            f"finetune_instruct: {len(data['train'])} training records, {n_trained:,} of "
+            f"{n_params:,} parameters trained"
+        )
+    )
     result = fit(
         model,
         params=train,
@@ -152,6 +184,8 @@ def finetune_instruct(
         state=state,
         log=log,
     )
+    if params.trainable == "lora":
+        merge(model)
     loss = validation_loss(model)
     final = {
         "validation_loss": loss,
@@ -162,6 +196,7 @@ def finetune_instruct(
         "records_validation": float(len(parts["validation"])),
         "records_test": float(len(parts["test"])),
         **shared,
+        "parameters_trained": float(n_trained),
         "steps": float(result.steps),
     }
     save_model(
@@ -169,7 +204,7 @@ def finetune_instruct(
         out,
         tokenizer=tokenizer,
         extra={
-            "prompt.json": {"template": params.template},
+            **TEMPLATES[params.template].files,
             "training.json": {
                 "base": params.base,
                 "split": asdict(params.split),

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from gpt import attention
-from gpt.attention import BlockedAttention, causal_attention, heads
+from gpt.attention import BlockedAttention, Documents, causal_attention, heads
 
 
 def _plain(qkv: torch.Tensor, n_head: int, documents: torch.Tensor | None = None) -> torch.Tensor:
@@ -13,13 +13,17 @@ def _plain(qkv: torch.Tensor, n_head: int, documents: torch.Tensor | None = None
     if documents is not None:  # a document at a time
         return torch.stack(
             [
-                torch.cat(
-                    [_plain(row[None, ids == n], n_head)[0] for n in ids.unique_consecutive()]
-                )
+                torch.cat([_document(row, ids, n, n_head) for n in ids.unique_consecutive()])
                 for row, ids in zip(qkv, documents, strict=True)
             ]
         )
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+
+
+def _document(row: torch.Tensor, ids: torch.Tensor, number: int, n_head: int) -> torch.Tensor:
+    """What a document sees, with the row's opening before it and nothing else."""
+    alone = _plain(row[None, (ids < 0) | (ids == number)], n_head)[0]
+    return alone if number < 0 else alone[int((ids < 0).sum()) :]
 
 
 @pytest.mark.parametrize("length", [1, 5, 127, 128, 129, 300])
@@ -38,42 +42,62 @@ def test_values_and_gradients_are_those_of_the_fused_kernel(length, dtype, toler
     assert torch.allclose(our_gradient, their_gradient, atol=3 * tolerance)
 
 
-def _documents(length: int) -> torch.Tensor:
-    """Two rows: documents of some 20 positions, and one document of all."""
-    return torch.stack([(torch.arange(length) * 13 % 20 == 7).cumsum(0), torch.full((length,), 9)])
+def _documents(length: int, opening: int) -> torch.Tensor:
+    """Rows of documents of some 20 positions, of few long ones, and of one; behind an opening of
+    so many positions, one less, and none."""
+    places = torch.arange(length)
+    rows = [(places * 13 % 20 == 7).cumsum(0), places // 110, torch.full((length,), 9)]
+    for before, row in enumerate(rows[:2]):
+        row[: max(0, opening - before)] = -1
+    return torch.stack(rows)
 
 
+@pytest.mark.parametrize("opening", [0, 4, 70])
 @pytest.mark.parametrize("length", [1, 5, 127, 128, 129, 300])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)], ids=str
 )
-def test_documents_of_a_row_are_as_if_each_were_alone(length, dtype, tolerance):
+def test_documents_of_a_row_are_as_if_each_were_alone(length, dtype, tolerance, opening):
     """In blocks, their gradients too, and in the fused kernel."""
     torch.manual_seed(3)
-    documents = _documents(length)
-    qkv = torch.randn(2, length, 3 * 24, dtype=dtype, requires_grad=True)
-    up = torch.randn(2, length, 24, dtype=dtype)
-    ours, alone = causal_attention(qkv, 3, documents=documents), _plain(qkv, 3, documents)
+    documents = _documents(length, opening)
+    qkv = torch.randn(3, length, 3 * 24, dtype=dtype, requires_grad=True)
+    up = torch.randn(3, length, 24, dtype=dtype)
+    ours, alone = (
+        causal_attention(qkv, 3, documents=Documents(documents)),
+        _plain(qkv, 3, documents),
+    )
     assert ours.grad_fn.name().startswith("BlockedAttention")
     assert torch.allclose(ours, alone, atol=tolerance)
     with torch.no_grad():
-        assert torch.allclose(causal_attention(qkv, 3, documents=documents), alone, atol=tolerance)
+        assert torch.allclose(
+            causal_attention(qkv, 3, documents=Documents(documents)), alone, atol=tolerance
+        )
     (our_gradient,) = torch.autograd.grad(ours, qkv, up)
     (their_gradient,) = torch.autograd.grad(alone, qkv, up)
     assert torch.allclose(our_gradient, their_gradient, atol=3 * tolerance)
 
 
-@pytest.mark.parametrize("documents", [None, torch.tensor([[0, 0, 1, 1, 1, 1, 2, 2], [5] * 8])])
+@pytest.mark.parametrize(
+    "documents",
+    [
+        None,
+        [[0, 0, 1, 1, 1, 1, 2, 2], [5] * 8],
+        [[-1, 0, 0, 0, 1, 1, 2, 2], [-1, -1, 0, 0, 0, 3, 3, 3]],
+    ],
+)
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_the_gradient_is_that_of_the_function(monkeypatch, dropout, documents):
     """By finite differences, in several blocks and with the same dropout at every call."""
     monkeypatch.setattr(attention, "BLOCK", 3)
+    monkeypatch.setattr(attention, "DOCUMENT_BLOCK", 3)
+    apart = documents and Documents(torch.tensor(documents))
     torch.manual_seed(1)
     qkv = torch.randn(2, 8, 12, dtype=torch.float64, requires_grad=True)
 
     def function(x: torch.Tensor) -> torch.Tensor:
         torch.manual_seed(5)
-        return BlockedAttention.apply(x, 2, dropout, documents)
+        return BlockedAttention.apply(x, 2, dropout, apart)
 
     assert torch.autograd.gradcheck(function, qkv)
 

@@ -1,9 +1,25 @@
-import pytest
+import json
+from dataclasses import replace
 
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from gpt.config import GPTConfig
 from gpt.errors import InputError
-from gpt.prompts import TEMPLATES, encode_turns, last_prompt, render_prompt, render_prompts
+from gpt.files import write_json
+from gpt.model import GPT
+from gpt.prompts import (
+    TEMPLATES,
+    encode_turns,
+    last_prompt,
+    read_template,
+    render_prompt,
+    render_prompts,
+)
 from gpt.text import Instruction, Turn
 from gpt.tokenizer import byte_tokenizer
+from gpt.weights import save_model
 
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately "
@@ -35,6 +51,15 @@ def test_further_turns_of_phi3_are_as_the_first():
     assert render_prompts("phi3", ["Count.", "On."]) == [
         "<|user|>\nCount.\n<|assistant|>\n",
         "<|user|>\nOn.\n<|assistant|>\n",
+    ]
+
+
+def test_chatml_closes_every_turn_but_the_assistants_own():
+    """That one the vocabulary's own end closes."""
+    assert render_prompts("chatml", ["Count.", "On."], "4", system="Be brief.") == [
+        "<|im_start|>system\nBe brief.<|im_end|>\n"
+        "<|im_start|>user\nCount.<|im_end|>\n<|im_start|>assistant\n",
+        "\n<|im_start|>user\nOn.\n\n4<|im_end|>\n<|im_start|>assistant\n",
     ]
 
 
@@ -88,5 +113,80 @@ def test_braces_in_a_users_text_are_text(template):
 
 
 def test_an_unknown_template_is_named_with_those_there_are():
-    with pytest.raises(InputError, match=r"no 'vicuna'; there are alpaca, phi3"):
+    with pytest.raises(InputError, match=r"no 'vicuna'; there are alpaca, phi3, chatml"):
         render_prompt("vicuna", "Say hi.")
+
+
+# --- with a model ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def directory(tmp_path):
+    torch.manual_seed(1)
+    config = GPTConfig(vocab_size=257, context_length=16, n_layer=1, n_head=1, n_embd=8)
+    save_model(GPT(config), tmp_path / "model", tokenizer=byte_tokenizer())
+    return tmp_path / "model"
+
+
+def write_template(directory, template):
+    for name, value in template.files.items():
+        write_json(directory / name, value)
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_a_model_brings_its_template_along(directory, template):
+    """As it was when the model learnt it, whatever the table says today."""
+    for each in (template, replace(template, opening="Do {this}:\n", response="\n=> ")):
+        write_template(directory, each)
+        assert read_template(directory) == each
+
+
+def test_a_name_alone_is_that_of_a_template_of_the_table(directory):
+    (directory / "prompt.json").write_text('{"template": "phi3"}')
+    assert read_template(directory) == TEMPLATES["phi3"]
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+@pytest.mark.parametrize("system", ["", "Be {{ brief }}, 'please'."])
+@pytest.mark.parametrize("turns", [1, 3])
+def test_transformers_asks_in_the_same_words(directory, template, system, turns):
+    """And in the same tokens: its chat template is ours."""
+    write_template(directory, template)
+    theirs = AutoTokenizer.from_pretrained(directory)
+    asked = ["Count {1}.\n", "On \\ {{on}}!", 'And "now"?'][:turns]
+    messages = [{"role": "system", "content": system}] if system else []
+    for text in asked:
+        messages += [{"role": "user", "content": text}, {"role": "assistant", "content": "2, 3"}]
+    prompts = render_prompts(template, asked, system=system)
+    text = "2, 3<|endoftext|>".join(prompts)
+    options = {"add_generation_prompt": True}
+    assert theirs.apply_chat_template(messages[:-1], tokenize=False, **options) == text
+    ids = theirs.apply_chat_template(messages[:-1], return_dict=True, **options)["input_ids"]
+    tokenizer = byte_tokenizer()
+    own = [(tokenizer.encode(prompt), tokenizer.encode("2, 3")) for prompt in prompts]
+    assert ids == last_prompt(own, tokenizer.eot)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (None, r"prompt\.json: not there, so this model follows no instructions; take one"),
+        ("{", r"prompt\.json: not JSON .*; run the fine-tuning again"),
+        ("[]", r"prompt\.json: must be JSON with the texts template, opening, .*, response"),
+        ('{"template": "vicuna"}', r"prompt\.json: .*no 'vicuna'; there are alpaca, phi3, chatml"),
+        ({"response": 3}, r"prompt\.json: must be JSON with the texts"),
+        ({"instruction": "{input}"}, r"instruction: must hold \{instruction\} once and no other"),
+        ({"system": "{system} {system}"}, r"system: must hold \{system\} once"),
+        ({"input": "{input.__class__}"}, r"input: must hold \{input\} once"),
+        ({"input": "{input!r:>9}"}, r"input: must hold \{input\} once"),
+        ({"input": "{input} {"}, r"input: must hold \{input\} once"),
+    ],
+    ids=str,
+)
+def test_a_template_that_cannot_be_used_is_refused(directory, content, complaint):
+    if isinstance(content, dict):
+        content = json.dumps({**TEMPLATES["alpaca"].files["prompt.json"], **content})
+    if content is not None:
+        (directory / "prompt.json").write_text(content)
+    with pytest.raises(InputError, match=complaint):
+        read_template(directory)

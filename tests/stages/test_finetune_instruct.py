@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from transformers import GPT2LMHeadModel
 
 from gpt.events import Message, Text
-from gpt.prompts import render_prompt, render_prompts
+from gpt.lora import IN_BLOCKS, LoraParams
+from gpt.prompts import TEMPLATES, read_template, render_prompt, render_prompts
 from gpt.text import Instruction, Split, Turn, split_instructions
 from gpt.tokenizer import byte_tokenizer
 from gpt.weights import load_model
@@ -86,11 +87,12 @@ def test_it_writes_its_outputs_and_nothing_else(tmp_path, base, instructions, ev
         "model/merges.txt",
         "model/model.safetensors",
         "model/prompt.json",
+        "model/tokenizer_config.json",
         "model/training.json",
         "model/vocab.json",
     ]
     model = tmp_path / "model"
-    assert json.loads((model / "prompt.json").read_text()) == {"template": "phi3"}
+    assert read_template(model) == TEMPLATES["phi3"]
     training = {"base": "pretrain", "split": SPLIT, "max_length": 64}
     assert json.loads((model / "training.json").read_text()) == training
     assert pd.read_csv(tmp_path / "history.csv")["step"].tolist() == [2, 4, 6]
@@ -181,7 +183,7 @@ def test_records_are_cut_to_max_length(tmp_path, base, instructions, records):
     expected = loss_by_transformers(base, validation, mask_prompt=False, max_length=20)
     assert figures["validation_loss_before"] == pytest.approx(expected, abs=1e-4)
     assert json.loads((tmp_path / "model/training.json").read_text())["max_length"] == 20
-    # every row is 20 long: batch_size x 20 tokens a step
+    # every record is 20 long: batch_size x 20 tokens a step
     assert pd.read_csv(tmp_path / "history.csv")["tokens"].tolist() == [160, 320, 480]
 
 
@@ -196,7 +198,7 @@ def test_the_template_is_the_one_that_is_asked_for(tmp_path, make_base, instruct
         template="alpaca",
     )
     assert figures["validation_loss_before"] == pytest.approx(expected, abs=1e-4)
-    assert json.loads((tmp_path / "model/prompt.json").read_text()) == {"template": "alpaca"}
+    assert read_template(tmp_path / "model") == TEMPLATES["alpaca"]
 
 
 def test_answers_to_validation_records_are_shown_at_each_evaluation(
@@ -208,6 +210,77 @@ def test_answers_to_validation_records_are_shown_at_each_evaluation(
     assert [event.name for event in texts] == [f"samples/step-{i:06d}.txt" for i in (2, 4, 6)]
     for record in parts_of(records)["validation"][:3]:
         assert all(record.instruction in event.text for event in texts)
+
+
+@pytest.mark.parametrize("mask_prompt", [True, False])
+def test_packed_rows_learn_what_padded_ones_do(
+    tmp_path, base, instructions, everything, mask_prompt
+):
+    """Here the records of a step have a template's words in common."""
+    curves = {}
+    for rows in ("packed", "padded"):
+        run(tmp_path / rows, params(rows=rows, mask_prompt=mask_prompt), base, instructions)
+        curves[rows] = pd.read_csv(tmp_path / rows / "history.csv")
+    for column in ("train_loss", "validation_loss"):
+        packed, padded = (curves[rows][column].to_numpy() for rows in ("packed", "padded"))
+        assert packed == pytest.approx(padded, rel=1e-4)
+    tokens = {rows: curve["tokens"].iloc[-1] for rows, curve in curves.items()}
+    assert (tokens["packed"] < tokens["padded"]) == mask_prompt  # the words stand once in a row
+    assert everything(tmp_path / "packed/model") != everything(tmp_path / "padded/model")
+
+
+# --- adapters -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tie_weights", [True, False])
+def test_adapters_are_merged_into_a_plain_model(
+    tmp_path, make_base, instructions, records, tie_weights
+):
+    """What was not adapted is as it was; transformers reads the rest and measures the same."""
+    base = make_base(tie_weights=tie_weights)
+    layers = ["query", "mlp.c_fc", *([] if tie_weights else ["head"])]
+    learn = params(trainable="lora", lora={"rank": 4, "layers": layers})
+    figures = run(tmp_path, learn, base, instructions)
+    before, after = load_model(base).state_dict(), load_model(tmp_path / "model").state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    adapted = {f"h.{i}.{name}.weight" for i in range(2) for name in ("attn.c_attn", "mlp.c_fc")}
+    assert changed == adapted | (set() if tie_weights else {"lm_head.weight"})
+    C, V, rank = 16, 257, 4
+    expected = 2 * (rank * (C + C) + rank * (C + 4 * C)) + (0 if tie_weights else rank * (C + V))
+    assert figures["parameters_trained"] == expected
+    validation = parts_of(records)["validation"]
+    loss = loss_by_transformers(tmp_path / "model", validation, mask_prompt=True)
+    assert figures["validation_loss"] == pytest.approx(loss, abs=1e-4)
+    assert loss < figures["validation_loss_before"]
+
+
+def test_adapters_are_beside_every_layer_of_the_blocks_unless_others_are_named(
+    tmp_path, base, instructions
+):
+    """GPT-2's head is its embedding, and has no adapter of its own."""
+    assert params(trainable="lora", lora={"rank": 2}).lora == LoraParams(rank=2, layers=IN_BLOCKS)
+    figures = run(tmp_path / "plain", params(trainable="lora"), base, instructions)
+    named = params(trainable="lora", lora={"layers": list(IN_BLOCKS)})
+    assert run(tmp_path / "named", named, base, instructions) == figures
+
+
+def test_an_adapter_of_a_tied_head_is_refused(tmp_path, base, instructions, refused):
+    head = params(trainable="lora", lora={"layers": ["head"]})
+    with refused(r"lora\.layers: the head of this model is its embedding .*leave head out"):
+        run(tmp_path / "o", head, base, instructions)
+
+
+def test_a_stopped_run_with_adapters_goes_on_to_the_same_bytes(
+    tmp_path, make_base, instructions, everything, interrupt_at
+):
+    base = make_base(dropout=0.1)
+    learn = params(trainable="lora", lora={"rank": 4, "dropout": 0.1})
+    run(tmp_path / "straight", learn, base, instructions)
+    state = tmp_path / "state"
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "s", learn, base, instructions, state=state, log=interrupt_at(3))
+    run(tmp_path / "s", learn, base, instructions, state=state)
+    assert everything(tmp_path / "s") == everything(tmp_path / "straight")
 
 
 # --- conversations --------------------------------------------------------------------------------
@@ -381,7 +454,16 @@ def test_a_base_that_cannot_be_used_is_refused(tmp_path, base, instructions, ref
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"template": "chatml"}, {"mask_prompt": "maybe"}, {"max_length": 0}, {"sample_tokens": 0}],
+    [
+        {"template": "vicuna"},
+        {"mask_prompt": "maybe"},
+        {"max_length": 0},
+        {"sample_tokens": 0},
+        {"rows": "ragged"},
+        {"trainable": "head"},
+        {"lora": {"rank": 4}},  # without trainable: lora
+        {"trainable": "lora", "lora": {"rank": 0}},
+    ],
 )
 def test_impossible_parameters_are_refused(wrong):
     with pytest.raises(ValidationError):
