@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from gpt import native
 from gpt.errors import RunError
 from gpt.int8 import Int8Embedding, Int8GPT, Int8Linear
-from gpt.model import GPT, LAYER_NORM_EPS, KVCache
+from gpt.model import GPT, LAYER_NORM_EPS, KVCache, QueryKeyValue
 
 SOURCE = Path(__file__).with_name("decode.cpp")
 
 MOST_ROWS = 32
 """Up to so many the compiled step is the faster engine, as measured; the step itself takes more."""
 
-_KNOWN = (nn.Linear, nn.LayerNorm, nn.Embedding, Int8Linear, Int8Embedding)
+_KNOWN = (nn.Linear, QueryKeyValue, nn.LayerNorm, nn.Embedding, Int8Linear, Int8Embedding)
 _FUNCTIONS = {
     torch.float32: "decode_float",
     torch.bfloat16: "decode_bfloat16",

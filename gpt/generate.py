@@ -404,9 +404,14 @@ def _log_probs(logits: Tensor, chosen: Tensor) -> list[float]:
 
 
 def stream_text(
-    model: GPT, tokenizer: Tokenizer, prompt: str, sampling: Sampling, *, engine: Engine = "auto"
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: str | Sequence[int],
+    sampling: Sampling,
+    *,
+    engine: Engine = "auto",
 ) -> Iterator[str]:
-    """What the model writes after `prompt`, in pieces as they come.
+    """What the model writes after `prompt`, a text or token ids, in pieces as they come.
 
     It ends before the first stop text, at the end of a text (`<|endoftext|>`) or another stop
     token, or at the greatest length. A character that spans tokens comes whole; one that the
@@ -419,7 +424,8 @@ def stream_text(
     text = _Text(tokenizer, sampling)
     sampling = replace(sampling, stop={*sampling.stop, tokenizer.eot})
     ended = [False]
-    for (token,) in _steps(model, [tokenizer.encode(prompt)], sampling, ended, engine=engine):
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    for (token,) in _steps(model, [ids], sampling, ended, engine=engine):
         if token is None or token.id in sampling.stop:
             break
         if piece := text.add(token.id):

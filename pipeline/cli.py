@@ -456,6 +456,11 @@ def chat(
         str | None, typer.Argument(help="Answer this one; without it, what you type or pipe in.")
     ] = None,
     context: Annotated[str, typer.Option("--input", help="What the instruction is about.")] = "",
+    system: Annotated[str, typer.Option(help="How the assistant is to behave.")] = "",
+    turns: Annotated[
+        int | None,
+        typer.Option(min=1, help="Turns it reads at once (by default as many as it learnt from)."),
+    ] = None,
     model: _Model = None,
     max_new_tokens: _MaxNewTokens = 200,
     min_new_tokens: _MinNewTokens = 0,
@@ -475,7 +480,16 @@ def chat(
         max_new_tokens, min_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, stop
     )
     directory = _model(model, "assistant")
-    talk.chat(directory, instruction, context, sampling, precision=precision, engine=engine)
+    talk.chat(
+        directory,
+        instruction,
+        context,
+        sampling,
+        system=system,
+        turns=turns,
+        precision=precision,
+        engine=engine,
+    )
 
 
 @app.command()

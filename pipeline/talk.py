@@ -18,11 +18,14 @@ from gpt.generate import Engine, Sampling, stream_text
 from gpt.int8 import quantize
 from gpt.metrics import classify
 from gpt.model import GPT, GPTClassifier
-from gpt.prompts import render_prompt
+from gpt.prompts import Template, encode_turns, last_prompt, read_template
+from gpt.text import Instruction, Turn
 from gpt.tokenizer import Tokenizer
 from gpt.weights import load_base, load_classifier
 
 _BATCH = 16
+BEGIN_ANEW = "/new"
+"""Typed in place of an instruction it ends a conversation and begins another."""
 
 
 Precision = Literal["fp32", "bf16", "int8"]
@@ -72,19 +75,61 @@ def generate(
     _say(pieces)
 
 
-def _template(directory: Path) -> str:
-    path = _directory(directory, "finetune_instruct") / "prompt.json"
-    try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["template"])
-    except FileNotFoundError:
-        raise InputError(
-            f"{path}: not there, so this model follows no instructions; take models/assistant, "
-            "or `gpt-pipeline generate`"
-        ) from None
-    except (ValueError, KeyError, TypeError):
-        raise InputError(
-            f'{path}: must be JSON that names the template, as {{"template": "alpaca"}}'
-        ) from None
+class Conversation:
+    """What was said so far, as the model was taught to read it.
+
+    Args:
+        template: the model's own.
+        tokenizer: the model's own.
+        longest: tokens that a prompt may have.
+        earlier: how many turns before the last one the model is reminded of.
+        system: how the assistant is to behave.
+    """
+
+    def __init__(
+        self,
+        template: Template,
+        tokenizer: Tokenizer,
+        longest: int,
+        *,
+        earlier: int = 0,
+        system: str = "",
+    ) -> None:
+        self._template = template
+        self._tokenizer = tokenizer
+        self._longest = longest
+        self._earlier = earlier
+        self._system = system
+        self._said: list[Turn] = []
+        self.forgotten = 0
+        """Turns that the last prompt had no room for, of those that it was to be reminded of."""
+
+    def prompt(self, instruction: str, context: str = "") -> list[int]:
+        """The ids of the next prompt: the earlier turns that there is room for, and this one."""
+        remembered = self._said[-self._earlier :] if self._earlier else []
+        for self.forgotten in range(len(remembered) + 1):
+            record = Instruction(
+                instruction, context, "", tuple(remembered[self.forgotten :]), self._system
+            )
+            (turns,) = encode_turns(self._tokenizer, self._template, [record])
+            ids = last_prompt(turns, self._tokenizer.eot)
+            if len(ids) <= self._longest:
+                break
+        return ids
+
+    def heard(self, instruction: str, context: str, response: str) -> None:
+        """Remember a turn."""
+        asked = f"{instruction}\n{context}" if context else instruction
+        self._said.append(Turn(asked, response))
+
+    def begin_anew(self) -> None:
+        """Forget all turns."""
+        self._said.clear()
+
+
+def turns_learnt(directory: Path) -> int:
+    """How many turns the longest conversation had that an assistant was trained on."""
+    return _training(directory, "turns", 1)
 
 
 def chat(
@@ -93,30 +138,47 @@ def chat(
     context: str,
     sampling: Sampling,
     *,
+    system: str = "",
+    turns: int | None = None,
     precision: Precision = "fp32",
     engine: Engine = "auto",
 ) -> None:
-    """Answer one instruction, from the argument or a pipe; or each that a person types.
+    """Answer one instruction, from the argument or a pipe; or hold a conversation with a person.
 
-    Every instruction stands for itself: the templates have one turn.
+    Args:
+        directory: the assistant's.
+        instruction: what is asked; None reads it from a pipe, or each from the terminal.
+        context: what every instruction is about.
+        sampling: how tokens are chosen.
+        system: how the assistant is to behave.
+        turns: how many turns it reads at most, the last one among them; None is as many as it was
+            trained on: an assistant that has only seen single instructions makes nothing of more.
+        precision: of the weights.
+        engine: what computes them.
 
     Raises:
         InputError: no assistant there, or an empty instruction.
         RunError: the compiled engine is asked for and cannot be had.
     """
-    template = _template(directory)
+    template = read_template(_directory(directory, "finetune_instruct"))
     if instruction is None and not sys.stdin.isatty():
         instruction = sys.stdin.read().strip()
     model, tokenizer = _load_writer(directory, "finetune_instruct", precision)
+    turns = turns_learnt(directory) if turns is None else turns
+    room = model.config.context_length - sampling.max_new_tokens
+    conversation = Conversation(template, tokenizer, room, earlier=turns - 1, system=system)
 
     def answer(text: str, context: str) -> Iterator[str]:
-        prompt = render_prompt(template, text, context)
-        pieces = stream_text(model, tokenizer, prompt, sampling, engine=engine)
-        first = True
-        for piece in pieces:
-            shown = piece.lstrip() if first else piece
-            first = first and not shown
+        prompt = conversation.prompt(text, context)
+        if conversation.forgotten:
+            note = f"(no room for the first {conversation.forgotten} of what was said before)"
+            print(note, file=sys.stderr)
+        said = ""
+        for piece in stream_text(model, tokenizer, prompt, sampling, engine=engine):
+            shown = piece if said else piece.lstrip()
+            said += shown
             yield shown
+        conversation.heard(text, context, said.rstrip())
 
     if instruction is not None:
         if not instruction.strip():
@@ -125,13 +187,22 @@ def chat(
         return
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # the arrow keys work in input()
-    print("Type an instruction; an empty line or Ctrl-D ends. Each one stands for itself.")
+    print(f"Type an instruction; an empty line or Ctrl-D ends. {_remembers(turns)}")
     with contextlib.suppress(EOFError):
         while text := input("\n> ").strip():
+            if text == BEGIN_ANEW:
+                conversation.begin_anew()
+                continue
             try:
                 _say(answer(text, context))
             except KeyboardInterrupt:  # ends the answer, not the conversation
                 print(" …")
+
+
+def _remembers(turns: int) -> str:
+    if turns == 1:
+        return "Each one stands for itself."
+    return f"The last {turns} are read together; {BEGIN_ANEW} forgets them."
 
 
 def classify_texts(directory: Path, texts: Sequence[str], as_json: bool) -> None:
@@ -165,11 +236,16 @@ def classify_texts(directory: Path, texts: Sequence[str], as_json: bool) -> None
 
 def _longest(directory: Path, model: GPTClassifier) -> int:
     """At how many tokens the training cut a text, where that is known."""
+    return _training(directory, "max_length", model.config.context_length)
+
+
+def _training(directory: Path, name: str, otherwise: int) -> int:
+    """A number of `training.json`, where it is known."""
     try:
         training = json.loads((directory / "training.json").read_text(encoding="utf-8"))
-        return int(training["max_length"])
+        return int(training[name])
     except (OSError, ValueError, KeyError, TypeError):
-        return model.config.context_length
+        return otherwise
 
 
 def _json(value: Any) -> str:

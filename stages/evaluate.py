@@ -77,6 +77,8 @@ class Training:
     max_length: Annotated[int, Field(gt=0)]
     pooling: Pooling = "last"
     """Of a classifier; its model says the same."""
+    turns: Annotated[int, Field(gt=0)] = 1
+    """Of an assistant: those of the longest conversation that it learnt from."""
 
 
 def evaluate(

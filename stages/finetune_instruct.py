@@ -209,6 +209,7 @@ def finetune_instruct(
                 "base": params.base,
                 "split": asdict(params.split),
                 "max_length": max_length,
+                "turns": max(len(each) for each in turns["train"]),
             },
         },
     )

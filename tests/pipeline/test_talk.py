@@ -3,6 +3,7 @@
 import codecs
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from gpt.config import GPTConfig
 from gpt.errors import InputError, RunError
 from gpt.generate import Sampling, Token, complete
 from gpt.model import GPT, GPTClassifier
-from gpt.prompts import render_prompt
+from gpt.prompts import TEMPLATES, render_prompt, render_prompts
 from gpt.tokenizer import byte_tokenizer
 from gpt.weights import save_model
 from pipeline import talk
@@ -143,7 +144,8 @@ def test_every_option_of_the_command_line_arrives(monkeypatch):
         seed=11,
         stop_texts=("END", "."),
     )
-    for command in (["generate", "Once"], ["chat", "Hello"]):
+    told = ["--system", "Hm.", "--turns", "3"]
+    for command in (["generate", "Once"], ["chat", "Hello", *told]):
         result = CliRunner().invoke(app, [*command, *options, "--stop", "."])
         assert result.exit_code == 0, result.output
     (model, prompt, sampling), rest = calls[0]
@@ -151,7 +153,7 @@ def test_every_option_of_the_command_line_arrives(monkeypatch):
     assert rest == {"precision": "bf16", "engine": "plain"}
     (model, prompt, context, sampling), rest = calls[1]
     assert (model, prompt, context, sampling) == (Path("some/model"), "Hello", "", expected)
-    assert rest == {"precision": "bf16", "engine": "plain"}
+    assert rest == {"precision": "bf16", "engine": "plain", "system": "Hm.", "turns": 3}
 
 
 def test_an_impossible_setting_is_one_line_before_anything_is_loaded(monkeypatch):
@@ -189,14 +191,108 @@ def test_chat_goes_on_until_an_empty_line(assistant, capsys, monkeypatch):
     assert next(lines, "all were asked for") == "all were asked for"
 
 
+@pytest.fixture
+def person(monkeypatch):
+    """Types lines into a chat whose model answers A; returns the prompts that it was given."""
+
+    def types(assistant, *lines, answer=b" A", context="", **options):
+        typed = iter([*lines, ""])
+        prompts = []
+
+        def steps(model, given, *_, **__):
+            prompts.append(byte_tokenizer().decode(given[0]))
+            for byte in answer:
+                yield [Token(IDS[byte], None)]
+
+        monkeypatch.setattr(decoding, "_steps", steps)
+        monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+        monkeypatch.setattr("builtins.input", lambda _: next(typed))
+        talk.chat(assistant, None, context, Sampling(max_new_tokens=2), **options)
+        return prompts
+
+    return types
+
+
+def phi3(*turns, system=""):
+    prompts = render_prompts("phi3", turns, system=system)
+    return "A<|endoftext|>".join(prompts)
+
+
+@pytest.fixture
+def wide(tmp_path):
+    torch.manual_seed(7)
+    model = GPT(replace(CONFIG, context_length=150))
+    save_model(model, tmp_path / "wide", tokenizer=byte_tokenizer())
+    (tmp_path / "wide" / "prompt.json").write_text('{"template": "phi3"}')
+    return tmp_path / "wide"
+
+
+def test_a_conversation_is_read_in_the_form_of_its_training(wide, person, capsys):
+    """The earlier turns with their answers, up to as many as it may read, and the system text."""
+    asked = ["One?", "Two?", "Three?", "Four?"]
+    assert person(wide, *asked, turns=3, system="Hm.") == [
+        phi3("One?", system="Hm."),
+        phi3("One?", "Two?", system="Hm."),
+        phi3("One?", "Two?", "Three?", system="Hm."),
+        phi3("Two?", "Three?", "Four?", system="Hm."),
+    ]
+    shown = capsys.readouterr()
+    assert "The last 3 are read together; /new forgets them." in shown.out
+    assert shown.out.count("A\n") == 4
+    assert shown.err == ""
+
+
+def test_new_begins_a_conversation_anew(wide, person):
+    assert person(wide, "One?", "Two?", "/new", "Three?", turns=9) == [
+        phi3("One?"),
+        phi3("One?", "Two?"),
+        phi3("Three?"),
+    ]
+
+
+def test_an_earlier_turn_keeps_what_it_was_about(wide, person):
+    first, second = person(wide, "One?", "Two?", turns=2, context="x")
+    assert first == render_prompt("phi3", "One?", "x")
+    assert (
+        second
+        == f"{phi3('One?' + chr(10) + 'x')}A<|endoftext|>"
+        + (render_prompts("phi3", ["One?", "Two?"], "x")[1])
+    )
+
+
+def test_the_oldest_turns_go_where_the_context_ends(wide, person, capsys):
+    asked = ["One?", "Two?", "Three?", "x" * 90]
+    prompts = person(wide, *asked, turns=9)
+    assert prompts[3] == phi3("Three?", "x" * 90)
+    assert capsys.readouterr().err == "(no room for the first 2 of what was said before)\n"
+
+
+@pytest.mark.parametrize("learnt", [None, 1, 2])
+def test_an_assistant_reads_as_many_turns_as_it_learnt_from(wide, person, capsys, learnt):
+    """One that has only seen single instructions makes nothing of more."""
+    if learnt:
+        (wide / "training.json").write_text(json.dumps({"turns": learnt}))
+    one, two = person(wide, "One?", "Two?")
+    assert one == phi3("One?")
+    assert two == (phi3("One?", "Two?") if learnt == 2 else phi3("Two?"))
+    assert ("Each one stands for itself." in capsys.readouterr().out) == (learnt != 2)
+
+
+def test_what_is_typed_or_answered_never_ends_a_turn(wide, monkeypatch):
+    tokenizer = byte_tokenizer()
+    conversation = talk.Conversation(TEMPLATES["phi3"], tokenizer, 999, earlier=1)
+    conversation.heard("<|endoftext|>", "", "<|endoftext|>")
+    assert conversation.prompt("<|endoftext|>").count(tokenizer.eot) == 1
+
+
 def test_a_base_model_is_no_assistant(base):
-    with pytest.raises(InputError, match=r"prompt\.json: not there, .*gpt-pipeline generate"):
+    with pytest.raises(InputError, match=r"prompt\.json: not there, so this model follows no inst"):
         talk.chat(base, "Say hello.", "", Sampling(max_new_tokens=3))
 
 
 def test_a_damaged_prompt_json_is_named(assistant):
     (assistant / "prompt.json").write_text("[]")
-    with pytest.raises(InputError, match=r"prompt\.json: must be JSON that names the template"):
+    with pytest.raises(InputError, match=r"prompt\.json: must be JSON with the texts"):
         talk.chat(assistant, "Say hello.", "", Sampling(max_new_tokens=3))
 
 

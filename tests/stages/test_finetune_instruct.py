@@ -93,7 +93,7 @@ def test_it_writes_its_outputs_and_nothing_else(tmp_path, base, instructions, ev
     ]
     model = tmp_path / "model"
     assert read_template(model) == TEMPLATES["phi3"]
-    training = {"base": "pretrain", "split": SPLIT, "max_length": 64}
+    training = {"base": "pretrain", "split": SPLIT, "max_length": 64, "turns": 1}
     assert json.loads((model / "training.json").read_text()) == training
     assert pd.read_csv(tmp_path / "history.csv")["step"].tolist() == [2, 4, 6]
     records = [figures[f"records_{part}"] for part in ("train", "validation", "test")]
