@@ -18,7 +18,7 @@ from bench.worker import as_it_comes
 from gpt.errors import InputError, RunError
 
 AGAINST_PEERS = ("training", "generation", "tokenization", "classification", "instruction")
-NAMES = (*AGAINST_PEERS, "ablation", "keeping", "recipe")
+NAMES = (*AGAINST_PEERS, "ablation", "keeping", "recipe", "assistant")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -87,7 +87,10 @@ def _parser() -> argparse.ArgumentParser:
         nargs="*",
         metavar="NAME",
         type=_name,
-        help=f"{', '.join(AGAINST_PEERS)}; or, against ourselves, ablation, keeping and recipe",
+        help=(
+            f"{', '.join(AGAINST_PEERS)}; or, against ourselves, ablation, keeping, recipe and "
+            "assistant"
+        ),
     )
     parser.add_argument(
         "--quick",
