@@ -42,27 +42,29 @@ def test_values_and_gradients_are_those_of_the_fused_kernel(length, dtype, toler
     assert torch.allclose(our_gradient, their_gradient, atol=3 * tolerance)
 
 
-def _documents(length: int, opening: int) -> torch.Tensor:
-    """Rows of documents of some 20 positions, of few long ones, and of one; behind an opening of
-    so many positions, one less, and none."""
+def _documents(length: int, opening: int, whole: bool) -> torch.Tensor:
+    """Rows of documents of some 20 positions and of some 50, behind an opening of so many and of
+    one less; and of one `whole` document, for which no key can be left out."""
     places = torch.arange(length)
-    rows = [(places * 13 % 20 == 7).cumsum(0), places // 110, torch.full((length,), 9)]
-    for before, row in enumerate(rows[:2]):
+    rows = [(places * 13 % 20 == 7).cumsum(0), places // 50]
+    for before, row in enumerate(rows):
         row[: max(0, opening - before)] = -1
-    return torch.stack(rows)
+    return torch.stack([*rows, torch.full((length,), 9)] if whole else rows)
 
 
+@pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("opening", [0, 4, 70])
 @pytest.mark.parametrize("length", [1, 5, 127, 128, 129, 300])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)], ids=str
 )
-def test_documents_of_a_row_are_as_if_each_were_alone(length, dtype, tolerance, opening):
+def test_documents_of_a_row_are_as_if_each_were_alone(length, dtype, tolerance, opening, whole):
     """In blocks, their gradients too, and in the fused kernel."""
     torch.manual_seed(3)
-    documents = _documents(length, opening)
-    qkv = torch.randn(3, length, 3 * 24, dtype=dtype, requires_grad=True)
-    up = torch.randn(3, length, 24, dtype=dtype)
+    documents = _documents(length, opening, whole)
+    n = len(documents)
+    qkv = torch.randn(n, length, 3 * 24, dtype=dtype, requires_grad=True)
+    up = torch.randn(n, length, 24, dtype=dtype)
     ours, alone = (
         causal_attention(qkv, 3, documents=Documents(documents)),
         _plain(qkv, 3, documents),
@@ -100,6 +102,19 @@ def test_the_gradient_is_that_of_the_function(monkeypatch, dropout, documents):
         return BlockedAttention.apply(x, 2, dropout, apart)
 
     assert torch.autograd.gradcheck(function, qkv)
+
+
+@pytest.mark.parametrize(
+    ("opening", "keys"),
+    [
+        (0, [[range(64)], [range(50, 128)], [range(100, 150)]]),
+        (4, [[range(64)], [range(4), range(50, 128)], [range(4), range(100, 150)]]),
+        (70, [[range(64)], [range(128)], [range(70), range(100, 150)]]),
+    ],
+)
+def test_keys_that_no_query_of_a_block_sees_are_left_out(opening, keys):
+    blocks = Documents(_documents(150, opening, whole=False)).blocks(torch.float32)
+    assert [[range(each.start, each.stop) for each in block.keys] for block in blocks] == keys
 
 
 def test_half_precision_learns_with_dropout_too():

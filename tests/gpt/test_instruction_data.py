@@ -185,6 +185,12 @@ def test_what_is_learnt_is_never_shared():
     assert (batch.documents < 0).sum().item() == 2
 
 
+def test_only_what_records_begin_with_is_shared():
+    batch = take(dataset("packed", [[([7, 8, 20, 9, 5], [1])], [([7, 8, 21, 9, 5], [1])]]), [0, 1])
+    assert batch.inputs.tolist() == [[7, 8, 20, 9, 5, 1, 21, 9, 5, 1]]
+    assert batch.documents.tolist() == [[-1, -1, 0, 0, 0, 0, 1, 1, 1, 1]]
+
+
 def test_a_record_alone_and_one_that_fills_its_row_are_packed_too(model):
     long = [(OPENING, list(range(10, 60)))]
     for conversations in ([records(1)[0]], [long], [long, *records(3), long]):
