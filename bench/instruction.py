@@ -29,7 +29,8 @@ from gpt.train import fit
 from gpt.weights import load_base
 
 RECORDS = 200
-OURS, GROUPED, NAIVE = "ours", "ours, like lengths together", "naive padded loop, fp32"
+OURS, PADDED, NAIVE = "ours", "ours, padded", "naive padded loop, fp32"
+GROUPED = "ours, padded, like lengths together"
 CLOSE, NEAR = 0.01, 0.05
 """How far final losses may be apart, as a share: of the same batches, and of others."""
 
@@ -50,7 +51,8 @@ def compare(settings: Settings, machine: Machine) -> Iterator[Comparison]:
             runs = compare_in_workers(
                 {
                     OURS: _ours(home, precision, settings),
-                    GROUPED: _ours(home, precision, settings, group_by_length=True),
+                    PADDED: _ours(home, precision, settings, packed=False),
+                    GROUPED: _ours(home, precision, settings, packed=False, group_by_length=True),
                     NAIVE: Alternative(_naive_job, (home, _train_params("fp32", settings))),
                 },
                 settings,
@@ -61,10 +63,14 @@ def compare(settings: Settings, machine: Machine) -> Iterator[Comparison]:
 
 
 def _ours(
-    home: Path, precision: Precision, settings: Settings, group_by_length: bool = False
+    home: Path,
+    precision: Precision,
+    settings: Settings,
+    packed: bool = True,
+    group_by_length: bool = False,
 ) -> Alternative:
     params = replace(_train_params(precision, settings), group_by_length=group_by_length)
-    return Alternative(_our_job, (home, params), as_ours)
+    return Alternative(_our_job, (home, params, packed), as_ours)
 
 
 def _agree(ours: tuple[bool, float], theirs: tuple[bool, float]) -> bool:
@@ -112,7 +118,7 @@ def _train_params(precision: Precision, settings: Settings) -> TrainParams:
 # --- in the workers -------------------------------------------------------------------------------
 
 
-def _start(home: Path) -> tuple[GPT, InstructionDataset]:
+def _start(home: Path, packed: bool = False) -> tuple[GPT, InstructionDataset]:
     """The same weights and the same records in every worker."""
     model, tokenizer = load_base(home / "base")
     records = read_instructions(home / "instructions")
@@ -122,12 +128,13 @@ def _start(home: Path) -> tuple[GPT, InstructionDataset]:
         end=tokenizer.eot,
         mask_prompt=True,
         max_length=model.config.context_length,
+        row_length=model.config.context_length if packed else None,
     )
     return model, data
 
 
-def _our_job(home: Path, params: TrainParams) -> Job:
-    model, data = _start(home)
+def _our_job(home: Path, params: TrainParams, packed: bool) -> Job:
+    model, data = _start(home, packed)
 
     def run() -> None:
         fit(
@@ -138,7 +145,8 @@ def _our_job(home: Path, params: TrainParams) -> Job:
             validate=lambda _: {"validation_loss": 0.0},
         )
 
-    return _job(run, model, data, params)
+    _, padded = _start(home)
+    return _job(run, model, padded, params)
 
 
 def _naive_job(home: Path, params: TrainParams) -> Job:

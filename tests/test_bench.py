@@ -393,7 +393,7 @@ def test_an_unknown_benchmark_is_named_in_one_line(capsys):
     assert stopped.value.code == 2
     assert capsys.readouterr().err == (
         "error: argument NAME: 'speed' is none of training, generation, tokenization, "
-        "classification, instruction, ablation, keeping, recipe\n"
+        "classification, instruction, ablation, keeping, recipe, assistant\n"
     )
 
 
