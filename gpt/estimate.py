@@ -152,15 +152,32 @@ class Shape:
 
 def forward_flops(config: GPTConfig, shape: Shape) -> float:
     """A language model's forward pass; the head is computed where a target counts."""
-    C = config.n_embd
+    head = 2 * config.vocab_size * config.n_embd * shape.targets
+    return config.n_layer * _block_flops(config, shape) + head
+
+
+def _block_flops(config: GPTConfig, shape: Shape) -> float:
+    """One block's forward pass."""
     positions = shape.rows * shape.length
-    block = 2 * block_parameters(config) * positions + 4 * C * shape.length * positions
-    return config.n_layer * block + 2 * config.vocab_size * C * shape.targets
+    attention = 4 * config.n_embd * shape.length * positions
+    return 2 * block_parameters(config) * positions + attention
 
 
-def step_flops(config: GPTConfig, shape: Shape) -> float:
-    """Forward and backward of a language model of which everything is trained."""
-    return 3 * forward_flops(config, shape)
+def step_flops(config: GPTConfig, shape: Shape, tuning: Tuning = ALL) -> float:
+    """Forward and backward of a language model: all of it is trained, or adapters (`lora`) are.
+
+    A frozen matrix beside adapters costs one product backward and not two.
+    """
+    everything = forward_flops(config, shape)
+    if tuning.lora is None:
+        return 3 * everything
+    depth = trunk_depth(config, tuning)
+    frozen = depth * _block_flops(config, shape)
+    n = shape.rows * shape.length
+    adapters = (config.n_layer - depth) * _block_adapters(config, tuning.lora)
+    # nothing goes back through the first block's c_attn
+    first = 2 * 3 * config.n_embd**2 * n if depth < config.n_layer else 0
+    return frozen + 2 * (everything - frozen) + 3 * 2 * adapters * n - first
 
 
 def trunk_flops(config: GPTConfig, shape: Shape, depth: int, *, mean: bool = False) -> float:
@@ -169,8 +186,7 @@ def trunk_flops(config: GPTConfig, shape: Shape, depth: int, *, mean: bool = Fal
     `mean`: all places of the last block are wanted too.
     """
     C = config.n_embd
-    positions = shape.rows * shape.length
-    block = 2 * block_parameters(config) * positions + 4 * C * shape.length * positions
+    block = _block_flops(config, shape)
     if mean:
         return depth * block
     last = 4 * C**2 * shape.tokens + shape.rows * (20 * C**2 + 4 * C * shape.length)
@@ -347,13 +363,24 @@ def _last_activations(config: GPTConfig, shape: Shape, bf16: bool, *, feeds_back
     return kept + mask + rows + (N * INT64 if feeds_back else 0)
 
 
-def lm_activations(config: GPTConfig, shape: Shape, *, bf16: bool, kernel: Kernel) -> int:
-    """What autograd keeps of a language model's forward pass, without its loss."""
+def lm_activations(
+    config: GPTConfig, shape: Shape, *, bf16: bool, kernel: Kernel, tuning: Tuning = ALL
+) -> int:
+    """What autograd keeps of a language model's forward pass, without its loss.
+
+    All of it is trained, or adapters (`lora`) are: before the first of them nothing is kept.
+    """
     n, C = shape.rows * shape.length, config.n_embd
-    kept = config.n_layer * _block_activations(config, shape.rows, shape.length, bf16, kernel)
-    kept += n * INT64 + n * (C + 2) * FP32  # the ids, the input of the final norm
+    block = _block_activations(config, shape.rows, shape.length, bf16, kernel)
+    kept = n * (C + 2) * FP32  # the input of the final norm
     if shape.targets < n:
         kept += 2 * INT64 * shape.targets  # where the targets are
+    if tuning.lora is not None:
+        own = config.n_layer - trunk_depth(config, tuning)
+        block += _adapter_activations(config, tuning.lora, shape.rows, shape.length, bf16, kernel)
+        # the first norm is frozen, and nothing before it is trained
+        return kept + own * block - ((C + 2) * FP32 * n if own else kept)
+    kept += config.n_layer * block + n * INT64  # the ids
     if config.dropout:
         kept += n * C * (FP32 if kernel == "blocked" else 1)
     return kept
@@ -412,6 +439,22 @@ def lm_loss_bytes(config: GPTConfig, targets: int, *, bf16: bool) -> int:
     return lm_loss_kept(config, targets) + rows * width * size + softmax
 
 
+def pair_loss_kept(config: GPTConfig, targets: int, *, bf16: bool) -> int:
+    """What the loss of preference tuning keeps: every target's log-probabilities in fp32.
+
+    And the head's input, where the head is trained (`gpt.preference`).
+    """
+    head = targets * config.n_embd * (BF16 if bf16 else FP32)
+    return FP32 * targets * config.vocab_size + head + 3 * INT64 * targets
+
+
+def pair_loss_bytes(config: GPTConfig, targets: int, *, bf16: bool) -> int:
+    """That loss at its largest, in the backward pass: two gradients of the same size beside it."""
+    gradients = 2 * FP32 + (BF16 if bf16 else 0)
+    kept = pair_loss_kept(config, targets, bf16=bf16)
+    return kept + gradients * targets * config.vocab_size
+
+
 def _padded(vocab_size: int) -> int:
     return -(-vocab_size // _LANES) * _LANES
 
@@ -425,8 +468,10 @@ def lm_memory(
     optimizer: Optimizer = "adamw",
     keep_best: bool = True,
     cache: tuple[int, int] = (0, 0),
+    tuning: Tuning = ALL,
+    pairs: bool = False,
 ) -> Memory:
-    """A language model's training, everything of it trained.
+    """A language model's training.
 
     Args:
         config: the architecture.
@@ -436,18 +481,32 @@ def lm_memory(
         optimizer: by name.
         keep_best: whether the weights of the best validation are kept.
         cache: rows and length of a sample, (0, 0) for none.
+        tuning: everything of it is trained, or adapters are.
+        pairs: the loss is that of preference tuning.
     """
-    weights = FP32 * n_parameters(config)
+    adapters = 0 if tuning.lora is None else n_adapters(config, tuning.lora)
+    weights = FP32 * (n_parameters(config) + adapters)
+    loss = pair_loss_bytes if pairs else lm_loss_bytes
     return Memory(
         weights=weights,
-        copies=BF16 * n_multiplied(config) if bf16 else 0,
-        gradients=weights,
-        optimizer=optimizer_bytes(config, optimizer=optimizer),
-        activations=lm_activations(config, shape, bf16=bf16, kernel=kernel),
-        loss=lm_loss_bytes(config, shape.targets, bf16=bf16),
+        copies=BF16 * _copied(config, tuning) if bf16 else 0,
+        gradients=FP32 * n_trained(config, tuning),
+        optimizer=optimizer_bytes(config, tuning, optimizer=optimizer),
+        activations=lm_activations(config, shape, bf16=bf16, kernel=kernel, tuning=tuning),
+        loss=loss(config, shape.targets, bf16=bf16),
         best=weights if keep_best else 0,
         kv_cache=kv_cache_bytes(config, *cache),
     )
+
+
+def _copied(config: GPTConfig, tuning: Tuning) -> int:
+    """The numbers of a language model that are held in bf16 as well: what is gone back through."""
+    if tuning.lora is None:
+        return n_multiplied(config)
+    blocks = config.n_layer - trunk_depth(config, tuning)
+    first = 3 * config.n_embd**2 if blocks else 0  # nothing goes back through its c_attn
+    matrices = blocks * block_matrices(config) - first
+    return matrices + config.vocab_size * config.n_embd + n_adapters(config, tuning.lora)
 
 
 def classifier_memory(

@@ -35,6 +35,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     Returns:
         A scalar in fp32.
     """
+    if not torch.is_grad_enabled():  # a Function is told that they are needed all the same
+        hidden, weight = hidden.detach(), weight.detach()
     return _LinearCrossEntropy.apply(hidden, weight, targets)  # type: ignore[no-any-return, no-untyped-call]
 
 

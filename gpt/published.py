@@ -27,18 +27,18 @@ from torch import Tensor
 from gpt.config import GPT2_SIZES, GPTConfig
 from gpt.errors import InputError
 from gpt.model import GPT
+from gpt.safetensors_files import stored_in_safetensors
+from gpt.stored import Stored
 from gpt.tensorflow_files import stored_in_tensorflow
 from gpt.torch_files import stored_in_torch
 from gpt.weights import (
     IGNORED,
-    Stored,
     account_for_every_name,
     by_plain_name,
     empty_model,
     fill,
     is_conv1d,
     read_config,
-    stored_in_safetensors,
 )
 
 _JSON_BYTES = 16 << 20

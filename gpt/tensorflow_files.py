@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gpt.errors import InputError
-from gpt.weights import Stored
+from gpt.stored import Stored
 
 _FLOATS = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16}
 

@@ -148,6 +148,14 @@ class Instruction:
         return "\n".join(filter(None, said))
 
 
+@dataclass(frozen=True, slots=True)
+class Preference(Instruction):
+    """A record that also holds two answers of which one is the better (neither is blank)."""
+
+    chosen: str = ""
+    rejected: str = ""
+
+
 # --- raw folders ----------------------------------------------------------------------------------
 
 _SOURCES: TypeAdapter[list[RawFile]] = TypeAdapter(list[RawFile])
@@ -325,6 +333,7 @@ def _field_messages(path: Path, file: RawFile) -> Iterator[tuple[str, str]]:
 # --- instructions ---------------------------------------------------------------------------------
 
 _FIELDS = ("instruction", "input", "output")
+_ANSWERS = ("chosen", "rejected")
 
 
 def read_instructions(folder: Path) -> list[Instruction]:
@@ -345,11 +354,53 @@ def read_instructions(folder: Path) -> list[Instruction]:
 
 def instructions_in(path: Path, file: RawFile) -> list[Instruction]:
     """The instruction records of one file; `read_instructions` says more."""
-    _check_format(path, file)
     return [
         _record(f"{path}: {PLACES[file.format]} {number}", record)
-        for number, record in objects_in(path, file.format, (*_FIELDS, "messages"))
+        for number, record in _records_in(path, file)
     ]
+
+
+def read_preferences(folder: Path) -> list[Instruction]:
+    """The same records in the same order, those that hold two answers as a `Preference`.
+
+    An object may have the texts chosen and rejected beside what makes it an instruction record: a
+    better and a worse answer to the same task, its last turn. Null is as good as none.
+
+    Raises:
+        InputError: as `read_instructions`, or a record has one of the two answers alone, or one
+            that is no text or blank.
+    """
+    return [
+        _preference(f"{folder / file.file}: {PLACES[file.format]} {number}", record)
+        for file in read_sources(folder)
+        for number, record in _records_in(folder / file.file, file, _ANSWERS)
+    ]
+
+
+def _records_in(path: Path, file: RawFile, more: Sequence[str] = ()) -> Iterator[tuple[int, Any]]:
+    _check_format(path, file)
+    return objects_in(path, file.format, (*_FIELDS, "messages", *more))
+
+
+def _preference(where: str, record: Any) -> Instruction:
+    plain = _record(where, record)
+    given = {} if isinstance(record, list) else record
+    answers = [name for name in _ANSWERS if given.get(name) is not None]
+    if not answers:
+        return plain
+    for name in _ANSWERS:
+        value = given.get(name)
+        if value is None:
+            raise InputError(
+                f"{where}: field {name!r} is missing beside {answers[0]!r}; give both answers "
+                "or neither"
+            )
+        if not isinstance(value, str) or not value.strip() or not _is_unicode(value):
+            raise InputError(
+                f"{where}: field {name!r} is not a text with something in it; correct the record"
+            )
+    values = {name: getattr(plain, name) for name in Instruction.__dataclass_fields__}
+    return Preference(**values, chosen=given["chosen"], rejected=given["rejected"])
 
 
 def _record(where: str, record: Any) -> Instruction:
@@ -470,6 +521,14 @@ def split_instructions(
     """Records by part: `train`, `validation`, `test`; placed by their tasks, not their answers."""
     parts = split_by_hash([record.task for record in records], split)
     return _parts([[records[i] for i in part] for part in parts])
+
+
+def split_preferences(records: Sequence[Instruction], split: Split) -> dict[str, list[Preference]]:
+    """Those of the records that hold two answers, by part: where `split_instructions` has them."""
+    return {
+        name: [record for record in part if isinstance(record, Preference)]
+        for name, part in split_instructions(records, split).items()
+    }
 
 
 def _parts(parts: Sequence[T]) -> dict[str, T]:

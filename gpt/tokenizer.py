@@ -6,11 +6,13 @@ encode through one `tiktoken.Encoding`. The plain-bytes tokenizer is the case wi
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import tiktoken
@@ -118,13 +120,12 @@ class Tokenizer:
     def save(self, directory: Path) -> None:
         """Write `vocab.json` and `merges.txt` into `directory`; equal tokenizers, equal bytes."""
         vocab = {token: rank for rank, token in enumerate(self._tokens())}
-        lines = ["#version: 0.2", *(f"{left} {right}" for left, right in self._merges)]
-        for name, content in (
-            ("vocab.json", json.dumps(vocab, ensure_ascii=False)),
-            ("merges.txt", "\n".join(lines)),
-        ):
-            with whole_file(directory / name) as partial:
-                partial.write_bytes(f"{content}\n".encode())
+        with _lines_of(directory / "vocab.json") as file:
+            json.dump(vocab, file, ensure_ascii=False)
+            file.write("\n")
+        with _lines_of(directory / "merges.txt") as file:
+            file.write("#version: 0.2\n")
+            file.writelines(f"{left} {right}\n" for left, right in self._merges)
 
     def _tokens(self) -> list[str]:
         return sorted(self._vocab, key=self._vocab.__getitem__)
@@ -154,6 +155,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     except UnicodeDecodeError as error:
         raise InputError(f"{merges_file}: not UTF-8 ({error}); fetch the file again") from None
     merges = []
+    kept = {token: token for token in vocab}  # a token's text is held once, not in each merge
     for number, line in enumerate(lines, start=1):
         if not line or (number == 1 and line.startswith("#version")):
             continue
@@ -163,7 +165,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
                 f"{merges_file}: line {number}: {line!r} is not a pair of tokens; "
                 "fetch the file again"
             )
-        merges.append((left, right))
+        merges.append((kept.get(left, left), kept.get(right, right)))
     try:
         return Tokenizer(vocab, merges)
     except InputError as error:
@@ -211,6 +213,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def byte_tokenizer() -> Tokenizer:
     """The tokenizer whose ids are the bytes of the text, and 256 for `<|endoftext|>`."""
     return Tokenizer({**{s: byte for byte, s in enumerate(_SYMBOL_OF)}, END_OF_TEXT: 256}, [])
+
+
+@contextlib.contextmanager
+def _lines_of(path: Path) -> Iterator[TextIO]:
+    with whole_file(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
+        yield file
 
 
 def _find(directory: Path, *names: str) -> Path:

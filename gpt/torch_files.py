@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import mmap
 import os
 import pickle
 import re
+import struct
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,9 +22,11 @@ import torch
 from torch import Tensor
 
 from gpt.errors import InputError
-from gpt.weights import FLOATS, Stored
+from gpt.stored import FLOATS, Stored
 
 _ZIP = b"PK\x03\x04"
+_LENGTHS_AT = 26
+"""In the header before each record: of its name and of what else stands there, 2 bytes each."""
 # where training scripts put the weights, the optimizer's state beside them
 _NESTED = ("model_state_dict", "state_dict", "model")
 _AT_ONCE = 1 / 25
@@ -48,18 +53,74 @@ def stored_in_torch(path: Path) -> dict[str, Stored]:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     if not mapped:
         return _stored_in_old_form(path)
+    tensors = _state_dict(path, _load(path, path, mapped=True))
+    _check_records(path, tensors)
     take = _Mapped(path).take
     return {
         name: _stored(path, name, tensor, functools.partial(take, name), lent=True)
-        for name, tensor in _state_dict(path, _load(path, path, mmap=True)).items()
+        for name, tensor in tensors.items()
     }
+
+
+def _check_records(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse a tensor whose record in the zip file is shorter than it is.
+
+    PyTorch does not while the file is mapped: it reads on, into the next record.
+    """
+    records = _records(path)
+    starts = {  # in memory; an empty tensor has none
+        tensor.untyped_storage().data_ptr(): name for name, tensor in tensors.items()
+    }
+    starts.pop(0, None)
+    short = "its records are not where its tensors are"
+    for first in records if starts else ():
+        # where the file's own beginning is in memory, if the first tensor is in this record
+        base = min(starts) - first
+        if base % mmap.PAGESIZE or any(start - base not in records for start in starts):
+            continue
+        missing = [
+            name
+            for start, name in starts.items()
+            if records[start - base] < tensors[name].untyped_storage().nbytes()
+        ]
+        if not missing:
+            return
+        short = f"the bytes of {missing[0]} are not all there"
+    if starts:
+        raise InputError(f"{path}: damaged or cut short ({short}); fetch or make it again")
+
+
+def _records(path: Path) -> dict[int, int]:
+    """The places of a zip file's records and their sizes, of those that are as they are."""
+    records = {}
+    try:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            for info in archive.infolist():
+                file.seek(info.header_offset + _LENGTHS_AT)
+                names, extra = struct.unpack("<HH", file.read(4))
+                if info.compress_type == zipfile.ZIP_STORED:
+                    start = info.header_offset + _LENGTHS_AT + 4 + names + extra
+                    records[start] = info.file_size
+    except (zipfile.BadZipFile, struct.error, OSError) as error:
+        raise InputError(
+            f"{path}: damaged or cut short ({error}); fetch or make it again"
+        ) from None
+    return records
 
 
 def _stored_in_old_form(path: Path) -> dict[str, Stored]:
     """As before 1.6, the storages one behind the other: found by a reader that steps over them."""
     with path.open("rb") as file:
         steps = _Steps(file)
-        tensors = _state_dict(path, _load(path, steps))
+        try:
+            tensors = _state_dict(path, _load(path, steps))
+        except InputError:
+            if not steps.missing:
+                raise
+            raise InputError(
+                f"{path}: damaged or cut short ({steps.missing} bytes are missing at the end); "
+                "fetch or make it again"
+            ) from None
     stored = {}
     for name, tensor in tensors.items():
         storage = tensor.untyped_storage()
@@ -85,6 +146,8 @@ class _Steps:
     def __init__(self, file: BinaryIO) -> None:
         self.places: dict[int, int] = {}
         """Where in the file the storage at an address begins."""
+        self.missing = 0
+        """How many bytes more the file would need to hold the last storage that was asked for."""
         self.read, self.readline = file.read, file.readline
         self.seek, self.tell = file.seek, file.tell
         self._file = file
@@ -93,10 +156,9 @@ class _Steps:
     def readinto(self, buffer: memoryview) -> int:
         """Fill a small buffer; step over what a large one would hold."""
         n, here = len(buffer), self._file.tell()
-        if n < _SMALL_BYTES:
+        self.missing = max(0, here + n - self._bytes)
+        if n < _SMALL_BYTES or self.missing:
             return self._file.readinto(buffer)  # type: ignore[attr-defined,no-any-return]
-        if here + n > self._bytes:
-            raise EOFError(f"{here + n - self._bytes} bytes are missing at the end")
         self.places[ctypes.addressof(ctypes.c_char.from_buffer(buffer))] = here
         self._file.seek(here + n)
         return n
@@ -124,7 +186,7 @@ class _Mapped:
 
     def take(self, name: str) -> Tensor:
         if not self._tensors:
-            self._tensors = _state_dict(self._path, _load(self._path, self._path, mmap=True))
+            self._tensors = _state_dict(self._path, _load(self._path, self._path, mapped=True))
             self._taken = 0
         tensor = self._tensors[name]
         self._taken += tensor.nbytes
@@ -163,9 +225,9 @@ def _state_dict(path: Path, value: Any) -> dict[str, Tensor]:
     return dict(value)
 
 
-def _load(path: Path, source: Any, *, mmap: bool = False) -> Any:
+def _load(path: Path, source: Any, *, mapped: bool = False) -> Any:
     try:
-        return torch.load(source, map_location="cpu", mmap=mmap, weights_only=True)
+        return torch.load(source, map_location="cpu", mmap=mapped, weights_only=True)
     except Exception as error:  # what a damaged pickle raises is anyone's guess
         said = str(error)
         if isinstance(error, pickle.UnpicklingError):

@@ -8,21 +8,16 @@ which stores its matrices input-major, and of the `transformer.` prefix.
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import json
 import math
 import re
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -30,6 +25,8 @@ from gpt.config import GPTConfig
 from gpt.errors import InputError
 from gpt.files import whole_directory, write_json
 from gpt.model import GPT, INIT_STD, LAYER_NORM_EPS, GPTClassifier, Pooling
+from gpt.safetensors_files import stored_in_safetensors, write_safetensors
+from gpt.stored import Stored
 from gpt.tokenizer import Tokenizer, load_tokenizer
 
 _PREFIX = "transformer."
@@ -77,9 +74,8 @@ def save_model(
         )
     with whole_directory(directory) as partial:
         weights = partial / "model.safetensors"
-        save_file(dict(_to_file(model)), weights, metadata={"format": "pt"})
+        write_safetensors(weights, dict(_to_file(model)), {"format": "pt"})
         write_json(partial / "config.json", _config_json(model, tokenizer.eot))
-        shutil.copymode(partial / "config.json", weights)  # safetensors lets only the owner read
         if isinstance(model, GPT):
             write_json(
                 partial / "generation_config.json",
@@ -262,94 +258,7 @@ class _SkipInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-# --- tensors in files -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """A tensor in a file: what it is, and a way to have it when its turn comes.
-
-    Attributes:
-        path: the file.
-        name: what the file calls it.
-        shape: as in the file.
-        dtype: PyTorch's where it is one of floating point that weights come in, else the file's
-            own word.
-        read: gives it.
-        lent: what `read` gives is the file's own memory, to be copied and let go.
-        turned: a matrix that is input-major, as GPT-2's `Conv1D` keeps it.
-    """
-
-    path: Path
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype | str
-    read: Callable[[], Tensor]
-    lent: bool = False
-    turned: bool = False
-
-    def expect(self, shape: tuple[int, ...]) -> None:
-        """Refuse what does not fit into a weight of `shape`, (out, in) where it is a matrix.
-
-        Raises:
-            InputError: the shape is another, or the numbers are not floating-point ones.
-        """
-        expected = shape[::-1] if self.turned else shape
-        if self.shape != expected:
-            raise InputError(
-                f"{self.path}: {self.name} has the shape {self.shape}, the configuration asks for "
-                f"{expected}; the weights and their configuration do not belong together"
-            )
-        if self.dtype not in FLOATS:
-            raise InputError(
-                f"{self.path}: {self.name} holds {self.dtype}, not floating-point weights; "
-                "get the unquantized file"
-            )
-
-
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-"""What weights may come in."""
-_SAFETENSORS_FLOATS: dict[str, torch.dtype] = dict(
-    zip(("F64", "F32", "BF16", "F16"), FLOATS, strict=True)
-)
-
-
-def stored_in_safetensors(path: Path) -> dict[str, Stored]:
-    """The tensors of a safetensors file, by name; none is read yet.
-
-    Raises:
-        InputError: the file is damaged or cut short.
-    """
-
-    def read(name: str) -> Tensor:
-        # Opened for each tensor: what was touched of a mapped file counts as memory until then.
-        with _damage_in(path), safe_open(path, framework="pt", device="cpu") as file:
-            return file.get_tensor(name)  # type: ignore[no-any-return]
-
-    tensors = {}
-    with _damage_in(path), safe_open(path, framework="pt", device="cpu") as file:
-        for name in file.keys():  # noqa: SIM118
-            entry = file.get_slice(name)
-            kind = entry.get_dtype()
-            tensors[name] = Stored(
-                path,
-                name,
-                tuple(entry.get_shape()),
-                _SAFETENSORS_FLOATS.get(kind, kind),
-                functools.partial(read, name),
-                lent=True,
-            )
-    return tensors
-
-
-@contextlib.contextmanager
-def _damage_in(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"{path}: damaged or cut short ({error}); fetch or make it again"
-        ) from error
+# --- tensors and names ----------------------------------------------------------------------------
 
 
 def by_plain_name(path: Path, tensors: Mapping[str, Stored]) -> dict[str, Stored]:
@@ -461,9 +370,8 @@ def _assign(model: torch.nn.Module, name: str, value: Tensor) -> None:
 
 def _to_file(model: GPT | GPTClassifier) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in model.state_dict().items():
-        value = tensor.t() if _CONV1D.fullmatch(name) else tensor
         target = name if name in _HEADS else _PREFIX + name
-        yield target, value.detach().cpu().contiguous()
+        yield target, tensor.t() if is_conv1d(name) else tensor
     if not model.config.qkv_bias:  # the layout has no place without one: zeros change nothing
         for layer in range(model.config.n_layer):
             yield (

@@ -151,14 +151,17 @@ def status() -> None:
     width = max(map(len, dag.stages))
     for name, each in dag.stages.items():
         after = [upstream for upstream in each.upstream if upstream in stale]
-        if changes[name]:
+        if each.optional and (changes[name] or after):
+            state, style = "optional", "dim"
+            why = f"runs only when asked for: `gpt-pipeline run {name}`"
+        elif changes[name]:
             state, style = "would run", "yellow"
             why = "; ".join(map(str, changes[name]))
         elif after:
             state, style, why = "may run", "cyan", f"after {', '.join(after)}"
         else:
             state, style, why = "up to date", "green", ""
-        if changes[name] or after:
+        if (changes[name] or after) and not each.optional:
             stale.add(name)
         seconds = last_run(root, name).get("seconds")
         took = seconds_in_words(seconds) if isinstance(seconds, int | float) else ""
@@ -166,7 +169,8 @@ def status() -> None:
         line += Text(f"{state:<10}  ", style=style) + Text(f"{took:>12}  ", style="dim")
         console.print(line + Text(why))
     if stale:
-        console.print(f"\n`gpt-pipeline run` brings {len(stale)} of {len(changes)} up to date.")
+        n = sum(not each.optional for each in dag.stages.values())
+        console.print(f"\n`gpt-pipeline run` brings {len(stale)} of {n} up to date.")
 
 
 @app.command()

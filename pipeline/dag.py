@@ -1,7 +1,8 @@
 """The DAG as DVC knows it: stages, edges, and what is out of date and why.
 
 `dvc.yaml`, `dvc.lock` and the files are read through DVC itself, in this process; nothing is
-decided here that DVC does not decide.
+decided here that DVC does not decide. Stages of `optional/dvc.yaml` only run when they are asked
+for.
 """
 
 from __future__ import annotations
@@ -23,12 +24,15 @@ if TYPE_CHECKING:
     from dvc.repo import Repo
     from dvc.stage import PipelineStage
 
+PIPELINE_FILE = "dvc.yaml"
 LOCK_FILE = "dvc.lock"
+OPTIONAL = "optional"
+"""The folder of the pipeline file whose stages only run when they are asked for."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One stage of `dvc.yaml`; its paths are relative to the project's root."""
+    """One stage of a `dvc.yaml`; its paths are relative to the project's root."""
 
     name: str
     upstream: tuple[str, ...]
@@ -37,6 +41,18 @@ class Stage:
     outputs: tuple[str, ...]
     metrics: tuple[str, ...]
     """Those of the outputs that hold metrics."""
+    file: str = PIPELINE_FILE
+    """The pipeline file that it stands in."""
+
+    @property
+    def optional(self) -> bool:
+        """It only runs when it is asked for."""
+        return self.file != PIPELINE_FILE
+
+    @property
+    def address(self) -> str:
+        """What DVC calls it, in the project's root."""
+        return f"{self.file}:{self.name}" if self.optional else self.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,16 +68,23 @@ class Change:
 
 
 def find_root(start: Path) -> Path:
-    """The project's root: the nearest folder at or above `start` that holds `dvc.yaml`.
+    """The project's root: the nearest folder at or above `start` that holds its `dvc.yaml`.
 
     Raises:
         InputError: there is none.
     """
     start = start.resolve()
     for folder in (start, *start.parents):
-        if (folder / "dvc.yaml").is_file():
+        of_another = folder.name == OPTIONAL and (folder.parent / PIPELINE_FILE).is_file()
+        if (folder / PIPELINE_FILE).is_file() and not of_another:
             return folder
     raise InputError(f"{start}: no dvc.yaml here or above; change into the project's folder")
+
+
+def pipeline_files(root: Path) -> list[Path]:
+    """The project's `dvc.yaml`, and that of its optional stages if there is one."""
+    optional = root / OPTIONAL / PIPELINE_FILE
+    return [root / PIPELINE_FILE, *([optional] if optional.is_file() else [])]
 
 
 def allow_missing_git(root: Path) -> None:
@@ -104,7 +127,7 @@ def _is_json(path: Path) -> bool:
 
 
 class Dag:
-    """The stages in the order in which `dvc repro` would run them.
+    """The stages in the order in which `dvc repro` would run them, optional ones behind the others.
 
     Safe to use from several threads and beside running `dvc` processes: it reads under DVC's own
     lock and waits for it.
@@ -136,7 +159,7 @@ class Dag:
             raise InputError(f"dvc.yaml: {_in_one_line(error)}") from None
 
     def plan(self, targets: Iterable[str] = ()) -> list[str]:
-        """The targets and all that they depend on, in order; everything without targets.
+        """The targets and all that they depend on, in order; without targets all but the optional.
 
         Raises:
             InputError: a target is no stage.
@@ -145,7 +168,7 @@ class Dag:
         for target in targets:
             if target not in self.stages:
                 raise InputError(f"{target}: no such stage; use one of {', '.join(self.stages)}")
-        wanted = set(targets or self.stages)
+        wanted = set(targets or [name for name, each in self.stages.items() if not each.optional])
         for name in reversed(self.stages):
             if name in wanted:
                 wanted.update(self.stages[name].upstream)
@@ -156,37 +179,46 @@ class Dag:
         with self._locked() as stages:
             return {name: list(_changes(stages[name], self.root)) for name in names or list(stages)}
 
+    def missing_params(self, name: str) -> list[str]:
+        """The parameters that a stage depends on and `params.yaml` lacks: DVC would not run it."""
+        from dvc.dependency.param import ParamsDependency
+
+        with self._locked() as stages:
+            return [
+                param
+                for dep in stages[name].deps
+                if isinstance(dep, ParamsDependency)
+                for param in dep.params
+                if param not in dep.read_params()
+            ]
+
     def recorded(self) -> list[str]:
-        """The stages that have an entry in `dvc.lock`, in its order."""
+        """The stages that have an entry in a `dvc.lock`, in its order."""
         with self._locked():
-            return list(self._read_lock())
+            return [name for lock in self._locks() for name in _read_lock(lock)]
 
     def sort_lock(self, recorded: Iterable[str]) -> None:
-        """Put the entries of `dvc.lock` in the order that `dvc repro` gives them.
+        """Put the entries of each `dvc.lock` in the order that `dvc repro` gives them.
 
         DVC appends the entry of a stage that has none yet when it ends, and stages that run side
         by side end in any order. `recorded` is what stood there before they ran.
         """
         from dvc.utils.serialize import modify_yaml
 
+        recorded = list(recorded)
         with self._locked():
-            now = self._read_lock()
-            order = [name for name in recorded if name in now]
-            order += [name for name in self.stages if name in now and name not in order]
-            if order == list(now) or set(order) != set(now):
-                return
-            with modify_yaml(str(self.root / LOCK_FILE)) as content:
-                entries = content["stages"]
-                content["stages"] = {name: entries[name] for name in order}
+            for lock in self._locks():
+                now = _read_lock(lock)
+                order = [name for name in recorded if name in now]
+                order += [name for name in self.stages if name in now and name not in order]
+                if order == list(now) or set(order) != set(now):
+                    continue
+                with modify_yaml(str(lock)) as content:
+                    entries = content["stages"]
+                    content["stages"] = {name: entries[name] for name in order}
 
-    def _read_lock(self) -> Mapping[str, Any]:
-        from dvc.utils.serialize import load_yaml
-
-        path = self.root / LOCK_FILE
-        if not path.exists():
-            return {}
-        stages: Mapping[str, Any] = load_yaml(str(path)).get("stages", {})
-        return stages
+    def _locks(self) -> list[Path]:
+        return [file.with_name(LOCK_FILE) for file in pipeline_files(self.root)]
 
     def _load(self) -> dict[str, Stage]:
         from dvc.repo.reproduce import get_active_graph, plan_repro
@@ -194,6 +226,8 @@ class Dag:
         with self._locked():
             graph = get_active_graph(self._repo.index.graph)
             order = [stage for stage in plan_repro(graph) if hasattr(stage, "name")]
+            # stable: the others stay in DVC's order
+            order.sort(key=lambda stage: _file(stage, self.root) != PIPELINE_FILE)
             return {
                 stage.name: Stage(
                     name=stage.name,
@@ -201,6 +235,7 @@ class Dag:
                     inputs=tuple(_relative(dep, self.root) for dep in stage.deps),
                     outputs=tuple(_relative(out, self.root) for out in stage.outs),
                     metrics=tuple(_relative(out, self.root) for out in stage.outs if out.metric),
+                    file=_file(stage, self.root),
                 )
                 for stage in order
             }
@@ -228,6 +263,20 @@ def _in_one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
+def _read_lock(path: Path) -> Mapping[str, Any]:
+    from dvc.utils.serialize import load_yaml
+
+    if not path.exists():
+        return {}
+    stages: Mapping[str, Any] = load_yaml(str(path)).get("stages", {})
+    return stages
+
+
+def _file(stage: PipelineStage, root: Path) -> str:
+    """The pipeline file of a stage."""
+    return Path(os.path.relpath(stage.path, root)).as_posix()
+
+
 def _relative(entry: Any, root: Path) -> str:
     return Path(os.path.relpath(entry.fs_path, root)).as_posix()
 
@@ -243,11 +292,12 @@ _WORDS = {
 def _changes(stage: PipelineStage, root: Path) -> Iterator[Change]:
     from dvc.dependency.param import ParamsDependency
 
+    file = Path(_file(stage, root))
     if not any(entry.hash_info for entry in (*stage.deps, *stage.outs)):
-        yield Change("dvc.lock", "no run of this stage is recorded")
+        yield Change(file.with_name(LOCK_FILE).as_posix(), "no run of this stage is recorded")
         return
     if stage.cmd_changed:
-        yield Change("dvc.yaml", "the command changed")
+        yield Change(file.as_posix(), "the command changed")
     for dep in stage.deps:
         if isinstance(dep, ParamsDependency):
             before, now = dep.hash_info.value or {}, dep.read_params()

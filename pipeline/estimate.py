@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -25,7 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gpt import estimate as shapes
-from gpt.data import batch_indices
+from gpt.data import IGNORED, Batch, Dataset, batch_indices, take
 from gpt.device import pick_device
 from gpt.errors import InputError
 from gpt.estimate import ACCELERATORS, UTILISATION, Accelerator, Memory, Shape, Tuning
@@ -35,7 +36,7 @@ from gpt.token_files import read_manifest
 from gpt.tokenizer import load_tokenizer
 from gpt.weights import read_config
 from pipeline.console import seconds_in_words
-from pipeline.params import PARAMS_FILE, Params, load_params
+from pipeline.params import PARAMS_FILE, Params, load_params, section
 from pipeline.probe import WARM_UP, Probe, probe_stage
 from pipeline.runner import STAGES
 
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from stages.finetune_classifier import FinetuneClassifierParams
     from stages.finetune_instruct import FinetuneInstructParams
     from stages.pretrain import PretrainParams
+    from stages.tune_preferences import TunePreferencesParams
 
 TRAINING = tuple(name for name, spec in STAGES.items() if spec.trains)
 """The stages that train, in the order of the pipeline."""
@@ -121,7 +123,7 @@ def make_plan(stage: str, params: Params, root: Path) -> Plan:
         InputError: an input is missing, or the stage would refuse it.
     """
     spec = STAGES[stage]
-    own = getattr(params, stage)
+    own = section(params, stage)
     paths = {keyword: root / path for keyword, path in spec.input_paths(own).items()}
     for path in paths.values():
         if not path.exists():
@@ -174,12 +176,15 @@ def _plan_instruct(params: FinetuneInstructParams, *, base: Path, instructions: 
     for name in ("train", "validation"):
         turns = encode_turns(tokenizer, params.template, parts[name])
         data = InstructionDataset.of_turns(
-            turns, end=tokenizer.eot, mask_prompt=params.mask_prompt, max_length=longest
+            turns,
+            end=tokenizer.eot,
+            mask_prompt=params.mask_prompt,
+            max_length=longest,
+            row_length=config.context_length if params.rows == "packed" else None,
         )
         if not len(data):
             raise InputError(f"{instructions}: the {name} part is empty; add records")
-        targets = [data.collate([data[i]]).n_targets for i in range(len(data))]
-        rows[name] = _Rows(data.lengths, np.array(targets))
+        rows[name] = _Rows.stacked(data)
     shown = [len(last_prompt(each, tokenizer.eot)[-longest:]) for each in turns[:3]]
     by_length = rows["validation"].by_length(params.train.batch_size)
     validation = sum(shapes.forward_flops(config, shape) for shape in by_length)
@@ -192,7 +197,82 @@ def _plan_instruct(params: FinetuneInstructParams, *, base: Path, instructions: 
         evaluation_flops=validation,
         final_flops=validation,
         cache=(len(shown), max(shown) + params.sample_tokens),
+        tuning=_adapters("finetune_instruct", params, config, base),
     )
+
+
+def _plan_preferences(
+    params: TunePreferencesParams, *, assistant: Path, instructions: Path
+) -> Plan:
+    from gpt.data import InstructionDataset
+    from gpt.events import discard
+    from gpt.prompts import read_template
+    from gpt.text import read_preferences
+    from stages.tune_preferences import preference_dataset, read_training, split_of, useful_pairs
+
+    config, _ = read_config(assistant)
+    tokenizer, template = load_tokenizer(assistant), read_template(assistant)
+    longest = params.max_length or config.context_length
+    if longest > config.context_length:
+        raise InputError(
+            f"tune_preferences.max_length: {longest} tokens are more than the context of "
+            f"{assistant} holds ({config.context_length}); use at most that"
+        )
+    records = read_preferences(instructions)
+    split = split_of(assistant, read_training(assistant))
+    size = params.train.batch_size
+    rows: dict[str, _Rows] = {}
+    for name, pairs in useful_pairs(instructions, records, split, discard).items():
+        data = preference_dataset(tokenizer, template, pairs, longest)
+        if not len(data):
+            raise InputError(f"{instructions}: the {name} part has no pairs; add records")
+        rows[name] = _Rows.stacked(data)
+    told = split_instructions(records, split)["validation"]
+    turns = encode_turns(tokenizer, template, told)
+    answers = InstructionDataset.of_turns(turns, end=tokenizer.eot, max_length=longest)
+
+    def forward(rows: _Rows) -> float:
+        return sum(shapes.forward_flops(config, shape) for shape in rows.by_length(size))
+
+    instruct = forward(_Rows.stacked(answers))
+    measured = {name: forward(each) for name, each in rows.items()}
+    scored = measured["validation"] + measured["test"] + instruct
+    shown = [len(last_prompt(each, tokenizer.eot)[-longest:]) for each in turns[:3]]
+    return _language_plan(
+        "tune_preferences",
+        params.train,
+        config,
+        rows["train"],
+        flops_before=sum(measured.values()) + scored,
+        evaluation_flops=measured["validation"],
+        final_flops=scored,
+        cache=(len(shown), max(shown) + params.sample_tokens),
+        tuning=_adapters("tune_preferences", params, config, assistant),
+        pairs=True,
+    )
+
+
+def _adapters(
+    stage: str,
+    params: FinetuneInstructParams | TunePreferencesParams,
+    config: GPTConfig,
+    base: Path,
+) -> Tuning:
+    """What a language model's parameters let be trained.
+
+    Raises:
+        InputError: more blocks than the base has.
+    """
+    from gpt.lora import IN_BLOCKS, LoraParams
+
+    if params.trainable == "all":
+        return shapes.ALL
+    tuning = Tuning(lora=params.lora or LoraParams(layers=IN_BLOCKS))
+    if shapes.trunk_depth(config, tuning) < 0:
+        raise InputError(
+            f"{stage}.lora.blocks: {base} has {config.n_layer} blocks; use at most that"
+        )
+    return tuning
 
 
 def _language_plan(
@@ -205,6 +285,8 @@ def _language_plan(
     evaluation_flops: float,
     final_flops: float,
     cache: tuple[int, int],
+    tuning: Tuning = shapes.ALL,
+    pairs: bool = False,
 ) -> Plan:
     def memory(shape: Shape, bf16: bool, kernel: shapes.Kernel) -> Memory:
         return shapes.lm_memory(
@@ -215,16 +297,18 @@ def _language_plan(
             optimizer=train.optimizer,
             keep_best=train.keep == "best",
             cache=cache,
+            tuning=tuning,
+            pairs=pairs,
         )
 
-    total = shapes.n_parameters(config)
+    adapters = shapes.n_adapters(config, tuning.lora) if tuning.lora else 0
     return _plan(
         stage,
         train,
         rows,
-        lambda shape: shapes.step_flops(config, shape),
-        parameters=total,
-        trained=total,
+        lambda shape: shapes.step_flops(config, shape, tuning),
+        parameters=shapes.n_parameters(config) + adapters,
+        trained=shapes.n_trained(config, tuning),
         flops_before=flops_before,
         evaluation_flops=evaluation_flops,
         final_flops=final_flops,
@@ -332,19 +416,39 @@ _PLANS: dict[str, Callable[..., Plan]] = {
     "pretrain": _plan_pretrain,
     "finetune_classifier": _plan_classifier,
     "finetune_instruct": _plan_instruct,
+    "tune_preferences": _plan_preferences,
 }
 
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """The rows of a part: tokens and targets of each, and whether all are as long."""
+    """The items of a part.
+
+    Attributes:
+        lengths: tokens of each.
+        targets: of each.
+        uniform: all are as long.
+        batch: of some of them, where its shape cannot be told from theirs: packed rows, pairs.
+    """
 
     lengths: np.ndarray
     targets: np.ndarray
     uniform: bool = False
+    batch: Callable[[Sequence[int]], Batch] | None = None
+
+    @classmethod
+    def stacked(cls, data: Dataset) -> _Rows:
+        """Of a dataset, whose batches are made to see their shape."""
+        assert data.lengths is not None
+        return cls(data.lengths, np.empty(0), batch=functools.partial(take, data))
 
     def shape(self, indices: Sequence[int]) -> Shape:
         """Of the batch of these rows."""
+        if self.batch is not None:
+            batch = self.batch(indices)
+            rows, length = batch.inputs.shape
+            targets = int((batch.targets != IGNORED).sum())
+            return Shape(rows=rows, length=length, tokens=batch.n_tokens, targets=targets)
         lengths = self.lengths[indices]
         return Shape(
             rows=len(indices),

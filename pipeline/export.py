@@ -22,7 +22,7 @@ from gpt.weights import load_base, load_model, save_model
 DTYPES = ("float32", "float16", "bfloat16")
 SAMPLE_TOKENS = 8192
 """Of a text, the most that perplexity is measured on: half a minute for GPT-2 124M on two cores."""
-_EXTRA = ("prompt.json", "training.json")
+_EXTRA = ("prompt.json", "tokenizer_config.json", "training.json")
 _MAGIC = b"GGUF"
 
 

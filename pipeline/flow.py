@@ -111,7 +111,8 @@ def _flow_run_name() -> str:
     validate_parameters=False,
 )  # type: ignore[untyped-decorator]
 def gpt_pipeline(targets: Sequence[str] = (), force: bool = False, jobs: int = 3) -> State[Any]:
-    """Bring the targets (by default every stage) and all that they depend on up to date.
+    """Bring the targets (by default every stage but the optional ones) and all that they depend on
+    up to date.
 
     Args:
         targets: names of stages.
@@ -193,6 +194,11 @@ def _bring_up_to_date(run: _Run, stage: Stage) -> State[Any]:
         run.display.line(name, "cached", "quiet")
         _publish(run, stage, "Cached: nothing changed.")
         return Completed(name="Cached", message="nothing changed")
+    if missing := run.dag.missing_params(name):
+        # DVC would say so too, but remove the outputs first
+        line = f"params.yaml: {missing[0]}: missing, and {name} needs it; add the section"
+        run.display.line(name, line, "error")
+        return Failed(message=line, data=StageError(line, 2))
     why = "; ".join(map(str, reasons)) or "forced"
     with run.slots:
         if run.stopped_by:
@@ -287,7 +293,8 @@ def _repro(run: _Run, name: str) -> tuple[bool, int, list[str]]:
         run.display.event(name, event)
         in_log.event("", event)
 
-    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", name]
+    address = run.dag.stages[name].address
+    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", address]
     if run.force:
         command.append("--force")
     executed, output = False, []

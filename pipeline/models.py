@@ -1,4 +1,4 @@
-"""The model registry: `base`, `classifier` and `assistant`, loadable and runnable from it alone.
+"""The model registry: base, classifier and assistants, loadable and runnable from it alone.
 
 A version is a pyfunc 'model from code': the model directory, the `gpt` package and
 `pipeline/served.py`. The alias `candidate` stands at the newest one.
@@ -41,6 +41,7 @@ _DESCRIPTIONS = {
     "base": "A GPT pretrained by this pipeline: continues a prompt.",
     "classifier": "A GPT fine-tuned to classify short messages: a label and each probability.",
     "assistant": "A GPT fine-tuned to follow instructions.",
+    "preferred": "An assistant tuned towards the better of two answers.",
 }
 
 _SAMPLING = {"max_new_tokens": 128, "temperature": 0.0, "top_k": 0, "top_p": 0.0, "seed": 123}
@@ -58,7 +59,7 @@ def register(run: StageRun, name: str, directory: Path, md5: str) -> int:
 
     Args:
         run: the run that made it.
-        name: `base`, `classifier` or `assistant`.
+        name: `base`, `classifier`, `assistant` or `preferred`.
         directory: a model directory.
         md5: its checksum as DVC computes it.
 

@@ -10,7 +10,7 @@ import difflib
 import importlib
 import math
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from stages.load_gpt2 import LoadGPT2Params
     from stages.pretrain import PretrainParams
     from stages.tokenize import TokenizeParams
+    from stages.tune_preferences import TunePreferencesParams
 
 PARAMS_FILE = "params.yaml"
 
@@ -40,7 +41,7 @@ _MOST_PROBLEMS = 5
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Params:
-    """The whole of `params.yaml`: one field a stage."""
+    """The whole of `params.yaml`: one field a stage; optional stages may have no section."""
 
     download: DownloadParams
     tokenize: TokenizeParams
@@ -49,17 +50,35 @@ class Params:
     finetune_classifier: FinetuneClassifierParams
     finetune_instruct: FinetuneInstructParams
     evaluate: EvaluateParams
+    tune_preferences: TunePreferencesParams | None = None
 
 
 SECTIONS = tuple(field.name for field in fields(Params))
 """The sections of `params.yaml`, named after the stages."""
+
+_REQUIRED = tuple(field.name for field in fields(Params) if field.default is MISSING)
 
 
 def params_class(name: str) -> Any:
     """The dataclass of a section; imports the stage's module."""
     # Under `from __future__ import annotations` a field's type is its source text: one table.
     (annotation,) = (field.type for field in fields(Params) if field.name == name)
-    return getattr(importlib.import_module(f"stages.{name}"), str(annotation))
+    return getattr(importlib.import_module(f"stages.{name}"), str(annotation).split(" | ")[0])
+
+
+def section(params: Params, name: str) -> Any:
+    """A stage's own parameters.
+
+    Raises:
+        InputError: the stage is optional, and its section is not there.
+    """
+    own = getattr(params, name)
+    if own is None:
+        raise InputError(
+            f"{PARAMS_FILE}: {name}: missing, and {name} needs it; add the section "
+            "(presets/book.yaml has one)"
+        )
+    return own
 
 
 def load_params(path: Path) -> Params:
@@ -136,7 +155,7 @@ def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
     if not isinstance(raw, dict):
         raise InputError(f"{path.name}: must hold the sections {', '.join(SECTIONS)}")
     problems = [_unknown(str(key), SECTIONS) for key in raw if key not in SECTIONS]
-    if missing := [name for name in SECTIONS if name not in raw]:
+    if missing := [name for name in _REQUIRED if name not in raw]:
         problems.append(f"{', '.join(missing)}: missing; each stage has a section")
     return raw, problems
 
@@ -256,15 +275,19 @@ def _contexts(params: Params) -> Iterator[str]:
         "pretrain": ("pretrain.model.context_length", params.pretrain.model.context_length),
         "gpt2": ("load_gpt2.size", published.context_length) if published else None,
     }
-    for name, stage in (
-        ("finetune_classifier", params.finetune_classifier),
-        ("finetune_instruct", params.finetune_instruct),
-    ):
-        base = known[stage.base]
-        if base and stage.max_length is not None and stage.max_length > base[1]:
+    classifier, assistant = params.finetune_classifier, params.finetune_instruct
+    wanted = [
+        ("finetune_classifier", classifier.base, classifier.max_length),
+        ("finetune_instruct", assistant.base, assistant.max_length),
+    ]
+    if params.tune_preferences:
+        wanted.append(("tune_preferences", assistant.base, params.tune_preferences.max_length))
+    for name, base_name, longest in wanted:
+        base = known[base_name]
+        if base and longest is not None and longest > base[1]:
             yield (
                 f"{name}.max_length: at most the base's context of {base[1]} tokens "
-                f"({base[0]}) is possible (got {stage.max_length})"
+                f"({base[0]}) is possible (got {longest})"
             )
 
 

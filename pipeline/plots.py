@@ -23,15 +23,24 @@ _SIZE = (7.0, 4.2)  # inches
 _MOST_BARS = 20
 _MOST_PANELS = 12
 _NAME_LENGTH = 24  # of a source or class in a picture
+_MOST_LETTERS = 40  # of all classes together, below a confusion matrix
 _TITLES = {
     "pretrain": "Pretraining",
     "finetune_classifier": "Fine-tuning the classifier",
     "finetune_instruct": "Fine-tuning the assistant",
+    "tune_preferences": "Tuning towards preferences",
 }
+_MEASURES = {
+    "loss": ("loss", "nats per target"),
+    "accuracy": ("accuracy", "share of texts"),
+    "reward_margin": ("reward margin", "nats"),
+    "reward_accuracy": ("reward accuracy", "share of pairs"),
+}
+"""What a history may hold of a split: its name in words, and its unit."""
 
 
 def draw_curves(history: Path, stage: str, folder: Path) -> list[Path]:
-    """Loss and learning rate over the steps (and accuracy, where it was measured), as PNG files.
+    """Loss and learning rate over the steps, and what else was measured, as PNG files.
 
     Args:
         history: `reports/STAGE/history.csv`, a row an evaluation.
@@ -41,10 +50,12 @@ def draw_curves(history: Path, stage: str, folder: Path) -> list[Path]:
     frame = pd.read_csv(history)
     title = _TITLES.get(stage, stage)
     pictures = [
-        _curve(folder / f"{measure}.png", f"{title}: {measure}", unit, frame, measure)
-        for measure, unit in (("loss", "nats per target"), ("accuracy", "share of texts"))
+        _curve(folder / f"{measure}.png", f"{title}: {name}", unit, frame, measure)
+        for measure, (name, unit) in _MEASURES.items()
         if f"validation_{measure}" in frame
     ]
+    if "validation_reward_chosen" in frame:
+        pictures.append(_rewards(folder / "rewards.png", f"{title}: rewards", frame))
 
     def learning_rate(axes: Axes) -> None:
         axes.plot(frame["step"], frame["learning_rate"], marker=".")
@@ -85,8 +96,12 @@ def _confusion(picture: Path, title: str, labels: list[str], counts: np.ndarray)
             colour = "white" if count > counts.max() / 2 else "black"
             axes.text(column, row, str(count), ha="center", va="center", color=colour, size=14)
         axes.set(xticks=range(len(labels)), yticks=range(len(labels)))
-        axes.set_xticklabels(shown)
-        axes.set_yticklabels(shown)
+        # long names side by side would lie upon each other; a $ in one begins no formula
+        long = sum(map(len, shown)) > _MOST_LETTERS
+        axes.set_xticklabels(
+            shown, rotation=30 if long else 0, ha="right" if long else "center", parse_math=False
+        )
+        axes.set_yticklabels(shown, parse_math=False)
         axes.set(xlabel="predicted", ylabel="actual")
         axes.grid(False)
 
@@ -205,7 +220,20 @@ def _curve(path: Path, title: str, unit: str, frame: pd.DataFrame, measure: str)
         for split in ("train", "validation"):
             if (column := f"{split}_{measure}") in frame:
                 axes.plot(frame["step"], frame[column], marker=".", label=split)
-        axes.set(xlabel="optimizer step", ylabel=f"{measure} ({unit})")
+        axes.set(xlabel="optimizer step", ylabel=f"{_MEASURES[measure][0]} ({unit})")
+        axes.legend(frameon=False)
+
+    return _draw(path, title, lines)
+
+
+def _rewards(path: Path, title: str, frame: pd.DataFrame) -> Path:
+    """Of both answers: a margin may grow while the chosen one's falls as well."""
+
+    def lines(axes: Axes) -> None:
+        for answer in ("chosen", "rejected"):
+            axes.plot(frame["step"], frame[f"validation_reward_{answer}"], marker=".", label=answer)
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set(xlabel="optimizer step", ylabel="reward (nats)")
         axes.legend(frameon=False)
 
     return _draw(path, title, lines)

@@ -32,7 +32,7 @@ from gpt.events import Event, Log, Message
 from gpt.files import write_json
 from pipeline import launch
 from pipeline.console import EVENTS_VARIABLE, make_log
-from pipeline.params import PARAMS_FILE, load_params
+from pipeline.params import PARAMS_FILE, load_params, section
 from pipeline.states import FOLDER as STATES
 from pipeline.states import older_states, remove_state, stage_lock, state_folder
 from pipeline.tracking import StageRun, Status, dvc_md5, mark_killed
@@ -165,6 +165,18 @@ STAGES: dict[str, StageSpec] = {
             "metrics": "reports/evaluation/metrics.json",
         },
     ),
+    "tune_preferences": StageSpec(
+        function="stages.tune_preferences:tune_preferences",
+        inputs={"assistant": "models/assistant", "instructions": "data/raw/instructions"},
+        outputs={
+            "out": "models/preferred",
+            "metrics": "reports/tune_preferences/metrics.json",
+            "history": "reports/tune_preferences/history.csv",
+        },
+        trains=True,
+        continues=True,
+        model="preferred",
+    ),
 }
 
 
@@ -242,7 +254,7 @@ def _follow(name: str, root: Path) -> int:
         return int(said["code"])
     try:
         with _terminable():
-            params = getattr(load_params(root / PARAMS_FILE), name)
+            params = section(load_params(root / PARAMS_FILE), name)
             launch.meet(params.train)
             spec.load()(
                 params,
@@ -271,7 +283,7 @@ def _processes(name: str, root: Path) -> int:
     """How many workers the stage is to have on this machine; 0 where it does the work itself."""
     if launch.is_worker() or not STAGES[name].trains:
         return 0
-    n = launch.n_processes(getattr(load_params(root / PARAMS_FILE), name).train)
+    n = launch.n_processes(section(load_params(root / PARAMS_FILE), name).train)
     return n if n > 1 or launch.n_machines() > 1 else 0
 
 
@@ -305,7 +317,7 @@ def _of_the_disk(name: str, error: Exception) -> str:
 def _run(name: str, root: Path) -> None:
     spec = STAGES[name]
     # the whole file is checked, so that a mistake in a later stage's section stops before any work
-    params = getattr(load_params(root / PARAMS_FILE), name)
+    params = section(load_params(root / PARAMS_FILE), name)
     inputs = _inputs(name, root, params)
     function = spec.load()
     input_md5 = _md5s(root, inputs)
@@ -376,8 +388,8 @@ def next_states(root: Path) -> Callable[[str], Path]:
     params = load_params(root / PARAMS_FILE)
 
     def next_state(name: str) -> Path:
-        section = getattr(params, name)
-        return state_folder(root, name, section, _md5s(root, _inputs(name, root, section)))
+        own = section(params, name)
+        return state_folder(root, name, own, _md5s(root, _inputs(name, root, own)))
 
     return next_state
 

@@ -130,9 +130,9 @@ class Assistant(_Writer):
         params: dict[str, Any] | None = None,
     ) -> pd.DataFrame:
         """Answer each instruction."""
-        from gpt.prompts import render_prompt
+        from gpt.prompts import read_template, render_prompt
 
-        template = json.loads((self._directory / "prompt.json").read_text())["template"]
+        template = read_template(self._directory)
         inputs = model_input["input"] if "input" in model_input else [""] * len(model_input)
         prompts = [
             render_prompt(template, str(instruction), "" if pd.isna(extra) else str(extra))
@@ -142,7 +142,7 @@ class Assistant(_Writer):
         return pd.DataFrame({"response": responses}, index=model_input.index)
 
 
-_KINDS = {"base": Base, "classifier": Classifier, "assistant": Assistant}
+_KINDS = {"base": Base, "classifier": Classifier, "assistant": Assistant, "preferred": Assistant}
 
 if kind := mlflow.models.ModelConfig(development_config={"kind": ""}).get("kind"):
     mlflow.models.set_model(_KINDS[kind]())

@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 
 from gpt.errors import InputError, RunError
 from gpt.events import Message
+from pipeline.dag import pipeline_files
 from pipeline.tracking import dvc_md5
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ _PARTIAL = ".*.partial"
 def fingerprint(root: Path, stage: str, params: Any, inputs: Mapping[str, str]) -> str:
     """What a training run's state depends on: parameters, inputs and code, in 16 digits.
 
-    The code is the stage's import closure as `dvc.yaml` lists it. The parameters named in `HOW`
+    The code is the stage's import closure as its `dvc.yaml` lists it. The parameters named in `HOW`
     are left out.
 
     Args:
@@ -58,13 +59,7 @@ def fingerprint(root: Path, stage: str, params: Any, inputs: Mapping[str, str]) 
     Raises:
         InputError: `dvc.yaml` cannot be read, or names code that is not there.
     """
-    try:
-        deps = yaml.safe_load((root / "dvc.yaml").read_text("utf-8"))["stages"][stage]["deps"]
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
-        raise InputError(
-            f"dvc.yaml: names no deps of {stage}, or cannot be read; restore the file"
-        ) from None
-    code = [dep for dep in deps if dep.endswith(".py")]
+    code = [dep for dep in _deps(root, stage) if dep.endswith(".py")]
     if missing := [dep for dep in code if not (root / dep).is_file()]:
         raise InputError(f"{missing[0]} is missing, and {stage} depends on it; restore the file")
     values = dataclasses.asdict(params)
@@ -75,6 +70,14 @@ def fingerprint(root: Path, stage: str, params: Any, inputs: Mapping[str, str]) 
     code_md5 = {dep: dvc_md5(root / dep) for dep in code}
     whole = json.dumps([values, dict(inputs), code_md5], sort_keys=True)
     return hashlib.sha256(whole.encode()).hexdigest()[:16]
+
+
+def _deps(root: Path, stage: str) -> list[str]:
+    """What the stage's `dvc.yaml` says that it depends on."""
+    for file in pipeline_files(root):
+        with contextlib.suppress(OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+            return list(yaml.safe_load(file.read_text("utf-8"))["stages"][stage]["deps"])
+    raise InputError(f"dvc.yaml: names no deps of {stage}, or cannot be read; restore the file")
 
 
 def state_folder(root: Path, stage: str, params: Any, inputs: Mapping[str, str]) -> Path:

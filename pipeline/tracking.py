@@ -209,7 +209,7 @@ def flatten_metrics(metrics: Mapping[str, Any], path: str = "") -> dict[str, flo
 def git_state(root: Path) -> dict[str, str]:
     """The commit and whether the code differs from it; empty where there is no git repository.
 
-    `dvc.lock` and `reports/` change while the pipeline runs and say nothing about the code.
+    Each `dvc.lock` and `reports/` change while the pipeline runs and say nothing about the code.
     """
 
     def git(*arguments: str) -> str:
@@ -218,9 +218,8 @@ def git_state(root: Path) -> dict[str, str]:
 
     try:
         commit = git("rev-parse", "HEAD")
-        changes = git(
-            "status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock", ":!reports"
-        )
+        ours = (":!dvc.lock", ":!*/dvc.lock", ":!reports")
+        changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", *ours)
     except (OSError, subprocess.CalledProcessError):
         return {}
     return {

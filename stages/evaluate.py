@@ -36,7 +36,7 @@ from gpt.metrics import (
     word_f1,
 )
 from gpt.model import GPT, Pooling
-from gpt.prompts import TEMPLATES, encode_turns, last_prompt
+from gpt.prompts import encode_turns, last_prompt, read_template
 from gpt.text import (
     Balance,
     Instruction,
@@ -284,12 +284,7 @@ def _assistant(
     device: torch.device,
 ) -> tuple[dict[str, float], pd.DataFrame]:
     training = _training(directory)
-    template = _read_json(directory / "prompt.json").get("template")
-    if template not in list(TEMPLATES):
-        raise InputError(
-            f"{directory / 'prompt.json'}: template: {template!r} is none of "
-            f"{', '.join(TEMPLATES)}; run the fine-tuning again"
-        )
+    template = read_template(directory)
     test = split_instructions(read_instructions(instructions), training.split)["test"]
     if not test:
         raise InputError(f"{instructions}: no record to test on; add records")

@@ -45,6 +45,8 @@ class FinetuneClassifierParams:
 
     base: Literal["pretrain", "gpt2"] = "gpt2"
     """The model to start from; its architecture and tokenizer are kept."""
+    pretrained: bool = True
+    """Start from its weights too; without, from new ones, which shows what they are worth."""
     split: Split = Split(train=0.7, validation=0.1)
     balance: Balance = "undersample"
     """Of unlike classes: `undersample` drops rows before the split, `class_weights` weighs the
@@ -150,10 +152,11 @@ def finetune_classifier(
     texts = {name: dataset(parts[name]) for name in ("train", "validation")}
     torch.manual_seed(train.seed)
     model = GPTClassifier(config, labels, params.pooling)
-    model.load_state_dict(
-        {name: value for name, value in trunk.state_dict().items() if name != "lm_head.weight"},
-        strict=False,  # the head is new
-    )
+    if params.pretrained:
+        model.load_state_dict(
+            {name: value for name, value in trunk.state_dict().items() if name != "lm_head.weight"},
+            strict=False,  # the head is new
+        )
     del trunk
     model.to(device)
     depth = freeze(model, params.trainable, params.blocks, params.lora)

@@ -12,7 +12,6 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from gpt.config import GPT2_SIZES, GPTConfig
-from gpt.device import prepare
 from gpt.errors import InputError
 from gpt.events import Log, Message, Text, discard
 from gpt.files import write_json
@@ -37,6 +36,8 @@ and ask at the shop whether one of the empty houses is for sale.
 """
 """English that was written for this stage: no model was trained on it."""
 _SEED = 123
+_ROWS_AT_ONCE = 8
+"""Positions whose logits are held at a time, 201 kB each for GPT-2's vocabulary."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid"))
@@ -73,7 +74,7 @@ def load_gpt2(
         InputError: a file is missing or damaged, a tensor is missing, unknown, of another shape
             or not a finite number, or the model is of another size than `params.size`.
     """
-    prepare("cpu")
+    # no `prepare`: the process would keep what it frees, and here it is memory that counts
     published = open_published(weights)
     config = published.config
     _check_size(params, weights, config)
@@ -158,6 +159,11 @@ def _perplexity(model: GPT, ids: Sequence[int]) -> float:
     for start in range(0, len(ids) - 1, length):
         window = torch.tensor(ids[start : start + length + 1])  # (T + 1,)
         hidden = model.hidden(window[None, :-1])[0]  # (T, C)
-        total += linear_cross_entropy(hidden, model.head_weight, window[1:]).item()
+        for rows, targets in zip(
+            torch.split(hidden, _ROWS_AT_ONCE),
+            torch.split(window[1:], _ROWS_AT_ONCE),
+            strict=True,
+        ):
+            total += linear_cross_entropy(rows, model.head_weight, targets).item()
     loss = total / (len(ids) - 1)
     return round(math.exp(min(loss, 100.0)), 2) if math.isfinite(loss) else math.nan

@@ -1,5 +1,6 @@
 """The samples that the project carries keep what is said of them."""
 
+import json
 import math
 import re
 import shutil
@@ -88,6 +89,30 @@ def test_there_are_600_instructions_and_no_task_twice():
     assert len(records) >= 600
     tasks = Counter(" ".join(f"{r.instruction} {r.input}".lower().split()) for r in records)
     assert [task for task, n in tasks.items() if n > 1] == []
+
+
+def test_every_instruction_has_its_own_answer_as_the_better_one_and_a_worse_one():
+    records = json.loads((SAMPLES / "instructions.json").read_text(encoding="utf-8"))
+    assert all(list(r) == ["instruction", "input", "output", "chosen", "rejected"] for r in records)
+    assert all(r["chosen"] == r["output"] != r["rejected"].strip() for r in records)
+
+    # what samples/README.md says of them
+    def kind(answer, worse):
+        if worse == answer.rstrip(".").upper() + "!!!":
+            return "shouted"
+        if worse.endswith(f": {answer}"):
+            return "announced"
+        if worse.endswith(answer):
+            return "remark before"
+        return "remark behind" if worse.startswith(answer) else "no answer"
+
+    assert Counter(kind(r["output"], r["rejected"]) for r in records) == {
+        "remark before": 280,
+        "remark behind": 229,
+        "announced": 37,
+        "no answer": 91,
+        "shouted": 71,
+    }
 
 
 def test_the_base_model_is_small_and_has_learnt_something():

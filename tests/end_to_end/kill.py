@@ -38,14 +38,18 @@ ROOT = Path(__file__).parents[2]
 # what a source archive holds and the pipeline needs
 _PARTS = (
     *("gpt", "stages", "pipeline", "samples", "presets", "params.yaml", "dvc.yaml"),
-    *("pyproject.toml", "README.md", ".dvcignore", ".dvc/config"),
+    *("optional/dvc.yaml", "pyproject.toml", "README.md", ".dvcignore", ".dvc/config"),
 )
 _BEFORE = {
     "pretrain": ("tokenize",),
     "finetune_classifier": ("download", "pretrain"),
     "finetune_instruct": ("download", "pretrain"),
+    "tune_preferences": ("finetune_instruct",),
 }
 """Which stages a stage needs; DVC brings what those need."""
+
+_ADDRESSES = {"tune_preferences": "optional/dvc.yaml:tune_preferences"}
+"""What DVC calls a stage, where it is not by its name."""
 
 _STEPS = 240
 """Five to ten seconds of training on two cores."""
@@ -154,7 +158,8 @@ class Scratch:
     def repro(self, root: Path, log: Path, *targets: str) -> Started:
         """Start `dvc repro` in a process group of its own."""
         # without DVC's run cache, which would bring back what an equal run made
-        command = (sys.executable, "-m", "dvc", "repro", "--no-run-cache", *targets)
+        addresses = [_ADDRESSES.get(target, target) for target in targets]
+        command = (sys.executable, "-m", "dvc", "repro", "--no-run-cache", *addresses)
         return Started(command, root, self._environment(root), log)
 
     def clean(self, root: Path) -> None:
@@ -521,7 +526,11 @@ def _states(folder: Path | None, damaged: set[str]) -> list[tuple[int, Path]]:
 
 
 def _model(root: Path, stage: str) -> Path:
-    names = {"finetune_classifier": "classifier", "finetune_instruct": "assistant"}
+    names = {
+        "finetune_classifier": "classifier",
+        "finetune_instruct": "assistant",
+        "tune_preferences": "preferred",
+    }
     return root / "models" / names.get(stage, stage)
 
 

@@ -9,7 +9,7 @@ from tests.end_to_end.kill import Outcome, Scratch, compare, killed, prepare, sm
 
 pytestmark = pytest.mark.slow
 
-STAGES = ("pretrain", "finetune_classifier", "finetune_instruct")
+STAGES = ("pretrain", "finetune_classifier", "finetune_instruct", "tune_preferences")
 
 
 @pytest.fixture(scope="module")

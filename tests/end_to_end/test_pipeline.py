@@ -101,7 +101,7 @@ def test_a_run_makes_every_output_and_ends_with_a_report(project, first_run):
 
 
 def test_dvc_sees_nothing_left_to_do(project, first_run):
-    assert "up to date" in project.run("dvc", "status")
+    assert "up to date" in project.run("dvc", "status", "dvc.yaml")
     before = (project.root / "dvc.lock").read_bytes()
     began = executed(project)
     assert "up to date" in project.run("dvc", "repro")
@@ -223,7 +223,7 @@ def test_a_changed_learning_rate_runs_its_stage_and_evaluate_and_changing_back_r
     assert executed(project) == after, "nothing is executed: DVC's run cache has both"
     assert project.outputs() == outputs
     assert (project.root / "dvc.lock").read_bytes() == lock
-    assert "up to date" in project.run("dvc", "status")
+    assert "up to date" in project.run("dvc", "status", "dvc.yaml")
 
 
 def test_dvc_shows_metrics_and_plots(project, first_run):
@@ -256,6 +256,24 @@ def test_predictions_are_a_row_a_test_example(project, first_run):
     assert len(assistant) == metrics["assistant"]["records"]
     accuracy = (classifier["actual"] == classifier["predicted"]).mean()
     assert metrics["classifier"]["accuracy"] == pytest.approx(accuracy)
+
+
+def test_the_optional_stage_runs_when_it_is_asked_for(project, api, archive, first_run):
+    """Through the flow in one copy and through plain DVC in another: the same bytes."""
+    assert not (project.root / "models/preferred").exists()
+    lock = (project.root / "dvc.lock").read_bytes()
+    project.run("gpt-pipeline", "run", "tune_preferences", PREFECT_API_URL=api)
+    runs = last_task_runs(api)
+    assert set(runs) == {*STAGES[:3], "finetune_instruct", "tune_preferences"}
+    states = {name: run["state"]["name"] for name, run in runs.items()}
+    assert states.pop("tune_preferences") == "Completed"
+    assert set(states.values()) == {"Cached"}
+    assert (project.root / "dvc.lock").read_bytes() == lock
+    assert "up to date" in project.run("dvc", "status")
+    assert project.run("gpt-pipeline", "chat", "Name a bird.", "--model", "models/preferred")
+    archive.run("dvc", "repro", "optional/dvc.yaml")
+    for path in ("models/preferred/model.safetensors", "optional/dvc.lock"):
+        assert (archive.root / path).read_bytes() == (project.root / path).read_bytes()
 
 
 def test_the_copy_is_not_this_checkout(project):

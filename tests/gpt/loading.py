@@ -24,6 +24,8 @@ def peak_bytes():
 
 if __name__ == "__main__":
     torch.set_num_threads(2)
+    if next(Path(sys.argv[1]).glob("*.ckpt.index"), None):
+        import tensorflow  # noqa: F401 - seconds and hundreds of MB that are no model's
     before = psutil.Process().memory_info().rss
     start = time.perf_counter()
     model = open_published(Path(sys.argv[1])).load()

@@ -8,13 +8,14 @@ import torch
 from gpt import estimate
 from gpt.attention import causal_attention
 from gpt.config import GPT2_SIZES, GPTConfig
-from gpt.data import Batch
+from gpt.data import Batch, take
 from gpt.device import autocast
 from gpt.estimate import ACCELERATORS, Memory, Shape, Tuning
-from gpt.lora import LoraParams
+from gpt.lora import LoraParams, wrap
 from gpt.loss import linear_cross_entropy
 from gpt.metrics import class_loss_sum, lm_loss_sum
 from gpt.model import GPT, GPTClassifier
+from gpt.preference import PreferenceDataset, PreferenceLoss
 from gpt.recipe import TrainParams, make_optimizers
 from stages.finetune_classifier import freeze
 
@@ -132,6 +133,65 @@ def test_targets_that_do_not_count_cost_no_logits():
     assert counted == pytest.approx(kept_bytes(GPT(config), batch, lm_loss_sum, "fp32"), rel=0.05)
 
 
+def pairs(config):
+    """Two pairs whose prompts are 80 tokens; the last answer is shorter by half."""
+    prompts = [list(range(80))] * 2
+    chosen = [list(range(100, 115))] * 2
+    rejected = [list(range(200, 200 + n)) for n in (15, 7)]
+    data = PreferenceDataset(prompts, chosen, rejected, end=499)
+    batch = take(data, [0, 1])
+    return batch, Shape(rows=4, length=95, tokens=batch.n_tokens, targets=3 * 16 + 8)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("trained", ["all", "lora", "lora of some", "lora of the last"])
+@pytest.mark.parametrize("vocab_size", [500, 5000])
+def test_what_preference_tuning_keeps_is_counted(trained, precision, vocab_size):
+    config = GPTConfig(**{**BASE, "vocab_size": vocab_size})
+    model, tuning = GPT(config), TUNINGS[trained]
+    if tuning.lora:
+        layers = tuple(name for name in tuning.lora.layers if name != "head")
+        tuning = Tuning(lora=replace(tuning.lora, layers=layers))
+        wrap(model, tuning.lora)
+    batch, shape = pairs(config)
+    bf16 = precision == "bf16"
+    memory = estimate.lm_memory(
+        config, shape, bf16=bf16, kernel="blocked", tuning=tuning, pairs=True
+    )
+    counted = memory.activations + estimate.pair_loss_kept(config, shape.targets, bf16=bf16)
+    if bf16:
+        counted += memory.copies
+    measured = kept_bytes(model, batch, PreferenceLoss(), precision)
+    assert counted == pytest.approx(measured, rel=0.1)
+    own = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert memory.gradients == 4 * own
+    assert memory.weights == 4 * sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_loss_of_pairs_takes_no_more_than_what_is_counted_for_it(precision):
+    config = GPTConfig(**{**BASE, "vocab_size": 20_000, "n_layer": 1})
+    model = GPT(config)
+    batch, shape = pairs(config)
+    with autocast(CPU, precision):
+        loss, _ = PreferenceLoss()(model, batch)
+    with torch.profiler.profile(profile_memory=True) as profiled, autocast(CPU, precision):
+        again, _ = PreferenceLoss()(model, batch)
+        again.backward()
+    allocated = peak = 0
+    for event in profiled.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            allocated += event.nbytes()
+            peak = max(peak, allocated)
+    assert loss.item() == again.item()
+    memory = estimate.lm_memory(
+        config, shape, bf16=precision == "bf16", kernel="blocked", pairs=True
+    )
+    # the gradients come while it is freed; a tied head's is added to that of the embedding
+    assert 0.9 * (memory.loss + memory.activations) < peak
+    assert peak < memory.loss + memory.activations + 2 * memory.gradients
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("trained", CHOICES)
 @pytest.mark.parametrize("kept", [True, False])
@@ -235,6 +295,22 @@ def test_flops_of_a_forward_pass_are_those_that_torch_counts():
     attention = 3 * 4 * 64 * 96 * 4 * 96  # of the fused kernel, which the counter passes over
     counted = estimate.forward_flops(config, Shape.full(4, 96)) - attention
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.03)
+
+
+@pytest.mark.parametrize("trained", ["all", "lora of some", "lora of the last"])
+def test_flops_of_a_training_step_are_those_that_torch_counts(trained):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = GPTConfig(**{**BASE, "n_layer": 4})
+    model, tuning = GPT(config), TUNINGS[trained]
+    if tuning.lora:
+        layers = tuple(name for name in tuning.lora.layers if name != "head")
+        tuning = Tuning(lora=replace(tuning.lora, layers=layers))
+        wrap(model, tuning.lora)
+    with FlopCounterMode(display=False) as counter:
+        model(windows(config).inputs).sum().backward()
+    counted = estimate.step_flops(config, Shape.full(4, 96), tuning)
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.1)
 
 
 def test_what_is_frozen_costs_a_forward_pass_or_nothing():

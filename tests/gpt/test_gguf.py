@@ -1,5 +1,7 @@
 """A GGUF file holds the model and its tokenizer as llama.cpp expects them."""
 
+from pathlib import Path
+
 import gguf
 import numpy as np
 import pytest
@@ -7,7 +9,10 @@ import torch
 
 from gpt.errors import InputError
 from gpt.gguf import read_back, write_gguf
-from gpt.tokenizer import END_OF_TEXT, byte_tokenizer, train_bpe
+from gpt.tokenizer import END_OF_TEXT, Tokenizer, byte_tokenizer, train_bpe
+from gpt.weights import load_base
+
+SAMPLES = Path(__file__).resolve().parents[2] / "samples"
 
 
 def contents(path):
@@ -46,6 +51,35 @@ def test_the_architecture_and_the_tokenizer_are_under_llama_cpps_keys(make_model
     assert types[tokenizer.eot] == gguf.TokenType.CONTROL
     assert tokens[tokenizer.encode("the")[0]] == "the"
     assert held["tokenizer.ggml.merges"] == [" ".join(pair) for pair in tokenizer.merges]
+
+
+def test_every_tensor_has_the_name_that_llama_cpps_converter_gives_it(make_model, tmp_path):
+    """By the table of the `gguf` package, which that converter goes by."""
+    model = make_model(tie_weights=False, n_layer=3)
+    write_gguf(model, tmp_path / "m.gguf", tokenizer=byte_tokenizer(), type="f16")
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, 3)
+    held = tensors(tmp_path / "m.gguf")
+    for ours, tensor in model.state_dict().items():
+        theirs = ours if ours.startswith("lm_head") else f"transformer.{ours}"
+        named = held.pop(table.get_name(theirs, try_suffixes=(".weight", ".bias")))
+        back = gguf.dequantize(named.data, named.tensor_type)
+        assert np.allclose(back, tensor.numpy(), atol=2e-3), ours
+    assert not held
+
+
+def test_the_tokenizer_comes_back_whole(tmp_path):
+    """Text that is encoded with the file's own tokens and merges alone gets the same ids."""
+    folder = SAMPLES / "gpt2-nano"
+    model, tokenizer = load_base(folder)
+    write_gguf(model, tmp_path / "m.gguf", tokenizer=tokenizer, type="q8_0")
+    held = contents(tmp_path / "m.gguf")
+    tokens = held["tokenizer.ggml.tokens"]
+    merges = [tuple(pair.split(" ")) for pair in held["tokenizer.ggml.merges"]]
+    again = Tokenizer({token: i for i, token in enumerate(tokens)}, merges)
+    assert again.hash == tokenizer.hash
+    for key in ("bos", "eos"):
+        assert tokens[held[f"tokenizer.ggml.{key}_token_id"]] == END_OF_TEXT
+    assert held["gpt2.vocab_size"] == len(tokens) == model.config.vocab_size
 
 
 @pytest.mark.parametrize("qkv_bias", [True, False])

@@ -83,6 +83,13 @@ def test_only_adapters_receive_gradients(make_model, layers):
     assert not reached & frozen
 
 
+def test_a_layer_with_adapters_is_frozen_of_itself():
+    """Whoever wraps it, and whatever else of the model is trained."""
+    layer = LoraLinear(torch.nn.Linear(4, 6), LoraParams())
+    assert trained(layer) == {"lora_a", "lora_b"}
+    assert trained(layer.merge()) == set()
+
+
 def test_only_adapters_change_in_a_training(make_model):
     model, seen = classifier(make_model), batch()
     wrap(model, LoraParams(rank=2))

@@ -70,6 +70,21 @@ def test_only_the_gradients_that_are_wanted_are_made():
     assert torch.allclose(hidden.grad, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_where_no_gradients_are_taken_none_are_made(monkeypatch, without):
+    """A parameter wants one, and a `Function` is told so, even under `no_grad`."""
+    asked = []
+    real = loss_module._loss_and_gradients
+    monkeypatch.setattr(
+        loss_module, "_loss_and_gradients", lambda *a: asked.append(a[-1]) or real(*a)
+    )
+    hidden, weight, targets = _tensors()
+    with without():
+        value = linear_cross_entropy(hidden, weight, targets)
+    assert asked == [False]
+    assert value.item() == linear_cross_entropy(hidden, weight, targets).item()
+
+
 def test_no_targets_are_no_loss():
     hidden, weight, targets = _tensors(n=0)
     value = linear_cross_entropy(hidden, weight, targets)

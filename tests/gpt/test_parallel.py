@@ -18,6 +18,7 @@ from gpt.events import Message, Metrics
 from gpt.lora import LoraParams, merge, wrap
 from gpt.metrics import lm_loss_sum, mean_loss
 from gpt.model import GPT
+from gpt.preference import PreferenceDataset, PreferenceLoss, preference_scores
 from gpt.recipe import TrainParams
 from gpt.train import FitResult, Interrupted, fit
 
@@ -88,6 +89,32 @@ def train(
     return seen
 
 
+def tune(params: TrainParams) -> Run:
+    """The same model tuned towards the better of two answers, the second of which is shorter."""
+    torch.set_num_threads(1)
+    torch.manual_seed(3)
+    model = GPT(GPTConfig(vocab_size=64, context_length=16, n_layer=2, n_head=2, n_embd=32))
+    prompts = [[i % 50, 3, 1 + i % 7][: 1 + i % 3] for i in range(40)]
+    data, held_out = (
+        PreferenceDataset(
+            prompts[some], [[50, 51, 52]] * 20, [[60, 61]] * 20, end=63, max_length=16
+        )
+        for some in (slice(0, 20), slice(20, 40))
+    )
+    for each in (data, held_out):
+        list(each.set_references(model, 7))
+    loss = PreferenceLoss(beta=0.5)
+
+    def validate(model: GPT) -> dict[str, float]:
+        scores = preference_scores(model, batches(held_out, 3), loss)
+        return {f"validation_{name}": value for name, value in scores.items()}
+
+    seen = Run()
+    seen.result = fit(model, params=params, train=data, loss=loss, validate=validate)
+    seen.weights = {name: value.clone() for name, value in model.state_dict().items()}
+    return seen
+
+
 def _serve(rank: int, size: int, pipe) -> None:
     """A process that does one piece of work after another with its like."""
     while True:
@@ -149,6 +176,20 @@ def test_two_processes_give_the_curve_of_one(together, mode, optimizer):
     assert len(both.losses) == 50
     assert alone.losses[-1] < alone.losses[0] - 0.3, "nothing was learnt: nothing is compared"
     assert both.losses == pytest.approx(alone.losses, abs=1e-4)
+    for ours, theirs in zip(both.result.history, alone.result.history, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+    for name, value in alone.weights.items():
+        assert (both.weights[name] - value).abs().max() < 1e-3, name
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_two_processes_tune_towards_preferences_as_one_does(together, mode):
+    params = TrainParams(
+        steps=12, parallel=mode, learning_rate=1e-3, **{**COMMON, "eval_interval": 4}
+    )
+    alone, both = tune(params), together(tune, params)[0]
+    margins = [row["validation_reward_margin"] for row in alone.result.history]
+    assert 0.05 < margins[0] < margins[-1], "nothing was learnt: nothing is compared"
     for ours, theirs in zip(both.result.history, alone.result.history, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
     for name, value in alone.weights.items():

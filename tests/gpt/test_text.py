@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from gpt.errors import InputError
 from gpt.text import (
     Instruction,
+    Preference,
     RawFile,
     Split,
     Turn,
@@ -25,10 +26,12 @@ from gpt.text import (
     read_documents,
     read_instructions,
     read_messages,
+    read_preferences,
     read_sources,
     split_by_hash,
     split_instructions,
     split_messages,
+    split_preferences,
     write_sources,
 )
 
@@ -179,6 +182,56 @@ def test_undersampling_keeps_as_many_of_every_class():
 def test_a_split_that_leaves_no_test_part_is_refused():
     with pytest.raises(ValidationError, match="leave nothing to test on"):
         Split(train=0.9, validation=0.1)
+
+
+PAIR = {"chosen": "Gladly.", "rejected": "No."}
+
+
+def test_preferences_are_the_instructions_some_of_which_hold_two_answers(tmp_path):
+    said = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
+    records = [
+        {**RECORDS[0], **PAIR},
+        RECORDS[1],
+        {**RECORDS[2], "chosen": None, "rejected": None},
+        {"messages": said, **PAIR},
+        said,
+    ]
+    expected = [
+        Preference("Do 0.", "", "ok", chosen="Gladly.", rejected="No."),
+        Instruction("Do 1.", "x", "ok"),
+        Instruction("Do 2.", "", "ok"),
+        Preference("Hi.", "", "Hello.", chosen="Gladly.", rejected="No."),
+        Instruction("Hi.", "", "Hello."),
+    ]
+    raw(tmp_path / "json", json.dumps(records), "json")
+    found = read_preferences(tmp_path / "json")
+    assert found == expected
+    assert [type(each) for each in found] == [type(each) for each in expected]
+    plain = read_instructions(tmp_path / "json")
+    assert {type(each) for each in plain} == {Instruction}, "the two answers are passed over"
+    assert [each.task for each in plain] == [each.task for each in found]
+    lines = "".join(json.dumps(each) + "\n" for each in records)
+    raw(tmp_path / "jsonl", lines, "jsonl", kind="instructions")
+    assert read_preferences(tmp_path / "jsonl") == expected
+    buffer = io.BytesIO()
+    # a column holds null where a record has no answer
+    rows = [records[0], {**RECORDS[1], "chosen": None, "rejected": None}]
+    parquet.write_table(pa.Table.from_pylist(rows), buffer)
+    raw(tmp_path / "parquet", buffer.getvalue(), "parquet", kind="instructions")
+    assert read_preferences(tmp_path / "parquet") == expected[:2]
+
+
+def test_preferences_are_in_the_parts_that_their_records_are_in(tmp_path):
+    """Whatever others hold no answers, and whatever the answers are."""
+    records = [{**each, **PAIR} if i % 3 else each for i, each in enumerate(RECORDS)]
+    raw(tmp_path, json.dumps(records), "json")
+    parts = split_preferences(read_preferences(tmp_path), SPLIT)
+    whole = split_instructions(read_instructions(tmp_path), SPLIT)
+    assert list(parts) == list(whole)
+    for name, part in whole.items():
+        tasks = [each.task for each in part if int(each.instruction[3:-1]) % 3]
+        assert [each.task for each in parts[name]] == tasks
+        assert all(isinstance(each, Preference) for each in parts[name])
 
 
 def test_instructions_ignore_other_fields(tmp_path):

@@ -49,6 +49,28 @@ def test_transformers_loads_a_classifier_as_it_stands(make_model, tmp_path):
     assert torch.equal(ours(idx, lengths), model(idx, lengths))
 
 
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+@pytest.mark.parametrize("n_classes", [2, 5])
+def test_a_classifier_goes_to_transformers_and_back_with_identical_tensors(
+    make_model, tmp_path, n_classes, pooling
+):
+    labels = [f"class {i}" for i in range(n_classes)]
+    model = GPTClassifier(make_model().config, labels, pooling)
+    save_model(model, tmp_path / "a", tokenizer=byte_tokenizer())
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "a")
+    theirs.save_pretrained(tmp_path / "b")
+    again = load_model(tmp_path / "b")
+    assert isinstance(again, GPTClassifier)
+    assert (again.labels, again.pooling) == (labels, pooling)
+    save_model(again, tmp_path / "c", tokenizer=byte_tokenizer())
+    name = "model.safetensors"
+    assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "c" / name).read_bytes()
+    one, other = (load_file(tmp_path / folder / name) for folder in ("a", "b"))
+    assert one.keys() == other.keys()
+    for each in one:
+        assert one[each].numpy().tobytes() == other[each].numpy().tobytes(), each
+
+
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
 def test_reading_back_gives_every_weight_and_the_same_bytes(make_model, tmp_path, changes):
     model = make_model(**changes)

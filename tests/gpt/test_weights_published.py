@@ -2,10 +2,14 @@
 
 import importlib.util
 import json
+import math
 import os
 import pickle
+import re
 import subprocess
 import sys
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +31,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt.config import GPT2_SIZES
 from gpt.errors import InputError
+from gpt.model import GPT
 from gpt.published import open_published
 from gpt.tokenizer import byte_tokenizer
 from gpt.weights import load_base, save_model
@@ -113,7 +118,7 @@ def test_views_of_one_storage_are_read_as_what_they_are(tmp_path, old):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", [each for each in FORMS if each != "TensorFlow"])
+@each_form
 def test_124m_load_in_time_and_in_little_more_than_their_own_memory(tmp_path, form):
     """Random weights of the real size; a process of its own, so that the peak is the loading's."""
     torch.manual_seed(0)
@@ -121,17 +126,33 @@ def test_124m_load_in_time_and_in_little_more_than_their_own_memory(tmp_path, fo
     FORMS[form](model, tmp_path)
     program = Path(__file__).with_name("loading.py")
     root = program.parent.parent.parent
-    took = json.loads(
-        subprocess.run(
+    seconds = []
+    while len(seconds) < 3 and min(seconds, default=9) > 3:  # others may use the machine, too
+        done = subprocess.run(
             [sys.executable, program, tmp_path],
-            env={**os.environ, "PYTHONPATH": str(root)},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *sys.path])},
             capture_output=True,
             text=True,
             check=True,
-        ).stdout
-    )
-    assert took["ratio"] <= 1.1
-    assert took["seconds"] <= 3
+        )
+        took = json.loads(done.stdout.splitlines()[-1])
+        assert took["ratio"] <= 1.1
+        seconds.append(took["seconds"])
+    assert min(seconds) <= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["124M", "355M"])
+def test_models_of_the_true_size_give_equal_logits(tmp_path, size):
+    """The two that are held twice without trouble; the larger ones are narrower above."""
+    torch.manual_seed(0)
+    theirs = GPT2LMHeadModel(_transformers_config(GPT2_SIZES[size])).eval()
+    FORMS["safetensors in several files"](theirs, tmp_path)
+    ours = open_published(tmp_path).load()
+    assert ours.config == replace(GPT2_SIZES[size], dropout=0.1)
+    idx = torch.randint(0, 50257, (1, 16))
+    with torch.no_grad():
+        assert torch.allclose(ours(idx), theirs(idx).logits, atol=1e-3, rtol=1e-4)
 
 
 # --- the architecture -----------------------------------------------------------------------------
@@ -146,6 +167,45 @@ def test_the_books_files_of_a_published_size_need_no_config(tmp_path, size):
     tensors = book_tensors_as_views(model)
     torch.save(tensors, tmp_path / "gpt2.pth")
     assert open_published(tmp_path).config == wanted
+
+
+@pytest.mark.parametrize("size", GPT2_SIZES)
+def test_a_file_of_the_true_size_is_taken_without_being_held(tmp_path, size):
+    """As it is published: no prefix, the causal masks there, the tied head absent."""
+    config = GPT2_SIZES[size]
+    with torch.device("meta"):
+        theirs = GPT2LMHeadModel._from_config(_transformers_config(config))
+    shapes = {name: list(value.shape) for name, value in theirs.transformer.state_dict().items()}
+    shapes |= {f"h.{i}.attn.bias": [1, 1, 1024, 1024] for i in range(config.n_layer)}
+    n_bytes = _write_without_content(shapes, tmp_path / "model.safetensors")
+    assert PUBLISHED_BYTES.get(size, n_bytes) == n_bytes
+    write_config(theirs, tmp_path)
+    published = open_published(tmp_path)
+    assert published.config == replace(config, dropout=0.1)  # transformers' own
+    assert len(published.skipped) == config.n_layer
+    with torch.device("meta"):
+        model = GPT(config)
+    for name, value in model.state_dict().items():
+        published.tensors.pop(name).expect(tuple(value.shape))
+    assert not published.tensors
+    assert f"{model.n_params / 1e6:.0f}M" == size
+
+
+def _write_without_content(shapes, path):
+    """A safetensors file with a hole for every tensor, so that it takes no place; its size."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name in sorted(shapes):
+        start, end = end, end + 4 * math.prod(shapes[name])
+        header[name] = {"dtype": "F32", "shape": shapes[name], "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return 8 + len(text) + end
+
+
+PUBLISHED_BYTES = {"355M": 1_519_984_962}
+"""Of what is published; the one whose size is known and whose tensors are in this order."""
 
 
 def _transformers_config(config):
@@ -199,19 +259,26 @@ def refused(folder, complaint):
     assert "\n" not in str(caught.value)
 
 
-# how a family of names calls one vector, and who writes and reads it
+# how a kind of files calls one vector, and what a refusal calls it
+_HF = ("transformer.h.1.ln_1.bias", r"h\.1\.ln_1\.bias")
+_BOOK = ("trf_blocks.1.att.W_key.bias", r"trf_blocks\.1\.att\.W_key\.bias")
 NAMES = {
-    "safetensors": ("transformer.h.1.ln_1.bias", r"h\.1\.ln_1\.bias"),
-    "bin": ("transformer.h.1.ln_1.bias", r"h\.1\.ln_1\.bias"),
-    "old bin": ("transformer.h.1.ln_1.bias", r"h\.1\.ln_1\.bias"),
-    "several": ("transformer.h.1.ln_1.bias", r"h\.1\.ln_1\.bias"),
-    "book": ("trf_blocks.1.att.W_key.bias", r"trf_blocks\.1\.att\.W_key\.bias"),
-    "book safetensors": ("trf_blocks.1.att.W_key.bias", r"trf_blocks\.1\.att\.W_key\.bias"),
+    "safetensors": _HF,
+    "safetensors without prefix": ("h.1.ln_1.bias", r"h\.1\.ln_1\.bias"),
+    "several safetensors": _HF,
+    "bin": _HF,
+    "old bin": _HF,
+    "several bin": _HF,
+    "book": _BOOK,
+    "old book": _BOOK,
+    "book with optimizer": _BOOK,
+    "book safetensors": _BOOK,
     "TensorFlow": ("model/h1/ln_1/b", r"model/h1/ln_1/b"),
 }
 
 
 def change_and_write(kind, folder, change):
+    """Files of a small model, one tensor of which was changed before they were written."""
     model = hugging_face_model()
     write_config(model, folder)
     if kind == "TensorFlow":
@@ -219,15 +286,20 @@ def change_and_write(kind, folder, change):
         change(variables)
         write_tensorflow({k: v.numpy() for k, v in variables.items()}, folder, hparams_of(model))
         return
-    tensors = book_tensors(model) if kind.startswith("book") else tensors_of(model)
+    tensors = book_tensors(model) if "book" in kind else tensors_of(model)
+    if "without prefix" in kind:
+        tensors = {name.removeprefix("transformer."): value for name, value in tensors.items()}
     change(tensors)
-    if kind == "several":
-        write_sharded(tensors, folder, "model.safetensors", save_file)
-    elif kind.endswith("safetensors"):
-        save_file(tensors, folder / "model.safetensors")
+    name = "model.safetensors" if "safetensors" in kind else "pytorch_model.bin"
+    save = save_file if "safetensors" in kind else torch.save
+    if "several" in kind:
+        write_sharded(tensors, folder, name, save)
+    elif "optimizer" in kind:
+        save({"model_state_dict": tensors, "optimizer_state_dict": {}}, folder / "gpt2.pth")
+    elif "old" in kind:
+        save(tensors, folder / name, _use_new_zipfile_serialization=False)
     else:
-        path = folder / ("gpt2.pth" if kind == "book" else "pytorch_model.bin")
-        torch.save(tensors, path, _use_new_zipfile_serialization=kind != "old bin")
+        save(tensors, folder / ("gpt2.pth" if kind == "book" else name))
 
 
 each_kind = pytest.mark.parametrize(
@@ -258,10 +330,10 @@ def test_a_wrongly_shaped_tensor_is_refused_by_name(tmp_path, kind):
 
 @each_kind
 def test_a_turned_matrix_is_refused_in_the_files_own_layout(tmp_path, kind):
-    book, tensorflow = kind.startswith("book"), kind == "TensorFlow"
-    name = "transformer.h.0.mlp.c_fc.weight"
-    name = "trf_blocks.0.ff.layers.0.weight" if book else name
-    name = "model/h0/mlp/c_fc/w" if tensorflow else name
+    book = "book" in kind
+    name = "trf_blocks.0.ff.layers.0.weight" if book else "transformer.h.0.mlp.c_fc.weight"
+    name = "model/h0/mlp/c_fc/w" if kind == "TensorFlow" else name
+    name = name.removeprefix("transformer.") if "without prefix" in kind else name
 
     def turn(tensors):
         tensors[name] = tensors[name].transpose(-1, -2).contiguous()
@@ -280,16 +352,72 @@ def test_a_tensor_of_whole_numbers_is_refused_by_name(tmp_path, kind):
 
 
 @each_kind
+def test_a_table_with_a_row_too_few_is_refused_by_name(tmp_path, kind):
+    """The token embeddings, which say nothing of the vocabulary where there is a config.json."""
+    name = "tok_emb.weight" if "book" in kind else "transformer.wte.weight"
+    name = "model/wte" if kind == "TensorFlow" else name
+    name = name.removeprefix("transformer.") if "without prefix" in kind else name
+    change_and_write(kind, tmp_path, lambda tensors: tensors.update({name: torch.ones(256, 32)}))
+    refused(tmp_path, rf"{name} has the shape \(256, 32\), the configuration asks for \(257, 32\)")
+
+
+def largest(folder):
+    files = (each for each in folder.iterdir() if each.suffix not in (".json", ".meta"))
+    return max(files, key=lambda each: each.stat().st_size)
+
+
+@each_kind
 @pytest.mark.parametrize("left", [0, 3, 100, 0.5, 0.98])
 def test_a_truncated_file_is_refused(tmp_path, kind, left):
     change_and_write(kind, tmp_path, lambda tensors: None)
-    path = max(
-        (each for each in tmp_path.iterdir() if each.suffix not in (".json", ".meta")),
-        key=lambda each: each.stat().st_size,
-    )
+    path = largest(tmp_path)
     content = path.read_bytes()
     path.write_bytes(content[: left if left > 1 else int(left * len(content))])
     refused(tmp_path, "damaged or cut short .*; fetch or make it again")
+
+
+@each_kind
+def test_a_truncated_tensor_is_refused_by_name(tmp_path, kind):
+    """Not so in the old form, whose tensors have no names until the last byte is read."""
+    change_and_write(kind, tmp_path, lambda tensors: None)
+    path = largest(tmp_path)
+    if "safetensors" in kind or kind == "TensorFlow":
+        path.write_bytes(path.read_bytes()[:-40])
+        last = max(names_in(path)) if "safetensors" in kind else r"model/\w+"
+        refused(tmp_path, rf"{last}.*(are not all there|damaged or cut short)")
+    elif "old" in kind:
+        path.write_bytes(path.read_bytes()[:-40])
+        refused(tmp_path, r"pytorch_model\.bin: .*\(40 bytes are missing at the end\)")
+    else:
+        with zipfile.ZipFile(path) as archive:
+            records = {info.filename: archive.read(info) for info in archive.infolist()}
+        key = max(
+            (name for name in records if "/data/" in name), key=lambda name: len(records[name])
+        )
+        records[key] = records[key][: len(records[key]) // 2]
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+            for name, content in records.items():
+                archive.writestr(name, content)
+        refused(tmp_path, r"the bytes of (transformer\.\S+|tok_emb\.\w+) are not all there")
+
+
+def names_in(path):
+    """The names in a safetensors file, as patterns; the last of them is that of the last tensor."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    return [re.escape(name) for name in json.loads(content[8 : 8 + length]) if name[0] != "_"]
+
+
+def test_a_packed_zip_file_is_refused(tmp_path):
+    """PyTorch maps a file as it lies there, and would take packed bytes for weights."""
+    change_and_write("bin", tmp_path, lambda tensors: None)
+    path = tmp_path / "pytorch_model.bin"
+    with zipfile.ZipFile(path) as archive:
+        records = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in records.items():
+            archive.writestr(name, content)
+    refused(tmp_path, r"pytorch_model\.bin: damaged or cut short")
 
 
 @needs_tensorflow
@@ -420,7 +548,7 @@ def _index(folder, **changes):
     ids=["file", "missing", "moved", "elsewhere", "list", "empty", "no index", "no config"],
 )
 def test_files_that_do_not_belong_together_are_refused(tmp_path, damage, complaint):
-    change_and_write("several", tmp_path, lambda tensors: None)
+    change_and_write("several safetensors", tmp_path, lambda tensors: None)
     damage(tmp_path)
     refused(tmp_path, complaint)
 

@@ -102,6 +102,20 @@ def project(make_project):
 
 
 @pytest.fixture
+def add_optional():
+    """Gives a project an optional stage `extra`, which reads what `left` makes."""
+
+    def add(root: Path) -> None:
+        (root / "optional").mkdir()
+        stage = _stage("extra", ["left.txt"]).replace("    cmd", "    wdir: ..\n    cmd")
+        (root / "optional" / "dvc.yaml").write_text(f"stages:\n{stage}")
+        with (root / "params.yaml").open("a") as params:
+            params.write("extra: {a: 1}\n")
+
+    return add
+
+
+@pytest.fixture
 def dvc():
     """Runs DVC in the current folder; its output."""
 

@@ -110,6 +110,60 @@ def test_the_lock_file_is_put_in_the_order_of_dvc_repro(project, dvc):
     assert (project / "dvc.lock").read_bytes() == expected
 
 
+def test_an_optional_stage_comes_last_and_into_a_plan_only_when_it_is_asked_for(
+    project, add_optional, dvc
+):
+    before = Dag(project)
+    add_optional(project)
+    dag = Dag(project)
+    assert list(dag.stages) == [*before.stages, "extra"]
+    assert [each.optional for each in dag.stages.values()] == [False] * 4 + [True]
+    extra = dag.stages["extra"]
+    assert extra.upstream == ("left",)
+    assert extra.inputs[:2] == ("stage.py", "left.txt")
+    assert extra.outputs == ("extra", "extra.txt", "extra.json")
+    assert dag.plan() == before.plan()
+    assert dag.plan(["extra"]) == ["first", "left", "extra"]
+    assert {each.address for each in dag.stages.values()} == {
+        *before.stages,
+        "optional/dvc.yaml:extra",
+    }
+    assert changed(dag, "extra") == ["optional/dvc.lock: no run of this stage is recorded"]
+    # DVC agrees
+    dvc("repro", "-q")
+    assert not (project / "extra.txt").exists()
+    assert [name for name, changes in dag.changes().items() if changes] == ["extra"]
+    dvc("repro", "-q", extra.address)
+    assert not any(dag.changes().values())
+    definition = (project / "optional/dvc.yaml").read_text()
+    (project / "optional/dvc.yaml").write_text(definition.replace("stage.py ex", "./stage.py ex"))
+    assert changed(dag, "extra") == ["optional/dvc.yaml: the command changed"]
+
+
+def test_each_lock_file_is_put_in_order_by_itself(project, add_optional, dvc):
+    add_optional(project)
+    dvc("repro", "-q", "--all-pipelines")
+    locks = [project / "dvc.lock", project / "optional" / "dvc.lock"]
+    expected = [lock.read_bytes() for lock in locks]
+    dag = Dag(project)
+    assert dag.recorded()[-1] == "extra"
+    locks[0].unlink()
+    for name in ("right", "left", "first", "last"):
+        dvc("repro", "-q", "--single-item", name)
+    assert locks[0].read_bytes() != expected[0]
+    dag.sort_lock([])
+    assert [lock.read_bytes() for lock in locks] == expected
+
+
+def test_parameters_that_dvc_would_miss_are_named(project, add_optional):
+    dag = Dag(project)
+    assert dag.missing_params("left") == []
+    add_optional(project)
+    params = (project / "params.yaml").read_text()
+    (project / "params.yaml").write_text(params.replace("extra: {a: 1}\n", ""))
+    assert Dag(project).missing_params("extra") == ["extra"]
+
+
 def test_it_works_in_a_source_archive_without_git(make_project, dvc):
     root = make_project(git=False)
     dag = Dag(root)
@@ -121,6 +175,9 @@ def test_it_works_in_a_source_archive_without_git(make_project, dvc):
 def test_the_root_is_found_from_below(project, tmp_path):
     (project / "a" / "b").mkdir(parents=True)
     assert find_root(project / "a" / "b") == project.resolve()
+    (project / "optional").mkdir()
+    (project / "optional" / "dvc.yaml").write_text("stages: {}")
+    assert find_root(project / "optional") == project.resolve()
     with pytest.raises(InputError, match=r"no dvc\.yaml here or above"):
         find_root(tmp_path)
 

@@ -1,8 +1,10 @@
-"""dvc.yaml says what the code does: dependencies, paths, parameters, floors."""
+"""dvc.yaml, and that of the optional stages, say what the code does: dependencies, paths,
+parameters, floors."""
 
 import ast
 import importlib
 import inspect
+import os
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,11 @@ from pipeline.runner import STAGES
 ROOT = Path(__file__).resolve().parent.parent.parent
 FLOORS = {"gpt": 0, "stages": 1, "pipeline": 2}
 TOOLS = {"mlflow", "prefect", "dvc", "yaml"}
-DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
+FILES = {
+    folder: yaml.safe_load((ROOT / folder / "dvc.yaml").read_text(encoding="utf-8"))
+    for folder in (".", "optional")
+}
+DVC = {name: stage for file in FILES.values() for name, stage in file["stages"].items()}
 
 
 def module_file(name: str) -> Path | None:
@@ -75,7 +81,7 @@ def closure(module: str) -> set[str]:
 
 
 def deps(stage: str) -> set[str]:
-    return set(DVC["stages"][stage]["deps"])
+    return set(DVC[stage]["deps"])
 
 
 def names(entries: list) -> set[str]:
@@ -83,10 +89,23 @@ def names(entries: list) -> set[str]:
 
 
 def test_the_stages_of_dvc_yaml_params_yaml_and_the_runner_are_the_same():
-    assert set(DVC["stages"]) == set(STAGES) == set(SECTIONS)
-    for name, stage in DVC["stages"].items():
+    assert set(DVC) == set(STAGES) == set(SECTIONS)
+    for name, stage in DVC.items():
         assert stage["cmd"] == f"python -m pipeline stage {name}"
         assert stage["params"] == [name]
+
+
+def test_every_stage_runs_in_the_projects_root():
+    for folder, file in FILES.items():
+        for stage in file["stages"].values():
+            place = os.path.normpath(Path(folder, stage.get("wdir", ".")))
+            assert place == "."
+
+
+def test_no_other_stage_needs_an_optional_one():
+    made = {path for name in FILES["optional"]["stages"] for path in STAGES[name].outputs.values()}
+    for name in FILES["."]["stages"]:
+        assert not made & set(STAGES[name].inputs.values())
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -105,7 +124,7 @@ def test_a_stage_depends_on_the_paths_that_it_is_given(stage):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_writes_what_dvc_takes(stage):
-    definition = DVC["stages"][stage]
+    definition = DVC[stage]
     outputs = names(definition["outs"]) | names(definition["metrics"])
     assert outputs == set(STAGES[stage].outputs.values())
     assert definition["metrics"] == [{STAGES[stage].outputs["metrics"]: {"cache": False}}]
@@ -131,11 +150,13 @@ def test_a_prompt_template_never_retrains_the_base_model():
 
 def test_plots_show_files_that_stages_write():
     written = {path for spec in STAGES.values() for path in spec.outputs.values()}
-    for plot in DVC["plots"]:
-        (name, options), *_ = plot.items()
-        files = options["y"] if isinstance(options["y"], dict) else [name]
-        for file in files:
-            assert any(file == path or file.startswith(f"{path}/") for path in written), file
+    for folder, definition in FILES.items():
+        for plot in definition["plots"]:
+            (name, options), *_ = plot.items()
+            files = options["y"] if isinstance(options["y"], dict) else [name]
+            for each in files:
+                file = os.path.normpath(Path(folder, each))
+                assert any(file == path or file.startswith(f"{path}/") for path in written), file
 
 
 @pytest.mark.parametrize("floor", FLOORS)

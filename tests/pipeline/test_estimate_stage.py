@@ -18,8 +18,9 @@ from rich.console import Console
 from gpt.config import GPTConfig
 from gpt.errors import InputError
 from gpt.files import sha256_of
-from gpt.lora import LoraParams
+from gpt.lora import IN_BLOCKS, LoraParams
 from gpt.model import GPT
+from gpt.prompts import TEMPLATES
 from gpt.text import RawFile, write_sources
 from gpt.tokenizer import byte_tokenizer
 from gpt.weights import save_model
@@ -31,7 +32,7 @@ from pipeline.runner import STAGES
 from stages.tokenize import TokenizeParams, tokenize
 
 ROOT = Path(__file__).resolve().parents[2]
-TRAINING = ("pretrain", "finetune_classifier", "finetune_instruct")
+TRAINING = ("pretrain", "finetune_classifier", "finetune_instruct", "tune_preferences")
 
 
 def raw(folder, kind, format_, text):
@@ -51,7 +52,7 @@ def raw(folder, kind, format_, text):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A project of tiny models with all that the three stages read; it is only read."""
+    """A project of tiny models with all that the stages read that train; it is only read."""
     root = tmp_path_factory.mktemp("tiny") / "project"
     corpus = "".join(
         json.dumps({"text": f"Document {i} tells of cats. "}) + "\n" for i in range(99)
@@ -60,7 +61,13 @@ def tiny(tmp_path_factory):
     messages = [f"{'spam' if i % 2 else 'ham'}\tit is {'so ' * (i % 7)} {i}\n" for i in range(80)]
     raw(root / "data/raw/messages", "messages", "tsv", "".join(messages))
     records = [
-        {"instruction": f"Say {i}.", "input": "now " * (i % 3), "output": f"It is {i}."}
+        {
+            "instruction": f"Say {i}.",
+            "input": "now " * (i % 3),
+            "output": f"It is {i}.",
+            "chosen": f"It is {i}." + " Gladly." * (i % 4),
+            "rejected": f"{i}" * (i % 3) + ", dolt",
+        }
         for i in range(40)
     ]
     raw(root / "data/raw/instructions", "instructions", "json", json.dumps(records))
@@ -75,7 +82,12 @@ def tiny(tmp_path_factory):
     torch.manual_seed(0)
     config = GPTConfig(vocab_size=257, context_length=256, n_layer=2, n_head=2, n_embd=32)
     save_model(GPT(config), root / "models/pretrain", tokenizer=byte_tokenizer())
-    (root / "dvc.yaml").write_text((ROOT / "dvc.yaml").read_text())
+    split = {"train": 0.6, "validation": 0.2, "seed": 3}
+    extra = {**TEMPLATES["phi3"].files, "training.json": {"base": "pretrain", "split": split}}
+    save_model(GPT(config), root / "models/assistant", tokenizer=byte_tokenizer(), extra=extra)
+    for file in ("dvc.yaml", "optional/dvc.yaml"):
+        (root / file).parent.mkdir(exist_ok=True)
+        (root / file).write_text((ROOT / file).read_text())
     (root / "presets").mkdir()
     params = yaml.safe_load((ROOT / "presets" / "smoke.yaml").read_text())
     for stage in TRAINING:
@@ -132,6 +144,10 @@ def shown(root, *arguments, **options):
         ("finetune_classifier", {"trainable": "lora", "lora": LoraParams(rank=2)}),
         ("finetune_instruct", {"steps": None, "epochs": 2}),
         ("finetune_instruct", {"max_length": 30, "mask_prompt": False, "group_by_length": True}),
+        ("finetune_instruct", {"rows": "padded", "accumulation": 2}),
+        ("finetune_instruct", {"trainable": "lora", "lora": LoraParams(rank=2, layers=IN_BLOCKS)}),
+        ("tune_preferences", {"trainable": "all", "lora": None}),
+        ("tune_preferences", {"group_by_length": True, "max_length": 40, "batch_size": 3}),
     ],
 )
 def test_steps_tokens_and_evaluations_are_those_of_the_stage(tiny, tmp_path, stage, changes):
@@ -145,7 +161,33 @@ def test_steps_tokens_and_evaluations_are_those_of_the_stage(tiny, tmp_path, sta
     assert len(plan.step_flops) == plan.steps
     model = GPTConfig(vocab_size=257, context_length=256, n_layer=2, n_head=2, n_embd=32)
     if stage == "finetune_instruct":
-        assert plan.parameters == GPT(model).n_params
+        adapters = plan.trained if params.finetune_instruct.trainable == "lora" else 0
+        assert plan.parameters == GPT(model).n_params + adapters
+    if stage in ("finetune_instruct", "tune_preferences"):
+        figures = json.loads((tmp_path / STAGES[stage].outputs["metrics"]).read_text())
+        assert plan.trained == figures["parameters_trained"]
+
+
+def test_a_pair_is_two_rows_and_its_adapters_are_counted(tiny):
+    plan = make_plan("tune_preferences", load_params(tiny / "params.yaml"), tiny)
+    assert all(shape.rows == 16 for shape in plan.passes)
+    assert plan.largest.tokens <= plan.largest.rows * plan.largest.length
+    everything = make_plan(
+        "tune_preferences", changed(tiny, "tune_preferences", trainable="all", lora=None), tiny
+    )
+    assert plan.trained < everything.trained < plan.parameters
+    assert everything.trained == everything.parameters
+    assert 0.5 < plan.step_flops.sum() / everything.step_flops.sum() < 0.8
+    # before the first step all pairs are asked of the reference, and two parts scored
+    assert plan.flops_before > plan.final_flops > plan.evaluation_flops > 0
+
+
+def test_a_preset_without_an_optional_section_says_so(tiny, tmp_path):
+    params = yaml.safe_load((tiny / "params.yaml").read_text())
+    del params["tune_preferences"]
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    with pytest.raises(InputError, match=r"^params\.yaml: tune_preferences: missing, and tune_"):
+        make_plan("tune_preferences", load_params(tmp_path / "params.yaml"), tiny)
 
 
 def test_the_frozen_blocks_are_counted_once_where_their_vectors_are_kept(tiny, monkeypatch):
@@ -235,8 +277,8 @@ def test_the_table_has_every_stage_and_part_in_100_columns(tiny, monkeypatch):
     lines = measured.splitlines()
     assert max(map(len, lines)) <= 100
     assert all(stage in measured for stage in TRAINING)
-    assert any(line.split() == ["steps", "12", "12", "12"] for line in lines)
-    assert any(line.split() == ["memory", *["900", "MB"] * 3] for line in lines)
+    assert any(line.split() == ["steps", *["12"] * 4] for line in lines)
+    assert any(line.split() == ["memory", *["900", "MB"] * 4] for line in lines)
     for part in ("weights", "gradients", "optimizer", "activations", "Python and libraries"):
         assert part in measured
     assert "its first steps" in measured

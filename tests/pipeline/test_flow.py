@@ -127,6 +127,32 @@ def test_after_the_flow_dvc_has_nothing_to_do_and_wrote_the_same_lock(make_proje
     assert (root / "dvc.lock").read_bytes() == by_flow
 
 
+def test_an_optional_stage_runs_when_it_is_asked_for_and_is_a_task_of_its_own(
+    project, add_optional, run, api, dvc
+):
+    add_optional(project)
+    code, shown = run(project)
+    assert code == 0, shown
+    assert "extra" not in task_runs(api)
+    assert executions(project, "extra") == []
+    code, shown = run(project, "extra")
+    assert code == 0, shown
+    states = {name: each["state"]["name"] for name, each in task_runs(api).items()}
+    assert states == {"first": "Cached", "left": "Cached", "extra": "Completed"}
+    by_flow = (project / "optional" / "dvc.lock").read_bytes()
+    dvc("repro", "-q", "--force", "optional/dvc.yaml:extra")
+    assert (project / "optional" / "dvc.lock").read_bytes() == by_flow
+    assert run(project, "extra")[0] == 0
+    assert task_runs(api)["extra"]["state"]["name"] == "Cached"
+    # without its section it does not begin, and its outputs stay
+    params = (project / "params.yaml").read_text()
+    (project / "params.yaml").write_text(params.replace("extra: {a: 1}\n", ""))
+    code, shown = run(project, "extra")
+    assert code == 2
+    assert "params.yaml: extra: missing, and extra needs it; add the section" in shown
+    assert (project / "extra.txt").exists()
+
+
 def test_prefect_shows_stages_dependencies_logs_and_metrics(project, run, api):
     assert run(project)[0] == 0
     runs = task_runs(api)

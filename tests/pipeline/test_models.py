@@ -31,6 +31,7 @@ QUESTIONS: list[Any] = [
     ["models:/assistant@candidate", _ASK, None],
     ["models:/assistant@candidate", _ASK, {"temperature": 1.5, "max_new_tokens": 5}],
     ["models:/base@candidate", [{"prompt": "Once"}], {"max_new_tokens": 8}],
+    ["models:/preferred@candidate", _ASK, {"max_new_tokens": 8}],
 ]
 
 # the project is made unfindable: what answers is what the registry holds
@@ -56,18 +57,19 @@ assert "code" in gpt.__file__, gpt.__file__
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project with its three models registered."""
+    """A project with its models registered."""
     root = tmp_path_factory.mktemp("project")
     torch.manual_seed(1)
     tokenizer = byte_tokenizer()
     save_model(GPT(CONFIG), root / "models/pretrain", tokenizer=tokenizer)
     save_model(GPTClassifier(CONFIG, LABELS), root / "models/classifier", tokenizer=tokenizer)
-    save_model(
-        GPT(CONFIG),
-        root / "models/assistant",
-        tokenizer=tokenizer,
-        extra={"prompt.json": {"template": "alpaca"}},
-    )
+    for name in ("assistant", "preferred"):
+        save_model(
+            GPT(CONFIG),
+            root / "models" / name,
+            tokenizer=tokenizer,
+            extra={"prompt.json": {"template": "alpaca"}},
+        )
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         for stage, spec in STAGES.items():
@@ -118,6 +120,11 @@ def test_the_assistant_answers_greedily_unless_told_otherwise(answers: list[Any]
     assert again == first
     assert warm != first
     assert len(warm["response"]) <= 5
+
+
+def test_a_tuned_assistant_answers_as_an_assistant_does(answers: list[Any]) -> None:
+    (row,) = answers[5]
+    assert set(row) == {"response"}
 
 
 def test_the_base_model_continues_a_prompt_as_generate_does(

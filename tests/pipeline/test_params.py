@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from gpt.errors import InputError
-from pipeline.params import SECTIONS, load_params, params_class
+from pipeline.params import SECTIONS, load_params, params_class, section
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PRESETS = [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))]
@@ -38,7 +38,9 @@ def refuse(tmp_path):
 def test_every_shipped_file_is_accepted(path):
     params = load_params(path)
     for name in SECTIONS:
-        assert isinstance(getattr(params, name), params_class(name))
+        own = getattr(params, name)
+        optional = name == "tune_preferences"
+        assert isinstance(own, params_class(name)) or (optional and own is None)
 
 
 def test_numbers_in_scientific_notation_are_numbers(smoke, tmp_path):
@@ -100,6 +102,29 @@ def test_an_unknown_section_is_named(smoke, refuse):
         "params.yaml: pretrian: unknown parameter; did you mean pretrain?; "
         "pretrain: missing; each stage has a section"
     )
+
+
+def test_an_optional_stage_needs_a_section_only_when_it_runs(smoke, tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(smoke))
+    params = load_params(path)
+    assert section(params, "tune_preferences") is params.tune_preferences
+    del smoke["tune_preferences"]
+    path.write_text(yaml.safe_dump(smoke))
+    assert section(load_params(path), "pretrain") == params.pretrain
+    with pytest.raises(InputError, match=r"^params\.yaml: tune_preferences: missing, and "):
+        section(load_params(path), "tune_preferences")
+
+
+def test_a_section_that_is_there_is_checked_also_of_an_optional_stage(smoke, refuse):
+    smoke["tune_preferences"]["beta"] = 0
+    assert refuse(smoke) == ("params.yaml: tune_preferences.beta: should be greater than 0 (got 0)")
+    smoke["tune_preferences"] = {"max_length": 129, "train": {"steps": 1}}
+    assert refuse(smoke).startswith(
+        "params.yaml: tune_preferences.max_length: at most the base's context of 128 tokens"
+    )
+    smoke["tune_preferences"] = {}
+    assert refuse(smoke) == "params.yaml: tune_preferences.train: is missing; add it"
 
 
 def test_a_missing_parameter_is_named(smoke, refuse):

@@ -14,6 +14,7 @@ from test_runner import checkpoint, note, run_of, start, steps, wait_for
 from typer.testing import CliRunner
 
 from gpt.checkpoint import Checkpoints
+from gpt.errors import InputError
 from gpt.files import whole_directory, whole_file
 from pipeline import runner
 from pipeline.cli import app
@@ -97,6 +98,26 @@ def test_a_stopped_run_goes_on_under_another_checkpoint_seconds(project: Path) -
     assert runner.run_stage("learn", project) == 0
     assert note(project, "learn")["run_id"] == killed
     assert run_of(project, "learn").data.tags["resumed"] == "1"
+
+
+def test_an_optional_stages_code_is_named_in_its_own_file(bare: Path) -> None:
+    def of(stage: str) -> str:
+        cls = dataclasses.make_dataclass("Params", [])
+        return fingerprint(bare, stage, cls(), {"data/prepared": "1"})
+
+    expected = of("learn")
+    (bare / "optional").mkdir()
+    (bare / "optional" / "dvc.yaml").write_text(
+        "stages:\n  extra:\n    wdir: ..\n    deps: [data/prepared, code.py, more.py]\n"
+    )
+    assert of("learn") == expected
+    with pytest.raises(InputError, match=r"^more\.py is missing, and extra depends on it"):
+        of("extra")
+    (bare / "more.py").write_text("x = 1")
+    before = of("extra")
+    (bare / "more.py").write_text("x = 2")
+    assert of("extra") != before
+    assert of("learn") == expected
 
 
 @pytest.mark.parametrize("missing", ["code.py", "dvc.yaml"])

@@ -569,9 +569,12 @@ def test_an_assistant_without_training_json_is_refused(tmp_path, copied, refused
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        (None, r"prompt\.json: no such file; run the fine-tuning stage again"),
-        ("{}", r"prompt\.json: template: None is none of alpaca, phi3; run the fine-tuning again"),
-        ('{"template": [1]}', r"prompt\.json: template: \[1\] is none of alpaca, phi3; run"),
+        (None, r"prompt\.json: not there, so this model follows no instructions; take one"),
+        ("{}", r"prompt\.json: must be JSON with the texts .*; run the fine-tuning again"),
+        (
+            '{"template": [1]}',
+            r"prompt\.json: template: no '\[1\]'; there are .*; run the fine-tun",
+        ),
     ],
 )
 def test_a_damaged_prompt_json_is_refused(tmp_path, copied, refused, content, complaint):

@@ -210,6 +210,22 @@ def test_what_is_not_to_be_trained_stays_as_it_was(tmp_path, make_base, messages
     assert f", {n:,} of " in said
 
 
+def test_without_pretraining_only_the_form_of_the_base_is_kept(tmp_path, base, messages):
+    figures = run(tmp_path / "new", params(trainable="head", pretrained=False), base, messages)
+    kept = run(tmp_path / "old", params(trainable="head"), base, messages)
+    before = load_file(base / "model.safetensors")
+    after = load_file(tmp_path / "new/model/model.safetensors")
+    assert {name: value.shape for name, value in after.items() if name in before} == {
+        name: value.shape for name, value in before.items()
+    }
+    drawn = [n for n in before if n.endswith(("wte.weight", "c_attn.weight", "c_proj.weight"))]
+    assert drawn
+    assert not [name for name in drawn if torch.equal(before[name], after[name])]
+    assert figures["max_length"] == kept["max_length"]
+    files = [(tmp_path / name / "model/vocab.json").read_bytes() for name in ("new", "old")]
+    assert files[0] == files[1]
+
+
 def test_adapters_change_the_matrices_they_stand_beside_and_leave_a_plain_model(
     tmp_path, base, messages
 ):

@@ -1,7 +1,11 @@
 """The stage load_gpt2: published files in, a checked model directory out."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from itertools import islice, product
 from pathlib import Path
 
 import pytest
@@ -13,9 +17,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from gpt.config import GPT2_SIZES, GPTConfig
 from gpt.events import Message, Text
 from gpt.model import GPTClassifier
-from gpt.tokenizer import byte_tokenizer
+from gpt.tokenizer import Tokenizer, byte_tokenizer, train_bpe
 from gpt.weights import save_model
-from stages.load_gpt2 import LoadGPT2Params, load_gpt2
+from stages.load_gpt2 import HELD_OUT, LoadGPT2Params, load_gpt2
 
 SIZES = {"n_embd": 16, "n_layer": 2, "n_head": 2}
 PARAMS = LoadGPT2Params(sample_prompt="Once", sample_tokens=5)
@@ -123,6 +127,39 @@ def test_a_pytorch_file_gives_the_same_bytes_and_what_is_skipped_is_said(tmp_pat
     assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
     said = [event.text for event in heard if isinstance(event, Message)]
     assert any("skipped 2" in text and "transformer.h.0.attn.bias" in text for text in said)
+
+
+def _tokenizer(vocab_size):
+    """As many tokens as wanted: those of the held-out text, then pairs of bytes."""
+    learnt = train_bpe([HELD_OUT], 1000)
+    *tokens, end = learnt.tokens
+    pairs = product(byte_tokenizer().tokens[:-1], repeat=2)
+    known = set(tokens)
+    unused = (pair for pair in pairs if "".join(pair) not in known)
+    more = list(islice(unused, vocab_size - learnt.vocab_size))
+    tokens += [*map("".join, more), end]
+    return Tokenizer({token: i for i, token in enumerate(tokens)}, learnt.merges + more)
+
+
+@pytest.mark.slow
+def test_the_whole_stage_takes_little_more_memory_than_124m(tmp_path):
+    """Loading, a second model of random weights, both perplexities, the sample and the writing.
+
+    The process has run the stage on a small model before.
+    """
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config()).save_pretrained(tmp_path / "124M")
+    _tokenizer(50257).save(tmp_path / "124M")
+    program = Path(__file__).with_name("loading_stage.py")
+    root = program.parents[2]
+    done = subprocess.run(
+        [sys.executable, program, root / "samples" / "gpt2-nano", tmp_path / "124M"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests/gpt")])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert 1 < json.loads(done.stdout)["ratio"] <= 1.1
 
 
 # --- what is refused ------------------------------------------------------------------------------

@@ -1,0 +1,322 @@
+"""Tune an assistant towards the better of two answers (DPO)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+from pydantic.dataclasses import dataclass
+
+from gpt.data import InstructionDataset, batches
+from gpt.device import autocast, prepare
+from gpt.errors import InputError
+from gpt.events import Log, Message, Progress, discard
+from gpt.files import write_json
+from gpt.generate import Sampling, complete
+from gpt.lora import IN_BLOCKS, LoraParams, merge, wrap
+from gpt.metrics import mean_loss
+from gpt.model import GPT
+from gpt.overlap import count_contaminated
+from gpt.preference import PreferenceDataset, PreferenceLoss, preference_scores
+from gpt.prompts import Template, encode_turns, last_prompt, read_template
+from gpt.recipe import TrainParams
+from gpt.text import (
+    Instruction,
+    Preference,
+    Split,
+    read_preferences,
+    split_instructions,
+    split_preferences,
+)
+from gpt.tokenizer import Tokenizer
+from gpt.train import fit
+from gpt.weights import load_base, save_model
+
+_TRAINING_FILE = "training.json"
+_LONGEST_FILE = 1 << 16
+
+
+def _in_blocks(given: Any) -> Any:
+    """Adapters of every layer of the blocks, unless others are named: a head that is the embedding
+    has none of its own."""
+    return {"layers": IN_BLOCKS, **given} if isinstance(given, dict) else given
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid"))
+class TunePreferencesParams:
+    """How far the assistant may go, what of it is trained, and how.
+
+    The template and the split are the assistant's own.
+    """
+
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """How dearly the model pays for leaving the assistant that it was: the larger, the nearer it
+    stays."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """The share of pairs that are taken to be the wrong way round (conservative DPO)."""
+    by_token: bool = False
+    """Compare the answers' mean log-probabilities and not their sums, so that length does not
+    count; `beta` is about as many times larger as an answer has tokens."""
+    trainable: Literal["all", "lora"] = "all"
+    lora: Annotated[LoraParams | None, BeforeValidator(_in_blocks)] = None
+    """Which adapters, with `trainable: lora`; by default beside every layer of the blocks."""
+    max_length: Annotated[int, Field(gt=0)] | None = None
+    """Tokens a prompt and its answer are cut to; None is the assistant's context."""
+    sample_tokens: Annotated[int, Field(gt=0)] = 40
+    train: TrainParams
+
+    @model_validator(mode="after")
+    def _belong_together(self) -> TunePreferencesParams:
+        if self.lora is not None and self.trainable != "lora":
+            raise ValueError(f"lora: has no say with trainable: {self.trainable}; set it to lora")
+        return self
+
+    @property
+    def adapters(self) -> LoraParams | None:
+        """The adapters that are trained; None where everything is."""
+        if self.trainable == "all":
+            return None
+        return self.lora or LoraParams(layers=IN_BLOCKS)
+
+
+def tune_preferences(
+    params: TunePreferencesParams,
+    *,
+    assistant: Path,
+    instructions: Path,
+    out: Path,
+    metrics: Path,
+    history: Path,
+    state: Path | None = None,
+    log: Log = discard,
+) -> dict[str, float]:
+    """Train on the pairs of the training part; those of the test part are only measured at the end.
+
+    Args:
+        params: what and how.
+        assistant: the model directory that finetune_instruct wrote; its `prompt.json` names the
+            template, its `training.json` the split.
+        instructions: the raw folder of instruction records that it was made from, some of which
+            hold two answers (`gpt.text.read_preferences`).
+        out: the model directory to write, in the form of `assistant`.
+        metrics: the final figures, written as JSON: losses in nats a pair, rewards in nats; the
+            assistant's own loss in nats a token, before and after.
+        history: the curve, written as CSV, a row an evaluation.
+        state: the folder of the loop's resume state.
+        log: hears what goes on, and answers to the first validation records.
+
+    Returns:
+        The final figures.
+
+    Raises:
+        InputError: the pairs cannot be used, the directory is no assistant's, or `max_length` is
+            above its context.
+        RunError: the loss is no longer finite.
+    """
+    train = params.train
+    device = prepare(train.device, train.threads)
+    template, training = read_template(assistant), read_training(assistant)
+    model, tokenizer = load_base(assistant)
+    model.to(device)
+    context = model.config.context_length
+    max_length = params.max_length or context
+    if max_length > context:
+        raise InputError(
+            f"tune_preferences.max_length: {max_length} tokens are more than the context of "
+            f"{assistant} holds ({context}); use at most that"
+        )
+    records = read_preferences(instructions)
+    split = split_of(assistant, training)
+    pairs = useful_pairs(instructions, records, split, log)
+    data: dict[str, PreferenceDataset] = {}
+    for name, part in pairs.items():
+        data[name] = preference_dataset(tokenizer, template, part, max_length)
+        if not len(data[name]):
+            raise InputError(
+                f"{instructions}: the two answers of every pair of the {name} part are the same in "
+                f"their first {max_length} tokens, prompt included; use a larger "
+                "tune_preferences.max_length, or a base with a larger context"
+            )
+        if cut := len(part) - len(data[name]):
+            text = f"{cut} of {len(part)} {name} pairs are cut before their answers differ"
+            log(Message(f"tune_preferences: {text}, and left out", level="warning"))
+    texts = {name: [(each.task, each.chosen) for each in part] for name, part in pairs.items()}
+    shared = count_contaminated(texts, "tune_preferences", log)
+    told = split_instructions(records, split)["validation"]
+    told_turns = encode_turns(tokenizer, template, told)
+    told_data = InstructionDataset.of_turns(told_turns, end=tokenizer.eot, max_length=max_length)
+    shown_prompts = [last_prompt(each, tokenizer.eot)[-max_length:] for each in told_turns[:3]]
+    loss = PreferenceLoss(
+        beta=params.beta, label_smoothing=params.label_smoothing, by_token=params.by_token
+    )
+
+    def sample(model: GPT) -> str:
+        sampling = Sampling(max_new_tokens=params.sample_tokens, stop=(tokenizer.eot,))
+        # the plain engine: the same text whether or not there is a compiler
+        answers = complete(model, shown_prompts, sampling, engine="plain")
+        return "\n\n".join(
+            f"{record.instruction}\n{record.input}".strip() + f"\n-> {tokenizer.decode(ids)}"
+            for record, ids in zip(told, answers, strict=False)
+        )
+
+    def scores(model: GPT, part: str) -> dict[str, float]:
+        with autocast(device, train.precision):
+            rows = batches(data[part], train.batch_size, by_length=True)
+            found = preference_scores(model, rows, loss)
+        return {f"{part}_{name}": value for name, value in found.items()}
+
+    def instruct_loss(model: GPT) -> float:
+        with autocast(device, train.precision):
+            return mean_loss(model, batches(told_data, train.batch_size, by_length=True))
+
+    torch.manual_seed(train.seed)
+    with autocast(device, train.precision):
+        _set_references(model, data, train.batch_size, loss, log)
+    before = {**scores(model, "validation"), **scores(model, "test")}
+    instruct_before = instruct_loss(model)
+    n_params = model.n_params
+    if params.adapters:
+        wrap(model, params.adapters)
+    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    log(
+        Message(
+            f"tune_preferences: {len(data['train'])} training pairs, {n_trained:,} of "
+            f"{n_params:,} parameters trained"
+        )
+    )
+    result = fit(
+        model,
+        params=train,
+        train=data["train"],
+        loss=loss,
+        validate=lambda model: scores(model, "validation"),
+        sample=sample,
+        origin=lambda row: _origin(pairs["train"][data["train"].kept[row]]),
+        task="tune_preferences",
+        state=state,
+        log=log,
+    )
+    if params.adapters:
+        merge(model)
+    final = {
+        **scores(model, "validation"),
+        **scores(model, "test"),
+        **{f"{name}_before": value for name, value in before.items() if name.endswith("_loss")},
+        "instruct_loss": instruct_loss(model),
+        "instruct_loss_before": instruct_before,
+        "train_loss": result.history[-1]["train_loss"],
+        **{f"pairs_{name}": float(len(dataset)) for name, dataset in data.items()},
+        **shared,
+        "parameters_trained": float(n_trained),
+        "steps": float(result.steps),
+    }
+    save_model(model, out, tokenizer=tokenizer, extra={**template.files, _TRAINING_FILE: training})
+    result.write_history(history)
+    write_json(metrics, final)
+    return final
+
+
+def preference_dataset(
+    tokenizer: Tokenizer,
+    template: str | Template,
+    pairs: Sequence[Preference],
+    max_length: int,
+) -> PreferenceDataset:
+    """The pairs as the assistant is asked them, without references."""
+    turns = encode_turns(tokenizer, template, pairs)
+    return PreferenceDataset(
+        [last_prompt(each, tokenizer.eot) for each in turns],
+        tokenizer.encode_batch([pair.chosen for pair in pairs]),
+        tokenizer.encode_batch([pair.rejected for pair in pairs]),
+        end=tokenizer.eot,
+        max_length=max_length,
+    )
+
+
+def _set_references(
+    model: GPT,
+    data: Mapping[str, PreferenceDataset],
+    batch_size: int,
+    loss: PreferenceLoss,
+    log: Log,
+) -> None:
+    """What the model says of all pairs before it learns from them."""
+    total, done = sum(map(len, data.values())), 0
+    for dataset in data.values():
+        for n in dataset.set_references(model, batch_size, by_token=loss.by_token):
+            log(Progress("tune_preferences: reference", done + n, total, "pair"))
+        done += len(dataset)
+
+
+def useful_pairs(
+    instructions: Path, records: Sequence[Instruction], split: Split, log: Log
+) -> dict[str, list[Preference]]:
+    """The pairs by part, but those whose two answers are the same.
+
+    Raises:
+        InputError: a part has none.
+    """
+    found = split_preferences(records, split)
+    total = sum(map(len, found.values()))
+    pairs = {
+        name: [pair for pair in part if pair.chosen.strip() != pair.rejected.strip()]
+        for name, part in found.items()
+    }
+    for name, part in pairs.items():
+        if not part:
+            raise InputError(
+                f"{instructions}: the {name} part of {len(records)} records holds no pair of a "
+                "better and a worse answer; add the fields chosen and rejected to the records"
+            )
+    if equal := total - sum(map(len, pairs.values())):
+        text = f"{equal} of {total} pairs hold the same answer twice, and are left out"
+        log(Message(f"tune_preferences: {text}"))
+    return pairs
+
+
+def _origin(pair: Preference) -> str:
+    return f"the pair of {pair.instruction!r:.60}"
+
+
+def read_training(directory: Path) -> dict[str, Any]:
+    """`training.json` of an assistant.
+
+    Raises:
+        InputError: it is not there or no JSON object.
+    """
+    path = directory / _TRAINING_FILE
+    try:
+        with path.open("rb") as file:
+            value = json.loads(file.read(_LONGEST_FILE))
+    except FileNotFoundError:
+        raise InputError(
+            f"{path}: no such file, so it cannot be told what was held out; run the stage "
+            "finetune_instruct"
+        ) from None
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error}); run the fine-tuning again") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: not a JSON object; run the fine-tuning again")
+    return value
+
+
+def split_of(directory: Path, training: Mapping[str, Any]) -> Split:
+    """How the assistant's records were split."""
+    path = directory / _TRAINING_FILE
+    try:
+        return TypeAdapter(Split).validate_python(training.get("split"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(["split", *map(str, first["loc"])])
+        raise InputError(f"{path}: {where}: {first['msg']}; run the fine-tuning again") from None
