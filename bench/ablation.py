@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from bench.harness import Comparison, Machine, Settings
 from bench.training import DTYPES, compare_steps, large_shape, our_job
 from bench.worker import Alternative, as_ours
-from gpt.attention import heads
+from gpt.attention import Documents, heads
 from gpt.device import Precision
 
 
@@ -64,7 +64,7 @@ def library_attention(threads: int) -> None:
 
 
 def _library_attention(
-    qkv: Tensor, n_head: int, dropout: float = 0.0, documents: Tensor | None = None
+    qkv: Tensor, n_head: int, dropout: float = 0.0, documents: Documents | None = None
 ) -> Tensor:
     assert documents is None, "only whole windows are measured"
     q, k, v = heads(qkv, 3, n_head)

@@ -57,13 +57,13 @@ class Documents:
         """Where in its document each position is, counted from the row's opening: (B, T) int64."""
         self._blocks: dict[torch.dtype, list[_Block]] = {}
         # on a graphics card made here: what comes after may be compiled
-        self._seen = None if numbers.device.type == "cpu" else self._all_seen()
+        self._seen = None if numbers.device.type == "cpu" else self._visible()
 
     @property
     def seen(self) -> Tensor:
         """(B, 1, T, T) bool: the query, in its row, sees the key."""
         if self._seen is None:
-            self._seen = self._all_seen()
+            self._seen = self._visible()
         return self._seen
 
     def blocks(self, dtype: torch.dtype) -> list[_Block]:
@@ -81,11 +81,11 @@ class Documents:
             keys = (slice(0, rows.stop),)
         elif opening:
             keys = (slice(0, opening), *keys)
-        seen = self._all_seen(rows, keys)
+        seen = self._visible(rows, keys)
         mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf)
         return _Block(rows, keys, mask)
 
-    def _all_seen(
+    def _visible(
         self, rows: slice = slice(None), keys: tuple[slice, ...] = (slice(None),)
     ) -> Tensor:
         places = torch.arange(self._numbers.shape[1], device=self._numbers.device)

@@ -1,5 +1,12 @@
 """The two ways a run can end badly that a person can do something about."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used.
@@ -13,3 +20,15 @@ class RunError(RuntimeError):
 
     The message is one line: what happened, where, and what to do. Exit code 1.
     """
+
+
+def first_problem(error: ValidationError, within: str = "") -> str:
+    """The first thing that is wrong with what was read: where it stands, and why it is refused.
+
+    Args:
+        error: what pydantic raised.
+        within: the name of the value that was validated, where it is a part of a file.
+    """
+    first = error.errors()[0]
+    where = ".".join([*([within] if within else []), *map(str, first["loc"])])
+    return f"{where or 'file'}: {first['msg']}"

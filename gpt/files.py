@@ -11,6 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from gpt.errors import InputError
+
+_LONGEST_JSON = 16 << 20
+
 
 def sync_directory(path: Path) -> None:
     """Let the names in a directory, as they are now, survive a loss of power."""
@@ -78,6 +82,33 @@ def write_json(path: Path, value: Any) -> None:
         partial.write_text(
             json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
         )
+
+
+def read_json(path: Path, *, missing: str, remedy: str) -> dict[str, Any]:
+    """The JSON object that a file holds.
+
+    Args:
+        path: the file, of 16 MiB at most: none of a model's small files is nearly as long.
+        missing: what to say, after the path, where there is no such file.
+        remedy: what to do about a file that holds something else.
+
+    Raises:
+        InputError: there is no such file, or it holds no JSON object.
+    """
+    try:
+        size = path.stat().st_size
+        if size > _LONGEST_JSON:
+            raise InputError(f"{path}: {size:,} bytes are no such file's size; {remedy}")
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{path}: {missing}") from None
+    except InputError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({error}); {remedy}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: not a JSON object; {remedy}")
+    return value
 
 
 def sha256_of(path: Path) -> str:

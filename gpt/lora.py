@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -77,6 +77,38 @@ class LoraParams:
         }
         thirds = tuple(i for i, part in enumerate(PARTS) if part in self.layers)
         return {"attn.c_attn": thirds, **found} if thirds else found
+
+
+def _in_blocks(given: Any) -> Any:
+    return {"layers": IN_BLOCKS, **given} if isinstance(given, dict) else given
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid"))
+class LanguageModelTuning:
+    """What of a language model is fine-tuned; the parameters of a stage that does so extend it.
+
+    Raises:
+        pydantic.ValidationError (a ValueError): adapters that are not trained.
+    """
+
+    trainable: Literal["all", "lora"] = "all"
+    """The whole model, or adapters beside frozen layers, which are merged when it is done."""
+    lora: Annotated[LoraParams | None, BeforeValidator(_in_blocks)] = None
+    """Which adapters, with `trainable: lora`; by default beside every layer of the blocks: GPT-2's
+    head is the embedding."""
+
+    @model_validator(mode="after")
+    def _belong_together(self) -> LanguageModelTuning:
+        if self.lora is not None and self.trainable != "lora":
+            raise ValueError(f"lora: has no say with trainable: {self.trainable}; set it to lora")
+        return self
+
+    @property
+    def adapters(self) -> LoraParams | None:
+        """The adapters that are trained; None where everything is."""
+        if self.trainable == "all":
+            return None
+        return self.lora or LoraParams(layers=IN_BLOCKS)
 
 
 class LoraLinear(nn.Module):

@@ -15,6 +15,7 @@ from string import Formatter
 from typing import TYPE_CHECKING, Any, Literal
 
 from gpt.errors import InputError
+from gpt.files import read_json
 
 if TYPE_CHECKING:
     from gpt.text import Instruction
@@ -24,7 +25,6 @@ TemplateName = Literal["alpaca", "phi3", "chatml"]
 
 PROMPT_FILE = "prompt.json"
 TOKENIZER_FILE = "tokenizer_config.json"
-_LONGEST_FILE = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,23 +121,19 @@ def read_template(directory: Path) -> Template:
             hold a template.
     """
     path = directory / PROMPT_FILE
-    try:
-        with path.open("rb") as file:
-            value = json.loads(file.read(_LONGEST_FILE))
-    except FileNotFoundError:
-        raise InputError(
-            f"{path}: not there, so this model follows no instructions; take one that the stage "
-            "finetune_instruct made"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not JSON ({error}); run the fine-tuning again") from None
+    value = read_json(
+        path,
+        missing="not there, so this model follows no instructions; take one that the stage "
+        "finetune_instruct made",
+        remedy="run the fine-tuning again",
+    )
     names = [each.name for each in fields(Template)]
-    if isinstance(value, dict) and list(value) == ["template"]:
+    if list(value) == ["template"]:
         try:
             return find_template(str(value["template"]))
         except InputError as error:
             raise InputError(f"{path}: {error}; run the fine-tuning again") from None
-    if not isinstance(value, dict) or not all(isinstance(value.get(name), str) for name in names):
+    if not all(isinstance(value.get(name), str) for name in names):
         raise InputError(
             f"{path}: must be JSON with the texts {', '.join(names)}, or that names a template, as "
             '{"template": "alpaca"}; run the fine-tuning again'

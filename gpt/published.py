@@ -13,7 +13,6 @@ The book is Raschka's "Build a Large Language Model (From Scratch)".
 from __future__ import annotations
 
 import functools
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,7 +24,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from gpt.config import GPT2_SIZES, GPTConfig
-from gpt.errors import InputError
+from gpt.errors import InputError, first_problem
+from gpt.files import read_json
 from gpt.model import GPT
 from gpt.safetensors_files import stored_in_safetensors
 from gpt.stored import Stored
@@ -40,9 +40,6 @@ from gpt.weights import (
     is_conv1d,
     read_config,
 )
-
-_JSON_BYTES = 16 << 20
-"""An index of GPT-2 XL's 580 tensors has 50 kB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,21 +162,11 @@ def _sharded(index: Path, reader: _Reader) -> _Found:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > _JSON_BYTES:
-            raise InputError(f"{path}: {path.stat().st_size:,} bytes are no such file's size")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(
-            f"{path}: no such file; get the one that is published beside the weights"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: not JSON ({error}); fetch or make it again") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: not a JSON object; fetch or make it again")
-    return value
+    return read_json(
+        path,
+        missing="no such file; get the one that is published beside the weights",
+        remedy="fetch or make it again",
+    )
 
 
 # --- names ----------------------------------------------------------------------------------------
@@ -375,11 +362,8 @@ def _openai_config(path: Path) -> GPTConfig:
     except KeyError as error:
         raise InputError(f"{path}: lacks {error}; get the model's own hparams.json") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise InputError(
-            f"{path}: {where} {first['msg']}; get the model's own hparams.json"
-        ) from None
+        problem = first_problem(error)
+        raise InputError(f"{path}: {problem}; get the model's own hparams.json") from None
 
 
 def _wanted(found: _Found, config: GPTConfig) -> list[str]:

@@ -23,7 +23,7 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass as checked_dataclass
 
-from gpt.errors import InputError
+from gpt.errors import InputError, first_problem
 from gpt.files import write_json
 from gpt.formats import PLACES, fields_in, lines_in, objects_in, parts_of, texts_in
 
@@ -178,11 +178,7 @@ def read_sources(folder: Path) -> list[RawFile]:
     try:
         files = _SOURCES.validate_json(path.read_bytes())
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise InputError(
-            f"{path}: {where or 'file'}: {first['msg']}; run the stage download again"
-        ) from None
+        raise InputError(f"{path}: {first_problem(error)}; run the stage download again") from None
     for file in files:
         if not (folder / file.file).is_file():
             raise InputError(f"{folder / file.file}: no such file; run the stage download again")

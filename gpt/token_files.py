@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from gpt.errors import InputError
+from gpt.errors import InputError, first_problem
 
 SplitName = Literal["train", "validation"]
 _CONFIG = ConfigDict(extra="forbid")
@@ -103,11 +103,7 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         return TypeAdapter(Manifest).validate_json(path.read_bytes())
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise InputError(
-            f"{path}: {where or 'file'}: {first['msg']}; run the stage tokenize again"
-        ) from None
+        raise InputError(f"{path}: {first_problem(error)}; run the stage tokenize again") from None
 
 
 def map_ids(path: Path, dtype: str) -> np.ndarray:

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from gpt.config import GPTConfig
-from gpt.errors import InputError
-from gpt.files import whole_directory, write_json
+from gpt.errors import InputError, first_problem
+from gpt.files import read_json, whole_directory, write_json
 from gpt.model import GPT, INIT_STD, LAYER_NORM_EPS, GPTClassifier, Pooling
 from gpt.safetensors_files import stored_in_safetensors, write_safetensors
 from gpt.stored import Stored
@@ -193,16 +193,11 @@ def read_config(directory: Path) -> tuple[GPTConfig, list[str] | None]:
         InputError: no such file, not JSON, or not GPT-2's architecture.
     """
     path = directory / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(
-            f"{path}: no such file; {directory} is no model directory, run the stage that makes it"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not JSON ({error}); fetch or make it again") from error
-    if not isinstance(raw, dict):
-        raise InputError(f"{path}: not a JSON object; fetch or make it again")
+    raw = read_json(
+        path,
+        missing=f"no such file; {directory} is no model directory, run the stage that makes it",
+        remedy="fetch or make it again",
+    )
     for key, allowed in _FIXED.items():
         if raw.get(key, allowed[0]) not in allowed:
             raise InputError(
@@ -224,11 +219,8 @@ def read_config(directory: Path) -> tuple[GPTConfig, list[str] | None]:
     except KeyError as error:
         raise InputError(f"{path}: lacks {error}; get the model's own config.json") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise InputError(
-            f"{path}: {where} {first['msg']}; get the model's own config.json"
-        ) from None
+        problem = first_problem(error)
+        raise InputError(f"{path}: {problem}; get the model's own config.json") from None
     names = raw.get("id2label")
     return config, [names[str(i)] for i in range(len(names))] if names else None
 

@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
-from gpt.errors import InputError
+from gpt.errors import InputError, first_problem
 from gpt.text import SOURCES, Instruction, RawFile, instructions_in, messages_in, read_sources
 from gpt.token_files import Counts
 from gpt.tokenizer import Tokenizer, load_tokenizer
@@ -186,11 +186,7 @@ def read_corpus(path: Path) -> Corpus:
     try:
         return TypeAdapter(Corpus).validate_json(path.read_bytes())
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise InputError(
-            f"{path}: {where or 'file'}: {first['msg']}; run the stage tokenize again"
-        ) from None
+        raise InputError(f"{path}: {first_problem(error)}; run the stage tokenize again") from None
 
 
 # --- raw data sets --------------------------------------------------------------------------------

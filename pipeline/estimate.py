@@ -263,11 +263,9 @@ def _adapters(
     Raises:
         InputError: more blocks than the base has.
     """
-    from gpt.lora import IN_BLOCKS, LoraParams
-
-    if params.trainable == "all":
+    if params.adapters is None:
         return shapes.ALL
-    tuning = Tuning(lora=params.lora or LoraParams(layers=IN_BLOCKS))
+    tuning = Tuning(lora=params.adapters)
     if shapes.trunk_depth(config, tuning) < 0:
         raise InputError(
             f"{stage}.lora.blocks: {base} has {config.n_layer} blocks; use at most that"

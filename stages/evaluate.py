@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import pandas as pd
@@ -21,9 +21,9 @@ from gpt.data import (
     batches,
 )
 from gpt.device import DeviceName, prepare
-from gpt.errors import InputError
+from gpt.errors import InputError, first_problem
 from gpt.events import Log, Message, Progress, discard
-from gpt.files import whole_directory, write_json
+from gpt.files import read_json, whole_directory, write_json
 from gpt.generate import Sampling, complete
 from gpt.metrics import (
     bits_per_byte,
@@ -352,21 +352,9 @@ def _overlap(answers: Sequence[str], records: Sequence[Instruction]) -> dict[str
 
 def _training(directory: Path) -> Training:
     path = directory / "training.json"
+    remedy = "run the fine-tuning again"
+    said = read_json(path, missing="no such file; run the fine-tuning stage again", remedy=remedy)
     try:
-        return TypeAdapter(Training).validate_python(_read_json(path))
+        return TypeAdapter(Training).validate_python(said)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{path}: {where}: {first['msg']}; run the fine-tuning again") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; run the fine-tuning stage again") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not JSON ({error}); run the fine-tuning again") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: not a JSON object; run the fine-tuning again")
-    return value
+        raise InputError(f"{path}: {first_problem(error)}; {remedy}") from None

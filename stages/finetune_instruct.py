@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from gpt.data import InstructionDataset, batches
@@ -16,7 +16,7 @@ from gpt.errors import InputError
 from gpt.events import Log, Message, discard
 from gpt.files import write_json
 from gpt.generate import Sampling, complete
-from gpt.lora import IN_BLOCKS, LoraParams, merge, wrap
+from gpt.lora import LanguageModelTuning, merge, wrap
 from gpt.metrics import lm_loss_sum, mean_loss, perplexity
 from gpt.model import GPT
 from gpt.overlap import count_contaminated
@@ -27,14 +27,8 @@ from gpt.train import fit
 from gpt.weights import load_base, save_model
 
 
-def _in_blocks(given: Any) -> Any:
-    """Adapters of every layer of the blocks, unless others are named: GPT-2's head has none of its
-    own, since it is the embedding."""
-    return {"layers": IN_BLOCKS, **given} if isinstance(given, dict) else given
-
-
 @dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid"))
-class FinetuneInstructParams:
+class FinetuneInstructParams(LanguageModelTuning):
     """Which base, which records, in which form, and how."""
 
     base: Literal["pretrain", "gpt2"] = "gpt2"
@@ -47,20 +41,10 @@ class FinetuneInstructParams:
     """How the records of a pass lie: one behind the other in rows as long as the base's context,
     none of which sees another, or each in a row of its own, padded to the longest. The losses are
     the same; packed ones are computed faster."""
-    trainable: Literal["all", "lora"] = "all"
-    """The whole model, or adapters beside frozen layers, which are merged when it is done."""
-    lora: Annotated[LoraParams | None, BeforeValidator(_in_blocks)] = None
-    """Which adapters, with `trainable: lora`; by default beside every layer of the blocks."""
     max_length: Annotated[int, Field(gt=0)] | None = None
     """Tokens a record is cut to; None is the base's context."""
     sample_tokens: Annotated[int, Field(gt=0)] = 40
     train: TrainParams
-
-    @model_validator(mode="after")
-    def _belong_together(self) -> FinetuneInstructParams:
-        if self.lora is not None and self.trainable != "lora":
-            raise ValueError(f"lora: has no say with trainable: {self.trainable}; set it to lora")
-        return self
 
 
 def finetune_instruct(
@@ -163,8 +147,8 @@ def finetune_instruct(
     torch.manual_seed(train.seed)
     before = validation_loss(model)
     n_params = model.n_params
-    if params.trainable == "lora":
-        wrap(model, params.lora or LoraParams(layers=IN_BLOCKS))
+    if params.adapters:
+        wrap(model, params.adapters)
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log(
         Message(

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
-from pydantic import (
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    TypeAdapter,
-    ValidationError,
-    model_validator,
-)
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from gpt.data import InstructionDataset, batches
 from gpt.device import autocast, prepare
-from gpt.errors import InputError
+from gpt.errors import InputError, first_problem
 from gpt.events import Log, Message, Progress, discard
-from gpt.files import write_json
+from gpt.files import read_json, write_json
 from gpt.generate import Sampling, complete
-from gpt.lora import IN_BLOCKS, LoraParams, merge, wrap
+from gpt.lora import LanguageModelTuning, merge, wrap
 from gpt.metrics import mean_loss
 from gpt.model import GPT
 from gpt.overlap import count_contaminated
@@ -44,17 +36,10 @@ from gpt.train import fit
 from gpt.weights import load_base, save_model
 
 _TRAINING_FILE = "training.json"
-_LONGEST_FILE = 1 << 16
-
-
-def _in_blocks(given: Any) -> Any:
-    """Adapters of every layer of the blocks, unless others are named: a head that is the embedding
-    has none of its own."""
-    return {"layers": IN_BLOCKS, **given} if isinstance(given, dict) else given
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid"))
-class TunePreferencesParams:
+class TunePreferencesParams(LanguageModelTuning):
     """How far the assistant may go, what of it is trained, and how.
 
     The template and the split are the assistant's own.
@@ -68,26 +53,10 @@ class TunePreferencesParams:
     by_token: bool = False
     """Compare the answers' mean log-probabilities and not their sums, so that length does not
     count; `beta` is about as many times larger as an answer has tokens."""
-    trainable: Literal["all", "lora"] = "all"
-    lora: Annotated[LoraParams | None, BeforeValidator(_in_blocks)] = None
-    """Which adapters, with `trainable: lora`; by default beside every layer of the blocks."""
     max_length: Annotated[int, Field(gt=0)] | None = None
     """Tokens a prompt and its answer are cut to; None is the assistant's context."""
     sample_tokens: Annotated[int, Field(gt=0)] = 40
     train: TrainParams
-
-    @model_validator(mode="after")
-    def _belong_together(self) -> TunePreferencesParams:
-        if self.lora is not None and self.trainable != "lora":
-            raise ValueError(f"lora: has no say with trainable: {self.trainable}; set it to lora")
-        return self
-
-    @property
-    def adapters(self) -> LoraParams | None:
-        """The adapters that are trained; None where everything is."""
-        if self.trainable == "all":
-            return None
-        return self.lora or LoraParams(layers=IN_BLOCKS)
 
 
 def tune_preferences(
@@ -295,20 +264,12 @@ def read_training(directory: Path) -> dict[str, Any]:
     Raises:
         InputError: it is not there or no JSON object.
     """
-    path = directory / _TRAINING_FILE
-    try:
-        with path.open("rb") as file:
-            value = json.loads(file.read(_LONGEST_FILE))
-    except FileNotFoundError:
-        raise InputError(
-            f"{path}: no such file, so it cannot be told what was held out; run the stage "
-            "finetune_instruct"
-        ) from None
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error}); run the fine-tuning again") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: not a JSON object; run the fine-tuning again")
-    return value
+    return read_json(
+        directory / _TRAINING_FILE,
+        missing="no such file, so it cannot be told what was held out; run the stage "
+        "finetune_instruct",
+        remedy="run the fine-tuning again",
+    )
 
 
 def split_of(directory: Path, training: Mapping[str, Any]) -> Split:
@@ -317,6 +278,5 @@ def split_of(directory: Path, training: Mapping[str, Any]) -> Split:
     try:
         return TypeAdapter(Split).validate_python(training.get("split"))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(["split", *map(str, first["loc"])])
-        raise InputError(f"{path}: {where}: {first['msg']}; run the fine-tuning again") from None
+        problem = first_problem(error, "split")
+        raise InputError(f"{path}: {problem}; run the fine-tuning again") from None

@@ -449,5 +449,10 @@ def test_a_quick_run_of_each_benchmark_gives_its_tables(name, tmp_path):
     assert ran.stderr == ""
     written = (tmp_path / f"{name}.md").read_text("utf-8")
     assert "\n| alternative | " in written
-    first = {"ablation": "with", "keeping": "a step", "recipe": "muon"}.get(name, "ours")
+    first = {
+        "ablation": "with",
+        "assistant": "full, answers, packed",
+        "keeping": "a step",
+        "recipe": "muon",
+    }.get(name, "ours")
     assert f"\n| {first}" in written

@@ -1,8 +1,9 @@
-"""A file or folder is whole under its name or not there."""
+"""A file or folder is whole under its name or not there; what is read is what it should be."""
 
 import pytest
 
-from gpt.files import sha256_of, whole_directory, whole_file, write_json
+from gpt.errors import InputError
+from gpt.files import read_json, sha256_of, whole_directory, whole_file, write_json
 
 
 def test_a_file_appears_only_when_it_is_whole(tmp_path):
@@ -69,3 +70,29 @@ def test_equal_values_give_equal_json_bytes(tmp_path):
     write_json(tmp_path / "b.json", {"a": "é", "b": 1})
     assert (tmp_path / "a.json").read_text(encoding="utf-8") == '{\n  "a": "é",\n  "b": 1\n}\n'
     assert sha256_of(tmp_path / "a.json") == sha256_of(tmp_path / "b.json")
+
+
+def test_json_is_read_as_it_was_written(tmp_path):
+    value = {"name": "Zoë", "parts": [1, 2.5, None]}
+    write_json(tmp_path / "a.json", value)
+    assert read_json(tmp_path / "a.json", missing="", remedy="") == value
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (None, "not there; run the stage"),
+        (b"{", "not JSON .*; make it again"),
+        (b"\xff\xfe\xff", "not JSON .*; make it again"),
+        (b"[" * 100_000, "not JSON .*; make it again"),
+        (b"[]", "not a JSON object; make it again"),
+        (b" " * (16 << 20) + b"{}", "16,777,218 bytes are no such file's size; make it again"),
+    ],
+)
+def test_what_is_no_json_object_is_refused_in_one_line(tmp_path, content, complaint):
+    path = tmp_path / "a.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=f"a.json: {complaint}$") as caught:
+        read_json(path, missing="not there; run the stage", remedy="make it again")
+    assert "\n" not in str(caught.value)

@@ -172,7 +172,8 @@ def test_transformers_asks_in_the_same_words(directory, template, system, turns)
     [
         (None, r"prompt\.json: not there, so this model follows no instructions; take one"),
         ("{", r"prompt\.json: not JSON .*; run the fine-tuning again"),
-        ("[]", r"prompt\.json: must be JSON with the texts template, opening, .*, response"),
+        ("[]", r"prompt\.json: not a JSON object; run the fine-tuning again"),
+        ("{}", r"prompt\.json: must be JSON with the texts template, opening, .*, response"),
         ('{"template": "vicuna"}', r"prompt\.json: .*no 'vicuna'; there are alpaca, phi3, chatml"),
         ({"response": 3}, r"prompt\.json: must be JSON with the texts"),
         ({"instruction": "{input}"}, r"instruction: must hold \{instruction\} once and no other"),

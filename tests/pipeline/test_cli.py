@@ -98,6 +98,21 @@ def test_status_tells_what_would_run_and_why(project, command, dvc):
     assert "`gpt-pipeline run` brings 2 of 4 up to date." in shown
 
 
+def test_status_leaves_an_optional_stage_to_who_asks_for_it(project, command, dvc, add_optional):
+    dvc("repro", "-q")
+    add_optional(project)
+
+    def of_extra() -> str:
+        code, shown, _ = command("status")
+        assert code == 0
+        assert "gpt-pipeline run` brings" not in shown
+        return " ".join(shown.splitlines()[4].split())
+
+    assert of_extra() == "extra optional runs only when asked for: `gpt-pipeline run extra`"
+    dvc("repro", "-q", "optional/dvc.yaml:extra")
+    assert of_extra() == "extra up to date"
+
+
 def test_it_works_from_a_folder_below(project, command, monkeypatch):
     (project / "notes").mkdir()
     monkeypatch.chdir(project / "notes")
