@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -15,6 +16,9 @@ from gpt.data import IGNORED, Batch
 from gpt.loss import linear_cross_entropy
 from gpt.model import GPT, ClassifierTop, GPTClassifier
 from gpt.parallel import add_up, share_out
+
+_LONGEST_NAME = 200
+"""Of a part of a metric's name; MLflow takes 250 characters in all."""
 
 
 def lm_loss_sum(model: GPT, batch: Batch) -> tuple[Tensor, int]:
@@ -120,6 +124,22 @@ def class_logits(model: GPTClassifier | ClassifierTop, batches: Iterable[Batch])
 def classify(model: GPTClassifier, batches: Iterable[Batch]) -> Tensor:
     """The probability of each class for every row of `batches`, (rows, classes) on the CPU."""
     return class_logits(model, batches).softmax(dim=1)
+
+
+def metric_names(names: Iterable[str]) -> list[str]:
+    """Names from outside as parts of a metric's name, in their order, no two of them equal.
+
+    MLflow takes letters, digits and `_.- ` there.
+    """
+    taken: list[str] = []
+    for each in names:
+        name = re.sub(r"[^\w.\- ]", "_", each)[:_LONGEST_NAME]
+        if name in ("", ".", ".."):  # names that are no path's either
+            name += "_"
+        while name in taken:
+            name += "_"
+        taken.append(name)
+    return taken
 
 
 def perplexity(loss: float) -> float:

@@ -280,6 +280,39 @@ def ui() -> None:
 
 
 @app.command()
+def promote(
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="Make this one the champion by hand.")
+    ] = None,
+    version: Annotated[
+        int | None, typer.Option(min=1, help="Which version of it; by default the newest.")
+    ] = None,
+) -> None:
+    """Compare the evaluated models with the champions by the rule in params.yaml; or, with MODEL,
+    make a version the champion whatever its scores."""
+    from pipeline.dag import Dag
+    from pipeline.params import PARAMS_FILE, load_params
+    from pipeline.promotion import MODELS, PromotionParams, promote_by_hand, promote_the_better
+
+    root = _root()
+    if model is not None:
+        if model not in MODELS:
+            raise InputError(f"{model}: no such model; use one of {', '.join(MODELS)}")
+        print(f"{model} version {promote_by_hand(root, model, version)} is the champion")
+        return
+    if version is not None:
+        raise InputError("--version: of which model? name it: gpt-pipeline promote MODEL")
+    if Dag(root).changes(["evaluate"])["evaluate"]:
+        raise InputError(
+            "evaluate is out of date, so what it wrote is of other models; run `gpt-pipeline run`"
+        )
+    params = load_params(root / PARAMS_FILE)
+    rule = params.promotion or PromotionParams()
+    for decision in promote_the_better(root, rule, params.evaluate):
+        print(decision)
+
+
+@app.command()
 def report() -> None:
     """What the last run of every stage came to."""
     from pipeline.report import print_report

@@ -9,6 +9,7 @@ move: `champion` to what is better, `previous` to what was the champion. The dec
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,10 +21,10 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from gpt.bootstrap import Comparison, Score, accuracy, compare, macro_f1, mean, mean_loss
-from gpt.errors import InputError
+from gpt.errors import InputError, first_problem
 from gpt.files import read_json, whole_file, write_json
 from pipeline.models import CANDIDATE, version_of
-from pipeline.tracking import connect, dvc_md5
+from pipeline.tracking import connect
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -43,6 +44,7 @@ MODELS = {
 }
 """The registered models that are compared, and where their newest versions lie."""
 
+_REMEDY = "remove it, and run `gpt-pipeline promote`"
 _PREDICTIONS = Path("reports/evaluation/predictions")
 _SMALLER_IS_BETTER = ("loss",)
 
@@ -98,6 +100,10 @@ class Decision:
     promoted: bool
     why: str
 
+    def __str__(self) -> str:
+        what = "is the champion" if self.promoted else "is not promoted"
+        return f"{self.model} version {self.version} {what}: {self.why}"
+
 
 def read_decisions(root: Path) -> list[Decision]:
     """The last decisions; none where nothing was decided yet.
@@ -105,15 +111,11 @@ def read_decisions(root: Path) -> list[Decision]:
     Raises:
         InputError: the file holds something else.
     """
-    path = root / DECISIONS
-    if not path.is_file():
-        return []
-    remedy = "remove it, and run `gpt-pipeline promote`"
-    said = read_json(path, missing="no such file", remedy=remedy)
     try:
-        return TypeAdapter(list[Decision]).validate_python(said.get("decisions"))
-    except ValidationError:
-        raise InputError(f"{path}: not the decisions of a promotion; {remedy}") from None
+        return TypeAdapter(list[Decision]).validate_python(_said(root).get("decisions", []))
+    except ValidationError as error:
+        problem = first_problem(error, "decisions")
+        raise InputError(f"{root / DECISIONS}: {problem}; {_REMEDY}") from None
 
 
 def promote_the_better(root: Path, rule: PromotionParams, params: EvaluateParams) -> list[Decision]:
@@ -128,25 +130,32 @@ def promote_the_better(root: Path, rule: PromotionParams, params: EvaluateParams
         params: how the evaluated models were asked.
 
     Returns:
-        A decision a model that is registered.
+        A decision a model that this MLflow has registered.
 
     Raises:
-        InputError: a champion cannot be asked, or a model is not registered here; no alias has
-            moved then.
+        InputError: a champion cannot be asked; no alias has moved then.
         RunError: MLflow cannot be reached.
     """
     client = connect(root)
     with FileLock(root / ".pipeline" / "promotion.lock"):
+        md5s = _evaluated(root)
         known = _known(root, rule)
-        decisions = [_decide(root, client, name, rule, params, known) for name in MODELS]
+        found = [_decide(root, client, name, md5s[name], rule, params, known) for name in md5s]
+        decisions = [each for each in found if each is not None]
         for decision in decisions:
             _carry_out(client, decision)
-        _write(root, rule, decisions)
+        _write(root, {"rule": asdict(rule), "models": md5s}, decisions)
     return decisions
 
 
+def is_decided(root: Path, rule: PromotionParams) -> bool:
+    """Whether the models at hand have been compared by this rule; MLflow is not asked."""
+    said = _said(root)
+    return (said.get("rule"), said.get("models")) == (asdict(rule), _evaluated(root))
+
+
 def promote_by_hand(root: Path, name: str, version: int | None = None) -> int:
-    """Make a version the champion whatever its scores.
+    """Make a version the champion whatever its scores, and whether or not the last one is there.
 
     Args:
         root: the project.
@@ -167,33 +176,43 @@ def promote_by_hand(root: Path, name: str, version: int | None = None) -> int:
             asked = "candidate" if version is None else f"version {version}"
             raise InputError(f"{name}: no {asked} is registered; see the models in `make ui`")
         number = int(found.version)
-        _crown(client, name, number)
         decisions = [each for each in read_decisions(root) if each.model != name]
-        why = "by hand"
-        decisions.append(Decision(model=name, version=number, score="", promoted=True, why=why))
-        client.set_model_version_tag(name, str(number), "verdict", f"champion: {why}")
-        _write(root, None, decisions)
+        decision = Decision(model=name, version=number, score="", promoted=True, why="by hand")
+        _carry_out(client, decision)
+        _write(root, {**_said(root), "models": None}, [*decisions, decision])
     return number
 
 
 def _known(root: Path, rule: PromotionParams) -> dict[tuple[str, int], Decision]:
     """The decisions that were made by this rule, by model and version."""
-    with contextlib.suppress(InputError):
-        if _rule(root) in (None, asdict(rule)):
-            return {(each.model, each.version): each for each in read_decisions(root)}
-    return {}
+    if _said(root).get("rule") != asdict(rule):
+        return {}
+    return {(each.model, each.version): each for each in read_decisions(root)}
 
 
-def _rule(root: Path) -> dict[str, Any] | None:
+def _said(root: Path) -> dict[str, Any]:
     if not (root / DECISIONS).is_file():
-        return None
-    rule = read_json(root / DECISIONS, missing="", remedy="").get("rule")
-    return rule if isinstance(rule, dict) else None
+        return {}
+    return read_json(root / DECISIONS, missing="no such file", remedy=_REMEDY)
 
 
-def _write(root: Path, rule: PromotionParams | None, decisions: list[Decision]) -> None:
-    said = asdict(rule) if rule else _rule(root)
-    write_json(root / DECISIONS, {"rule": said, "decisions": [asdict(each) for each in decisions]})
+def _write(root: Path, of: dict[str, Any], decisions: list[Decision]) -> None:
+    write_json(root / DECISIONS, {**of, "decisions": [asdict(each) for each in decisions]})
+
+
+def _evaluated(root: Path) -> dict[str, str]:
+    """The md5 of each model directory that `evaluate` read, as `dvc.lock` has it."""
+    import yaml
+
+    try:
+        locked = yaml.safe_load((root / "dvc.lock").read_text(encoding="utf-8"))
+        read = {each["path"]: each["md5"] for each in locked["stages"]["evaluate"]["deps"]}
+        return {name: read[path.as_posix()] for name, path in MODELS.items()}
+    except (OSError, KeyError, TypeError, yaml.YAMLError):
+        raise InputError(
+            f"{root / 'dvc.lock'}: holds no run of evaluate, so there is nothing to compare; run "
+            "`gpt-pipeline run`"
+        ) from None
 
 
 # --- one model ------------------------------------------------------------------------------------
@@ -203,16 +222,14 @@ def _decide(
     root: Path,
     client: MlflowClient,
     name: str,
+    md5: str,
     rule: PromotionParams,
     params: EvaluateParams,
     known: dict[tuple[str, int], Decision],
-) -> Decision:
-    new = version_of(client, name, md5=dvc_md5(root / MODELS[name]))
-    if new is None:
-        raise InputError(
-            f"{MODELS[name]}: not registered in this MLflow; `gpt-pipeline run --force "
-            f"{MODELS[name].name}` registers it"
-        )
+) -> Decision | None:
+    new = version_of(client, name, md5=md5)
+    if new is None:  # made elsewhere, and only its files came here
+        return None
     version = int(new.version)
     champion = version_of(client, name, CHAMPION)
     before = known.get((name, version))
@@ -303,8 +320,6 @@ def _files_of(root: Path, version: ModelVersion, name: str) -> Iterator[Path]:
     Raises:
         InputError: it cannot be fetched whole.
     """
-    import tempfile
-
     import mlflow
     from mlflow.exceptions import MlflowException
 

@@ -12,7 +12,7 @@ from gpt.bootstrap import mean_loss
 from gpt.data import WindowDataset, batches
 from gpt.errors import InputError
 from gpt.likelihood import Example, classify_by_likelihood, draw_examples
-from gpt.metrics import bits_per_byte, perplexity, target_losses
+from gpt.metrics import bits_per_byte, metric_names, perplexity, target_losses
 from gpt.metrics import mean_loss as mean_loss_of
 from gpt.model import GPT
 from gpt.token_files import open_tokens, read_manifest
@@ -56,11 +56,12 @@ def measure_base(
     for name in ("", "_low", "_high"):
         value = bits_per_byte(figures[f"loss{name}"], n_tokens, counts.total.bytes)
         figures[f"bits_per_byte{name}"] = value
-    for source, rows in table.groupby("source", sort=False):
+    groups = table.groupby("source", sort=False)
+    for name, (source, rows) in zip(metric_names(groups.groups), groups, strict=True):
         own = float(rows["loss"].sum() / rows["tokens"].sum())
         n_bytes = counts.sources[str(source)].bytes
-        figures[f"loss/{source}"] = own
-        figures[f"bits_per_byte/{source}"] = bits_per_byte(own, len(sources[str(source)]), n_bytes)
+        figures[f"loss/{name}"] = own
+        figures[f"bits_per_byte/{name}"] = bits_per_byte(own, len(sources[str(source)]), n_bytes)
     torch.manual_seed(seed)
     untrained = GPT(model.config).to(device).eval()
     figures["untrained_loss"] = mean_loss_of(untrained, batches(windows, batch_size))
@@ -163,7 +164,8 @@ def measure_untrained_classification(
         messages: the raw folder.
         device: where.
         batch_size: texts at once.
-        shots: how many training messages of each class stand before a text in the second try.
+        shots: how many training messages of each class stand before a text in the second try; of
+            no class more than the smallest has.
         of: how intervals are drawn.
 
     Returns:
@@ -178,6 +180,8 @@ def measure_untrained_classification(
     test = parts["test"]
     actual = [labels.index(label) for label in test["label"]]
     pool = [Example(*row) for row in parts["train"][["text", "label"]].itertuples(index=False)]
+    counts = parts["train"]["label"].value_counts()
+    shots = min(shots, *(int(counts.get(label, 0)) for label in labels))
     examples = draw_examples(pool, labels, shots, read_training(classifier).split.seed)
     figures: dict[str, dict[str, float]] = {}
     tables = []
