@@ -57,7 +57,7 @@ def measure_base(
         value = bits_per_byte(figures[f"loss{name}"], n_tokens, counts.total.bytes)
         figures[f"bits_per_byte{name}"] = value
     groups = table.groupby("source", sort=False)
-    for name, (source, rows) in zip(metric_names(groups.groups), groups, strict=True):
+    for name, (source, rows) in zip(metric_names(map(str, groups.groups)), groups, strict=True):
         own = float(rows["loss"].sum() / rows["tokens"].sum())
         n_bytes = counts.sources[str(source)].bytes
         figures[f"loss/{name}"] = own

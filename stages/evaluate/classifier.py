@@ -13,7 +13,7 @@ from gpt.data import ClassificationDataset, batches
 from gpt.errors import InputError
 from gpt.metrics import calibration_error, classification_scores, classify, roc_auc
 from gpt.text import read_messages, split_messages
-from gpt.weights import load_classifier, read_config
+from gpt.weights import load_classifier, read_labels
 from stages.evaluate.intervals import Bounds, class_figures
 from stages.evaluate.training import read_training
 
@@ -30,10 +30,10 @@ def messages_by_part(directory: Path, messages: Path) -> tuple[list[str], dict[s
 
     Raises:
         InputError: the directory or the messages cannot be used, or do not belong together; or
-            there is nothing to test on.
+            a part is empty.
     """
+    labels = read_labels(directory)
     training = read_training(directory)
-    labels = read_config(directory)[1] or []
     frame = read_messages(messages)
     unknown = sorted(set(frame["label"]) - set(labels))
     if unknown:
@@ -42,11 +42,12 @@ def messages_by_part(directory: Path, messages: Path) -> tuple[list[str], dict[s
             f"({', '.join(labels)}); run finetune_classifier on these messages"
         )
     parts = split_messages(frame, training.split, training.balance)
-    if parts["test"].empty:
-        raise InputError(
-            f"{messages}: no message to test on; add messages, or leave some of them out of "
-            "finetune_classifier.split"
-        )
+    for name, part in parts.items():
+        if part.empty:
+            raise InputError(
+                f"{messages}: the {name} part of {len(frame)} messages is empty; add messages or "
+                "change finetune_classifier.split"
+            )
     return labels, parts
 
 

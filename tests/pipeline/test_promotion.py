@@ -7,6 +7,7 @@ import json
 import shutil
 from dataclasses import replace
 
+import mlflow
 import pytest
 import torch
 import yaml
@@ -35,15 +36,17 @@ from pipeline.tracking import StageRun, connect, dvc_md5
 from stages.evaluate import EvaluateParams, evaluate
 from stages.finetune_classifier import FinetuneClassifierParams, finetune_classifier
 from stages.finetune_instruct import FinetuneInstructParams, finetune_instruct
+from stages.pretrain import PretrainParams, pretrain
 from stages.tokenize import TokenizeParams, tokenize
 
-CONFIG = GPTConfig(vocab_size=257, context_length=64, n_layer=1, n_head=2, n_embd=32)
+CONFIG = GPTConfig(vocab_size=257, context_length=128, n_layer=1, n_head=2, n_embd=32)
 EVALUATE = EvaluateParams(
     device="cpu", threads=1, batch_size=8, max_new_tokens=3, resamples=50, shots=1
 )
 RULE = PromotionParams(resamples=200)
 TRAIN = {"device": "cpu", "threads": 1, "batch_size": 8, "learning_rate": 1e-2, "steps": 20}
 SPLIT = {"train": 0.5, "validation": 0.1}
+_WIDTHS = ("n_layer", "n_head", "n_embd")
 STAGES = {"base": "pretrain", "classifier": "finetune_classifier", "assistant": "finetune_instruct"}
 PATHS = {"base": "pretrain", "classifier": "classifier", "assistant": "assistant"}
 
@@ -69,13 +72,21 @@ def trained(tmp_path_factory):
         metrics=root / "tokens.json",
         report=root / "tokens-report.json",
     )
-    torch.manual_seed(1)
-    save_model(GPT(CONFIG), root / "models/pretrain", tokenizer=byte_tokenizer())
+    shape = {name: getattr(CONFIG, name) for name in ("context_length", *_WIDTHS)}
+    pretrain(
+        TypeAdapter(PretrainParams).validate_python({"model": shape, "train": TRAIN}),
+        tokens=root / "data/tokens",
+        out=root / "models/pretrain",
+        metrics=root / "metrics.json",
+        history=root / "history.csv",
+    )
     for function, params, data, name in (
         (finetune_classifier, FinetuneClassifierParams, "messages", "classifier"),
         (finetune_instruct, FinetuneInstructParams, "instructions", "assistant"),
     ):
         own = {"base": "pretrain", "split": SPLIT, "train": TRAIN}
+        if name == "assistant":
+            own["template"] = "phi3"
         function(
             TypeAdapter(params).validate_python(own),
             base=root / "models/pretrain",
@@ -123,18 +134,12 @@ def first(trained, tmp_path_factory):
 
 
 @pytest.fixture
-def project(first, monkeypatch):
-    """The first versions are the champions. The registry is put back afterwards."""
+def project(first, tmp_path, monkeypatch):
+    """A copy of its own: the first versions are the champions. Their files stay where they were."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    kept = first.with_name("kept")
-    shutil.copytree(first, kept)
-    yield first
-    for name in ("mlflow.db", ".pipeline", "models", "reports", "mlartifacts", "dvc.lock"):
-        path = first / name
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-        if (kept / name).exists():
-            shutil.move(kept / name, path)
-    shutil.rmtree(kept)
+    root = tmp_path / "project"
+    shutil.copytree(first, root, ignore=shutil.ignore_patterns("mlartifacts"))
+    return root
 
 
 def enter(root, name):
@@ -269,32 +274,33 @@ def test_what_was_decided_is_known_without_asking_again(project):
 
 
 def test_a_champion_whose_files_are_gone_stops_it_and_nothing_is_promoted(project):
-    change(project, "base", spoil)  # would be decided before it
-    change(project, "classifier", spoil)
-    promote_by_hand(project, "base")
-    first = version_of(connect(project), "classifier", 1)
-    (folder,) = (project / "mlartifacts").rglob(f"{first.model_id}/artifacts/artifacts")
-    shutil.rmtree(folder)
+    for name in ("base", "classifier"):
+        change(project, name, spoil)
+        promote_by_hand(project, name)
+        change(project, name, spoil)  # back: the base, which is decided first, would be promoted
+    files = version_of(connect(project), "classifier", 2)
+    folder = mlflow.artifacts.download_artifacts(f"models:/classifier/{files.version}/artifacts")
+    shutil.rmtree(folder)  # where a folder is the store, that is the store's own
     before = {name: aliases(project, name) for name in STAGES}
     decided = (project / DECISIONS).read_text()
     with pytest.raises(InputError) as caught:
         promote_the_better(project, RULE, EVALUATE)
     said = str(caught.value)
-    assert said.startswith("models:/classifier/1: the champion's files are gone")
+    assert said.startswith("models:/classifier/2: the champion's files are gone")
     assert said.endswith("`gpt-pipeline promote classifier`")
     assert "\n" not in said
     assert {name: aliases(project, name) for name in STAGES} == before
     assert (project / DECISIONS).read_text() == decided
-    promote_by_hand(project, "classifier")  # what the line says helps
-    assert decision(promote_the_better(project, RULE, EVALUATE), "classifier").promoted
+    promote_by_hand(project, "classifier", 1)  # what the line says helps
+    assert decision(promote_the_better(project, RULE, EVALUATE), "base").promoted
+    assert aliases(project, "classifier") == {CHAMPION: 1, PREVIOUS: 2}
 
 
 def test_a_champion_of_another_tokenizer_is_not_compared_by_its_tokens(project):
-    change(project, "base", touch)
-    wide = replace(CONFIG, context_length=128)
+    short = replace(CONFIG, context_length=64)
     torch.manual_seed(2)
     shutil.rmtree(project / "models/pretrain")
-    save_model(GPT(wide), project / "models/pretrain", tokenizer=byte_tokenizer())
+    save_model(GPT(short), project / "models/pretrain", tokenizer=byte_tokenizer())
     enter(project, "base")
     evaluate_again(project)
     found = decision(promote_the_better(project, RULE, EVALUATE), "base")

@@ -4,7 +4,6 @@ import json
 import math
 import shutil
 from collections import Counter
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -32,6 +31,7 @@ from gpt.token_files import open_tokens
 from gpt.tokenizer import byte_tokenizer, train_bpe
 from gpt.weights import load_base
 from stages.evaluate import EvaluateParams, evaluate
+from stages.evaluate.bases import measure_untrained_classification
 from stages.evaluate.classifier import measure_classifier
 from stages.evaluate.intervals import bounds
 from stages.finetune_classifier import FinetuneClassifierParams, finetune_classifier
@@ -580,13 +580,9 @@ def test_bases_classify_the_very_messages_that_the_classifier_is_tested_on(done,
     assert set(zip(tried["model"], tried["method"], strict=True)) == {
         (model, method) for model in ("pretrain", "gpt2") for method in ("zero-shot", "few-shot")
     }
-    for (name, method), rows in tried.groupby(["model", "method"]):
+    for _, rows in tried.groupby(["model", "method"]):
         assert rows["example"].astype(int).tolist() == list(range(24))
         assert rows["actual"].tolist() == test["actual"].tolist()
-        shown = rows["shown"].astype(int)
-        assert (shown == 0).all() if method == "zero-shot" else shown.max() > 0
-        if method == "few-shot":
-            assert done[1][name]["few_shot_examples"] == pytest.approx(shown.mean())
     model, tokenizer = load_base(paths["gpt2"])
     found = classify_by_likelihood(
         model, tokenizer, test["text"].tolist(), ["ham", "spam"], calibrate=True
@@ -597,13 +593,23 @@ def test_bases_classify_the_very_messages_that_the_classifier_is_tested_on(done,
     )
 
 
-def test_the_examples_before_a_message_are_training_messages_and_no_more_than_there_are(
-    tmp_path, paths, raw
+@pytest.mark.parametrize(("shots", "shown"), [(1, 2), (2, 4), (1000, None)])
+def test_examples_stand_before_a_message_as_far_as_the_context_holds_them(
+    paths, raw, make_base, bpe, shots, shown
 ):
-    few = raw("messages", [("ham" if i % 5 else "spam", f"text {i}") for i in range(40)])
-    here = {**paths, "messages": few}
-    many = replace(PARAMS, shots=1000)
-    assert run(tmp_path, many, here)["pretrain"]["few_shot_examples"] > 0
+    """At most as many of each class as the smallest has in the training part."""
+    wide = {"wide": make_base(tokenizer=bpe, context_length=600, n_layer=1)}
+    few = raw("messages", [("ham" if i % 5 else "spam", f"text {i}") for i in range(60)])
+    figures, table = measure_untrained_classification(
+        wide, paths["classifier"], few, CPU, 8, shots, bounds(50, 0)
+    )
+    before = table.groupby("method")["shown"]
+    assert before.max()["zero-shot"] == 0
+    if shots == 1000:
+        train = split_messages(read_messages(few), Split(**SPLIT), "undersample")["train"]
+        shown = 2 * train["label"].value_counts().min()
+    assert before.max()["few-shot"] == shown
+    assert figures["wide"]["few_shot_examples"] == pytest.approx(before.mean()["few-shot"])
 
 
 def test_the_loss_is_told_by_source_and_the_sources_make_up_the_whole(tmp_path, copied):
@@ -743,12 +749,12 @@ def test_a_validation_split_shorter_than_one_context_is_refused(
         run(tmp_path / "o", PARAMS, {**paths, "pretrain": wide})
 
 
-def test_messages_without_a_test_part_are_refused(tmp_path, copied, refused):
-    paths = copied("classifier")
+def test_messages_of_which_a_part_is_empty_are_refused(tmp_path, copied, raw, refused):
+    paths = copied("classifier") | {"messages": raw("messages", [("ham", "a"), ("spam", "b")])}
     path = tmp_path / "classifier/training.json"
     split = {"train": 0.5, "validation": 0.499, "seed": 11}
     path.write_text(json.dumps(json.loads(path.read_text()) | {"split": split}))
-    with refused(r"messages: no message to test on; add messages, or leave some of them out of "):
+    with refused(r"messages: the \w+ part of 2 messages is empty; add messages or change finetune"):
         run(tmp_path / "o", PARAMS, paths)
 
 
