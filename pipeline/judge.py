@@ -105,8 +105,8 @@ class Judged:
 
     Attributes:
         table: a row an example and model: `model`, `example` (the row in the table of answers,
-            from 0), `status` (judged, unparsable or failed), `score` (0 to 100, or missing), `reply`
-            (the judge's own words) and `why` (there is no score).
+            from 0), `status` (judged, unparsable or failed), `score` (0 to 100, or missing),
+            `reply` (the judge's own words) and `why` (there is no score).
         summaries: by model.
         requests: what it took.
     """
@@ -238,7 +238,7 @@ def _cached(path: Path) -> Reply:
     remedy = "remove it, and it is asked for again"
     said = read_json(path, missing="no longer there; run the same command again", remedy=remedy)
     try:
-        return TypeAdapter(Reply).validate_python(said.get("reply"), strict=False)
+        return TypeAdapter(Reply).validate_python(said.get("reply"))
     except ValidationError as error:
         raise InputError(f"{path}: {first_problem(error, 'reply')}; {remedy}") from None
 
@@ -323,8 +323,8 @@ def judge_assistant(params: JudgeParams, root: Path, log: Log = discard) -> Judg
         judged.table.to_csv(folder / "scores.csv", index=False)
         page = (
             f"# The judge's scores\n\n{markdown(judged.summaries)}\nScores from 0 to 100 by "
-            f"`{params.model}`, prompt version {PROMPT_VERSION} ({PROMPT_SHA256[:12]}), temperature "
-            f"0, seed {params.seed}. A mean is over the judged answers alone.\n"
+            f"`{params.model}`, prompt version {PROMPT_VERSION} ({PROMPT_SHA256[:12]}), "
+            f"temperature 0, seed {params.seed}. A mean is over the judged answers alone.\n"
         )
         (folder / "summary.md").write_text(page, encoding="utf-8")
     return judged

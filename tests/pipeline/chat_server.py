@@ -111,6 +111,11 @@ class ChatServer(http.server.ThreadingHTTPServer):
         with self.changed:
             return self.changed.wait_for(true, seconds)
 
+    def stop_listening(self):
+        """Refuse connections from now on."""
+        self.shutdown()
+        self.server_close()
+
     def handle_error(self, *args):
         pass
 

@@ -1,4 +1,4 @@
-"""Whatever a chat server does, each request ends in its reply or in the reason why there is none."""
+"""Whatever a chat server does, each request ends in its reply or in why there is none."""
 
 import itertools
 import json
@@ -234,7 +234,7 @@ def test_an_unknown_model_ends_the_run_by_its_name(server):
 
 def test_where_no_server_is_the_run_ends_at_once(server):
     url = server.url
-    server.server_close()
+    server.stop_listening()
     line = refused(url, retries=1)
     assert url in line
     assert "start the server there, or correct url" in line
@@ -242,7 +242,8 @@ def test_where_no_server_is_the_run_ends_at_once(server):
 
 def test_a_server_that_goes_away_in_the_middle_leaves_the_replies_that_came(server):
     def respond(body, number):
-        server.socket.close()  # nobody connects from now on
+        if number == 0:
+            server.stop_listening()
         return Answer("7", headers={"Connection": "close"})
 
     server.respond = respond

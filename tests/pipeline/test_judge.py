@@ -296,6 +296,12 @@ def test_a_changed_prompt_is_a_new_version():
     assert hashlib.sha256(judge.PROMPT.encode()).hexdigest() == judge.PROMPT_SHA256
 
 
+def test_the_page_shows_the_prompt_as_it_is():
+    page = " ".join((REPOSITORY / "docs" / "judge.md").read_text(encoding="utf-8").split())
+    for part in judge.PROMPT.split("{record}"):
+        assert " ".join(part.split()) in page
+
+
 def test_equal_answers_to_an_example_are_one_request(server, tmp_path):
     table = answers(3)
     table["base_answer"] = table["answer"]
@@ -315,7 +321,7 @@ def test_what_was_asked_is_not_asked_again_not_even_for_a_key_or_a_server(
     server.respond = by_answer({"answer 0": "3", "answer 1": "well"})
     first = run(server, tmp_path, key_env="JUDGE_KEY")
     monkeypatch.delenv("JUDGE_KEY")
-    server.server_close()
+    server.stop_listening()
     again = run(server, tmp_path, key_env="JUDGE_KEY")
     assert first.requests == Requests(sent=4, cached=0)
     assert again.requests == Requests(sent=0, cached=4)
