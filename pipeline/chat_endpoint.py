@@ -57,7 +57,7 @@ class EndpointParams:
             url = httpx.URL(self.url)
         except httpx.InvalidURL:
             url = httpx.URL("")
-        if url.scheme not in ("http", "https") or not url.host:
+        if url.scheme not in ("http", "https") or not url.host or (url.port or 0) > 65535:
             raise ValueError("url must be an address such as http://localhost:11434/v1")
         if url.userinfo or url.query or url.fragment:
             raise ValueError(
