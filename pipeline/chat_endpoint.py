@@ -44,7 +44,7 @@ class EndpointParams:
     """The base address: `http://localhost:11434/v1` is Ollama's."""
     key_env: str | None = None
     """Names the environment variable that holds the key; without it none is sent."""
-    concurrency: Annotated[int, Field(gt=0, le=256)] = 4
+    concurrency: Annotated[int, Field(gt=0, le=64)] = 4
     """So many requests are under way at once."""
     timeout: Annotated[float, Field(gt=0)] = 60
     """Seconds for one request, from its connection to the last byte of its answer."""
@@ -173,7 +173,6 @@ class _Endpoint:
                 **({"Authorization": f"Bearer {self._key}"} if self._key else {}),
             },
             timeout=httpx.Timeout(params.timeout, connect=min(CONNECT_SECONDS, params.timeout)),
-            limits=httpx.Limits(max_connections=params.concurrency),
         )
 
     async def ask(self, body: Mapping[str, Any]) -> Reply:
