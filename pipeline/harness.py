@@ -15,11 +15,12 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import random
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
@@ -33,17 +34,13 @@ from pipeline.markdown import Cell, table
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
+    from lm_eval.tasks.manager import TaskDict
 
 RESULTS, TABLE, SAMPLES = "results.json", "results.md", "samples.jsonl"
 
-_OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "TRANSFORMERS_OFFLINE")
-# the same, where a library has read its environment already
-_READ = {
-    "huggingface_hub.constants": ("HF_HUB_OFFLINE",),
-    "datasets.config": ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"),
-    "evaluate.config": ("HF_EVALUATE_OFFLINE",),
-}
-_YAML = (".yaml", ".yml")
+# Resamples for the standard error of scores that have no formula for it (perplexity, F1, BLEU): it
+# is known to 2 % then. The harness's own 100,000 can take longer than the model does.
+_BOOTSTRAP = 1000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid"))
@@ -67,9 +64,7 @@ class HarnessParams:
     """Whether data may be fetched from Hugging Face."""
 
 
-def measure(
-    params: HarnessParams, *, model: Path, out: Path, log: Log = discard
-) -> dict[str, Any]:
+def measure(params: HarnessParams, *, model: Path, out: Path, log: Log = discard) -> dict[str, Any]:
     """Measure a language model with the harness.
 
     Args:
@@ -95,38 +90,32 @@ def measure(
 
         from pipeline.harness_model import HarnessModel
 
-        names, manager = _find_tasks(params.tasks)
+        tasks = _load_tasks(params)
         asked = HarnessModel(network.to(pick_device()), tokenizer, template=template, log=log)
-        try:
-            found = lm_eval.simple_evaluate(
-                model=asked,
-                tasks=names,
-                task_manager=manager,
+        with _one_line(", ".join(params.tasks), params.online):
+            found = lm_eval.evaluate(
+                lm=asked,
+                task_dict=tasks,
                 limit=params.limit,
-                num_fewshot=params.shots,
+                bootstrap_iters=_BOOTSTRAP,
                 apply_chat_template=params.chat,
                 fewshot_as_multiturn=params.chat,
             )
-        except OSError as error:  # a missing file, or no way to the network
-            raise InputError(_no_data(params, error)) from None
+    if asked.shortened:
+        text = (
+            f"{asked.shortened:,} requests were longer than the context of {asked.max_length:,} "
+            "tokens and lost their beginning"
+        )
+        log(Message(text, "warning"))
     results = {
         "model": str(model),
         "model_sha256": sha256_of(model / "model.safetensors"),
         "harness": importlib.metadata.version("lm_eval"),
         "limit": params.limit,
-        "shots": params.shots,
         "chat": params.chat,
         "shortened": asked.shortened,
         "scores": list(_scores(found)),
     }
-    if asked.shortened:
-        log(
-            Message(
-                f"{asked.shortened} requests were longer than the context of {asked.max_length} "
-                "tokens and lost their beginning",
-                "warning",
-            )
-        )
     _write_samples(out / SAMPLES, found["samples"])
     with whole_file(out / TABLE) as partial:
         partial.write_text(markdown(results), encoding="utf-8")
@@ -136,81 +125,121 @@ def measure(
 
 @contextlib.contextmanager
 def _network(online: bool) -> Iterator[None]:
-    """Keep Hugging Face's libraries from the network, unless they are to use it."""
-    if online:
-        yield
-        return
-    before = {name: os.environ.get(name) for name in _OFFLINE}
-    os.environ.update(dict.fromkeys(_OFFLINE, "1"))
-    read = [
-        (sys.modules[module], name, getattr(sys.modules[module], name))
-        for module, names in _READ.items()
-        for name in names
-        if hasattr(sys.modules.get(module), name)
+    """Keep Hugging Face's libraries from the network, unless they are to use it.
+
+    They read their environment (`HF_HUB_OFFLINE`, `HF_DATASETS_OFFLINE`) once, when they are first
+    imported, and that may have been before.
+    """
+    import datasets.config
+    import huggingface_hub.constants
+
+    switches = [
+        (huggingface_hub.constants, "HF_HUB_OFFLINE"),
+        (datasets.config, "HF_HUB_OFFLINE"),
+        (datasets.config, "HF_DATASETS_OFFLINE"),
     ]
-    for module, name, _ in read:
-        setattr(module, name, True)
+    before = [getattr(module, name) for module, name in switches]
+    for module, name in switches:
+        setattr(module, name, not online)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-        for module, name, value in read:
+        for (module, name), value in zip(switches, before, strict=True):
             setattr(module, name, value)
 
 
-def _find_tasks(asked: Sequence[str]) -> tuple[list[str], TaskManager]:
-    """The names under which the harness knows what is asked for, and where it looks them up.
+@contextlib.contextmanager
+def _one_line(task: str, online: bool) -> Iterator[None]:
+    """What is wrong with a task or its data, in one line.
 
-    Its own tasks are some ten thousand files; they are only read where one of them is named.
+    A task is a file from outside, with templates and perhaps code in it: it can fail in any way.
     """
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{task}: {error}") from None
+    except OSError as error:  # a missing file, or no way to the network
+        remedy = (
+            "look at the network and the task's dataset_path"
+            if online
+            else "add --online where there is a network, or let the task name a local file"
+        )
+        raise InputError(f"{task}: the data cannot be read ({_first(error)}); {remedy}") from error
+    except Exception as error:
+        raise InputError(
+            f"{task}: not a task that the harness can run ({type(error).__name__}: "
+            f"{_first(error)}); see docs/lm-eval.md"
+        ) from error
+
+
+def _first(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".")
+
+
+def _load_tasks(params: HarnessParams) -> TaskDict:
+    """The tasks that are asked for, with their data.
+
+    The harness's own are some fourteen thousand files, which takes it half a minute to look
+    through: that is only done where one of them is named.
+    """
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
     from lm_eval.tasks import TaskManager
 
-    paths = {each: Path(each) for each in asked if _is_path(each)}
+    paths = {each: Path(each) for each in params.tasks if _is_path(each)}
     for each, path in paths.items():
         if not path.exists():
-            raise InputError(f"{each}: no such file; give a task's name, or its YAML file or folder")
-    folders = {path if path.is_dir() else path.parent for path in paths.values()}
+            raise InputError(f"{each}: no such file; give a task's name, its YAML file or a folder")
     manager = TaskManager(
-        include_path=[str(folder.resolve()) for folder in sorted(folders)],
-        include_defaults=len(paths) < len(asked),
+        include_path=[path.resolve() for path in paths.values() if path.is_dir()],
+        include_defaults=len(paths) < len(params.tasks),
     )
-    names: list[str] = []
-    for each in asked:
-        found = _in_path(paths[each], manager) if each in paths else manager.match_tasks([each])
-        if not found and each in paths:
-            raise InputError(
-                f"{each}: holds no task that the harness can read; a task file has `task: NAME`, "
-                "see docs/lm-eval.md"
-            )
-        if not found:
-            near = difflib.get_close_matches(each, manager.all_tasks, n=4)
-            hint = f"there are {', '.join(near)}" if near else "`lm-eval ls tasks` lists them"
-            raise InputError(f"{each}: no such task; {hint}")
-        names += [name for name in found if name not in names]
-    return names, manager
+    names = [(each, name) for each in params.tasks for name in _names(each, manager)]
+    # as the harness's own command: some tasks shuffle choices when they are loaded
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
+    loaded: list[Any] = []
+    for each, name in names:
+        with _one_line(each, params.online):
+            found = manager.load(name)
+        groups = list(found["groups"].values())  # the outermost first
+        loaded += groups[:1] or found["tasks"].values()
+    with _one_line(", ".join(params.tasks), params.online):
+        tasks = manager.load(loaded)
+    for task in tasks["tasks"].values():
+        own = task.get_config("num_fewshot")
+        if own != 0:  # as the harness has it: a task that says 0 keeps to it
+            task.set_config("num_fewshot", own or 0 if params.shots is None else params.shots)
+        task.set_fewshot_seed(DEFAULT_OTHER_SEED)
+    return tasks  # type: ignore[no-any-return]
 
 
 def _is_path(task: str) -> bool:
-    return task.endswith(_YAML) or "/" in task or os.sep in task or Path(task).is_dir()
+    return task.endswith((".yaml", ".yml")) or "/" in task or os.sep in task
 
 
-def _no_data(params: HarnessParams, error: OSError) -> str:
-    first = str(error).strip().partition("\n")[0]
-    where = ", ".join(params.tasks)
-    if params.online:
-        remedy = "look at the network and at the task's dataset_path"
+def _names(asked: str, manager: TaskManager) -> list[str]:
+    """Under which names, or at which file, the harness finds what is asked for."""
+    path = Path(asked).resolve()
+    if not _is_path(asked):
+        names = manager.match_tasks([asked])
+        near = difflib.get_close_matches(asked, manager.all_tasks, n=4)
+        hint = f"there are {', '.join(near)}" if near else "`lm-eval ls tasks` lists them all"
+        if path.is_dir():
+            hint = f"for the folder write {asked}/"
+    elif path.is_file():
+        return [str(path)]
     else:
-        remedy = "add --online where there is a network, or name a local file in a task file"
-    return f"{where}: the data cannot be read ({first}); {remedy}"
+        files = {name: manager.task_index[name].yaml_path for name in manager.all_subtasks}
+        names = [name for name, file in files.items() if path in file.parents]
+        hint = "a task is a YAML file with `task: NAME`, see docs/lm-eval.md"
+    if not names:
+        raise InputError(f"{asked}: no such task; {hint}")
+    return list(names)
 
 
 def _scores(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Every score of every task and group, one after the other."""
-    for task, values in found["results"].items():
+    for task, values in {**found["results"], **found.get("groups", {})}.items():
         for key, value in values.items():
             metric, _, filter = key.partition(",")
             if not filter or metric.endswith("_stderr"):
@@ -242,7 +271,10 @@ def markdown(results: Mapping[str, Any]) -> str:
         table(columns, rows, "lrrrllrr"),
     ]
     if results["shortened"]:
-        lines += ["", f"{results['shortened']:,} requests lost their beginning: the context is short."]
+        lines += [
+            "",
+            f"{results['shortened']:,} requests lost their beginning: the context is short.",
+        ]
     return "\n".join(lines) + "\n"
 
 

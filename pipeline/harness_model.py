@@ -205,9 +205,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
     # --- writing ----------------------------------------------------------------------------------
 
-    def generate_until(
-        self, requests: Sequence[Instance], disable_tqdm: bool = False
-    ) -> list[str]:
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """What the model writes after each context, up to the first of the task's stop texts.
 
         `<|endoftext|>` ends every answer. The context's end stays where there is no room for all of
@@ -251,6 +249,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         if not given.pop("do_sample", temperature > 0):
             temperature = 0.0
         top_k = int(given.pop("top_k", 0))
+        if given.get("num_beams") == 1:  # one beam is none
+            del given["num_beams"]
         sampling = Sampling(
             max_new_tokens=length,
             temperature=temperature,

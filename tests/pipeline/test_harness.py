@@ -202,9 +202,7 @@ def test_written_answers_are_those_of_direct_generation(installed, directory, wr
     assert values(results) == {"exact_match": 0.5}
 
 
-def test_chat_asks_in_the_words_of_the_models_own_template(
-    installed, directory, writing, tmp_path
-):
+def test_chat_asks_in_the_words_of_the_models_own_template(installed, directory, writing, tmp_path):
     path, answers = writing(lambda question: render_prompt("phi3", question))
     results = measure(
         HarnessParams(tasks=(str(path),), chat=True), model=directory, out=tmp_path / "out"
