@@ -92,7 +92,8 @@ def measure(params: HarnessParams, *, model: Path, out: Path, log: Log = discard
 
         tasks = _load_tasks(params)
         asked = HarnessModel(network.to(pick_device()), tokenizer, template=template, log=log)
-        with _one_line(", ".join(params.tasks), params.online):
+        # what goes wrong in the model itself (no memory, no compiler) is not the task's fault
+        with _one_line(", ".join(params.tasks), params.online, but=RuntimeError):
             found = lm_eval.evaluate(
                 lm=asked,
                 task_dict=tasks,
@@ -149,13 +150,15 @@ def _network(online: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _one_line(task: str, online: bool) -> Iterator[None]:
+def _one_line(task: str, online: bool, *, but: type[Exception] | tuple[()] = ()) -> Iterator[None]:
     """What is wrong with a task or its data, in one line.
 
     A task is a file from outside, with templates and perhaps code in it: it can fail in any way.
     """
     try:
         yield
+    except but:
+        raise
     except InputError as error:
         raise InputError(f"{task}: {error}") from None
     except OSError as error:  # a missing file, or no way to the network

@@ -327,14 +327,41 @@ def test_without_the_extra_one_line_says_how_to_install_it(refused, monkeypatch)
     refused(r"^lm-eval is not installed: pip install '.\[lm-eval\]'$", "hellaswag")
 
 
-def test_a_task_that_is_not_there_is_refused(installed, refused, choices, tmp_path):
-    path, _ = choices
+def test_a_task_that_is_not_there_is_refused(installed, refused, tmp_path):
     refused("no/such.yaml: no such file; give a task's name", "no/such.yaml")
-    refused("hellaswga: no such task; there are .*hellaswag", "hellaswga", str(path))
-    for name, content in (("words", "just words"), ("other", "a: 1"), ("broken", "a: [")):
-        file = tmp_path / f"{name}.yaml"
-        file.write_text(content)
-        refused(f"{name}.yaml: holds no task that the harness can read", str(file))
+    (tmp_path / "empty").mkdir()
+    refused("empty/: no such task; a task is a YAML file with", f"{tmp_path}/empty/")
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ("just words", "got str"),
+        ("a: 1", "Unknown config shape"),
+        ("a: [", "while parsing"),
+        ("task: t\noutput_type: multiple_choice", "TypeError"),
+    ],
+)
+def test_a_file_that_is_no_task_is_refused(installed, refused, tmp_path, content, why):
+    (tmp_path / "t.yaml").write_text(content)
+    refused(f"t.yaml: not a task that the harness can run .*{why}.*see docs", f"{tmp_path}/t.yaml")
+
+
+def test_a_field_that_some_document_lacks_is_refused(installed, refused, make_task):
+    path = make_task(
+        [{"question": "a", "answer": "b"}, {"question": "a", "answer": None}],
+        output_type="loglikelihood",
+        doc_to_text="{{question}}",
+        doc_to_target="{{answer.upper()}}",
+        metric_list=[{"metric": "acc"}],
+    )
+    refused("task.yaml: not a task that the harness can run .*upper", str(path))
+
+
+@pytest.mark.slow
+def test_a_name_that_the_harness_does_not_know_is_refused_with_near_ones(installed, refused):
+    """Slow: to know all its names the harness reads fourteen thousand files."""
+    refused("hellaswga: no such task; there are .*hellaswag", "hellaswga")
 
 
 def test_a_task_whose_data_is_not_there_is_refused(installed, refused, choices, make_task):
