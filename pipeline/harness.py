@@ -17,6 +17,7 @@ import json
 import os
 import random
 from collections.abc import Iterable, Iterator, Mapping
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -92,7 +93,7 @@ def measure(params: HarnessParams, *, model: Path, out: Path, log: Log = discard
 
         tasks = _load_tasks(params)
         asked = HarnessModel(network.to(pick_device()), tokenizer, template=template, log=log)
-        # what goes wrong in the model itself (no memory, no compiler) is not the task's fault
+        # what goes wrong in the model itself (no memory, say) is not the task's fault
         with _one_line(", ".join(params.tasks), params.online, but=RuntimeError):
             found = lm_eval.evaluate(
                 lm=asked,
@@ -255,8 +256,8 @@ def _scores(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
                 "samples": found["n-samples"].get(task, {}).get("effective"),
                 "metric": metric,
                 "filter": filter,
-                "value": value,
-                "stderr": stderr if isinstance(stderr, float) else None,  # "N/A" is none
+                "value": float(value) if isinstance(value, Real) else str(value),
+                "stderr": float(stderr) if isinstance(stderr, Real) else None,  # or "N/A"
             }
 
 
@@ -302,4 +303,9 @@ def _write_samples(path: Path, samples: Mapping[str, Iterable[Mapping[str, Any]]
                     "filtered": record["filtered_resps"],
                     **{name: record[name] for name in record["metrics"]},
                 }
-                file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+                file.write(json.dumps(row, ensure_ascii=False, default=_plain) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no form for: NumPy's numbers, and whatever a task's own code makes."""
+    return value.item() if isinstance(value, np.generic) else str(value)

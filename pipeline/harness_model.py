@@ -108,7 +108,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
     @torch.inference_mode()
     def _loglikelihood_tokens(
-        self, requests: Sequence[Scored], disable_tqdm: bool = False, **_: Any
+        self, requests: Sequence[Scored], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
         """Each continuation's log-probability in nats, and whether greedy decoding writes it.
 
@@ -121,7 +121,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         reading: dict[tuple[int, ...], list[int]] = defaultdict(list)  # the model's input: requests
         for i, (text, context, continuation) in enumerate(requests):
             self._check(text, continuation)
-            whole = [*context, *continuation]
+            whole = [*(context or [self.prefix_token_id]), *continuation]
             self.shortened += len(whole) > self.max_length + 1
             reading[tuple(whole[-(self.max_length + 1) : -1])].append(i)
         scores: dict[int, tuple[float, bool]] = {}
@@ -134,7 +134,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
                 for (b, length, _), continuation in zip(asked, targets, strict=True)
             ]
             known = self._known(torch.cat(ends), list(itertools.chain(*targets)))
-            each = known.split([len(continuation) for continuation in targets], dim=1)
+            each = torch.split(known, [len(continuation) for continuation in targets], dim=1)
             for (_, _, i), (log_probs, greedy) in zip(asked, each, strict=True):
                 scores[i] = log_probs.sum().item(), bool(greedy.all())
             self._progress("likelihoods", len(scores), len(requests))
@@ -171,7 +171,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         """
         found = []
         of = torch.tensor(targets, device=hidden.device)
-        for states, ids in zip(hidden.split(_HEAD), of.split(_HEAD), strict=True):
+        for states, ids in zip(torch.split(hidden, _HEAD), torch.split(of, _HEAD), strict=True):
             logits = self._model.head(states).float()  # (n, V)
             log_probs = logits.log_softmax(dim=-1).gather(1, ids[:, None])[:, 0]  # (n,)
             found.append(torch.stack((log_probs, (logits.argmax(dim=-1) == ids).float())))
@@ -272,11 +272,13 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         written = [list[int]() for _ in rows]
         texts = [""] * len(rows)
         ended = [False] * len(rows)
-        for step in stream(self._model, rows, replace(asked.sampling, seed=seed)):
+        sampling = replace(asked.sampling, seed=seed)
+        # the plain engine: a score must not depend on whether there is a compiler
+        for step in stream(self._model, rows, sampling, engine="plain"):
             for i, token in enumerate(step):
                 if ended[i]:
                     continue
-                if token is None or token.id in asked.sampling.stop:
+                if token is None or token.id in sampling.stop:
                     ended[i] = True
                     continue
                 written[i].append(token.id)

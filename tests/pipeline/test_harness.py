@@ -7,6 +7,7 @@ import json
 import math
 import socket
 import sys
+import time
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -275,6 +276,17 @@ def test_greedy_is_what_greedy_decoding_writes(installed, directory):
     assert [greedy for _, greedy in asked._loglikelihood_tokens(rows)] == [True, False]
 
 
+def test_what_has_no_context_is_the_beginning_of_a_text(installed, directory):
+    from pipeline.harness_model import HarnessModel
+
+    model, tokenizer = load_base(directory)
+    asked = HarnessModel(model, tokenizer)
+    empty, blank = asked.loglikelihood([request("", " red"), request(" ", "red")])
+    ids = [tokenizer.eot, *tokenizer.encode(" red")]
+    assert empty == blank
+    assert empty[0] == pytest.approx(log_probs(model, ids, len(ids) - 1))
+
+
 def test_a_conversation_has_the_ids_of_training(installed, directory):
     from pipeline.harness_model import HarnessModel
 
@@ -381,6 +393,7 @@ def test_nothing_goes_out_to_the_network_unless_asked(
         raise socket.gaierror("there is no network here")
 
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    monkeypatch.setattr(time, "sleep", lambda _: None)  # it tries again, ever later
     settings = yaml.safe_load(choices[0].read_text())
     settings |= {"dataset_path": "nobody/nothing", "dataset_kwargs": {}}
     path = make_task([], settings.pop("task"), **settings)
