@@ -22,16 +22,19 @@ from pydantic.dataclasses import dataclass
 
 from gpt.errors import InputError, first_problem
 from gpt.events import Log, Message, Progress, discard
-from gpt.files import read_json, whole_directory, write_json
+from gpt.files import read_json, sha256_of, whole_directory, write_json
 from pipeline.chat_endpoint import EndpointParams, NoReplyError, Reply, ask_all
+from pipeline.dag import last_run
 from pipeline.markdown import Cell
 from pipeline.markdown import table as in_markdown
+from pipeline.tracking import connect
 
 ANSWERS = Path("reports") / "evaluation" / "predictions" / "assistant.csv"
 COLUMNS = {"assistant": "answer", "base": "base_answer"}
 """The models whose answers `evaluate` writes down, and where."""
 CACHE = Path(".pipeline") / "judge"
 REPORT = Path("reports") / "judge"
+SUMMARY = "summary.json"
 
 PROMPT_VERSION = 1
 """Scores of one version can be compared; a changed `PROMPT` is a new one."""
@@ -298,7 +301,8 @@ def markdown(summaries: Mapping[str, Summary]) -> str:
 def judge_assistant(params: JudgeParams, root: Path, log: Log = discard) -> Judged:
     """Judge the answers that `evaluate` wrote down, of the assistant and of its base.
 
-    `reports/judge` is written anew: `scores.csv`, every judgement, and `summary.md`.
+    `reports/judge` is written anew: `scores.csv`, every judgement, and `summary.json` and
+    `summary.md`, what they came to. They go to the MLflow run of `evaluate`, too, if there is one.
 
     Args:
         params: the judge.
@@ -310,6 +314,7 @@ def judge_assistant(params: JudgeParams, root: Path, log: Log = discard) -> Judg
 
     Raises:
         InputError: there are no answers; and as `judge_answers`.
+        RunError: MLflow cannot be reached.
     """
     try:
         table = pd.read_csv(root / ANSWERS, keep_default_na=False, dtype=str)
@@ -327,4 +332,24 @@ def judge_assistant(params: JudgeParams, root: Path, log: Log = discard) -> Judg
             f"temperature 0, seed {params.seed}. A mean is over the judged answers alone.\n"
         )
         (folder / "summary.md").write_text(page, encoding="utf-8")
+        said = {
+            "answers": sha256_of(root / ANSWERS),
+            "judge": {"model": params.model, "prompt": PROMPT_SHA256},
+            "summaries": {name: asdict(each) for name, each in judged.summaries.items()},
+        }
+        write_json(folder / SUMMARY, said)
+    _track(root, judged)
     return judged
+
+
+def _track(root: Path, judged: Judged) -> None:
+    """The figures and the table in the run that made the answers."""
+    run_id = last_run(root, "evaluate").get("run_id")
+    if run_id is None:
+        return
+    client = connect(root)
+    for name, summary in judged.summaries.items():
+        for key, value in asdict(summary).items():
+            if value is not None:
+                client.log_metric(run_id, f"judge/{name}/{key}", float(value))
+    client.log_artifacts(run_id, str(root / REPORT), "judge")

@@ -20,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from gpt.errors import InputError
 
 if TYPE_CHECKING:
+    from pipeline.judge import JudgeParams
     from pipeline.promotion import PromotionParams
     from stages.download import DownloadParams
     from stages.download.sources import Source
@@ -56,15 +57,17 @@ class Params:
     evaluate: EvaluateParams
     tune_preferences: TunePreferencesParams | None = None
     promotion: PromotionParams | None = None
+    judge: JudgeParams | None = None
 
 
-_OTHERS = {"promotion": "pipeline.promotion"}
+_OTHERS = {"promotion": "pipeline.promotion", "judge": "pipeline.judge"}
 """The sections that are no stage's, and the module of each one's dataclass."""
 
 SECTIONS = tuple(field.name for field in fields(Params) if field.name not in _OTHERS)
 """The sections of `params.yaml` that are named after the stages."""
 
 _KNOWN = (*SECTIONS, *_OTHERS)
+_EXAMPLES = {"judge": "docs/judge.md"}
 _REQUIRED = tuple(field.name for field in fields(Params) if field.default is MISSING)
 
 
@@ -77,16 +80,16 @@ def params_class(name: str) -> Any:
 
 
 def section(params: Params, name: str) -> Any:
-    """A stage's own parameters.
+    """The parameters of a stage, or of what comes after the stages.
 
     Raises:
-        InputError: the stage is optional, and its section is not there.
+        InputError: the section may be left out, and is.
     """
     own = getattr(params, name)
     if own is None:
         raise InputError(
             f"{PARAMS_FILE}: {name}: missing, and {name} needs it; add the section "
-            "(presets/book.yaml has one)"
+            f"({_EXAMPLES.get(name, 'presets/book.yaml')} has one)"
         )
     return own
 

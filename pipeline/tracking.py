@@ -335,6 +335,10 @@ class StageRun:
         with _named_failure(self.root, "did not take a picture"):
             self.client.log_artifact(self.id, str(path), "plots")
 
+    def add_tables(self, folder: Path) -> None:
+        """Keep a folder of CSV tables under `predictions/`."""
+        self.client.log_artifacts(self.id, str(folder), "predictions")
+
     def add_data_sets(self, data_sets: Iterable[DataSet]) -> None:
         """Name data sets that the stage found or made."""
         with _named_failure(self.root, "did not take the data sets"):
