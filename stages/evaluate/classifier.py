@@ -78,7 +78,9 @@ def predict_classes(
         padding=tokenizer.eot,
         max_length=read_training(directory).max_length,
     )
-    probabilities = classify(model, batches(data, batch_size)).double().numpy()  # (n, classes)
+    found = classify(model, batches(data, batch_size, by_length=True)).double().numpy()
+    probabilities = np.empty_like(found)  # (n, classes)
+    probabilities[np.argsort(-data.lengths, kind="stable")] = found  # as they were, not by length
     table = pd.DataFrame(
         {
             "text": rows["text"],
