@@ -108,6 +108,45 @@ def _confusion(picture: Path, title: str, labels: list[str], counts: np.ndarray)
     return _draw(picture, title, cells)
 
 
+def draw_scores(
+    path: Path,
+    title: str,
+    scores: Mapping[str, tuple[float, float | None, float | None]],
+    unit: str,
+    baseline: tuple[str, float] | None = None,
+) -> Path:
+    """A dot a name with its interval, on one axis from 0 to 1.
+
+    Args:
+        path: the picture.
+        title: above it.
+        scores: name -> a share of 0 to 1, and the ends of its interval where one is known.
+        unit: what the shares are of.
+        baseline: what all are compared with, as a line across: its name and its share.
+    """
+
+    def dots(axes: Axes) -> None:
+        for row, (value, low, high) in enumerate(scores.values()):
+            ends = [value if low is None else low, value if high is None else high]
+            axes.plot(ends, [row, row], color="C0", linewidth=2.5, solid_capstyle="butt")
+            axes.plot([value], [row], "o", color="C0", markersize=7)
+            axes.annotate(
+                f"{value:.1%}", (value, row), (0, 7), textcoords="offset points", ha="center"
+            )
+        if baseline:
+            name, share = baseline
+            label = f"{name}: {share:.1%}"
+            axes.axvline(share, color="black", linewidth=1, linestyle="--", label=label)
+            axes.figure.legend(frameon=False, loc="outside lower center")
+        axes.set(xlabel=unit, xlim=(-0.03, 1.05))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        _name_rows(axes, list(scores))
+        axes.set_ylim(len(scores) - 0.5, -0.7)  # room for the figure above the first dot
+
+    width, _ = _SIZE
+    return _draw(path, title, dots, (width, 1.5 + 0.5 * max(len(scores), 2)))
+
+
 def draw_bars(path: Path, title: str, values: Mapping[str, int], unit: str) -> Path:
     """One bar a name, in the given order, with its figure and share; the 20 largest if more.
 
