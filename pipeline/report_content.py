@@ -6,7 +6,7 @@ say the same. All of it is plain text: a rendering escapes what it shows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -145,23 +145,23 @@ def sections(facts: Facts, pictures: Pictures) -> list[Section]:
 
 
 def percent(score: Score | None) -> str | None:
-    """A share with its interval: `98.8 % (97.3–99.6)`; None where it was not measured."""
+    """A share with its interval, `98.8 % (97.3-99.6)`; None where it was not measured."""
     if score is None:
         return None
-    text = f"{score.value:.1%}".replace("%", " %")
-    if score.low is None or score.high is None:
-        return text
-    return f"{text} ({score.low * 100:.1f}–{score.high * 100:.1f})"
+    return f"{score.value * 100:.1f} %{_interval(score, lambda end: f'{end * 100:.1f}')}"
 
 
 def decimal(score: Score | None, digits: int = 3) -> str | None:
-    """A figure with its interval: `4.166 (4.102–4.230)`; None where it was not measured."""
+    """A figure with its interval, `4.166 (4.102-4.230)`; None where it was not measured."""
     if score is None:
         return None
-    text = f"{score.value:,.{digits}f}"
+    return f"{score.value:,.{digits}f}{_interval(score, lambda end: f'{end:,.{digits}f}')}"
+
+
+def _interval(score: Score, in_words: Callable[[float], str]) -> str:
     if score.low is None or score.high is None:
-        return text
-    return f"{text} ({score.low:,.{digits}f}–{score.high:,.{digits}f})"
+        return ""
+    return f" ({in_words(score.low)}\N{EN DASH}{in_words(score.high)})"
 
 
 def _in_words(name: str, value: float) -> str:

@@ -134,10 +134,14 @@ def _in_full(text: str) -> str:
 
 def _lines(text: str) -> str:
     """A text with its line breaks, shortened; what cannot be seen is spelt out."""
-    short = text.strip()
-    if len(short) > _LONGEST:
-        short = short[: _LONGEST - 1].rstrip() + "…"
-    return "\n".join(map(_in_full, short.splitlines()))
+    return "\n".join(map(_in_full, _excerpt(text).splitlines()))
+
+
+def _excerpt(text: str) -> str:
+    text = text.strip()
+    if not text:
+        return "(empty)"
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 1].rstrip() + "…"
 
 
 # --- Markdown -------------------------------------------------------------------------------------
@@ -167,8 +171,8 @@ def _markdown(block: Block) -> str:
         case Verdicts(verdicts):
             return "\n".join(map(_verdict, verdicts))
         case Texts(task, answers):
-            rows = [(who, _shortened(text)) for who, text in [("task", task), *answers]]
-            return table(["", "text"], rows, "ll")
+            lines = [f"- {who}: {escaped(_excerpt(text))}" for who, text in answers]
+            return "\n".join([f"**{escaped(_excerpt(task))}**\n", *lines])
 
 
 def _verdict(verdict: Verdict) -> str:

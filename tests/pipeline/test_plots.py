@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.plots import draw_curves
+from pipeline.plots import draw_curves, draw_scores
 
 HISTORIES = {
     "pretrain": ("validation_loss", []),
@@ -26,3 +26,11 @@ def test_every_measure_of_a_history_has_its_picture(tmp_path: Path, stage: str) 
     pictures = draw_curves(tmp_path / "history.csv", stage, tmp_path)
     assert [path.stem for path in pictures] == ["loss", *more, "learning_rate"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
+
+
+def test_scores_are_drawn_with_and_without_intervals_and_baseline(tmp_path: Path) -> None:
+    scores = {"zero-shot": (0.51, None, None), "fine-tuned $x$": (0.98, 0.97, 1.0)}
+    plain = draw_scores(tmp_path / "plain.png", "Who is right", scores, "accuracy")
+    line = draw_scores(tmp_path / "line.png", "Who is right", scores, "accuracy", ("most", 0.5))
+    assert plain.read_bytes().startswith(b"\x89PNG")
+    assert line.read_bytes() != plain.read_bytes()

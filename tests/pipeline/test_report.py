@@ -1,59 +1,39 @@
-"""The report says what the metrics say."""
+"""The terminal's report says what the metrics say, and writes the page."""
 
 import io
-import json
 
-import pandas as pd
 import pytest
+from report_project import add_verdicts, decision, make_report_project
 from rich.console import Console
 
 from gpt.errors import InputError
 from pipeline.report import print_report
 
-BASE = {"loss": 4.1664, "perplexity": 64.48, "bits_per_byte": 1.7101, "untrained_loss": 8.3341}
-EVALUATION = {
-    "pretrain": {**BASE, "loss": 5.7931},
-    "gpt2": BASE,
-    "classifier": {
-        "accuracy": 0.98846,
-        "f1_macro": 0.9884,
-        "rows": 260.0,
-        **{f"{score}_ham": 0.977 for score in ("precision", "recall", "f1")},
-        **{f"{score}_spam": 0.999 for score in ("precision", "recall", "f1")},
-    },
-    "assistant": {
-        f"{prefix}{key}": value
-        for prefix, value in (("", 3.1552), ("base_", 5.3582))
-        for key in ("loss", "perplexity", "exact_match", "word_f1")
-    },
-}
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    make_report_project(tmp_path)
+    return tmp_path
 
 
 def _report(root):
-    console = Console(file=io.StringIO(), width=100, highlight=False)
+    console = Console(file=io.StringIO(), width=120, highlight=False)
     print_report(root, console)
     return console.file.getvalue()
 
 
-@pytest.fixture
-def project(tmp_path):
-    folder = tmp_path / "reports" / "evaluation"
-    (folder / "predictions").mkdir(parents=True)
-    (folder / "metrics.json").write_text(json.dumps(EVALUATION))
-    rows = [[f"Do task {i}.", "", "ref", f"answer {i}", f"[base] {i} " * 40] for i in range(9)]
-    columns = ["instruction", "input", "reference", "answer", "base_answer"]
-    table = pd.DataFrame(rows, columns=columns)
-    table.to_csv(folder / "predictions" / "assistant.csv", index=False)
-    notes = tmp_path / ".pipeline" / "runs"
-    notes.mkdir(parents=True)
-    (notes / "pretrain.json").write_text(json.dumps({"seconds": 83.4, "status": "FINISHED"}))
-    return tmp_path
-
-
-def test_every_figure_is_the_one_in_the_metrics(project):
-    text = _report(project)
-    for figure in ("5.793", "4.166", "64.5", "1.710", "8.334", "98.85%", "260", "3.155", "5.358"):
-        assert figure in text
+def test_figures_are_those_in_the_metrics_with_their_intervals(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    figures = make_report_project(tmp_path)
+    text = _report(tmp_path)
+    for model in ("classifier", "pretrain", "gpt2"):
+        name = "accuracy" if model == "classifier" else "zero_shot_accuracy"
+        value, low, high = (figures[model][name + end] * 100 for end in ("", "_low", "_high"))
+        assert f"{value:.1f} % ({low:.1f}–{high:.1f})" in text
+    of = figures["assistant"]
+    assert f"{of['loss']:.3f} ({of['loss_low']:.3f}–{of['loss_high']:.3f})" in text
+    assert f"{of['base_perplexity']:.1f}" in text
     assert "1 min 23 s" in text
 
 
@@ -65,15 +45,25 @@ def test_three_answers_from_all_over_the_test_part_are_shown_before_and_after(pr
     assert "[base]" in text, "what a model wrote is text, not markup"
 
 
-def test_it_says_what_to_type_next(project):
+def test_verdicts_are_told(project):
+    add_verdicts(project, decision("classifier"))
+    text = _report(project)
+    assert "Classifier, version 4: promoted" in text
+    assert "Base: not compared yet" in text
+
+
+def test_it_says_what_to_type_next_and_where_the_page_is(project):
     text = _report(project)
     for command in ("gpt-pipeline chat", "gpt-pipeline classify", "make ui"):
         assert command in text
+    assert "reports/report.html: the whole report" in text
+    assert (project / "reports" / "report.html").is_file()
+    assert (project / "reports" / "report.md").is_file()
 
 
 def test_the_time_of_a_run_that_failed_is_not_given_as_the_stage_s(project):
-    note = json.dumps({"seconds": 1.5, "status": "FAILED"})
-    (project / ".pipeline" / "runs" / "tokenize.json").write_text(note)
+    note = project / ".pipeline" / "runs" / "tokenize.json"
+    note.write_text('{"seconds": 1.5, "status": "FAILED"}')
     text = _report(project)
     assert "pretrain  " in text
     assert "tokenize" not in text
