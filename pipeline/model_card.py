@@ -15,8 +15,10 @@ from pipeline.report_content import (
     base_of,
     bases,
     before_and_after,
+    checksum,
     classes,
     classifier_in_short,
+    origin,
     what_fine_tuning_buys,
 )
 from pipeline.report_facts import Facts
@@ -24,6 +26,7 @@ from pipeline.runner import STAGES
 
 LONGEST = 5000
 """Characters that MLflow's database has for the description of a model's version."""
+_MOST_ROWS = 8  # of the tables of classes and of sources
 
 _ABOUT = {
     "base": (
@@ -62,7 +65,7 @@ def model_card(facts: Facts, name: str) -> str:
         name: the registered model: `base`, `classifier`, `assistant` or `preferred`.
 
     Returns:
-        At most `LONGEST` characters: parameters and classes are left out if there are too many.
+        At most `LONGEST` characters: the parameters are left out where there are too many.
 
     Raises:
         InputError: there is no such model.
@@ -73,9 +76,7 @@ def model_card(facts: Facts, name: str) -> str:
     card = _card(facts, name, _parameters(facts, stage))
     if len(card) > LONGEST:
         card = _card(facts, name, "In MLflow, with the run.")
-    if len(card) > LONGEST:
-        card = card[: LONGEST - 2].rsplit("\n", 1)[0] + "\n…"
-    return card
+    return card[:LONGEST]
 
 
 def _card(facts: Facts, name: str, parameters: str) -> str:
@@ -133,7 +134,7 @@ def _base(facts: Facts) -> list[str]:
 
 
 def _classifier(facts: Facts) -> list[str]:
-    grids = (what_fine_tuning_buys(facts), classes(facts))
+    grids = (what_fine_tuning_buys(facts), classes(facts, _MOST_ROWS))
     return [
         escaped(classifier_in_short(facts)),
         *(table(grid.columns, grid.rows) for grid in grids),
@@ -190,18 +191,14 @@ def _training_data(facts: Facts, stage: str) -> str:
     wanted = [name for name in facts.sources if f"data/raw/{name}" in folder.values()]
     if "data/tokens" in folder.values():
         wanted.append("corpus")
+    found = [source for name in wanted for source in facts.sources.get(name, ())]
     sources: list[list[Cell]] = [
-        [
-            name_of(source.name),
-            source.files[0].sha256 if len(source.files) == 1 else f"{len(source.files):,} files",
-            ", ".join(source.urls[:1]) or "local or built in",
-        ]
-        for name in wanted
-        for source in facts.sources.get(name, ())
+        [name_of(source.name), checksum(source), origin(source)] for source in found[:_MOST_ROWS]
     ]
     if not sources:
         return made
-    return f"{made}\n\n{table(['source', 'sha256', 'from'], sources, 'lll')}"
+    more = f"\n\nAnd {len(found) - _MOST_ROWS} more." if len(found) > _MOST_ROWS else ""
+    return f"{made}\n\n{table(['source', 'sha256', 'from'], sources, 'lll')}{more}"
 
 
 def _caveats(facts: Facts, stage: str) -> list[str]:

@@ -11,8 +11,17 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from pipeline.console import seconds_in_words
+from pipeline.data_facts import RawSource
 from pipeline.markdown import NOTHING, Cell, name_of
-from pipeline.report_facts import Answer, Decision, Facts, Judged, Score, Scores
+from pipeline.report_facts import (
+    Answer,
+    Decision,
+    Facts,
+    Judged,
+    Score,
+    Scores,
+    without_credentials,
+)
 from pipeline.runner import STAGES
 
 BASES = ("pretrain", "gpt2")
@@ -20,7 +29,6 @@ MODELS = {"base": "pretrain", "classifier": "classifier", "assistant": "assistan
 """A registered model, and by what name the evaluation knows it."""
 
 _SHOWN_ANSWERS = 6
-_MOST_CLASSES = 30  # rows of the table of classes
 _COUNTED = {"base": "windows of text", "classifier": "messages", "assistant": "records"}
 _IN_NATS = ("loss", "perplexity", "bits_per_byte")
 """The scores that are no shares."""
@@ -407,17 +415,17 @@ def classifier_in_short(facts: Facts) -> str:
     return f"On messages it never saw{_rows(facts)}: {', '.join(said)}."
 
 
-def classes(facts: Facts) -> Grid:
-    """Precision, recall and F1 of every class."""
+def classes(facts: Facts, most: int = 30) -> Grid:
+    """Precision, recall and F1 of every class, or of the first `most` of them."""
     scores = _model(facts, "classifier")
     rows: list[list[Cell]] = [
         [
             name_of(label),
             *(percent(scores.get(f"{score}_{label}")) for score in ("precision", "recall", "f1")),
         ]
-        for label in scores.labels[:_MOST_CLASSES]
+        for label in scores.labels[:most]
     ]
-    if more := len(scores.labels[_MOST_CLASSES:]):
+    if more := len(scores.labels[most:]):
         rows.append([f"{more:,} more", None, None, None])
     return Grid(["class", "precision", "recall", "F1"], rows, "lrrr")
 
@@ -564,6 +572,17 @@ def _origin(facts: Facts) -> list[Block]:
     ]
 
 
+def origin(source: RawSource) -> str:
+    """Where a source is published: the first of its addresses."""
+    return without_credentials(source.urls[0]) if source.urls else "local or built in"
+
+
+def checksum(source: RawSource) -> str:
+    """The sha256 of a source's file."""
+    n = len(source.files)
+    return source.files[0].sha256 if n == 1 else f"of {n:,} files"
+
+
 def _data(facts: Facts) -> list[Block]:
     rows: list[list[Cell]] = [
         [
@@ -571,8 +590,8 @@ def _data(facts: Facts) -> list[Block]:
             name_of(source.name),
             source.records or None,
             source.bytes,
-            source.files[0].sha256 if len(source.files) == 1 else f"of {len(source.files):,} files",
-            ", ".join(source.urls[:1]) or "local or built in",
+            checksum(source),
+            origin(source),
         ]
         for name, sources in facts.sources.items()
         for source in sources
@@ -604,8 +623,9 @@ def _files(facts: Facts) -> list[Block]:
 
 
 def _changes(facts: Facts) -> list[Block]:
-    if facts.tracking:
-        return [Paragraph(f"{NOTHING} ({facts.tracking})")]
+    known = {name: each for name, each in facts.executions.items() if each.ended}
+    if not known:
+        return [Paragraph(f"{NOTHING} {facts.tracking or 'No run is recorded'}.")]
     rows: list[list[Cell]] = [
         [
             f"{name} (since {each.before})",
@@ -613,11 +633,11 @@ def _changes(facts: Facts) -> list[Block]:
             _shorter(d.what, d.before),
             _shorter(d.what, d.now),
         ]
-        for name, each in facts.executions.items()
+        for name, each in known.items()
         for d in each.differences
     ]
-    first = [name for name, each in facts.executions.items() if each.before is None]
-    same = [name for name, each in facts.executions.items() if each.before and not each.differences]
+    first = [name for name, each in known.items() if each.before is None]
+    same = [name for name, each in known.items() if each.before and not each.differences]
     blocks: list[Block] = []
     if rows:
         blocks.append(Grid(["stage", "what", "before", "now"], rows, "llll"))
@@ -625,17 +645,19 @@ def _changes(facts: Facts) -> list[Block]:
         blocks.append(Paragraph(f"Nothing differs: {', '.join(same)}."))
     if first:
         blocks.append(Paragraph(f"Ran for the first time: {', '.join(first)}."))
-    return blocks or [Paragraph("No run is recorded.")]
+    return blocks
 
 
 def _shorter(what: str, value: str | None) -> str | None:
     """A checksum by its first digits: two of them are to be told apart, not compared."""
     checksum = what.startswith("input.") or what == "git.commit"
-    return value[:12] if value and checksum else value
+    if value is None:
+        return None
+    return value[:12] if checksum else without_credentials(value)
 
 
 def _cost(facts: Facts) -> list[Block]:
-    note = [Paragraph(facts.tracking)] if facts.tracking else []
+    note = [Paragraph(f"{facts.tracking}.")] if facts.tracking else []
     return [costs(facts), *note]
 
 

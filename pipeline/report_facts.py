@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -257,7 +258,7 @@ class Facts:
         recorded: the stages that `dvc.lock` has, in its order.
         executions: the stages that ended well when they last ran.
         versions: of the registered models, those with the bytes that `dvc.lock` has.
-        tracking: why MLflow could not be asked; empty where it could.
+        tracking: what MLflow could not be asked, and why; empty where it could.
         histories: the training curves of each stage that has them.
         confusion: the table of which classes were taken for which; None where there is none.
     """
@@ -322,6 +323,11 @@ def report_facts(root: Path) -> Facts:
         histories={name: path for name, path in histories.items() if path.is_file()},
         confusion=confusion if confusion.is_file() else None,
     )
+
+
+def without_credentials(text: str) -> str:
+    """A text in which no address names a user and a password: a report is sent around."""
+    return re.sub(r"(?<=://)[^/@\s]*@", "", text)
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -420,26 +426,40 @@ def _recorded(root: Path) -> dict[str, Recorded]:
 def _tracked(
     root: Path, recorded: Mapping[str, Recorded]
 ) -> tuple[dict[str, Execution], dict[str, int], str]:
-    """Executions by stage, versions by model, and why MLflow could not be asked."""
+    """Executions by stage, versions by model, and what MLflow could not be asked and why."""
     from mlflow.exceptions import MlflowException
 
     notes = {name: last_run(root, name) for name in STAGES}
     notes = {name: note for name, note in notes.items() if note.get("status") == "FINISHED"}
+    executions = {name: Execution(seconds=note.get("seconds")) for name, note in notes.items()}
     local = Path(tracking_uri(root).removeprefix("sqlite:///"))
     if tracking_uri(root).startswith("sqlite:") and not local.is_file():
-        why = f"MLflow was not asked: there is no {local.name}"
-    else:
-        try:
-            with _impatient():
-                client = connect(root)
-                runs = {name: client.get_run(note["run_id"]) for name, note in notes.items()}
-                executions = {
-                    name: _execution(client, run, notes[name]) for name, run in runs.items()
-                }
-                return executions, _versions(client, recorded), ""
-        except (RunError, MlflowException) as error:
-            why = f"MLflow was not asked: {' '.join(str(error).split())}"
-    return {name: Execution(seconds=note.get("seconds")) for name, note in notes.items()}, {}, why
+        return executions, {}, f"MLflow was not asked: there is no {local.name}"
+    gone = []
+    try:
+        with _impatient():
+            client = connect(root)
+            for name, note in notes.items():
+                if run := _run(client, str(note["run_id"])):
+                    executions[name] = _execution(client, run, note)
+                else:
+                    gone.append(name)
+            versions = _versions(client, recorded)
+    except (RunError, MlflowException) as error:
+        why = without_credentials(" ".join(str(error).split()))
+        return executions, {}, f"MLflow was not asked: {why}"
+    return executions, versions, f"MLflow has no run of {', '.join(gone)} any more" if gone else ""
+
+
+def _run(client: MlflowClient, run_id: str) -> Run | None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+    return None
 
 
 @contextlib.contextmanager
