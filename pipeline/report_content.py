@@ -298,7 +298,7 @@ def _scores(facts: Facts, pictures: Pictures) -> list[Block]:
         Paragraph(
             f"All on the classifier's own test part{_rows(facts)}. Zero-shot and few-shot: the "
             "base takes the class whose name it finds most likely after the message, without and "
-            "with labelled examples before it."
+            "with labelled examples before it: as many as there is room for, in the mean."
         ),
         what_fine_tuning_buys(facts),
         *pictures.accuracies,
@@ -374,8 +374,8 @@ def accuracies(facts: Facts) -> dict[str, tuple[Score, Score | None]]:
     found = {}
     for name in BASES:
         scores = _model(facts, name)
-        shots = _count(scores.get("few_shot_examples"))
-        few = "few-shot" if shots is None else f"few-shot, {shots} a class"
+        shots = decimal(scores.get("few_shot_examples"), 1)
+        few = "few-shot" if shots is None else f"few-shot, {shots} examples"
         for method, words in (("zero_shot", "zero-shot"), ("few_shot", few)):
             if accuracy := scores.get(f"{method}_accuracy"):
                 found[f"{name}, {words}"] = (accuracy, scores.get(f"{method}_f1_macro"))

@@ -7,6 +7,7 @@ be asked, what it alone knows is None, and `Facts.tracking` says why.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -367,17 +368,16 @@ def _answers(path: Path, champion: Path) -> list[Answer]:
         answers = _table(champion)
         others = dict(zip(answers["example"].astype(int), answers["answer"], strict=True))
     return [
-        Answer(
-            "\n".join(
-                filter(None, (row.get(part, "") for part in ("earlier", "instruction", "input")))
-            ),
-            row["reference"],
-            row["base_answer"],
-            others.get(i),
-            row["answer"],
-        )
+        Answer(_task(row), row["reference"], row["base_answer"], others.get(i), row["answer"])
         for i, row in enumerate(frame.to_dict("records"))
     ]
+
+
+def _task(row: Mapping[str, Any]) -> str:
+    """All that was asked; `earlier` holds what was said before it, as JSON messages."""
+    earlier = json.loads(row.get("earlier") or "[]")
+    said = [f"{message['role']}: {message['content']}" for message in earlier]
+    return "\n".join(filter(None, [*said, row["instruction"], row["input"]]))
 
 
 def _most_wrong(path: Path) -> list[Wrong]:

@@ -45,7 +45,7 @@ def evaluation(labels: Sequence[str], sources: Sequence[str]) -> dict[str, dict[
             **_measured(name, ["loss", "bits_per_byte", *methods]),
             **_plain(name, ["untrained_loss", *parts]),
             "perplexity": 100 * figure(f"{name} perplexity"),
-            "few_shot_examples": 4.0,
+            "few_shot_examples": 3.7,
         }
     each = [f"{score}_{label}" for score in ("precision", "recall", "f1") for label in labels]
     plain = ["majority_accuracy", "precision_macro", "recall_macro", "roc_auc", "calibration_error"]

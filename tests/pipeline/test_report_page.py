@@ -2,12 +2,14 @@
 
 import base64
 import dataclasses
+import json
 import re
 import shutil
 import subprocess
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from data_project import HOSTILE
 from markdown_it import MarkdownIt
@@ -124,7 +126,10 @@ def test_what_fine_tuning_buys_is_one_table_with_the_majority_as_its_floor(finis
                 percent(figures[name], f"{method}_f1_macro"),
             ]
             for name in ("pretrain", "gpt2")
-            for method, words in (("zero_shot", "zero-shot"), ("few_shot", "few-shot, 4 a class"))
+            for method, words in (
+                ("zero_shot", "zero-shot"),
+                ("few_shot", "few-shot, 3.7 examples"),
+            )
         ),
         [
             "gpt2, fine-tuned",
@@ -214,6 +219,18 @@ def test_answers_stand_beside_the_reference_the_base_and_the_champion(page):
         assert f"previous champion, version 1\nchampion says {i}\nthis version\nanswer {i}" in text
     assert "Do task 8." not in text
     assert max(map(len, page.texts)) <= 600
+
+
+def test_of_a_conversation_what_was_said_before_is_shown(tmp_path):
+    make_report_project(tmp_path)
+    path = tmp_path / "reports" / "evaluation" / "predictions" / "assistant.csv"
+    frame = pd.read_csv(path, keep_default_na=False, dtype=str)
+    said = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes?"}]
+    frame.insert(0, "earlier", ["", json.dumps(said)] * 4 + [""])
+    frame.to_csv(path, index=False)
+    answers = report_facts(tmp_path).answers
+    assert answers[0].task == "Do task 0."
+    assert answers[1].task == "user: Hello\nassistant: Yes?\nDo task 1."
 
 
 def test_the_most_wrong_messages_are_those_of_the_test_part_in_order(page):
