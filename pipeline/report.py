@@ -106,12 +106,13 @@ def _table(grid: Grid) -> Table:
 
 def _verdict(verdict: Verdict) -> Text:
     style = {"promoted": "green", "kept": "yellow"}.get(verdict.state, "dim")
-    line = _text(f"{verdict.model}: ") + Text(verdict.verdict, style=style)
-    return line + _text(f"; {verdict.score} {verdict.of}. {' '.join(verdict.why)}".rstrip())
+    line = Text(f"{visible(verdict.model)}: ") + Text(verdict.verdict, style=style)
+    said = [f"; {verdict.of} {verdict.score}.", *verdict.why]
+    return line + Text(visible(" ".join(said), limit=None))
 
 
 def _samples(answers: list[Answer]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, expand=True)
     for column in ("instruction", "before", "after"):
         table.add_column(column, ratio=1)
     for answer in answers:

@@ -191,6 +191,11 @@ def _difference(decision: Decision) -> str:
     return f"{text} ({low} to {high})"
 
 
+def sentence(text: str) -> str:
+    """With a capital letter and a full stop."""
+    return text[:1].upper() + text[1:].rstrip(".") + "."
+
+
 def _count(score: Score | None) -> int | None:
     return None if score is None else round(score.value)
 
@@ -221,8 +226,7 @@ def built(facts: Facts) -> str:
         f"an assistant{_from(facts, 'finetune_instruct')}"
         f"{_of(assistant, 'records_train', 'records', ' on')}",
     ]
-    text = f"{', '.join(parts[:-1])} and {parts[-1]}."
-    return text[:1].upper() + text[1:]
+    return sentence(f"{', '.join(parts[:-1])} and {parts[-1]}")
 
 
 def _of(figures: Mapping[str, float], name: str, unit: str, before: str = " of") -> str:
@@ -273,7 +277,7 @@ def _verdict(facts: Facts, name: str, decision: Decision | None) -> Verdict:
         return Verdict(title, "open", "not compared yet", score or NOTHING, of, ())
     if score is None:
         score, of = _in_words(decision.score, decision.new), decision.score
-    why = [decision.why]
+    why = [sentence(decision.why)]
     if decision.old is not None:
         old, new = (_in_words(decision.score, value) for value in (decision.old, decision.new))
         on = f" on {decision.examples:,} {_COUNTED.get(name, 'examples')}"

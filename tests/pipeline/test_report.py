@@ -3,18 +3,11 @@
 import io
 
 import pytest
-from report_project import add_verdicts, decision, make_report_project
+from report_project import add_note, add_verdicts, decision, make_report_project
 from rich.console import Console
 
 from gpt.errors import InputError
 from pipeline.report import print_report
-
-
-@pytest.fixture
-def project(tmp_path, monkeypatch):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    make_report_project(tmp_path)
-    return tmp_path
 
 
 def _report(root):
@@ -23,10 +16,20 @@ def _report(root):
     return console.file.getvalue()
 
 
-def test_figures_are_those_in_the_metrics_with_their_intervals(tmp_path, monkeypatch):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    figures = make_report_project(tmp_path)
-    text = _report(tmp_path)
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """The project's folder, its figures, and what was printed."""
+    root = tmp_path_factory.mktemp("project")
+    figures = make_report_project(root)
+    add_verdicts(root, decision("classifier"))
+    add_note(root, "tokenize", 1.5, status="FAILED")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        return root, figures, _report(root)
+
+
+def test_figures_are_those_in_the_metrics_with_their_intervals(project):
+    _, figures, text = project
     for model in ("classifier", "pretrain", "gpt2"):
         name = "accuracy" if model == "classifier" else "zero_shot_accuracy"
         value, low, high = (figures[model][name + end] * 100 for end in ("", "_low", "_high"))
@@ -38,7 +41,7 @@ def test_figures_are_those_in_the_metrics_with_their_intervals(tmp_path, monkeyp
 
 
 def test_three_answers_from_all_over_the_test_part_are_shown_before_and_after(project):
-    text = _report(project)
+    *_, text = project
     for i in (0, 3, 6):
         assert f"answer {i}" in text
     assert "answer 1" not in text
@@ -46,25 +49,22 @@ def test_three_answers_from_all_over_the_test_part_are_shown_before_and_after(pr
 
 
 def test_verdicts_are_told(project):
-    add_verdicts(project, decision("classifier"))
-    text = _report(project)
-    assert "Classifier, version 4: promoted" in text
-    assert "Base: not compared yet" in text
+    *_, text = project
+    assert "Classifier, version 4: promoted; accuracy 43.2 % (38.9–46.3)." in text
+    assert "Base: not compared yet; loss" in text
 
 
 def test_it_says_what_to_type_next_and_where_the_page_is(project):
-    text = _report(project)
+    root, _, text = project
     for command in ("gpt-pipeline chat", "gpt-pipeline classify", "make ui"):
         assert command in text
     assert "reports/report.html: the whole report" in text
-    assert (project / "reports" / "report.html").is_file()
-    assert (project / "reports" / "report.md").is_file()
+    assert (root / "reports" / "report.html").is_file()
+    assert (root / "reports" / "report.md").is_file()
 
 
 def test_the_time_of_a_run_that_failed_is_not_given_as_the_stage_s(project):
-    note = project / ".pipeline" / "runs" / "tokenize.json"
-    note.write_text('{"seconds": 1.5, "status": "FAILED"}')
-    text = _report(project)
+    *_, text = project
     assert "pretrain  " in text
     assert "tokenize" not in text
 
