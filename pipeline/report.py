@@ -62,7 +62,7 @@ def print_report(root: Path, console: Console | None = None) -> None:
 def _parts(facts: Facts) -> list[tuple[str, list[RenderableType]]]:
     parts: list[tuple[str, list[RenderableType]]] = []
     if facts.executions:
-        parts.append(("Stages", [_table(costs(facts)), _text(facts.tracking)]))
+        parts.append(("Stages", [_table(costs(facts), without="code"), _text(facts.tracking)]))
     return [
         *parts,
         ("Verdicts", [_verdict(each) for each in verdicts(facts)]),
@@ -95,19 +95,22 @@ def _text(text: str) -> Text:
     return Text(visible(text, limit=None))  # as text: a label or an answer is not markup
 
 
-def _table(grid: Grid) -> Table:
+def _table(grid: Grid, without: str | None = None) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for column, side in zip(grid.columns, grid.align, strict=True):
-        table.add_column(column, justify="right" if side == "r" else "left")
+    kept = [i for i, column in enumerate(grid.columns) if column != without]
+    for i in kept:
+        table.add_column(
+            grid.columns[i], justify="right" if grid.align[i] == "r" else "left", no_wrap=i == 0
+        )
     for row in grid.rows:
-        table.add_row(*(Text(shown(cell)) for cell in row))
+        table.add_row(*(Text(shown(row[i])) for i in kept))
     return table
 
 
 def _verdict(verdict: Verdict) -> Text:
     style = {"promoted": "green", "kept": "yellow"}.get(verdict.state, "dim")
     line = Text(f"{visible(verdict.model)}: ") + Text(verdict.verdict, style=style)
-    said = [f"; {verdict.of} {verdict.score}.", *verdict.why]
+    said = [f"; {verdict.score} {verdict.of}.", *verdict.why]
     return line + Text(visible(" ".join(said), limit=None))
 
 

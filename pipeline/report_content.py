@@ -296,13 +296,16 @@ def _verdict(facts: Facts, name: str, decision: Decision | None) -> Verdict:
 def _scores(facts: Facts, pictures: Pictures) -> list[Block]:
     parts: list[Block] = [
         Heading("Base models, on the validation text"),
+        Paragraph(
+            "Loss in nats a token; untrained: that of the same architecture with random weights."
+        ),
         bases(facts),
         *_by_source(facts),
         Heading("What fine-tuning buys"),
         Paragraph(
             f"All on the classifier's own test part{_rows(facts)}. Zero-shot and few-shot: the "
             "base takes the class whose name it finds most likely after the message, without and "
-            "with labelled examples before it: as many as there is room for, in the mean."
+            "with labelled examples before it; how many had room there is a mean."
         ),
         what_fine_tuning_buys(facts),
         *pictures.accuracies,
@@ -331,10 +334,10 @@ def _model(facts: Facts, name: str) -> Scores:
 def bases(facts: Facts) -> Grid:
     """The base models on the validation text."""
     return Grid(
-        ["model", "loss (nats a token)", "perplexity", "bits per byte", "untrained loss"],
+        ["model", "loss", "perplexity", "bits per byte", "untrained"],
         [
             [
-                f"models/{name}",
+                name,
                 decimal(_model(facts, name).get("loss")),
                 decimal(_model(facts, name).get("perplexity"), 1),
                 decimal(_model(facts, name).get("bits_per_byte")),
@@ -379,7 +382,7 @@ def accuracies(facts: Facts) -> dict[str, tuple[Score, Score | None]]:
     for name in BASES:
         scores = _model(facts, name)
         shots = decimal(scores.get("few_shot_examples"), 1)
-        few = "few-shot" if shots is None else f"few-shot, {shots} examples"
+        few = "few-shot" if shots is None else f"few-shot ({shots} examples)"
         for method, words in (("zero_shot", "zero-shot"), ("few_shot", few)):
             if accuracy := scores.get(f"{method}_accuracy"):
                 found[f"{name}, {words}"] = (accuracy, scores.get(f"{method}_f1_macro"))
@@ -488,8 +491,7 @@ def _judged(facts: Facts) -> list[Block]:
     return [
         Paragraph(
             f"The model {judgement.judge.model} gave each answer 0 to 100; the mean is over the "
-            "answers that it gave a mark. What it was asked has the sha256 "
-            f"{judgement.judge.prompt}."
+            f"answers that it gave a mark. Its prompt has the sha256 {judgement.judge.prompt}."
         ),
         Grid(
             ["answers", "mean", "judged", "not understood", "failed", "of records"],

@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -373,7 +373,7 @@ def _answers(path: Path, champion: Path) -> list[Answer]:
     ]
 
 
-def _task(row: Mapping[str, Any]) -> str:
+def _task(row: Mapping[Hashable, Any]) -> str:
     """All that was asked; `earlier` holds what was said before it, as JSON messages."""
     earlier = json.loads(row.get("earlier") or "[]")
     said = [f"{message['role']}: {message['content']}" for message in earlier]
@@ -409,7 +409,7 @@ def _recorded(root: Path) -> dict[str, Recorded]:
         for name, stage in yaml.safe_load(path.read_text(encoding="utf-8"))["stages"].items():
             deps = {each["path"]: str(each.get("md5", "")) for each in stage.get("deps", ())}
             inputs = {p: md5 for p, md5 in deps.items() if p.split("/")[0] not in _CODE}
-            params = next(iter(stage.get("params", {}).values()), {})
+            params: dict[str, Any] = next(iter(stage.get("params", {}).values()), {})
             section = params.get(name)
             found[name] = Recorded(
                 inputs=inputs,

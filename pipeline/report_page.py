@@ -8,6 +8,7 @@ Markdown by `pipeline.markdown`.
 from __future__ import annotations
 
 import base64
+import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ class Report:
 
 
 def write_report(root: Path, facts: Facts) -> Report:
-    """Write both renderings and the pictures, each as a whole."""
+    """Write the page, its Markdown and the pictures, each as a whole."""
     lock = root / ".pipeline" / "report.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(lock):  # a run may end while a person asks for the report
@@ -80,33 +81,23 @@ def _draw(facts: Facts, folder: Path) -> Pictures:
             folder / file,
             "The classifier's test part: who gets how much right",
             {
-                name: (accuracy.value, accuracy.low, accuracy.high)
+                name.partition(" (")[0]: (accuracy.value, accuracy.low, accuracy.high)
                 for name, (accuracy, _) in scores.items()
             },
             "accuracy, with its 95 % interval",
             ("always the most frequent class", majority.value) if majority else None,
         )
         compared.append(Picture(file, "Accuracy without, with little and with all training"))
-    with tempfile.TemporaryDirectory() as scratch:
-        if facts.confusion:
-            drawn = draw_confusion(facts.confusion, Path(scratch))
-            kept = [path for path in drawn if path.name == "confusion_matrix.png"]
-            confusion = _keep(kept, folder, "", "Which classes were taken for which")
-        for stage, history in facts.histories.items():
-            drawn = draw_curves(history, stage, Path(scratch))
-            curves += _keep(drawn, folder, f"{stage}_", stage)
+    if facts.confusion:
+        drawn = draw_confusion(facts.confusion, folder, parts=["test"])
+        confusion = [Picture(path.name, "Which classes were taken for which") for path in drawn]
+    for stage, history in facts.histories.items():
+        with tempfile.TemporaryDirectory() as scratch:
+            for path in draw_curves(history, stage, Path(scratch), learning_rate=False):
+                name = f"{stage}_{path.name}"
+                shutil.move(path, folder / name)
+                curves.append(Picture(name, f"{stage}: {path.stem.replace('_', ' ')}"))
     return Pictures(compared, confusion, curves)
-
-
-def _keep(drawn: Sequence[Path], folder: Path, prefix: str, title: str) -> list[Picture]:
-    """Move pictures into the report's folder, under names that are told apart there."""
-    kept = []
-    for path in drawn:
-        name = f"{prefix}{path.name}"
-        path.replace(folder / name)
-        what = path.stem.replace("_", " ")
-        kept.append(Picture(name, f"{title}: {what}" if prefix else title))
-    return kept
 
 
 # --- HTML -----------------------------------------------------------------------------------------

@@ -50,8 +50,8 @@ def test_three_answers_from_all_over_the_test_part_are_shown_before_and_after(pr
 
 def test_verdicts_are_told(project):
     *_, text = project
-    assert "Classifier, version 4: promoted; accuracy 43.2 % (38.9–46.3)." in text
-    assert "Base: not compared yet; loss" in text
+    assert "Classifier, version 4: promoted; 43.2 % (38.9–46.3) accuracy." in text
+    assert "Base: not compared yet; 0.471 (0.429–0.503) loss" in text
 
 
 def test_it_says_what_to_type_next_and_where_the_page_is(project):
