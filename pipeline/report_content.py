@@ -305,7 +305,7 @@ def _scores(facts: Facts, pictures: Pictures) -> list[Block]:
         Paragraph(
             f"All on the classifier's own test part{_rows(facts)}. Zero-shot and few-shot: the "
             "base takes the class whose name it finds most likely after the message, without and "
-            "with labelled examples before it; how many had room there is a mean."
+            "with labelled examples before it (in brackets: how many had room, in the mean)."
         ),
         what_fine_tuning_buys(facts),
         *pictures.accuracies,
@@ -456,7 +456,7 @@ _MEASURES = (
     ("ROUGE-L", "rouge_l", percent),
     ("chrF", "chrf", percent),
     ("words an answer", "words", lambda score: decimal(score, 1)),
-    ("length, as a share of the reference's", "words_ratio", percent),
+    ("length beside the reference's", "words_ratio", percent),
     ("empty answers", "empty", percent),
     ("answers cut at the token limit", "cut", percent),
 )

@@ -156,7 +156,7 @@ def test_every_class_and_every_measure_of_the_assistant_is_told(finished, page):
         ("chrF", "chrf"),
         ("empty answers", "empty"),
         ("answers cut at the token limit", "cut"),
-        ("length, as a share of the reference's", "words_ratio"),
+        ("length beside the reference's", "words_ratio"),
     ):
         assert rows[words] == [percent(of, f"base_{name}"), percent(of, name)]
     assert rows["loss (nats a token)"] == [decimal(of, "base_loss"), decimal(of, "loss")]
