@@ -275,10 +275,10 @@ def _verdict(facts: Facts, name: str, decision: Decision | None) -> Verdict:
     title = name.capitalize() + (f", version {version}" if version is not None else "")
     if decision is None:
         return Verdict(title, "open", "not compared yet", score or NOTHING, of, ())
-    if score is None:
+    if score is None and decision.new is not None:
         score, of = _in_words(decision.score, decision.new), decision.score
     why = [sentence(decision.why)]
-    if decision.old is not None:
+    if decision.old is not None and decision.new is not None:
         old, new = (_in_words(decision.score, value) for value in (decision.old, decision.new))
         on = f" on {decision.examples:,} {_COUNTED.get(name, 'examples')}"
         why.append(
@@ -287,7 +287,7 @@ def _verdict(facts: Facts, name: str, decision: Decision | None) -> Verdict:
             f"{on if decision.examples is not None else ''}."
         )
     state, verdict = ("promoted", "promoted") if decision.promoted else ("kept", "not promoted")
-    return Verdict(title, state, verdict, score, of, why)
+    return Verdict(title, state, verdict, score or NOTHING, of, why)
 
 
 # --- scores ---------------------------------------------------------------------------------------

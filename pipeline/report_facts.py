@@ -96,8 +96,8 @@ class Decision:
         model: the registered name.
         version: the new version.
         champion: the version that it was compared with; None where there was none.
-        score: by which they were compared.
-        new: the new version's score.
+        score: by which they were compared; empty where a person decided.
+        new: the new version's score; None, as all that follow, where none were compared.
         old: the champion's, on the same examples.
         difference: the new score less the old one.
         low: the lower end of the difference's interval.
@@ -111,7 +111,7 @@ class Decision:
     version: int
     champion: int | None = None
     score: str
-    new: float
+    new: float | None = None
     old: float | None = None
     difference: float | None = None
     low: float | None = None

@@ -214,6 +214,16 @@ def test_the_verdict_of_each_model_is_told_with_its_reason(page):
     assert "Base\nnot compared yet\n" in text
 
 
+def test_a_verdict_without_a_comparison_says_why_and_no_more(tmp_path):
+    make_report_project(tmp_path)
+    nothing = dict.fromkeys(("champion", "new", "old", "difference", "low", "high", "examples"))
+    add_verdicts(tmp_path, decision("base", **nothing, version=1, score="", why="by hand"))
+    page, markdown = rendered(tmp_path)
+    assert "Base, version 1\npromoted\n" in page.text
+    assert "By hand." in page.text
+    assert "Champion" not in page.text + markdown
+
+
 def test_answers_stand_beside_the_reference_the_base_and_the_champion(page):
     text = page.text
     for i in (0, 1, 3, 4, 6, 7):  # six of nine, at equal distances
