@@ -13,9 +13,9 @@ from typing import ClassVar
 from pipeline.console import seconds_in_words
 from pipeline.data_facts import RawSource
 from pipeline.markdown import NOTHING, Cell, name_of
+from pipeline.promotion import Decision
 from pipeline.report_facts import (
     Answer,
-    Decision,
     Facts,
     Judged,
     Score,
@@ -455,10 +455,10 @@ _MEASURES = (
     ("exact match", "exact_match", percent),
     ("ROUGE-L", "rouge_l", percent),
     ("chrF", "chrf", percent),
-    ("words an answer", "words", lambda score: decimal(score, 1)),
-    ("length beside the reference's", "words_ratio", percent),
+    ("words an answer", "length_mean", lambda score: decimal(score, 1)),
+    ("length beside the reference's", "length_ratio", percent),
     ("empty answers", "empty", percent),
-    ("answers cut at the token limit", "cut", percent),
+    ("answers cut at the token limit", "at_limit", percent),
 )
 
 
@@ -484,9 +484,9 @@ def _judged(facts: Facts) -> list[Block]:
     def row(name: str, judged: Judged) -> list[Cell]:
         mean = None
         if judged.mean is not None:
-            mean = decimal(Score(judged.mean, judged.low, judged.high), 1)
+            mean = decimal(Score(judged.mean), 1)
         counts = (judged.judged, judged.unparsable, judged.failed)
-        return [whose.get(name, name), mean, *counts, judged.records]
+        return [whose.get(name, name), mean, *counts, judged.n]
 
     return [
         Paragraph(

@@ -22,9 +22,11 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from gpt.errors import InputError, RunError, first_problem
+from gpt.files import sha256_of
 from pipeline.dag import LOCK_FILE, last_run, pipeline_files
 from pipeline.data_facts import RAW, RawSource, raw_sources
 from pipeline.models import MD5_TAG
+from pipeline.promotion import ANSWERS, Decision, read_decisions
 from pipeline.runner import STAGES
 from pipeline.tracking import connect, flatten_metrics, git_state, tracking_uri
 
@@ -34,9 +36,7 @@ if TYPE_CHECKING:
 
 EVALUATION = Path("reports/evaluation/metrics.json")
 PREDICTIONS = Path("reports/evaluation/predictions")
-PROMOTION = Path(".pipeline/promotion.json")
-CHAMPION = Path(".pipeline/champion")
-JUDGE = Path(".pipeline/judge.json")
+JUDGE = Path("reports/judge/summary.json")
 
 SHOWN_WRONG = 10
 """So many of the messages are shown that the classifier was most wrong about."""
@@ -89,58 +89,17 @@ class Scores:
 
 
 @checked_dataclass(frozen=True, kw_only=True, slots=True, config=_CONFIG)
-class Decision:
-    """Whether a version became the champion, and why.
-
-    Attributes:
-        model: the registered name.
-        version: the new version.
-        champion: the version that it was compared with; None where there was none.
-        score: by which they were compared; empty where a person decided.
-        new: the new version's score; None, as all that follow, where none were compared.
-        old: the champion's, on the same examples.
-        difference: the new score less the old one.
-        low: the lower end of the difference's interval.
-        high: its upper end.
-        examples: on so many it was measured.
-        promoted: the new version is the champion now.
-        why: in one line.
-    """
-
-    model: str
-    version: int
-    champion: int | None = None
-    score: str
-    new: float | None = None
-    old: float | None = None
-    difference: float | None = None
-    low: float | None = None
-    high: float | None = None
-    examples: int | None = None
-    promoted: bool
-    why: str
-
-
-@checked_dataclass(frozen=True, kw_only=True, slots=True, config=_CONFIG)
-class _Promotion:
-    decisions: tuple[Decision, ...]
-
-
-@checked_dataclass(frozen=True, kw_only=True, slots=True, config=_CONFIG)
 class Judged:
     """What a judge gave to one model's answers.
 
-    `mean` is over the `judged` ones of all `records`; None where no answer could be judged. `low`
-    and `high` are the ends of its 95 % interval.
+    `mean` is over the `judged` ones of all `n`; None where no answer could be judged.
     """
 
     mean: float | None = None
-    low: float | None = None
-    high: float | None = None
     judged: int
     unparsable: int
     failed: int
-    records: int
+    n: int
 
 
 @checked_dataclass(frozen=True, kw_only=True, slots=True, config=_CONFIG)
@@ -153,8 +112,10 @@ class Judge:
 
 @checked_dataclass(frozen=True, kw_only=True, slots=True, config=_CONFIG)
 class Judgement:
-    """`.pipeline/judge.json`: the judge, and its summary by whose answers they are."""
+    """`reports/judge/summary.json`: the judge, and its summary by whose answers they are."""
 
+    answers: str
+    """The sha256 of the table of answers."""
     judge: Judge
     summaries: dict[str, Judged]
 
@@ -300,8 +261,9 @@ def report_facts(root: Path) -> Facts:
     )
     git = git_state(root)
     recorded = _recorded(root)
-    promotion: _Promotion | None = _read(root / PROMOTION, TypeAdapter(_Promotion))
     judgement: Judgement | None = _read(root / JUDGE, TypeAdapter(Judgement))
+    if judgement and judgement.answers != sha256_of(predictions / "assistant.csv"):
+        judgement = None  # it is of an earlier version's answers
     executions, versions, tracking = _tracked(root, recorded)
     histories = {name: root / "reports" / name / "history.csv" for name in STAGES}
     confusion = predictions / "classifier_confusion.csv"
@@ -312,9 +274,9 @@ def report_facts(root: Path) -> Facts:
         license=_first_line(root / "LICENSE"),
         evaluation={name: Scores(each) for name, each in figures.items()},
         results=_results(root),
-        decisions={each.model: each for each in promotion.decisions} if promotion else {},
+        decisions={each.model: each for each in read_decisions(root)},
         judgement=judgement,
-        answers=_answers(predictions / "assistant.csv", root / CHAMPION / "assistant.csv"),
+        answers=_answers(predictions / "assistant.csv", root / ANSWERS / "assistant.csv"),
         wrong=_most_wrong(predictions / "classifier_most_wrong.csv"),
         sources=_sources(root),
         recorded=recorded,

@@ -11,7 +11,7 @@ import pandas as pd
 import yaml
 from data_project import add_corpus, add_instructions, add_messages
 
-from gpt.files import write_json
+from gpt.files import sha256_of, write_json
 
 BASES = ("pretrain", "gpt2")
 MD5 = "0123456789abcdef0123456789abcdef"
@@ -60,9 +60,9 @@ def evaluation(labels: Sequence[str], sources: Sequence[str]) -> dict[str, dict[
     for prefix in ("", "base_"):
         figures["assistant"] |= {
             **_measured("assistant", [prefix + name for name in scores]),
-            **_plain("assistant", [f"{prefix}empty", f"{prefix}cut", f"{prefix}words_ratio"]),
+            **_plain("assistant", [f"{prefix}empty", f"{prefix}at_limit", f"{prefix}length_ratio"]),
             f"{prefix}perplexity": 100 * figure(f"{prefix}perplexity"),
-            f"{prefix}words": 10 * figure(f"{prefix}words"),
+            f"{prefix}length_mean": 10 * figure(f"{prefix}length_mean"),
         }
     return figures
 
@@ -183,13 +183,15 @@ def add_verdicts(root: Path, *decisions: dict[str, Any]) -> None:
 
 
 def add_judge(root: Path, model: str = "a-judge") -> None:
-    counts = {"judged": 70, "unparsable": 1, "failed": 3, "records": 74}
+    counts = {"judged": 70, "unparsable": 1, "failed": 3, "n": 74}
     summaries = {
         "assistant": {"mean": 61.27, **counts},
         "base": {**counts, "mean": None, "judged": 0, "unparsable": 71},
     }
     judge = {"model": model, "prompt": "ab" * 32}
-    write_json(root / ".pipeline" / "judge.json", {"judge": judge, "summaries": summaries})
+    answers = sha256_of(root / "reports/evaluation/predictions/assistant.csv")
+    said = {"answers": answers, "judge": judge, "summaries": summaries}
+    write_json(root / "reports" / "judge" / "summary.json", said)
 
 
 def add_champion(root: Path, text: str = "") -> None:

@@ -155,13 +155,16 @@ def test_every_class_and_every_measure_of_the_assistant_is_told(finished, page):
         ("ROUGE-L", "rouge_l"),
         ("chrF", "chrf"),
         ("empty answers", "empty"),
-        ("answers cut at the token limit", "cut"),
-        ("length beside the reference's", "words_ratio"),
+        ("answers cut at the token limit", "at_limit"),
+        ("length beside the reference's", "length_ratio"),
     ):
         assert rows[words] == [percent(of, f"base_{name}"), percent(of, name)]
     assert rows["loss (nats a token)"] == [decimal(of, "base_loss"), decimal(of, "loss")]
     assert rows["perplexity"] == [decimal(of, "base_perplexity", 1), decimal(of, "perplexity", 1)]
-    assert rows["words an answer"] == [decimal(of, "base_words", 1), decimal(of, "words", 1)]
+    assert rows["words an answer"] == [
+        decimal(of, "base_length_mean", 1),
+        decimal(of, "length_mean", 1),
+    ]
     assert "9 records; exact match over the 5 whose reference is short" in page.text
 
 
@@ -389,7 +392,7 @@ def test_with_nothing_evaluated_one_line_says_how(tmp_path):
     [
         ("reports/evaluation/metrics.json", '{"gpt2": {"loss": "x"}}', r"gpt2\.loss: .*; run"),
         (".pipeline/promotion.json", '{"decisions": [{}]}', r"decisions\.0\.model: .*; remove it"),
-        (".pipeline/judge.json", "[]", "judge.json: .*; remove it"),
+        ("reports/judge/summary.json", "[]", "summary.json: .*; remove it"),
         ("reports/pretrain/metrics.json", "{", "run the stage pretrain again"),
     ],
 )
