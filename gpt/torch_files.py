@@ -132,7 +132,7 @@ def _stored_in_old_form(path: Path) -> dict[str, Stored]:
                 tensor.size(), tensor.stride(), tensor.storage_offset()
             )
             read = functools.partial(_read_strided, path, place, storage.nbytes(), like)
-        # copied, though it is nobody else's memory: what is then let go is what the next one takes
+        # copied, though it is nobody else's memory: what is then let go is the system's again
         stored[name] = _stored(path, name, tensor, read, lent=True)
     return stored
 
@@ -166,7 +166,8 @@ class _Steps:
 
 def _read_strided(path: Path, place: int, n_bytes: int, like: Tensor) -> Tensor:
     """The storage at `place`, seen as `like`, which has no bytes, sees it."""
-    storage = torch.empty(n_bytes, dtype=torch.uint8)
+    # not from the heap, which may keep for long what is let go
+    storage = torch.frombuffer(mmap.mmap(-1, n_bytes), dtype=torch.uint8)
     with path.open("rb") as file:
         file.seek(place)
         if file.readinto(storage.numpy().data) != n_bytes:
