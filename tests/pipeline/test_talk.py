@@ -291,7 +291,7 @@ def test_a_base_model_is_no_assistant(base):
 
 
 def test_a_damaged_prompt_json_is_named(assistant):
-    (assistant / "prompt.json").write_text("[]")
+    (assistant / "prompt.json").write_text("{}")
     with pytest.raises(InputError, match=r"prompt\.json: must be JSON with the texts"):
         talk.chat(assistant, "Say hello.", "", Sampling(max_new_tokens=3))
 
