@@ -21,6 +21,9 @@
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
+#ifdef __ARM_NEON
+#include <arm_neon.h>
+#endif
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -130,6 +133,29 @@ inline void put(bfloat16 *to, float value) {  // to nearest, ties to even, as Py
     to->bits = nan ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+// a * b + c, rounded once wherever the processor can. It is written out where many shapes of one
+// product are compiled: left to itself a compiler fuses some of them and others not (GCC breaks up
+// chains of fused ones on AMD's processors), and a row's last bits would tell what lies beside it.
+inline Floats fused(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__) && defined(__FMA__)
+    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__ARM_NEON) && defined(__ARM_FEATURE_FMA)
+    return (Floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
+#endif
+}
+
+inline float fused(float a, float b, float c) {
+#ifdef FP_FAST_FMAF
+    return std::fma(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
 inline Floats all(float value) { return Floats{} + value; }
 
 // The sum of N lanes, half onto half.
@@ -215,14 +241,14 @@ __attribute__((noinline)) void dots(const T *weight, const float *x, int64_t str
         }
         for (int b = 0; b < B; ++b) {
             const Floats xs = load(x + b * stride + k);
-            for (int r = 0; r < R; ++r) acc[r][b] += w[r] * xs;
+            for (int r = 0; r < R; ++r) acc[r][b] = fused(w[r], xs, acc[r][b]);
         }
     }
     for (int r = 0; r < R; ++r)
         for (int b = 0; b < B; ++b) {
             float total = sum(acc[r][b]);
             for (int64_t i = k; i < n_in; ++i)
-                total += one(weight + r * n_in + i) * x[b * stride + i];
+                total = fused(one(weight + r * n_in + i), x[b * stride + i], total);
             out[r * B + b] = total;
         }
 }

@@ -287,12 +287,7 @@ class SharedModel:
         """The tensors with their parts put together, on the CPU; every process must ask."""
         if not self.sharded:
             return dict(tensors)
-        from torch.distributed.tensor import DTensor
-
-        return {
-            name: (value.full_tensor() if isinstance(value, DTensor) else value).cpu()
-            for name, value in tensors.items()
-        }
+        return {name: put_together(value).cpu() for name, value in tensors.items()}
 
     @torch.no_grad()
     def restore(
@@ -326,7 +321,7 @@ class SharedModel:
             if values is not None and _world.first:
                 whole.copy_(values[name])
             dist.broadcast(whole, src=0)
-            target.copy_(_cut(whole, target) if self.sharded else whole)
+            target.copy_(part(whole, target))
 
     @torch.no_grad()
     def give_back(self) -> None:
@@ -342,8 +337,19 @@ class SharedModel:
                 parameter.data = whole[name].to(self.device)
 
 
-def _cut(whole: Tensor, like: Tensor) -> Tensor:
-    """This process's part of a tensor that every process has, if `like` is in parts."""
+def put_together(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may lie in parts (DTensor); every process must ask."""
+    if _world.size == 1:
+        return tensor  # without the second that importing DTensor takes
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def part(whole: Tensor, like: Tensor) -> Tensor:
+    """This process's part of a tensor that every process has, if `like` lies in parts."""
+    if _world.size == 1:
+        return whole
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if not isinstance(like, DTensor):

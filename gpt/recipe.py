@@ -1,9 +1,8 @@
 """What a training run is told: its parameters, its learning-rate schedule, its optimizers.
 
-AdamW: Loshchilov & Hutter (2019), "Decoupled Weight Decay Regularization". Muon: Jordan et al.
-(2024), "Muon: An optimizer for hidden layers in neural networks", its step scaled to the size of
-AdamW's as in Liu et al. (2025), "Muon is Scalable for LLM Training". Warm-up and cosine decay as
-in GPT-3 (Brown et al., 2020, appendix B); warm-up-stable-decay: Hu et al. (2024), "MiniCPM".
+AdamW: Loshchilov & Hutter (2019), "Decoupled Weight Decay Regularization". Muon: `gpt.muon`.
+Warm-up and cosine decay as in GPT-3 (Brown et al., 2020, appendix B); warm-up-stable-decay: Hu et
+al. (2024), "MiniCPM".
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from pydantic import ConfigDict, Field, model_validator
 from torch import nn
 
 from gpt.device import DeviceName, Precision
+from gpt.muon import Muon
 
 Devices = Literal["auto"] | Annotated[int, Field(gt=0)]
 
@@ -154,12 +154,11 @@ def make_optimizers(model: nn.Module, params: TrainParams) -> list[torch.optim.O
     if muon:
         peak = params.muon_learning_rate or params.learning_rate
         optimizers.append(
-            torch.optim.Muon(
+            Muon(
                 [{"params": muon, "share": peak / params.learning_rate}],
                 lr=peak,
                 weight_decay=params.weight_decay,
                 momentum=params.muon_momentum,
-                adjust_lr_fn="match_rms_adamw",
             )
         )
     return optimizers
