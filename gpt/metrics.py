@@ -1,11 +1,10 @@
-"""What is measured: losses on data, perplexity, classification scores, overlap of texts."""
+"""What is measured: losses on data, perplexity, classification scores."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
+import re
 from collections.abc import Callable, Iterable, Sequence
-from string import punctuation
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,9 @@ from gpt.data import IGNORED, Batch
 from gpt.loss import linear_cross_entropy
 from gpt.model import GPT, ClassifierTop, GPTClassifier
 from gpt.parallel import add_up, share_out
+
+_LONGEST_NAME = 200
+"""Of a part of a metric's name; MLflow takes 250 characters in all."""
 
 
 def lm_loss_sum(model: GPT, batch: Batch) -> tuple[Tensor, int]:
@@ -92,6 +94,23 @@ def mean_loss(
 
 
 @torch.no_grad()
+def target_losses(model: GPT, batches: Iterable[Batch]) -> list[np.ndarray]:
+    """The cross-entropy of each target of every row, in nats: (targets of the row,) fp32 each.
+
+    The logits of one row are made at a time, and only where a target counts.
+    """
+    losses = []
+    for batch in batches:
+        here = batch.to(model.device)
+        for hidden, targets in zip(model.hidden(here.inputs), here.targets, strict=True):
+            counts = targets != IGNORED
+            logits = hidden[counts] @ model.head_weight.T  # (n, V)
+            found = F.cross_entropy(logits.float(), targets[counts], reduction="none")
+            losses.append(found.cpu().numpy())
+    return losses
+
+
+@torch.no_grad()
 def class_logits(model: GPTClassifier | ClassifierTop, batches: Iterable[Batch]) -> Tensor:
     """The class logits of every row of `batches`, (rows, classes) in fp32 on the CPU."""
     device = next(model.parameters()).device
@@ -107,6 +126,22 @@ def classify(model: GPTClassifier, batches: Iterable[Batch]) -> Tensor:
     return class_logits(model, batches).softmax(dim=1)
 
 
+def metric_names(names: Iterable[str]) -> list[str]:
+    """Names from outside as parts of a metric's name, in their order, no two of them equal.
+
+    MLflow takes letters, digits and `_.- ` there.
+    """
+    taken: list[str] = []
+    for each in names:
+        name = re.sub(r"[^\w.\- ]", "_", each)[:_LONGEST_NAME]
+        if name in ("", ".", ".."):  # names that are no path's either
+            name += "_"
+        while name in taken:
+            name += "_"
+        taken.append(name)
+    return taken
+
+
 def perplexity(loss: float) -> float:
     """exp of a mean loss in nats: as uncertain as a choice among so many equal tokens."""
     return math.exp(loss)
@@ -115,20 +150,6 @@ def perplexity(loss: float) -> float:
 def bits_per_byte(loss: float, tokens: int, n_bytes: int) -> float:
     """A mean loss in nats a token as bits a byte of text: comparable between tokenizers."""
     return loss / math.log(2) * tokens / n_bytes
-
-
-def word_f1(answer: str, reference: str) -> float:
-    """How many words two texts share, as F1 in 0..1 (SQuAD's measure, Rajpurkar et al., 2016).
-
-    Case and the punctuation around words are passed over; order does not count.
-    """
-    ours, theirs = _words(answer), _words(reference)
-    shared = (ours & theirs).total()
-    return 2 * shared / (ours.total() + theirs.total()) if shared else 0.0
-
-
-def _words(text: str) -> Counter[str]:
-    return Counter(word for raw in text.lower().split() if (word := raw.strip(punctuation)))
 
 
 def classification_scores(

@@ -159,11 +159,27 @@ def load_classifier(directory: Path) -> tuple[GPTClassifier, Tokenizer]:
     """
     model, tokenizer = _load_pair(directory)
     if not isinstance(model, GPTClassifier):
-        raise InputError(
-            f"{directory}: holds no classification head; a classifier is needed, from the stage "
-            "finetune_classifier"
-        )
+        raise _no_classifier(directory)
     return model, tokenizer
+
+
+def read_labels(directory: Path) -> list[str]:
+    """The labels of a classifier, in the order of its classes.
+
+    Raises:
+        InputError: as `read_config`; or the directory holds no classification head.
+    """
+    _, labels = read_config(directory)
+    if labels is None:
+        raise _no_classifier(directory)
+    return labels
+
+
+def _no_classifier(directory: Path) -> InputError:
+    return InputError(
+        f"{directory}: holds no classification head; a classifier is needed, from the stage "
+        "finetune_classifier"
+    )
 
 
 def _load_pair(directory: Path) -> tuple[GPT | GPTClassifier, Tokenizer]:

@@ -254,7 +254,9 @@ def _train(
     """The final figures of the training, and the scores of what it made on every part."""
     from gpt.device import prepare
     from pipeline.plots import draw_confusion, draw_curves
-    from stages.evaluate import measure_classifier
+    from stages.evaluate import EvaluateParams
+    from stages.evaluate.classifier import measure_classifier
+    from stages.evaluate.intervals import bounds
     from stages.finetune_classifier import finetune_classifier
 
     final = finetune_classifier(
@@ -265,7 +267,10 @@ def _train(
         log=log,
     )
     device = prepare(row.params.train.device, row.params.train.threads)
-    scores, tables = measure_classifier(folder / "out", inputs["messages"], device, _ROWS_AT_ONCE)
+    of = bounds(EvaluateParams().resamples, EvaluateParams().seed)
+    scores, tables = measure_classifier(
+        folder / "out", inputs["messages"], device, _ROWS_AT_ONCE, of
+    )
     pictures = folder / "pictures"
     pictures.mkdir(exist_ok=True)
     confusion = pictures / "confusion.csv"

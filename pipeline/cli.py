@@ -80,7 +80,7 @@ def run(
     if not stages:
         from pipeline.report import print_report
 
-        print_report(root)
+        print_report(root, always=False)
 
 
 def _run_flow(root: Path, stages: list[str], force: bool, jobs: int) -> int:
@@ -277,6 +277,95 @@ def ui() -> None:
     from pipeline.ui import serve
 
     serve(_root())
+
+
+@app.command()
+def promote(
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="Make this one the champion by hand.")
+    ] = None,
+    version: Annotated[
+        int | None, typer.Option(min=1, help="Which version of it; by default the newest.")
+    ] = None,
+) -> None:
+    """Compare the evaluated models with the champions by the rule in params.yaml; or, with MODEL,
+    make a version the champion whatever its scores."""
+    from pipeline.dag import Dag
+    from pipeline.params import PARAMS_FILE, load_params
+    from pipeline.promotion import MODELS, PromotionParams, promote_by_hand, promote_the_better
+
+    root = _root()
+    if model is not None:
+        if model not in MODELS:
+            raise InputError(f"{model}: no such model; use one of {', '.join(MODELS)}")
+        print(f"{model} version {promote_by_hand(root, model, version)} is the champion")
+        return
+    if version is not None:
+        raise InputError("--version: of which model? name it: gpt-pipeline promote MODEL")
+    if Dag(root).changes(["evaluate"])["evaluate"]:
+        raise InputError(
+            "evaluate is out of date, so what it wrote is of other models; run `gpt-pipeline run`"
+        )
+    params = load_params(root / PARAMS_FILE)
+    rule = params.promotion or PromotionParams()
+    for decision in promote_the_better(root, rule, params.evaluate):
+        print(decision)
+
+
+@app.command()
+def judge() -> None:
+    """Let another model, which params.yaml names, score the assistant's answers from 0 to 100."""
+    from pipeline.console import make_log
+    from pipeline.judge import REPORT, judge_assistant, markdown
+    from pipeline.params import PARAMS_FILE, load_params, section
+    from pipeline.states import stage_lock
+
+    root = _root()
+    params = section(load_params(root / PARAMS_FILE), "judge")
+    with stage_lock(root, "judge"), make_log("judge") as log:
+        judged = judge_assistant(params, root, log)
+    print(markdown(judged.summaries), end="")
+    print(f"{judged.requests.sent} requests sent, {judged.requests.cached} replies from the cache")
+    if failed := sum(each.failed for each in judged.summaries.values()):
+        raise RunError(
+            f"{failed} answers got no judgement, and {REPORT}/scores.csv says why; "
+            "`gpt-pipeline judge` asks for these again"
+        )
+
+
+@app.command("lm-eval")
+def lm_eval(
+    tasks: Annotated[
+        list[str], typer.Argument(metavar="TASK…", help="Names of the harness, or YAML files.")
+    ],
+    model: Annotated[Path, typer.Option(help="A model directory with a language model.")] = Path(
+        "models/assistant"
+    ),
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only the first so many documents of each task.")
+    ] = None,
+    shots: Annotated[
+        int | None, typer.Option(min=0, help="Solved examples before each question.")
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Ask in the words of the model's own template.")
+    ] = False,
+    online: Annotated[
+        bool, typer.Option("--online", help="Data may be fetched from Hugging Face.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Where the results go; else reports/lm-eval.")
+    ] = None,
+) -> None:
+    """Measure a language model with EleutherAI's lm-evaluation-harness."""
+    from pipeline.console import make_log
+    from pipeline.harness import HarnessParams, markdown, measure
+
+    out = out or Path("reports/lm-eval") / model.resolve().name
+    params = HarnessParams(tasks=tuple(tasks), limit=limit, shots=shots, chat=chat, online=online)
+    with make_log("lm-eval") as log:
+        results = measure(params, model=model, out=out, log=log)
+    print(markdown(results), end="")
 
 
 @app.command()

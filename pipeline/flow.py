@@ -48,6 +48,7 @@ from pipeline.console import (
     seconds_in_words,
 )
 from pipeline.dag import Change, Dag, Stage, find_root, last_run
+from pipeline.params import PARAMS_FILE, load_params, load_section
 from pipeline.tracking import flatten_metrics
 
 _POLL_SECONDS = 0.2
@@ -138,7 +139,11 @@ def gpt_pipeline(targets: Sequence[str] = (), force: bool = False, jobs: int = 3
             for future in futures.values():
                 future.wait()
         dag.sort_lock(recorded)
-        return _verdict(run, {name: f.state for name, f in futures.items()}, began)
+        states = {name: future.state for name, future in futures.items()}
+        verdict = _verdict(run, states, began)
+        if verdict.is_completed() and "evaluate" in names:
+            return _promotion(run, states["evaluate"], verdict)
+        return verdict
 
 
 def exit_code(state: State[Any]) -> int:
@@ -174,6 +179,39 @@ def _verdict(run: _Run, states: dict[str, State[Any]], began: float) -> State[An
         message = f"{len(states)} of {len(states)} stages are up to date"
     run.display.line("", message, "good")
     return Completed(message=message)
+
+
+def _promotion(run: _Run, evaluated: State[Any], verdict: State[Any]) -> State[Any]:
+    """Compare what was evaluated with the champions, in a task of its own if there is news."""
+    from pipeline.promotion import PromotionParams, is_decided, promote_the_better
+
+    root = run.dag.root
+    # the one section: to load them all imports every stage, and mostly nothing is to be done here
+    rule = load_section(root / PARAMS_FILE, "promotion") or PromotionParams()
+    if evaluated.name == "Cached" and is_decided(root, rule):
+        return verdict
+
+    def promotion() -> State[Any]:
+        logger = get_run_logger()
+        try:
+            params = load_params(root / PARAMS_FILE)
+            decisions = promote_the_better(root, rule, params.evaluate)
+        except (InputError, RunError) as error:
+            code = 2 if isinstance(error, InputError) else 1
+            run.display.line("promotion", str(error), "error")
+            return Failed(message=str(error), data=StageError(str(error), code))
+        for each in decisions:
+            logger.info("%s", each)
+            run.display.line("promotion", str(each), "good" if each.promoted else "warning")
+        return Completed(message="; ".join(map(str, decisions)) or "nothing is registered here")
+
+    state: State[Any] = task(name="promotion", task_run_name="promotion", cache_policy=NO_CACHE)(
+        promotion
+    )(return_state=True)
+    if state.is_completed():
+        return verdict
+    message = f"{verdict.message}; the promotion failed"
+    return Failed(message=message, data=state.result(raise_on_failure=False))
 
 
 def _task_of(run: _Run, stage: Stage) -> Any:

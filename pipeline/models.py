@@ -6,6 +6,7 @@ A version is a pyfunc 'model from code': the model directory, the `gpt` package 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import shutil
@@ -19,6 +20,8 @@ import gpt
 from pipeline.tracking import StageRun, git_state
 
 if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
     from mlflow.models import ModelSignature
 
 SERVED = Path(__file__).with_name("served.py")
@@ -67,9 +70,9 @@ def register(run: StageRun, name: str, directory: Path, md5: str) -> int:
         The version.
     """
     client = run.client
-    known = client.search_model_versions(f"name = '{name}' and tags.`{MD5_TAG}` = '{md5}'")
+    known = version_of(client, name, md5=md5)
     if known:
-        version = int(known[0].version)
+        version = int(known.version)
     else:
         if not client.search_registered_models(f"name = '{name}'"):
             client.create_registered_model(name, description=_DESCRIPTIONS[name])
@@ -86,6 +89,29 @@ def register(run: StageRun, name: str, directory: Path, md5: str) -> int:
         version = int(created.version)
     client.set_registered_model_alias(name, CANDIDATE, str(version))
     return version
+
+
+def version_of(
+    client: MlflowClient, name: str, which: str | int = "", *, md5: str = ""
+) -> ModelVersion | None:
+    """A version of a registered model; None where there is none.
+
+    Args:
+        client: of the registry.
+        name: the model's.
+        which: an alias, or a version's number.
+        md5: or its files' checksum as DVC computes it.
+    """
+    from mlflow.exceptions import MlflowException
+
+    if md5:
+        known = client.search_model_versions(f"name = '{name}' and tags.`{MD5_TAG}` = '{md5}'")
+        return known[0] if known else None
+    with contextlib.suppress(MlflowException):
+        if isinstance(which, int):
+            return client.get_model_version(name, str(which))
+        return client.get_model_version_by_alias(name, which)
+    return None
 
 
 def _log(run: StageRun, name: str, directory: Path) -> Any:

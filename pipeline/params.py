@@ -20,6 +20,8 @@ from pydantic import TypeAdapter, ValidationError
 from gpt.errors import InputError
 
 if TYPE_CHECKING:
+    from pipeline.judge import JudgeParams
+    from pipeline.promotion import PromotionParams
     from stages.download import DownloadParams
     from stages.download.sources import Source
     from stages.evaluate import EvaluateParams
@@ -41,7 +43,10 @@ _MOST_PROBLEMS = 5
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Params:
-    """The whole of `params.yaml`: one field a stage; optional stages may have no section."""
+    """The whole of `params.yaml`: one field a stage, and what is no stage's.
+
+    Optional stages may have no section, and nor need what comes after them.
+    """
 
     download: DownloadParams
     tokenize: TokenizeParams
@@ -51,11 +56,18 @@ class Params:
     finetune_instruct: FinetuneInstructParams
     evaluate: EvaluateParams
     tune_preferences: TunePreferencesParams | None = None
+    promotion: PromotionParams | None = None
+    judge: JudgeParams | None = None
 
 
-SECTIONS = tuple(field.name for field in fields(Params))
-"""The sections of `params.yaml`, named after the stages."""
+_OTHERS = {"promotion": "pipeline.promotion", "judge": "pipeline.judge"}
+"""The sections that are no stage's, and the module of each one's dataclass."""
 
+SECTIONS = tuple(field.name for field in fields(Params) if field.name not in _OTHERS)
+"""The sections of `params.yaml` that are named after the stages."""
+
+_KNOWN = (*SECTIONS, *_OTHERS)
+_EXAMPLES = {"judge": "docs/judge.md"}
 _REQUIRED = tuple(field.name for field in fields(Params) if field.default is MISSING)
 
 
@@ -63,20 +75,21 @@ def params_class(name: str) -> Any:
     """The dataclass of a section; imports the stage's module."""
     # Under `from __future__ import annotations` a field's type is its source text: one table.
     (annotation,) = (field.type for field in fields(Params) if field.name == name)
-    return getattr(importlib.import_module(f"stages.{name}"), str(annotation).split(" | ")[0])
+    module = importlib.import_module(_OTHERS.get(name, f"stages.{name}"))
+    return getattr(module, str(annotation).split(" | ")[0])
 
 
 def section(params: Params, name: str) -> Any:
-    """A stage's own parameters.
+    """The parameters of a stage, or of what comes after the stages.
 
     Raises:
-        InputError: the stage is optional, and its section is not there.
+        InputError: the section may be left out, and is.
     """
     own = getattr(params, name)
     if own is None:
         raise InputError(
             f"{PARAMS_FILE}: {name}: missing, and {name} needs it; add the section "
-            "(presets/book.yaml has one)"
+            f"({_EXAMPLES.get(name, 'presets/book.yaml')} has one)"
         )
     return own
 
@@ -90,7 +103,7 @@ def load_params(path: Path) -> Params:
     """
     raw, problems = _read(path)
     values: dict[str, Any] = {}
-    for name in SECTIONS:
+    for name in _KNOWN:
         value, found = _validate(name, raw[name]) if name in raw else (None, [])
         values[name] = value
         problems += found
@@ -100,6 +113,22 @@ def load_params(path: Path) -> Params:
         if not problems:
             return params
     raise _input_error(path, problems)
+
+
+def load_section(path: Path, name: str) -> Any:
+    """One section alone, checked by itself; None where it may be left out, and is.
+
+    Raises:
+        InputError: as `load_params`, but for mistakes within other sections.
+    """
+    raw, problems = _read(path)
+    value = None
+    if name in raw:
+        value, found = _validate(name, raw[name])
+        problems += found
+    if problems:
+        raise _input_error(path, problems)
+    return value
 
 
 def check_sections(path: Path) -> None:
@@ -154,7 +183,7 @@ def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
         raise InputError(f"{path.name}: {_yaml_problem(error)}") from None
     if not isinstance(raw, dict):
         raise InputError(f"{path.name}: must hold the sections {', '.join(SECTIONS)}")
-    problems = [_unknown(str(key), SECTIONS) for key in raw if key not in SECTIONS]
+    problems = [_unknown(str(key), _KNOWN) for key in raw if key not in _KNOWN]
     if missing := [name for name in _REQUIRED if name not in raw]:
         problems.append(f"{', '.join(missing)}: missing; each stage has a section")
     return raw, problems

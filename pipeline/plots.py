@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,13 +39,16 @@ _MEASURES = {
 """What a history may hold of a split: its name in words, and its unit."""
 
 
-def draw_curves(history: Path, stage: str, folder: Path) -> list[Path]:
+def draw_curves(
+    history: Path, stage: str, folder: Path, *, learning_rate: bool = True
+) -> list[Path]:
     """Loss and learning rate over the steps, and what else was measured, as PNG files.
 
     Args:
         history: `reports/STAGE/history.csv`, a row an evaluation.
         stage: whose history it is, for the titles.
         folder: where the pictures go.
+        learning_rate: draw it too.
     """
     frame = pd.read_csv(history)
     title = _TITLES.get(stage, stage)
@@ -56,26 +59,31 @@ def draw_curves(history: Path, stage: str, folder: Path) -> list[Path]:
     ]
     if "validation_reward_chosen" in frame:
         pictures.append(_rewards(folder / "rewards.png", f"{title}: rewards", frame))
+    if not learning_rate:
+        return pictures
 
-    def learning_rate(axes: Axes) -> None:
+    def rates(axes: Axes) -> None:
         axes.plot(frame["step"], frame["learning_rate"], marker=".")
         axes.set(xlabel="optimizer step", ylabel="learning rate")
         axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
 
-    pictures.append(_draw(folder / "learning_rate.png", f"{title}: learning rate", learning_rate))
+    pictures.append(_draw(folder / "learning_rate.png", f"{title}: learning rate", rates))
     return pictures
 
 
-def draw_confusion(confusion: Path, folder: Path) -> list[Path]:
+def draw_confusion(
+    confusion: Path, folder: Path, *, parts: Collection[str] = ("test", "validation", "train")
+) -> list[Path]:
     """Which classes were taken for which, a picture a part of the data.
 
     Args:
         confusion: a table of `part`, `actual`, `predicted` and how many `messages`.
         folder: where the pictures go: `confusion_matrix.png` is of the test part.
+        parts: those that are drawn.
     """
     frame = pd.read_csv(confusion, dtype=str, keep_default_na=False)
     pictures = []
-    for part, rows in frame.groupby("part", sort=False):
+    for part, rows in frame[frame["part"].isin(parts)].groupby("part", sort=False):
         name = "confusion_matrix" if part == "test" else f"confusion_matrix_{part}"
         labels = list(rows["actual"].drop_duplicates())
         counts = rows["messages"].to_numpy(int).reshape(len(labels), -1)
@@ -106,6 +114,50 @@ def _confusion(picture: Path, title: str, labels: list[str], counts: np.ndarray)
         axes.grid(False)
 
     return _draw(picture, title, cells)
+
+
+def draw_scores(
+    path: Path,
+    title: str,
+    scores: Mapping[str, tuple[float, float | None, float | None]],
+    unit: str,
+    baseline: tuple[str, float] | None = None,
+) -> Path:
+    """A dot a name with its interval, on one axis from 0 to 1.
+
+    Args:
+        path: the picture.
+        title: above it.
+        scores: name -> a share of 0 to 1, and the ends of its interval where one is known.
+        unit: what the shares are of.
+        baseline: what all are compared with, as a line across: its name and its share.
+    """
+
+    def dots(axes: Axes) -> None:
+        for row, (value, low, high) in enumerate(scores.values()):
+            ends = [value if low is None else low, value if high is None else high]
+            axes.plot(ends, [row, row], color="C0", linewidth=2.5, solid_capstyle="butt")
+            axes.plot([value], [row], "o", color="C0", markersize=7)
+            axes.annotate(
+                f"{value:.1%}",
+                (value, row),
+                (0, 8),
+                textcoords="offset points",
+                ha="center",
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},  # over the baseline
+            )
+        if baseline:
+            name, share = baseline
+            label = f"{name}: {share:.1%}"
+            axes.axvline(share, color="black", linewidth=1, linestyle="--", label=label)
+            axes.figure.legend(frameon=False, loc="outside lower center")
+        axes.set(xlabel=unit, xlim=(-0.03, 1.05))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        _name_rows(axes, list(scores))
+        axes.set_ylim(len(scores) - 0.5, -0.7)  # room for the figure above the first dot
+
+    width, _ = _SIZE
+    return _draw(path, title, dots, (width, 1.5 + 0.5 * max(len(scores), 2)))
 
 
 def draw_bars(path: Path, title: str, values: Mapping[str, int], unit: str) -> Path:

@@ -1,23 +1,47 @@
-"""The page at the end of a run: what was built, how good it is, and what to do next."""
+"""The report at the end of a run: what was built, how good it is, and what to do next.
+
+Written as one HTML page and as Markdown (`pipeline.report_page`); the terminal shows it in short.
+"""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import datetime
+from hashlib import sha256
 from pathlib import Path
 
-import pandas as pd
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from gpt.errors import InputError
-from pipeline.console import seconds_in_words
+from gpt.errors import RunError
+from gpt.files import write_json
 from pipeline.dag import last_run
+from pipeline.markdown import shown, visible
+from pipeline.model_card import model_card
+from pipeline.report_content import (
+    Grid,
+    Verdict,
+    assistant_in_short,
+    bases,
+    before_and_after,
+    classes,
+    classifier_in_short,
+    costs,
+    spread,
+    verdicts,
+    what_fine_tuning_buys,
+)
+from pipeline.report_facts import Answer, Facts, report_facts
+from pipeline.report_page import MARKDOWN, PAGE, Report, write_report
+from pipeline.tracking import connect
 
 SHOWN_ANSWERS = 3
+_TOLD = Path(".pipeline/report.json")
+"""Which facts the report that was written last told."""
 
 _NEXT = (
     ("talk to the assistant", "gpt-pipeline chat"),
@@ -26,114 +50,133 @@ _NEXT = (
     ("compare runs and models", "make ui"),
     ("change something", "edit params.yaml, then gpt-pipeline status and make run"),
 )
+_EXCERPT = 90  # characters of an answer
 
 
-def print_report(root: Path, console: Console | None = None) -> None:
-    """Print the report of the project's last results.
+def print_report(root: Path, console: Console | None = None, *, always: bool = True) -> None:
+    """Print the report of the project's last results in short, and write it anew.
+
+    MLflow keeps what was written beside the evaluation's run, and each registered version's card.
+
+    Args:
+        root: the project.
+        console: where to print.
+        always: write it even if it would tell what it tells already.
 
     Raises:
         InputError: the pipeline has not been run to its end.
     """
     console = console or Console(highlight=False)
-    metrics = {
-        path.parent.name: json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted((root / "reports").glob("*/metrics.json"))
-    }
-    evaluation = metrics.get("evaluation")
-    answers = root / "reports" / "evaluation" / "predictions" / "assistant.csv"
-    if evaluation is None or not answers.is_file():
-        raise InputError(
-            f"{root / 'reports' / 'evaluation'}: nothing to report yet; run `gpt-pipeline run`"
-        )
-    sections: list[tuple[str, RenderableType]] = [
-        ("Base models, on the validation text", _bases(evaluation)),
-        ("Classifier, on messages it never saw", _classifier(evaluation["classifier"])),
-        ("Assistant, on instructions it never saw", _assistant(evaluation["assistant"], answers)),
-    ]
-    if times := _times(root):
-        sections.insert(0, ("Stages", times))
-    sections.append(("Next", _next()))
-    for title, body in sections:
+    facts = report_facts(root)
+    if always or not _is_told(root, facts):
+        report = write_report(root, facts)
+        if kept := _keep_in_mlflow(root, facts, report):
+            console.print(_text(kept), style="yellow")
+        write_json(root / _TOLD, _fingerprint(facts))
+    for title, parts in _parts(facts):
         console.print()
         console.print(Text(title, style="bold"))
-        console.print(Padding(body, (0, 0, 0, 2)))
+        for part in parts:
+            console.print(Padding(part, (0, 0, 0, 2)))
+    console.print(Text(f"\n{PAGE.as_posix()}: the whole report; {MARKDOWN.as_posix()}: the same"))
 
 
-def _table(*columns: str) -> Table:
+def _fingerprint(facts: Facts) -> str:
+    """Tells facts apart, but for the time at which they were gathered."""
+    return sha256(repr(replace(facts, made=datetime.min)).encode()).hexdigest()
+
+
+def _is_told(root: Path, facts: Facts) -> bool:
+    try:
+        told = json.loads((root / _TOLD).read_text())
+    except (OSError, ValueError):
+        return False
+    there = (root / PAGE).is_file() and (root / MARKDOWN).is_file()
+    return bool(there and told == _fingerprint(facts))
+
+
+def _keep_in_mlflow(root: Path, facts: Facts, report: Report) -> str:
+    """Why MLflow did not take the report and the cards; empty if it did."""
+    if facts.tracking:
+        return ""  # it is in the report
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client = connect(root)
+        for name, version in facts.versions.items():
+            client.update_model_version(name, str(version), model_card(facts, name))
+        if run := last_run(root, "evaluate").get("run_id"):
+            client.log_artifact(run, str(report.page), "report")
+    except (RunError, MlflowException, OSError) as error:
+        why = " ".join(str(error).split())
+        return f"MLflow did not take the report; `gpt-pipeline report` tries again: {why}"
+    return ""
+
+
+def _parts(facts: Facts) -> list[tuple[str, list[RenderableType]]]:
+    parts: list[tuple[str, list[RenderableType]]] = []
+    if facts.executions:
+        parts.append(("Stages", [_table(costs(facts), without="code"), _text(facts.tracking)]))
+    return [
+        *parts,
+        ("Verdicts", [_verdict(each) for each in verdicts(facts)]),
+        ("Base models, on the validation text", [_table(bases(facts))]),
+        (
+            "Classifier",
+            [
+                _text(classifier_in_short(facts)),
+                Text(),
+                _table(what_fine_tuning_buys(facts)),
+                Text(),
+                _table(classes(facts)),
+            ],
+        ),
+        (
+            "Assistant",
+            [
+                _text(assistant_in_short(facts)),
+                Text(),
+                _table(before_and_after(facts)),
+                Text(),
+                _samples(spread(facts.answers, SHOWN_ANSWERS)),
+            ],
+        ),
+        ("Next", [_next()]),
+    ]
+
+
+def _text(text: str) -> Text:
+    return Text(visible(text, limit=None))  # as text: a label or an answer is not markup
+
+
+def _table(grid: Grid, without: str | None = None) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left")
+    kept = [i for i, column in enumerate(grid.columns) if column != without]
+    for i in kept:
+        table.add_column(
+            grid.columns[i], justify="right" if grid.align[i] == "r" else "left", no_wrap=i == 0
+        )
+    for row in grid.rows:
+        table.add_row(*(Text(shown(row[i])) for i in kept))
     return table
 
 
-def _times(root: Path) -> Table | None:
-    """How long each stage took when it last ran to its end."""
-    table = _table("stage", "last run", "took")
-    for path in sorted((root / ".pipeline" / "runs").glob("*.json"), key=_changed):
-        note = last_run(root, path.stem)
-        if note.get("status") == "FINISHED":
-            when = datetime.fromtimestamp(_changed(path))
-            table.add_row(path.stem, f"{when:%Y-%m-%d %H:%M}", seconds_in_words(note["seconds"]))
-    return table if table.row_count else None
+def _verdict(verdict: Verdict) -> Text:
+    style = {"promoted": "green", "kept": "yellow"}.get(verdict.state, "dim")
+    line = Text(f"{visible(verdict.model)}: ") + Text(verdict.verdict, style=style)
+    said = [f"; {verdict.score} {verdict.of}.", *verdict.why]
+    return line + Text(visible(" ".join(said), limit=None))
 
 
-def _changed(path: Path) -> float:
-    return path.stat().st_mtime
-
-
-def _bases(evaluation: dict[str, dict[str, float]]) -> Table:
-    table = _table("model", "loss", "perplexity", "bits a byte", "untrained loss")
-    for name in ("pretrain", "gpt2"):
-        figures = evaluation[name]
-        table.add_row(
-            f"models/{name}",
-            f"{figures['loss']:.3f}",
-            f"{figures['perplexity']:,.1f}",
-            f"{figures['bits_per_byte']:.3f}",
-            f"{figures['untrained_loss']:.3f}",
-        )
+def _samples(answers: list[Answer]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, expand=True)
+    for column in ("instruction", "before", "after"):
+        table.add_column(column, ratio=1)
+    for answer in answers:
+        cells = (answer.task, answer.base, answer.assistant)
+        table.add_row(*(Text(visible(cell, limit=_EXCERPT)) for cell in cells))
+        table.add_row()
     return table
-
-
-def _classifier(figures: dict[str, float]) -> Group:
-    labels = [key.removeprefix("f1_") for key in figures if key.startswith("f1_")]
-    table = _table("class", "precision", "recall", "F1")
-    for label in sorted(set(labels) - {"macro"}):
-        table.add_row(
-            label,
-            *(f"{figures[f'{score}_{label}']:.1%}" for score in ("precision", "recall", "f1")),
-        )
-    line = f"accuracy {figures['accuracy']:.2%} of {figures['rows']:.0f} messages"
-    return Group(Text(line), Text(), table)
-
-
-def _assistant(figures: dict[str, float], answers: Path) -> Group:
-    table = _table("", "loss", "exact match", "word F1")
-    for name, prefix in (("before fine-tuning", "base_"), ("after", "")):
-        table.add_row(
-            name,
-            f"{figures[f'{prefix}loss']:.3f}",
-            f"{figures[f'{prefix}exact_match']:.1%}",
-            f"{figures[f'{prefix}word_f1']:.1%}",
-        )
-    frame = pd.read_csv(answers, keep_default_na=False, dtype=str)
-    samples = _table("instruction", "before", "after")
-    for column in samples.columns:
-        column.justify = "left"
-        column.ratio = 1
-    spread = [len(frame) * i // SHOWN_ANSWERS for i in range(min(SHOWN_ANSWERS, len(frame)))]
-    for _, row in frame.iloc[spread].iterrows():
-        task = f"{row['instruction']}\n{row['input']}".strip()
-        before, after = _shortened(row["base_answer"]), _shortened(row["answer"])
-        # as text: what a model wrote is not markup
-        samples.add_row(*map(Text, (task, before, after)))
-        samples.add_row()
-    return Group(table, Text(), samples)
-
-
-def _shortened(text: str, characters: int = 90) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= characters else line[: characters - 1].rstrip() + "…"
 
 
 def _next() -> Table:

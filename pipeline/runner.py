@@ -420,6 +420,8 @@ def _finish(
     with tempfile.TemporaryDirectory() as folder:
         for picture in _pictures(name, outputs, Path(folder)):
             run.add_picture(picture)
+    if "predictions" in outputs:
+        run.add_tables(outputs["predictions"])
     if spec.model:
         from pipeline.models import register
 

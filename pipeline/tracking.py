@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import platform
+import resource
 import subprocess
 import sys
 import threading
@@ -52,6 +53,9 @@ PACKAGES = (
     "mlflow",
     "prefect",
 )
+
+PEAK_MEMORY = "system/process_peak_memory_megabytes"
+"""The metric of a run that holds the most memory its process had, in megabytes."""
 
 FLUSH_SECONDS = 2.0
 _BATCH = 1000  # MLflow's limit for one call
@@ -335,6 +339,10 @@ class StageRun:
         with _named_failure(self.root, "did not take a picture"):
             self.client.log_artifact(self.id, str(path), "plots")
 
+    def add_tables(self, folder: Path) -> None:
+        """Keep a folder of CSV tables under `predictions/`."""
+        self.client.log_artifacts(self.id, str(folder), "predictions")
+
     def add_data_sets(self, data_sets: Iterable[DataSet]) -> None:
         """Name data sets that the stage found or made."""
         with _named_failure(self.root, "did not take the data sets"):
@@ -383,6 +391,7 @@ class StageRun:
                 if 0 not in self._seen.get(name, ()):  # else logged by one killed right after it
                     self._metrics.append((name, value, now, 0))
             self._sample_system()
+            self._metrics.append((PEAK_MEMORY, _peak_memory(), now, 0))
             self._write()
             self._tag(tags)
             self.client.set_terminated(self.id, status)
@@ -528,6 +537,12 @@ class StageRun:
         from mlflow.entities import RunTag
 
         self.client.log_batch(self.id, tags=[RunTag(key, value) for key, value in tags.items()])
+
+
+def _peak_memory() -> float:
+    """The most memory that this process ever had, in megabytes (2^20 bytes)."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, else kilobytes
 
 
 class _SystemSampler:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -19,7 +17,7 @@ from gpt.errors import InputError
 from gpt.events import Log, discard
 from gpt.files import write_json
 from gpt.generate import Sampling, complete
-from gpt.metrics import bits_per_byte, lm_loss_sum, mean_loss, perplexity
+from gpt.metrics import bits_per_byte, lm_loss_sum, mean_loss, metric_names, perplexity
 from gpt.model import GPT
 from gpt.recipe import TrainParams
 from gpt.token_files import SplitName, open_tokens, read_manifest
@@ -28,8 +26,6 @@ from gpt.train import fit
 from gpt.weights import save_model
 
 SPLITS: tuple[SplitName, ...] = ("train", "validation")
-_LONGEST_NAME = 200
-"""Of a source's name in that of a metric; MLflow takes 250 characters in all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid"))
@@ -196,7 +192,8 @@ def pretrain(
         "steps": float(result.steps),
         "tokens": result.history[-1]["tokens"],
     }
-    final |= zip(_loss_names(sources), losses, strict=True)
+    names = [f"validation_loss/{name}" for name in metric_names(sources)]
+    final |= zip(names, losses, strict=True)
     save_model(model, out, tokenizer=tokenizer)
     result.write_history(history)
     write_json(metrics, final)
@@ -206,16 +203,3 @@ def pretrain(
 def _origin(windows: WindowDataset, row: int, context: int) -> str:
     start = windows.start(row)
     return f"tokens {start:,} to {start + context:,} of the training split"
-
-
-def _loss_names(sources: Iterable[str]) -> list[str]:
-    """What each source's loss is called: MLflow takes letters, digits and `_.- ` in a name."""
-    names: list[str] = []
-    for source in sources:
-        name = re.sub(r"[^\w.\- ]", "_", source)[:_LONGEST_NAME]
-        if name in ("", ".", ".."):  # names that are no path's either
-            name += "_"
-        while name in names:
-            name += "_"
-        names.append(name)
-    return [f"validation_loss/{name}" for name in names]

@@ -19,9 +19,10 @@ from gpt.metrics import (
     classify,
     lm_loss_sum,
     mean_loss,
+    metric_names,
     perplexity,
     roc_auc,
-    word_f1,
+    target_losses,
 )
 from gpt.model import GPTClassifier
 
@@ -171,19 +172,24 @@ def test_bits_per_byte_do_not_depend_on_the_tokenizer():
     assert bits_per_byte(2 * math.log(256), 50, 100) == pytest.approx(8)
 
 
-@pytest.mark.parametrize(
-    ("answer", "reference", "expected"),
-    [
-        ("The cat sat.", "the cat, sat", 1.0),
-        ("sat cat the", "the cat sat", 1.0),
-        ("a a b", "a b b", 2 / 3),
-        ("one two three four", "one", 2 / 5),
-        ("nothing", "shared", 0.0),
-        ("", "words", 0.0),
-        ("...", "!", 0.0),
-        ("It's 5.5", "it's 5.5!", 1.0),
-    ],
-)
-def test_word_f1_counts_shared_words_once_each(answer, reference, expected):
-    assert word_f1(answer, reference) == pytest.approx(expected)
-    assert word_f1(reference, answer) == pytest.approx(expected)
+def test_the_losses_of_the_targets_make_up_the_mean(make_model):
+    """A row has as many as it has targets that count, in their order."""
+    model = make_model()
+    rows = [lm_batch(2, 9, 4), lm_batch(1, 5, 5)]
+    found = target_losses(model, rows)
+    assert [len(each) for each in found] == [4, 4, 5]
+    assert np.concatenate(found).mean() == pytest.approx(mean_loss(model, rows), abs=1e-5)
+    with torch.no_grad():
+        logits = model(rows[0].inputs)
+    last = F.cross_entropy(logits[1, -1], rows[0].targets[1, -1]).item()
+    assert found[1][-1] == pytest.approx(last, abs=1e-5)
+
+
+def test_names_from_outside_make_names_of_metrics_that_mlflow_takes():
+    from mlflow.utils.validation import _validate_metric_name
+
+    names = metric_names(["a", "b/c", "b:c", "..", "", "x" * 500])
+    assert names[:5] == ["a", "b_c", "b_c_", ".._", "_"]
+    assert len(set(names)) == len(names)
+    for name in names:
+        _validate_metric_name(f"bits_per_byte/{name}")

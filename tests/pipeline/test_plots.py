@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.plots import draw_curves
+from pipeline.plots import draw_confusion, draw_curves, draw_scores
 
 HISTORIES = {
     "pretrain": ("validation_loss", []),
@@ -26,3 +26,22 @@ def test_every_measure_of_a_history_has_its_picture(tmp_path: Path, stage: str) 
     pictures = draw_curves(tmp_path / "history.csv", stage, tmp_path)
     assert [path.stem for path in pictures] == ["loss", *more, "learning_rate"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
+
+
+def test_the_learning_rate_and_other_parts_than_the_test_s_can_be_left_out(tmp_path: Path) -> None:
+    (tmp_path / "history.csv").write_text("step,train_loss,validation_loss\n1,2,3\n")
+    drawn = draw_curves(tmp_path / "history.csv", "pretrain", tmp_path, learning_rate=False)
+    assert [path.name for path in drawn] == ["loss.png"]
+    rows = [f"{part},a,a,1" for part in ("test", "validation")]
+    confusion = tmp_path / "confusion.csv"
+    confusion.write_text("\n".join(["part,actual,predicted,messages", *rows]) + "\n")
+    drawn = draw_confusion(confusion, tmp_path, parts=["test"])
+    assert [path.name for path in drawn] == ["confusion_matrix.png"]
+
+
+def test_scores_are_drawn_with_and_without_intervals_and_baseline(tmp_path: Path) -> None:
+    scores = {"zero-shot": (0.51, None, None), "fine-tuned $x$": (0.98, 0.97, 1.0)}
+    plain = draw_scores(tmp_path / "plain.png", "Who is right", scores, "accuracy")
+    line = draw_scores(tmp_path / "line.png", "Who is right", scores, "accuracy", ("most", 0.5))
+    assert plain.read_bytes().startswith(b"\x89PNG")
+    assert line.read_bytes() != plain.read_bytes()

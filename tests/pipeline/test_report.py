@@ -1,80 +1,70 @@
-"""The report says what the metrics say."""
+"""The terminal's report says what the metrics say, and writes the page."""
 
 import io
-import json
 
-import pandas as pd
 import pytest
+from report_project import add_note, add_verdicts, decision, make_report_project
 from rich.console import Console
 
 from gpt.errors import InputError
 from pipeline.report import print_report
 
-BASE = {"loss": 4.1664, "perplexity": 64.48, "bits_per_byte": 1.7101, "untrained_loss": 8.3341}
-EVALUATION = {
-    "pretrain": {**BASE, "loss": 5.7931},
-    "gpt2": BASE,
-    "classifier": {
-        "accuracy": 0.98846,
-        "f1_macro": 0.9884,
-        "rows": 260.0,
-        **{f"{score}_ham": 0.977 for score in ("precision", "recall", "f1")},
-        **{f"{score}_spam": 0.999 for score in ("precision", "recall", "f1")},
-    },
-    "assistant": {
-        f"{prefix}{key}": value
-        for prefix, value in (("", 3.1552), ("base_", 5.3582))
-        for key in ("loss", "perplexity", "exact_match", "word_f1")
-    },
-}
-
 
 def _report(root):
-    console = Console(file=io.StringIO(), width=100, highlight=False)
+    console = Console(file=io.StringIO(), width=120, highlight=False)
     print_report(root, console)
     return console.file.getvalue()
 
 
-@pytest.fixture
-def project(tmp_path):
-    folder = tmp_path / "reports" / "evaluation"
-    (folder / "predictions").mkdir(parents=True)
-    (folder / "metrics.json").write_text(json.dumps(EVALUATION))
-    rows = [[f"Do task {i}.", "", "ref", f"answer {i}", f"[base] {i} " * 40] for i in range(9)]
-    columns = ["instruction", "input", "reference", "answer", "base_answer"]
-    table = pd.DataFrame(rows, columns=columns)
-    table.to_csv(folder / "predictions" / "assistant.csv", index=False)
-    notes = tmp_path / ".pipeline" / "runs"
-    notes.mkdir(parents=True)
-    (notes / "pretrain.json").write_text(json.dumps({"seconds": 83.4, "status": "FINISHED"}))
-    return tmp_path
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """The project's folder, its figures, and what was printed."""
+    root = tmp_path_factory.mktemp("project")
+    figures = make_report_project(root)
+    add_verdicts(root, decision("classifier"))
+    add_note(root, "tokenize", 1.5, status="FAILED")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        return root, figures, _report(root)
 
 
-def test_every_figure_is_the_one_in_the_metrics(project):
-    text = _report(project)
-    for figure in ("5.793", "4.166", "64.5", "1.710", "8.334", "98.85%", "260", "3.155", "5.358"):
-        assert figure in text
+def test_figures_are_those_in_the_metrics_with_their_intervals(project):
+    _, figures, text = project
+    for model in ("classifier", "pretrain", "gpt2"):
+        name = "accuracy" if model == "classifier" else "zero_shot_accuracy"
+        value, low, high = (figures[model][name + end] * 100 for end in ("", "_low", "_high"))
+        assert f"{value:.1f} % ({low:.1f}–{high:.1f})" in text
+    of = figures["assistant"]
+    assert f"{of['loss']:.3f} ({of['loss_low']:.3f}–{of['loss_high']:.3f})" in text
+    assert f"{of['base_perplexity']:.1f}" in text
     assert "1 min 23 s" in text
 
 
 def test_three_answers_from_all_over_the_test_part_are_shown_before_and_after(project):
-    text = _report(project)
+    *_, text = project
     for i in (0, 3, 6):
         assert f"answer {i}" in text
     assert "answer 1" not in text
     assert "[base]" in text, "what a model wrote is text, not markup"
 
 
-def test_it_says_what_to_type_next(project):
-    text = _report(project)
+def test_verdicts_are_told(project):
+    *_, text = project
+    assert "Classifier, version 4: promoted; 43.2 % (38.9–46.3) accuracy." in text
+    assert "Base: not compared yet; 0.471 (0.429–0.503) loss" in text
+
+
+def test_it_says_what_to_type_next_and_where_the_page_is(project):
+    root, _, text = project
     for command in ("gpt-pipeline chat", "gpt-pipeline classify", "make ui"):
         assert command in text
+    assert "reports/report.html: the whole report" in text
+    assert (root / "reports" / "report.html").is_file()
+    assert (root / "reports" / "report.md").is_file()
 
 
 def test_the_time_of_a_run_that_failed_is_not_given_as_the_stage_s(project):
-    note = json.dumps({"seconds": 1.5, "status": "FAILED"})
-    (project / ".pipeline" / "runs" / "tokenize.json").write_text(note)
-    text = _report(project)
+    *_, text = project
     assert "pretrain  " in text
     assert "tokenize" not in text
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 import shutil
 from collections import Counter
 
@@ -15,7 +14,9 @@ from sklearn.metrics import roc_auc_score
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, GPT2LMHeadModel
 
+from gpt.bootstrap import accuracy, macro_f1, mean, mean_loss
 from gpt.events import Progress
+from gpt.likelihood import classify_by_likelihood
 from gpt.prompts import render_prompt, render_prompts
 from gpt.text import (
     Instruction,
@@ -25,14 +26,20 @@ from gpt.text import (
     split_instructions,
     split_messages,
 )
+from gpt.text_scores import length_statistics, score_texts
 from gpt.token_files import open_tokens
 from gpt.tokenizer import byte_tokenizer, train_bpe
-from stages.evaluate import EvaluateParams, evaluate, measure_classifier
+from gpt.weights import load_base
+from stages.evaluate import EvaluateParams, evaluate
+from stages.evaluate.bases import measure_untrained_classification
+from stages.evaluate.classifier import measure_classifier
+from stages.evaluate.intervals import bounds
 from stages.finetune_classifier import FinetuneClassifierParams, finetune_classifier
 from stages.finetune_instruct import FinetuneInstructParams, finetune_instruct
 from stages.tokenize import TokenizeParams, tokenize
 
-PARAMS = EvaluateParams(device="cpu", threads=1, batch_size=3, max_new_tokens=5)
+PARAMS = EvaluateParams(device="cpu", threads=1, batch_size=3, max_new_tokens=5, resamples=300)
+CPU = torch.device("cpu")
 SPLIT = {"train": 0.5, "validation": 0.2, "seed": 11}
 TRAIN = {"device": "cpu", "threads": 1, "batch_size": 8, "learning_rate": 1e-2, "steps": 10}
 
@@ -141,6 +148,9 @@ def test_it_writes_its_outputs_and_nothing_else(done, everything):
         "predictions/classifier.csv",
         "predictions/classifier_confusion.csv",
         "predictions/classifier_most_wrong.csv",
+        "predictions/gpt2.csv",
+        "predictions/likelihood.csv",
+        "predictions/pretrain.csv",
     ]
     assert list(figures) == ["pretrain", "gpt2", "classifier", "assistant"]
 
@@ -150,7 +160,7 @@ def test_equal_runs_give_equal_bytes(tmp_path, done, paths, everything):
     run(tmp_path, PARAMS, paths, log=heard.append)
     assert everything(tmp_path) == everything(done[0])
     steps = [event for event in heard if isinstance(event, Progress)]
-    assert steps[-1].done == steps[-1].total == 4
+    assert steps[-1].done == steps[-1].total == 5
 
 
 # --- the bases ------------------------------------------------------------------------------------
@@ -228,6 +238,13 @@ def test_the_scores_follow_from_the_predictions(done):
     table = read(done[0], "classifier")
     held = ("train_", "validation_")
     figures = {n: v for n, v in done[1]["classifier"].items() if not n.startswith(held)}
+    intervals = {n: figures.pop(n) for n in list(figures) if n.endswith(("_low", "_high"))}
+    assert set(intervals) == {
+        f"{score}_{end}" for score in ("accuracy", "f1_macro") for end in ("low", "high")
+    }
+    # undersampled: as many of each class, near enough
+    most = table["actual"].value_counts().max()
+    assert figures.pop("majority_accuracy") == pytest.approx(most / 24)
     for name in held:  # the other parts have the same scores
         assert {name + key for key in figures} <= set(done[1]["classifier"])
     pairs = Counter(zip(table["actual"], table["predicted"], strict=True))
@@ -265,7 +282,7 @@ def test_each_part_has_its_confusion_matrix_and_the_messages_that_it_got_most_wr
     tmp_path, base, messages
 ):
     hardly = make_classifier(base, messages, tmp_path / "m/classifier", {**TRAIN, "steps": 1})
-    figures, tables = measure_classifier(hardly, messages, torch.device("cpu"), 8)
+    figures, tables = measure_classifier(hardly, messages, CPU, 8, bounds(50, 0))
     confusion, wrong = tables["classifier_confusion"], tables["classifier_most_wrong"]
     for part in ("test", "validation", "train"):
         prefix = "" if part == "test" else f"{part}_"
@@ -413,7 +430,9 @@ def test_losses_and_answers_are_those_of_transformers(done, paths, bpe, test_rec
 
 
 def test_single_turns_have_no_column_of_earlier_ones(done):
-    columns = ["instruction", "input", "reference", "answer", "base_answer"]
+    asked = ["instruction", "input", "reference"]
+    scored = ["answer", "tokens", "loss", "exact_match", "rouge_l", "chrf", "at_limit"]
+    columns = [*asked, *scored, *(f"base_{name}" for name in scored)]
     assert read(done[0], "assistant").columns.tolist() == columns
 
 
@@ -498,25 +517,138 @@ def test_what_was_said_before_is_a_column_where_there_is_some(talked):
 
 
 @pytest.mark.parametrize("prefix", ["", "base_"])
-def test_the_overlaps_follow_from_the_answers(done, prefix):
-    table = read(done[0], "assistant")
-    exact, shared = [], []
-    for answer, reference in zip(table[f"{prefix}answer"], table["reference"], strict=True):
-        exact.append(answer == reference)
-        ours, theirs = (
-            [
-                w
-                for raw in text.lower().split()
-                if (w := re.sub(r"^[\W_]+|[\W_]+$", "", raw, flags=re.A))
-            ]
-            for text in (answer, reference)
-        )
-        common = sum(min(ours.count(word), theirs.count(word)) for word in set(ours))
-        shared.append(2 * common / (len(ours) + len(theirs)) if common else 0)
-    figures = done[1]["assistant"]
-    assert figures[f"{prefix}exact_match"] == pytest.approx(sum(exact) / len(exact))
-    assert figures[f"{prefix}word_f1"] == pytest.approx(sum(shared) / len(shared))
-    assert prefix or sum(shared) > 0  # the answers of the assistant have something to them
+def test_the_scores_of_the_assistant_follow_from_the_answers_in_the_table(done, prefix):
+    table, figures = read(done[0], "assistant"), dict(done[1]["assistant"])
+    answers, references = table[f"{prefix}answer"].tolist(), table["reference"].tolist()
+    scores = score_texts(answers, references)
+    for name in ("exact_match", "rouge_l", "chrf"):
+        column = pd.to_numeric(table[f"{prefix}{name}"])
+        assert column.to_numpy() == pytest.approx(getattr(scores, name), nan_ok=True)
+        assert figures[f"{prefix}{name}"] == pytest.approx(column.mean())  # of short ones only
+    assert figures["short_records"] == scores.short.sum() > 0
+    total = table[f"{prefix}loss"].astype(float).sum() / table[f"{prefix}tokens"].astype(int).sum()
+    assert figures[f"{prefix}loss"] == pytest.approx(total)
+    limits = [flag == "1" for flag in table[f"{prefix}at_limit"]]
+    assert figures[f"{prefix}at_limit"] == sum(limits) / len(limits)
+    for name, value in length_statistics(answers, references, at_limit=limits).items():
+        assert figures[f"{prefix}{name}"] == value
+    assert prefix or scores.chrf.sum() > 0  # the answers of the assistant have something to them
+
+
+# --- intervals, and what fine-tuning buys ---------------------------------------------------------
+
+
+def test_every_interval_is_drawn_from_what_stands_in_the_tables(done):
+    folder, figures = done
+    of = bounds(PARAMS.resamples, PARAMS.seed)
+    expected = {}
+    for name in ("pretrain", "gpt2"):
+        rows = pd.read_csv(folder / f"predictions/{name}.csv").groupby("window").sum()
+        expected[name, "loss"] = of(mean_loss(rows["loss"], rows["tokens"]))
+    classes = pd.read_csv(folder / "predictions/classifier.csv")
+    numbers = [[("ham", "spam").index(c) for c in classes[k]] for k in ("actual", "predicted")]
+    expected["classifier", "accuracy"] = of(accuracy(*numbers))
+    expected["classifier", "f1_macro"] = of(macro_f1(*numbers, 2))
+    answers = pd.read_csv(folder / "predictions/assistant.csv", keep_default_na=False, dtype=str)
+    for prefix in ("", "base_"):
+        loss = answers[f"{prefix}loss"].astype(float), answers[f"{prefix}tokens"].astype(int)
+        expected["assistant", f"{prefix}loss"] = of(mean_loss(*loss))
+        for name in ("exact_match", "rouge_l", "chrf"):
+            values = pd.to_numeric(answers[f"{prefix}{name}"]).dropna()
+            expected["assistant", f"{prefix}{name}"] = of(mean(values))
+    tried = pd.read_csv(folder / "predictions/likelihood.csv")
+    for (model, method), rows in tried.groupby(["model", "method"]):
+        numbers = [[("ham", "spam").index(c) for c in rows[k]] for k in ("actual", "predicted")]
+        prefix = method.replace("-", "_")
+        expected[model, f"{prefix}_accuracy"] = of(accuracy(*numbers))
+        expected[model, f"{prefix}_f1_macro"] = of(macro_f1(*numbers, 2))
+    for (model, score), found in expected.items():
+        held = [figures[model][f"{score}{end}"] for end in ("", "_low", "_high")]
+        assert held == pytest.approx([found.value, found.low, found.high], rel=1e-9), (model, score)
+    drawn = {(m, k.removesuffix("_low")) for m in figures for k in figures[m] if k.endswith("_low")}
+    assert drawn == {*expected, ("pretrain", "bits_per_byte"), ("gpt2", "bits_per_byte")}
+    for name in ("pretrain", "gpt2"):
+        own = figures[name]
+        for end in ("_low", "_high"):
+            ratio = own[f"bits_per_byte{end}"] / own["bits_per_byte"]
+            assert ratio == pytest.approx(own[f"loss{end}"] / own["loss"])
+
+
+def test_bases_classify_the_very_messages_that_the_classifier_is_tested_on(done, paths):
+    """Without and with training messages before them, by likelihood alone."""
+    test, tried = read(done[0], "classifier"), read(done[0], "likelihood")
+    assert set(zip(tried["model"], tried["method"], strict=True)) == {
+        (model, method) for model in ("pretrain", "gpt2") for method in ("zero-shot", "few-shot")
+    }
+    for _, rows in tried.groupby(["model", "method"]):
+        assert rows["example"].astype(int).tolist() == list(range(24))
+        assert rows["actual"].tolist() == test["actual"].tolist()
+    model, tokenizer = load_base(paths["gpt2"])
+    found = classify_by_likelihood(
+        model, tokenizer, test["text"].tolist(), ["ham", "spam"], calibrate=True
+    )
+    rows = tried[(tried["model"] == "gpt2") & (tried["method"] == "zero-shot")]
+    assert rows["probability_spam"].astype(float).to_numpy() == pytest.approx(
+        np.exp(found.log_probs[:, 1]), abs=1e-4
+    )
+
+
+@pytest.mark.parametrize(("shots", "shown"), [(1, 2), (2, 4), (1000, None)])
+def test_examples_stand_before_a_message_as_far_as_the_context_holds_them(
+    paths, raw, make_base, bpe, shots, shown
+):
+    """At most as many of each class as the smallest has in the training part."""
+    wide = {"wide": make_base(tokenizer=bpe, context_length=600, n_layer=1)}
+    few = raw("messages", [("ham" if i % 5 else "spam", f"text {i}") for i in range(60)])
+    figures, table = measure_untrained_classification(
+        wide, paths["classifier"], few, CPU, 8, shots, bounds(50, 0)
+    )
+    before = table.groupby("method")["shown"]
+    assert before.max()["zero-shot"] == 0
+    if shots == 1000:
+        train = split_messages(read_messages(few), Split(**SPLIT), "undersample")["train"]
+        shown = 2 * train["label"].value_counts().min()
+    assert before.max()["few-shot"] == shown
+    assert figures["wide"]["few_shot_examples"] == pytest.approx(before.mean()["few-shot"])
+
+
+def test_the_loss_is_told_by_source_and_the_sources_make_up_the_whole(tmp_path, copied):
+    """Under names that MLflow takes; the bases read the same text in other tokens."""
+    paths = copied("tokens")
+    ids = open_tokens(paths["tokens"], "validation")[:].astype("<u2")
+    parts = {"a": ids[:150], "b/c": ids[150:]}
+    write_shards(paths["tokens"], parts)
+    figures = run(tmp_path / "o", PARAMS, paths)
+    for model in ("pretrain", "gpt2"):
+        table = pd.read_csv(tmp_path / f"o/predictions/{model}.csv")
+        assert table["source"].drop_duplicates().tolist() == list(parts)
+        for source, name in (("a", "a"), ("b/c", "b_c")):
+            rows = table[table["source"] == source]
+            loss = rows["loss"].sum() / rows["tokens"].sum()
+            assert figures[model][f"loss/{name}"] == pytest.approx(loss)
+        whole = table["loss"].sum() / table["tokens"].sum()
+        assert figures[model]["loss"] == pytest.approx(whole)
+    # the first of a window of 64 is no target of its own, and what fills no window is left out
+    table = pd.read_csv(tmp_path / "o/predictions/pretrain.csv")
+    counted = table.groupby("source")["tokens"].sum()
+    assert counted["a"] == 149
+    assert counted["b/c"] == (len(ids) - 1) // 64 * 64 - 149
+    a_byte = figures["pretrain"]["loss/a"] / math.log(2)
+    n_bytes = 150  # as `write_shards` has it
+    assert figures["pretrain"]["bits_per_byte/a"] == pytest.approx(a_byte * 150 / n_bytes)
+
+
+def write_shards(folder, parts):
+    """The validation split of a folder of tokens anew: a shard a source."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    shards = []
+    for number, (source, ids) in enumerate(parts.items()):
+        ids.tofile(folder / f"part-{number}.bin")
+        counts = {"documents": 1, "bytes": len(ids), "tokens": len(ids)}
+        shard = {"file": f"part-{number}.bin", "source": source, "sha256": "0" * 64}
+        shards.append({**shard, "counts": counts})
+    manifest["splits"]["validation"]["shards"] = shards
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 # --- what is refused ------------------------------------------------------------------------------
@@ -617,6 +749,15 @@ def test_a_validation_split_shorter_than_one_context_is_refused(
         run(tmp_path / "o", PARAMS, {**paths, "pretrain": wide})
 
 
+def test_messages_of_which_a_part_is_empty_are_refused(tmp_path, copied, raw, refused):
+    paths = copied("classifier") | {"messages": raw("messages", [("ham", "a"), ("spam", "b")])}
+    path = tmp_path / "classifier/training.json"
+    split = {"train": 0.5, "validation": 0.499, "seed": 11}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"split": split}))
+    with refused(r"messages: the \w+ part of 2 messages is empty; add messages or change finetune"):
+        run(tmp_path / "o", PARAMS, paths)
+
+
 def test_instructions_without_a_test_part_are_refused(tmp_path, paths, raw, refused):
     with refused(r"instructions: no record to test on; add records"):
         run(tmp_path / "o", PARAMS, {**paths, "instructions": raw("instructions", b"[]")})
@@ -626,7 +767,7 @@ def test_answers_that_begin_behind_the_cut_are_refused(tmp_path, copied, refused
     paths = copied("assistant")
     path = tmp_path / "assistant/training.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"max_length": 3}))
-    with refused("no answer of the test part begins within the 3 tokens that .*assistant was"):
+    with refused("no answer of the test records begins within the 3 tokens that .*assistant was"):
         run(tmp_path / "o", PARAMS, paths)
 
 

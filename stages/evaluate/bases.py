@@ -1,0 +1,232 @@
+"""Bases: their loss on the validation text, and what they make of messages untrained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from gpt.bootstrap import mean_loss
+from gpt.data import WindowDataset, batches
+from gpt.errors import InputError
+from gpt.likelihood import Example, classify_by_likelihood, draw_examples
+from gpt.metrics import bits_per_byte, metric_names, perplexity, target_losses
+from gpt.metrics import mean_loss as mean_loss_of
+from gpt.model import GPT
+from gpt.token_files import open_tokens, read_manifest
+from gpt.tokenizer import Tokenizer, load_tokenizer
+from gpt.weights import load_base
+from stages.evaluate.classifier import messages_by_part
+from stages.evaluate.intervals import Bounds, class_figures, figures_of
+from stages.evaluate.training import read_training
+
+
+def measure_base(
+    directory: Path, tokens: Path, device: torch.device, batch_size: int, seed: int, of: Bounds
+) -> tuple[dict[str, float], pd.DataFrame]:
+    """The loss of a base on the validation text, in all and by source.
+
+    Args:
+        directory: its model directory.
+        tokens: the folder of token files, whose text is encoded anew for a base of another
+            tokenizer.
+        device: where.
+        batch_size: windows at once.
+        seed: of the untrained model that it is compared with.
+        of: how intervals are drawn: over the windows.
+
+    Returns:
+        The figures: losses in nats a token, bits a byte of text. And a table, a row a window and
+        source: how many `tokens` of the source were predicted in it, and their summed `loss`.
+
+    Raises:
+        InputError: the directory or the tokens cannot be used, or there is too little text.
+    """
+    model, tokenizer = load_base(directory)
+    sources = _texts(tokens, tokenizer)
+    windows = _windows(directory, model, tokens, sources)
+    table = _losses(model.to(device), windows, sources, batch_size)
+    by_window = table.groupby("window")[["loss", "tokens"]].sum()
+    loss = of(mean_loss(by_window["loss"], by_window["tokens"]))
+    counts = read_manifest(tokens).splits["validation"]
+    n_tokens = sum(map(len, sources.values()))
+    figures = figures_of("loss", loss) | {"perplexity": perplexity(loss.value)}
+    for name in ("", "_low", "_high"):
+        value = bits_per_byte(figures[f"loss{name}"], n_tokens, counts.total.bytes)
+        figures[f"bits_per_byte{name}"] = value
+    groups = table.groupby("source", sort=False)
+    for name, (source, rows) in zip(metric_names(map(str, groups.groups)), groups, strict=True):
+        own = float(rows["loss"].sum() / rows["tokens"].sum())
+        n_bytes = counts.sources[str(source)].bytes
+        figures[f"loss/{name}"] = own
+        figures[f"bits_per_byte/{name}"] = bits_per_byte(own, len(sources[str(source)]), n_bytes)
+    torch.manual_seed(seed)
+    untrained = GPT(model.config).to(device).eval()
+    figures["untrained_loss"] = mean_loss_of(untrained, batches(windows, batch_size))
+    return figures, table
+
+
+def window_losses(
+    directory: Path, tokens: Path, device: torch.device, batch_size: int
+) -> pd.DataFrame:
+    """The table of `measure_base` alone, of any base."""
+    model, tokenizer = load_base(directory)
+    sources = _texts(tokens, tokenizer)
+    windows = _windows(directory, model, tokens, sources)
+    return _losses(model.to(device), windows, sources, batch_size)
+
+
+def _windows(
+    directory: Path, model: GPT, tokens: Path, sources: dict[str, np.ndarray]
+) -> WindowDataset:
+    ids = np.concatenate(list(sources.values()))
+    context = model.config.context_length
+    windows = WindowDataset(ids, context, context)
+    if len(windows) == 0:
+        raise InputError(
+            f"{tokens}: the validation split has {len(ids)} tokens, fewer than one context of "
+            f"{directory} and its target ({context} + 1); add text or raise tokenize.validation"
+        )
+    return windows
+
+
+def _losses(
+    model: GPT, windows: WindowDataset, sources: dict[str, np.ndarray], batch_size: int
+) -> pd.DataFrame:
+    return _by_source(np.stack(target_losses(model, batches(windows, batch_size))), sources)
+
+
+def _texts(tokens: Path, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+    """The ids of the validation text by source, in the order of the shards."""
+    written_by = load_tokenizer(tokens)
+    sources: dict[str, list[np.ndarray]] = {}
+    for shard in read_manifest(tokens).splits["validation"].shards:
+        sources.setdefault(shard.source, [])
+    texts = {name: open_tokens(tokens, "validation", name)[:] for name in sources}
+    if not texts:
+        return {"": np.empty(0, np.int64)}
+    if written_by.hash == tokenizer.hash:
+        return texts
+    return {name: _in_other_tokens(ids, written_by, tokenizer) for name, ids in texts.items()}
+
+
+def _in_other_tokens(ids: np.ndarray, old: Tokenizer, new: Tokenizer) -> np.ndarray:
+    """The same documents, with the end of text between them, in another vocabulary."""
+    ends = np.flatnonzero(ids == old.eot).tolist()
+    result: list[int] = []
+    start = 0
+    for end in [*ends, len(ids)]:
+        result += new.encode(old.decode(ids[start:end].tolist()))
+        if end < len(ids):
+            result.append(new.eot)
+        start = end + 1
+    return np.array(result, np.int64)
+
+
+def _by_source(losses: np.ndarray, sources: dict[str, np.ndarray]) -> pd.DataFrame:
+    """The losses of the targets, (windows, T), summed by window and source."""
+    n_windows, context = losses.shape
+    names = list(sources)
+    source = np.repeat(np.arange(len(names)), [len(ids) for ids in sources.values()])
+    # the target of the first place is the second token
+    frame = pd.DataFrame(
+        {
+            "window": np.repeat(np.arange(n_windows), context),
+            "source": source[1 : n_windows * context + 1],
+            "loss": losses.ravel().astype(np.float64),
+        }
+    )
+    table = frame.groupby(["window", "source"])["loss"].agg(["size", "sum"]).reset_index()
+    table.columns = pd.Index(["window", "source", "tokens", "loss"])
+    table["source"] = [names[i] for i in table["source"]]
+    return table
+
+
+METHODS = ("zero-shot", "few-shot")
+
+
+def measure_untrained_classification(
+    bases: dict[str, Path],
+    classifier: Path,
+    messages: Path,
+    device: torch.device,
+    batch_size: int,
+    shots: int,
+    of: Bounds,
+) -> tuple[dict[str, dict[str, float]], pd.DataFrame]:
+    """Classes by likelihood alone, on the very messages that the classifier is tested on.
+
+    Args:
+        bases: the model directories by name.
+        classifier: the fine-tuned model's directory: its labels and what was held out of it.
+        messages: the raw folder.
+        device: where.
+        batch_size: texts at once.
+        shots: how many training messages of each class stand before a text in the second try; of
+            no class more than the smallest has.
+        of: how intervals are drawn.
+
+    Returns:
+        Of each base the accuracy and macro F1 under `zero_shot_` and `few_shot_`, and under
+        `few_shot_examples` how many had room before a message in the mean. And a table, a row a
+        base, method and test message.
+
+    Raises:
+        InputError: a directory or the messages cannot be used, or do not belong together.
+    """
+    labels, parts = messages_by_part(classifier, messages)
+    test = parts["test"]
+    actual = [labels.index(label) for label in test["label"]]
+    pool = [Example(*row) for row in parts["train"][["text", "label"]].itertuples(index=False)]
+    counts = parts["train"]["label"].value_counts()
+    shots = min(shots, *(int(counts.get(label, 0)) for label in labels))
+    examples = draw_examples(pool, labels, shots, read_training(classifier).split.seed)
+    figures: dict[str, dict[str, float]] = {}
+    tables = []
+    for name, directory in bases.items():
+        model, tokenizer = load_base(directory)
+        model.to(device)
+        figures[name] = {}
+        for method, shown in zip(METHODS, ([], examples), strict=True):
+            found = classify_by_likelihood(
+                model,
+                tokenizer,
+                test["text"].tolist(),
+                labels,
+                examples=shown,
+                calibrate=True,
+                batch_size=batch_size,
+            )
+            predicted = found.log_probs.argmax(1)
+            scores = class_figures(actual, predicted.tolist(), len(labels), of)
+            prefix = method.replace("-", "_")
+            figures[name] |= {f"{prefix}_{key}": value for key, value in scores.items()}
+            n_shown = len(shown) - found.dropped
+            tables.append(_table(name, method, test["label"], labels, n_shown, found.log_probs))
+        figures[name]["few_shot_examples"] = float(n_shown.mean())
+    return figures, pd.concat(tables, ignore_index=True)
+
+
+def _table(
+    model: str,
+    method: str,
+    actual: pd.Series,
+    labels: list[str],
+    n_shown: np.ndarray,
+    log_probs: np.ndarray,
+) -> pd.DataFrame:
+    probabilities = np.exp(log_probs)
+    columns = {
+        "model": model,
+        "method": method,
+        "example": range(len(log_probs)),
+        "shown": n_shown,
+        "actual": actual,
+        "predicted": [labels[i] for i in log_probs.argmax(1)],
+    }
+    return pd.DataFrame(
+        columns
+        | {f"probability_{each}": probabilities[:, i].round(6) for i, each in enumerate(labels)}
+    )

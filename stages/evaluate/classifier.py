@@ -1,0 +1,166 @@
+"""The classifier: its scores on every part of the messages, and its predictions."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from gpt.data import ClassificationDataset, batches
+from gpt.errors import InputError
+from gpt.metrics import calibration_error, classification_scores, classify, roc_auc
+from gpt.text import read_messages, split_messages
+from gpt.weights import load_classifier, read_labels
+from stages.evaluate.intervals import Bounds, class_figures
+from stages.evaluate.training import read_training
+
+_MOST_WRONG = 20
+"""Of each part so many messages are listed that a classifier was wrong about."""
+
+
+def messages_by_part(directory: Path, messages: Path) -> tuple[list[str], dict[str, pd.DataFrame]]:
+    """A classifier's labels, and the messages by part: `train`, `validation` and `test`.
+
+    Args:
+        directory: its model directory, which says how they were split.
+        messages: the raw folder.
+
+    Raises:
+        InputError: the directory or the messages cannot be used, or do not belong together; or
+            a part is empty.
+    """
+    labels = read_labels(directory)
+    training = read_training(directory)
+    frame = read_messages(messages)
+    unknown = sorted(set(frame["label"]) - set(labels))
+    if unknown:
+        raise InputError(
+            f"{messages}: the class {unknown[0]!r} is unknown to {directory} "
+            f"({', '.join(labels)}); run finetune_classifier on these messages"
+        )
+    parts = split_messages(frame, training.split, training.balance)
+    for name, part in parts.items():
+        if part.empty:
+            raise InputError(
+                f"{messages}: the {name} part of {len(frame)} messages is empty; add messages or "
+                "change finetune_classifier.split"
+            )
+    return labels, parts
+
+
+def predict_classes(
+    directory: Path, rows: pd.DataFrame, device: torch.device, batch_size: int
+) -> tuple[pd.DataFrame, np.ndarray]:
+    """What a classifier makes of messages.
+
+    Args:
+        directory: its model directory.
+        rows: columns `text` and `label`.
+        device: where.
+        batch_size: texts at once.
+
+    Returns:
+        A table, a row a message: its text, the actual and the predicted class, and the probability
+        of each, rounded; and the probabilities as they are, (n, classes).
+
+    Raises:
+        InputError: the directory cannot be used, or holds no classifier.
+    """
+    model, tokenizer = load_classifier(directory)
+    model.to(device)
+    labels = model.labels
+    data = ClassificationDataset(
+        tokenizer.encode_batch(rows["text"].tolist()),
+        [0] * len(rows),  # not looked at
+        padding=tokenizer.eot,
+        max_length=read_training(directory).max_length,
+    )
+    found = classify(model, batches(data, batch_size, by_length=True)).double().numpy()
+    probabilities = np.empty_like(found)  # (n, classes)
+    probabilities[np.argsort(-data.lengths, kind="stable")] = found  # as they were, not by length
+    table = pd.DataFrame(
+        {
+            "text": rows["text"],
+            "actual": rows["label"],
+            "predicted": [labels[i] for i in probabilities.argmax(1).tolist()],
+        }
+        | {f"probability_{each}": probabilities[:, i].round(6) for i, each in enumerate(labels)}
+    )
+    return table, probabilities
+
+
+def measure_classifier(
+    directory: Path, messages: Path, device: torch.device, batch_size: int, of: Bounds
+) -> tuple[dict[str, float], dict[str, pd.DataFrame]]:
+    """Score a classifier on each part of the messages that it was trained on a part of.
+
+    Args:
+        directory: its model directory.
+        messages: the raw folder.
+        device: where.
+        batch_size: texts at once.
+        of: how the intervals of the test part's accuracy and macro F1 are drawn.
+
+    Returns:
+        The scores, those of the training and validation parts under `train_` and `validation_`:
+        in 0..1; `majority_accuracy` is that of naming the most frequent class each time. And
+        tables: `classifier`, a row a test message; `classifier_confusion`, a row a part and pair
+        of classes; `classifier_most_wrong`, of each part the messages whose right class got the
+        least.
+
+    Raises:
+        InputError: as `messages_by_part`, or the directory holds no classifier.
+    """
+    labels, parts = messages_by_part(directory, messages)
+    figures: dict[str, float] = {}
+    tables: dict[str, pd.DataFrame] = {}
+    for name in ("test", "validation", "train"):
+        table, probabilities = predict_classes(directory, parts[name], device, batch_size)
+        classes = [labels.index(label) for label in table["actual"]]
+        scores = _scores(table, classes, probabilities, labels)
+        if name == "test":
+            predicted = [labels.index(label) for label in table["predicted"]]
+            scores |= class_figures(classes, predicted, len(labels), of)
+            scores["majority_accuracy"] = max(Counter(classes).values()) / len(classes)
+        prefix = "" if name == "test" else f"{name}_"
+        figures |= {f"{prefix}{key}": value for key, value in scores.items()}
+        tables[name] = table
+    confusion = [_confusion(name, table, labels) for name, table in tables.items()]
+    wrong = [_most_wrong(name, table) for name, table in tables.items()]
+    return figures, {
+        "classifier": tables["test"],
+        "classifier_confusion": pd.concat(confusion, ignore_index=True),
+        "classifier_most_wrong": pd.concat(wrong, ignore_index=True),
+    }
+
+
+def _scores(
+    table: pd.DataFrame, classes: list[int], probabilities: np.ndarray, labels: list[str]
+) -> dict[str, float]:
+    scores = classification_scores(table["actual"].tolist(), table["predicted"].tolist(), labels)
+    area = roc_auc(classes, probabilities)
+    return {
+        **scores,
+        **({"roc_auc": area} if area is not None else {}),
+        "calibration_error": calibration_error(classes, probabilities),
+        "rows": float(len(table)),
+    }
+
+
+def _confusion(part: str, table: pd.DataFrame, labels: list[str]) -> pd.DataFrame:
+    """How many messages of each class were taken for each."""
+    pairs = Counter(zip(table["actual"], table["predicted"], strict=True))
+    rows = [(part, a, p, pairs[a, p]) for a in labels for p in labels]
+    return pd.DataFrame(rows, columns=["part", "actual", "predicted", "messages"])
+
+
+def _most_wrong(part: str, table: pd.DataFrame) -> pd.DataFrame:
+    """The wrong ones, the one first whose right class got the smallest probability."""
+    wrong = table[table["actual"] != table["predicted"]]
+    given = [row[f"probability_{row['actual']}"] for _, row in wrong.iterrows()]
+    found = wrong[["text", "actual", "predicted"]].assign(probability_actual=given)
+    found.insert(0, "part", part)
+    return found.sort_values("probability_actual", kind="stable").head(_MOST_WRONG)

@@ -1,0 +1,43 @@
+"""What a fine-tuned model says of its training: its base, and what was held out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from gpt.errors import InputError, first_problem
+from gpt.files import read_json
+from gpt.model import Pooling
+from gpt.text import Balance, Split
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid"))
+class Training:
+    """`training.json` of a fine-tuned model."""
+
+    base: Literal["pretrain", "gpt2"]
+    split: Split
+    balance: Balance = "none"
+    max_length: Annotated[int, Field(gt=0)]
+    pooling: Pooling = "last"
+    """Of a classifier; its model says the same."""
+    turns: Annotated[int, Field(gt=0)] = 1
+    """Of an assistant: those of the longest conversation that it learnt from."""
+
+
+def read_training(directory: Path) -> Training:
+    """`training.json` of a model directory.
+
+    Raises:
+        InputError: it is missing, or not such a file.
+    """
+    path = directory / "training.json"
+    remedy = "run the fine-tuning again"
+    said = read_json(path, missing="no such file; run the fine-tuning stage again", remedy=remedy)
+    try:
+        return TypeAdapter(Training).validate_python(said)
+    except ValidationError as error:
+        raise InputError(f"{path}: {first_problem(error)}; {remedy}") from None

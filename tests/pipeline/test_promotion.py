@@ -1,0 +1,337 @@
+"""A version takes the champion's place where it is better by the rule, and nowhere else.
+
+Real models, a real registry: the versions are a trained one and what is made of its weights.
+"""
+
+import json
+import shutil
+from dataclasses import replace
+
+import mlflow
+import pytest
+import torch
+import yaml
+from data_project import add_corpus, add_instructions, add_messages
+from pydantic import TypeAdapter, ValidationError
+from safetensors.torch import load_file, save_file
+
+from gpt.config import GPTConfig
+from gpt.errors import InputError
+from gpt.model import GPT
+from gpt.tokenizer import byte_tokenizer
+from gpt.weights import save_model
+from pipeline.models import register, version_of
+from pipeline.promotion import (
+    ANSWERS,
+    CHAMPION,
+    DECISIONS,
+    PREVIOUS,
+    PromotionParams,
+    is_decided,
+    promote_by_hand,
+    promote_the_better,
+    read_decisions,
+)
+from pipeline.tracking import StageRun, connect, dvc_md5
+from stages.evaluate import EvaluateParams, evaluate
+from stages.finetune_classifier import FinetuneClassifierParams, finetune_classifier
+from stages.finetune_instruct import FinetuneInstructParams, finetune_instruct
+from stages.pretrain import PretrainParams, pretrain
+from stages.tokenize import TokenizeParams, tokenize
+
+CONFIG = GPTConfig(vocab_size=257, context_length=128, n_layer=1, n_head=2, n_embd=32)
+EVALUATE = EvaluateParams(
+    device="cpu", threads=1, batch_size=8, max_new_tokens=3, resamples=50, shots=1
+)
+RULE = PromotionParams(resamples=200)
+TRAIN = {"device": "cpu", "threads": 1, "batch_size": 8, "learning_rate": 1e-2, "steps": 20}
+SPLIT = {"train": 0.5, "validation": 0.1}
+_WIDTHS = ("n_layer", "n_head", "n_embd")
+STAGES = {"base": "pretrain", "classifier": "finetune_classifier", "assistant": "finetune_instruct"}
+PATHS = {"base": "pretrain", "classifier": "classifier", "assistant": "assistant"}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A project whose models were trained and evaluated; nothing is registered."""
+    root = tmp_path_factory.mktemp("trained")
+    add_messages(
+        root, [("spam", f"win £{i} now") if i % 2 else ("ham", f"see you {i}") for i in range(80)]
+    )
+    records = [
+        {"instruction": f"Say {i}.", "input": "", "output": f"It is {i}."} for i in range(40)
+    ]
+    add_instructions(root, records)
+    add_corpus(root, ["one"])
+    (root / "data/raw/corpus/0.txt").write_text("a text of some words, again and again. " * 60)
+    tokenize(
+        TokenizeParams(tokenizer="bytes", validation=0.4, split="tail"),
+        corpus=root / "data/raw/corpus",
+        vocabulary=None,
+        out=root / "data/tokens",
+        metrics=root / "tokens.json",
+        report=root / "tokens-report.json",
+    )
+    shape = {name: getattr(CONFIG, name) for name in ("context_length", *_WIDTHS)}
+    pretrain(
+        TypeAdapter(PretrainParams).validate_python({"model": shape, "train": TRAIN}),
+        tokens=root / "data/tokens",
+        out=root / "models/pretrain",
+        metrics=root / "metrics.json",
+        history=root / "history.csv",
+    )
+    for function, params, data, name in (
+        (finetune_classifier, FinetuneClassifierParams, "messages", "classifier"),
+        (finetune_instruct, FinetuneInstructParams, "instructions", "assistant"),
+    ):
+        own = {"base": "pretrain", "split": SPLIT, "train": TRAIN}
+        if name == "assistant":
+            own["template"] = "phi3"
+        function(
+            TypeAdapter(params).validate_python(own),
+            base=root / "models/pretrain",
+            out=root / "models" / name,
+            metrics=root / "metrics.json",
+            history=root / "history.csv",
+            **{data: root / "data/raw" / data},
+        )
+    evaluate_again(root)
+    return root
+
+
+def evaluate_again(root):
+    """What the stage does, and what DVC notes of it."""
+    models = {name: root / "models" / name for name in ("pretrain", "classifier", "assistant")}
+    raw = root / "data/raw"
+    evaluate(
+        EVALUATE,
+        **models,
+        gpt2=root / "models/pretrain",
+        tokens=root / "data/tokens",
+        messages=raw / "messages",
+        instructions=raw / "instructions",
+        predictions=root / "reports/evaluation/predictions",
+        metrics=root / "reports/evaluation/metrics.json",
+    )
+    deps = [{"path": f"models/{name}", "md5": dvc_md5(path)} for name, path in models.items()]
+    (root / "dvc.lock").write_text(yaml.safe_dump({"stages": {"evaluate": {"deps": deps}}}))
+
+
+@pytest.fixture(scope="module")
+def first(trained, tmp_path_factory):
+    """The same with the models registered and decided on for the first time."""
+    root = tmp_path_factory.mktemp("first") / "project"
+    shutil.copytree(trained, root)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        for name in STAGES:
+            enter(root, name)
+        decisions = promote_the_better(root, RULE, EVALUATE)
+    assert [(each.model, each.version, each.promoted) for each in decisions] == [
+        (name, 1, True) for name in STAGES
+    ]
+    return root
+
+
+@pytest.fixture
+def project(first, tmp_path, monkeypatch):
+    """A copy of its own: the first versions are the champions. Their files stay where they were."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    root = tmp_path / "project"
+    shutil.copytree(first, root, ignore=shutil.ignore_patterns("mlartifacts"))
+    return root
+
+
+def enter(root, name):
+    """Register the model directory as the stage's end does."""
+    run = StageRun(root, STAGES[name], CONFIG, {})
+    directory = root / "models" / PATHS[name]
+    version = register(run, name, directory, dvc_md5(directory))
+    run.close("FINISHED")
+    return version
+
+
+def change(root, name, how):
+    """Another version of a model: its weights through a function; registered and evaluated."""
+    path = root / "models" / PATHS[name] / "model.safetensors"
+    weights = load_file(path)
+    how(weights)
+    save_file(weights, path, metadata={"format": "pt"})
+    version = enter(root, name)
+    evaluate_again(root)
+    return version
+
+
+def spoil(weights):
+    """Every final norm is turned round: what was likely is unlikely."""
+    weights["transformer.ln_f.weight"].neg_()
+    weights["transformer.ln_f.bias"].neg_()
+
+
+def touch(weights):
+    """Other bytes, the same answers: what no token of the tests looks up."""
+    weights["transformer.wte.weight"][1] += 1e-3
+
+
+def aliases(root, name):
+    client = connect(root)
+    found = {alias: version_of(client, name, alias) for alias in (CHAMPION, PREVIOUS)}
+    return {alias: int(version.version) for alias, version in found.items() if version}
+
+
+def decision(decisions, name):
+    (found,) = [each for each in decisions if each.model == name]
+    return found
+
+
+def test_the_first_versions_are_the_champions(project):
+    for name in STAGES:
+        assert aliases(project, name) == {CHAMPION: 1}
+        version = version_of(connect(project), name, 1)
+        assert version.tags["verdict"] == "champion: the first version"
+
+
+@pytest.mark.parametrize("name", list(STAGES))
+def test_a_worse_version_is_not_promoted_and_a_better_one_is(project, name):
+    assert change(project, name, spoil) == 2
+    worse = decision(promote_the_better(project, RULE, EVALUATE), name)
+    assert (worse.champion, worse.version, worse.promoted) == (1, 2, False)
+    assert worse.why.startswith("worse: ")
+    assert aliases(project, name) == {CHAMPION: 1}
+    # the worse one is put in the champion's place by hand; then the first is the better one
+    assert promote_by_hand(project, name) == 2
+    assert aliases(project, name) == {CHAMPION: 2, PREVIOUS: 1}
+    change(project, name, spoil)  # back: the first version's bytes again
+    better = decision(promote_the_better(project, RULE, EVALUATE), name)
+    assert (better.champion, better.version, better.promoted) == (2, 1, True)
+    assert better.why.startswith("better: ")
+    assert better.difference == pytest.approx(better.new - better.old)
+    assert better.low <= better.difference <= better.high
+    assert aliases(project, name) == {CHAMPION: 1, PREVIOUS: 2}
+    # and once more: the same decision, nothing moves
+    again = decision(promote_the_better(project, RULE, EVALUATE), name)
+    assert again == better
+    assert aliases(project, name) == {CHAMPION: 1, PREVIOUS: 2}
+
+
+def test_an_equal_version_is_not_promoted(project):
+    assert change(project, "classifier", touch) == 2
+    equal = decision(promote_the_better(project, RULE, EVALUATE), "classifier")
+    assert not equal.promoted
+    assert equal.why == "equal to version 1 on every example"
+    assert (equal.difference, equal.low, equal.high) == (0, 0, 0)
+    assert aliases(project, "classifier") == {CHAMPION: 1}
+    assert version_of(connect(project), "classifier", 2).tags["verdict"].startswith("not promoted")
+
+
+def test_the_figures_of_a_decision_are_those_of_the_metrics(project):
+    old = json.loads((project / "reports/evaluation/metrics.json").read_text())
+    for name in STAGES:
+        change(project, name, spoil)
+    new = json.loads((project / "reports/evaluation/metrics.json").read_text())
+    decisions = promote_the_better(project, RULE, EVALUATE)
+    for name, score in (("base", "loss"), ("classifier", "accuracy"), ("assistant", "loss")):
+        found = decision(decisions, name)
+        section = "pretrain" if name == "base" else name
+        assert found.score == score
+        assert found.new == pytest.approx(new[section][score])
+        assert found.old == pytest.approx(old[section][score])
+    assert read_decisions(project) == decisions
+    # the champion's answers are kept for the report
+    for name in ("classifier", "assistant"):
+        lines = (project / ANSWERS / f"{name}.csv").read_text().splitlines()
+        assert lines[0] == "example,answer"
+        assert len(lines) == decision(decisions, name).examples + 1
+
+
+def test_other_scores_and_other_rules_decide_anew(project):
+    change(project, "classifier", spoil)
+    change(project, "assistant", spoil)
+    for rule in (
+        replace(RULE, classifier="f1_macro", assistant="chrf"),
+        replace(RULE, classifier="f1_macro", assistant="rouge_l"),
+    ):
+        decisions = promote_the_better(project, rule, EVALUATE)
+        for name in ("classifier", "assistant"):
+            found = decision(decisions, name)
+            assert found.score == getattr(rule, name)
+            assert not found.promoted
+    promote_by_hand(project, "classifier")
+    change(project, "classifier", spoil)
+    # better by all of 1: still not by more than that
+    far = replace(RULE, at_least=1.5)
+    assert not decision(promote_the_better(project, far, EVALUATE), "classifier").promoted
+    assert decision(promote_the_better(project, RULE, EVALUATE), "classifier").promoted
+
+
+def test_what_was_decided_is_known_without_asking_again(project):
+    assert is_decided(project, RULE)
+    assert not is_decided(project, replace(RULE, sure=False))
+    change(project, "classifier", touch)
+    assert not is_decided(project, RULE)
+    promote_the_better(project, RULE, EVALUATE)
+    assert is_decided(project, RULE)
+
+
+def test_a_champion_whose_files_are_gone_stops_it_and_nothing_is_promoted(project):
+    for name in ("base", "classifier"):
+        change(project, name, spoil)
+        promote_by_hand(project, name)
+        change(project, name, spoil)  # back: the base, which is decided first, would be promoted
+    files = version_of(connect(project), "classifier", 2)
+    folder = mlflow.artifacts.download_artifacts(f"models:/classifier/{files.version}/artifacts")
+    shutil.rmtree(folder)  # where a folder is the store, that is the store's own
+    before = {name: aliases(project, name) for name in STAGES}
+    decided = (project / DECISIONS).read_text()
+    with pytest.raises(InputError) as caught:
+        promote_the_better(project, RULE, EVALUATE)
+    said = str(caught.value)
+    assert said.startswith("models:/classifier/2: the champion's files are gone")
+    assert said.endswith("`gpt-pipeline promote classifier`")
+    assert "\n" not in said
+    assert {name: aliases(project, name) for name in STAGES} == before
+    assert (project / DECISIONS).read_text() == decided
+    promote_by_hand(project, "classifier", 1)  # what the line says helps
+    assert decision(promote_the_better(project, RULE, EVALUATE), "base").promoted
+    assert aliases(project, "classifier") == {CHAMPION: 1, PREVIOUS: 2}
+
+
+def test_a_champion_of_another_tokenizer_is_not_compared_by_its_tokens(project):
+    short = replace(CONFIG, context_length=64)
+    torch.manual_seed(2)
+    shutil.rmtree(project / "models/pretrain")
+    save_model(GPT(short), project / "models/pretrain", tokenizer=byte_tokenizer())
+    enter(project, "base")
+    evaluate_again(project)
+    found = decision(promote_the_better(project, RULE, EVALUATE), "base")
+    assert not found.promoted
+    assert "they read no equal windows" in found.why
+
+
+def test_a_model_that_is_not_registered_here_is_left_out(project):
+    path = project / "models/classifier/model.safetensors"
+    weights = load_file(path)
+    spoil(weights)
+    save_file(weights, path, metadata={"format": "pt"})
+    evaluate_again(project)
+    decisions = promote_the_better(project, RULE, EVALUATE)
+    assert [each.model for each in decisions] == ["base", "assistant"]
+
+
+def test_errors_are_one_line(project, tmp_path):
+    with pytest.raises(InputError, match="classifier: no version 7 is registered; see the models"):
+        promote_by_hand(project, "classifier", 7)
+    (project / DECISIONS).write_text('{"decisions": [{"model": 3}]}')
+    with pytest.raises(InputError, match=r"promotion\.json: decisions\.0\..*; remove it, and run"):
+        read_decisions(project)
+    (project / "dvc.lock").unlink()
+    with pytest.raises(InputError, match=r"dvc\.lock: holds no run of evaluate, so"):
+        promote_the_better(project, RULE, EVALUATE)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"classifier": "loss"}, {"level": 1}, {"at_least": -1}, {"resamples": 0}, {"x": 1}]
+)
+def test_an_impossible_rule_is_refused(wrong):
+    with pytest.raises(ValidationError):
+        TypeAdapter(PromotionParams).validate_python(wrong)
