@@ -71,7 +71,7 @@ def print_report(root: Path, console: Console | None = None, *, always: bool = T
     if always or not _is_told(root, facts):
         report = write_report(root, facts)
         if kept := _keep_in_mlflow(root, facts, report):
-            console.print(_text(kept), style="yellow")
+            console.print(_text(kept), style="yellow", soft_wrap=True)
         write_json(root / _TOLD, _fingerprint(facts))
     for title, parts in _parts(facts):
         console.print()

@@ -85,6 +85,20 @@ def executed(project) -> dict[str, float]:
     }
 
 
+def registry(project):
+    """MLflow's client for the project's own database."""
+    import mlflow
+
+    uri = f"sqlite:///{project.root}/mlflow.db"
+    return mlflow.MlflowClient(uri, uri)
+
+
+def champions(project) -> dict[str, int]:
+    """Which version of each registered model is the champion."""
+    models = registry(project).search_registered_models()
+    return {model.name: int(model.aliases["champion"]) for model in models}
+
+
 @pytest.fixture(scope="module")
 def first_run(project, api):
     return project.run("gpt-pipeline", "run", PREFECT_API_URL=api)
@@ -111,7 +125,7 @@ def test_dvc_sees_nothing_left_to_do(project, first_run):
 
 def test_prefect_knows_the_seven_tasks_their_order_and_their_states(api, first_run):
     runs = last_task_runs(api)
-    assert sorted(runs) == sorted(STAGES)
+    assert sorted(runs) == sorted([*STAGES, "promotion"])
     assert {run["state"]["type"] for run in runs.values()} == {"COMPLETED"}
     upstream = {
         name: {
@@ -146,10 +160,7 @@ def test_each_task_has_an_artifact_with_its_metrics_and_its_mlflow_run(api, firs
 
 
 def test_mlflow_has_a_run_a_stage_and_serves_the_three_models(project, first_run):
-    import mlflow
-
-    uri = f"sqlite:///{project.root}/mlflow.db"
-    client = mlflow.MlflowClient(uri, uri)
+    client = registry(project)
     runs = [
         run
         for experiment in client.search_experiments()
@@ -165,6 +176,32 @@ def test_mlflow_has_a_run_a_stage_and_serves_the_three_models(project, first_run
     lock = project.outputs()
     pretrain = next(run for run in runs if run.data.tags["dvc.stage"] == "pretrain")
     assert lock["models/pretrain"] in pretrain.data.tags.values()
+
+
+def test_the_first_versions_become_the_champions_each_with_its_card(project, first_run):
+    assert champions(project) == {"base": 1, "classifier": 1, "assistant": 1}
+    for name in champions(project):
+        assert f"{name} version 1 is the champion: the first version" in first_run
+        version = registry(project).get_model_version(name, "1")
+        assert version.description.startswith(f"# {name}, version 1")
+        assert version.tags["verdict"] == "champion: the first version"
+
+
+def test_the_report_is_one_page_that_mlflow_keeps_and_is_written_only_when_there_is_news(
+    project, api, first_run
+):
+    page = project.root / "reports/report.html"
+    client = registry(project)
+    experiment = client.get_experiment_by_name("gpt-pipeline/evaluate")
+    (run,) = client.search_runs([experiment.experiment_id])
+    kept = Path(client.download_artifacts(run.info.run_id, "report/report.html"))
+    assert kept.read_bytes() == page.read_bytes()
+    assert run.data.metrics["system/process_peak_memory_megabytes"] > 50
+    written = page.stat().st_mtime_ns
+    project.run("gpt-pipeline", "run", PREFECT_API_URL=api)
+    assert page.stat().st_mtime_ns == written
+    project.run("gpt-pipeline", "report")
+    assert page.stat().st_mtime_ns > written
 
 
 def test_transformers_loads_every_model_as_it_stands(project, first_run):
@@ -212,7 +249,10 @@ def test_a_changed_learning_rate_runs_its_stage_and_evaluate_and_changing_back_r
     project.set("finetune_classifier.train.learning_rate", "0.002")
     status = project.run("gpt-pipeline", "status")
     assert "learning_rate" in status
-    project.run("gpt-pipeline", "run", PREFECT_API_URL=api)
+    said = project.run("gpt-pipeline", "run", PREFECT_API_URL=api)
+    assert "classifier version 2 is" in said
+    assert "version 1" in said.partition("classifier version 2 is")[2].partition("\n")[0]
+    crowned = champions(project)
     after = executed(project)
     ran = {name for name in STAGES if after[name] != began[name]}
     assert ran == {"finetune_classifier", "evaluate"}
@@ -220,6 +260,7 @@ def test_a_changed_learning_rate_runs_its_stage_and_evaluate_and_changing_back_r
 
     (project.root / "params.yaml").write_bytes(params)
     project.run("gpt-pipeline", "run", PREFECT_API_URL=api)
+    assert champions(project) == crowned, "going back to what was worse or equal promotes nothing"
     assert executed(project) == after, "nothing is executed: DVC's run cache has both"
     assert project.outputs() == outputs
     assert (project.root / "dvc.lock").read_bytes() == lock
@@ -279,3 +320,23 @@ def test_the_optional_stage_runs_when_it_is_asked_for(project, api, archive, fir
 def test_the_copy_is_not_this_checkout(project):
     where = project.run("python", "-c", "import gpt; print(gpt.__file__)")
     assert Path(where.strip()).is_relative_to(project.root)
+
+
+def test_a_champion_whose_files_are_gone_fails_the_run_in_one_line_and_nothing_is_promoted(
+    project, api, first_run
+):
+    crowned = champions(project)
+    (project.root / "mlartifacts").rename(project.root / "elsewhere")
+    project.set("finetune_classifier.train.learning_rate", "0.003")
+    said = project.run("gpt-pipeline", "run", code=2, PREFECT_API_URL=api)
+    (line,) = [line for line in said.splitlines() if "files are gone" in line]
+    assert "gpt-pipeline promote classifier" in line
+    assert "Traceback" not in said
+    assert champions(project) == crowned
+    assert last_task_runs(api)["promotion"]["state"]["type"] == "FAILED"
+    assert "up to date" in project.run("dvc", "status", "dvc.yaml"), "the stages did their work"
+    assert "files are gone" in project.run("gpt-pipeline", "promote", code=2)
+
+    by_hand = project.run("gpt-pipeline", "promote", "classifier")
+    assert by_hand.startswith("classifier version 3 is the champion")
+    assert champions(project) == {**crowned, "classifier": 3}

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from gpt.errors import InputError
-from pipeline.params import SECTIONS, load_params, params_class, section
+from pipeline.params import SECTIONS, load_params, load_section, params_class, section
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PRESETS = [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))]
@@ -41,6 +41,19 @@ def test_every_shipped_file_is_accepted(path):
         own = getattr(params, name)
         optional = name == "tune_preferences"
         assert isinstance(own, params_class(name)) or (optional and own is None)
+
+
+def test_one_section_alone_is_read_and_refused_by_itself(smoke, tmp_path):
+    path = tmp_path / "params.yaml"
+    smoke["finetune_classifier"]["base"] = "nonsense"  # another section's mistake
+    path.write_text(yaml.safe_dump(smoke))
+    assert load_section(path, "promotion") is None
+    path.write_text(yaml.safe_dump({**smoke, "promotion": {"at_least": 0.5}}))
+    assert load_section(path, "promotion").at_least == 0.5
+    for wrong in ({"at_least": -1}, {"at_last": 1}):
+        path.write_text(yaml.safe_dump({**smoke, "promotion": wrong}))
+        with pytest.raises(InputError, match=r"params.yaml: promotion\.at_l[^\n]*$"):
+            load_section(path, "promotion")
 
 
 def test_numbers_in_scientific_notation_are_numbers(smoke, tmp_path):

@@ -1,18 +1,31 @@
 """The terminal's report says what the metrics say, and writes the page."""
 
 import io
+import shutil
+from pathlib import Path
 
 import pytest
-from report_project import add_note, add_verdicts, decision, make_report_project
+from mlflow.exceptions import MlflowException
+from report_project import (
+    MD5,
+    add_champion,
+    add_note,
+    add_verdicts,
+    decision,
+    make_report_project,
+)
 from rich.console import Console
 
 from gpt.errors import InputError
+from pipeline.model_card import model_card
 from pipeline.report import print_report
+from pipeline.report_facts import report_facts
+from pipeline.tracking import connect
 
 
-def _report(root):
+def _report(root, **settings):
     console = Console(file=io.StringIO(), width=120, highlight=False)
-    print_report(root, console)
+    print_report(root, console, **settings)
     return console.file.getvalue()
 
 
@@ -67,6 +80,60 @@ def test_the_time_of_a_run_that_failed_is_not_given_as_the_stage_s(project):
     *_, text = project
     assert "pretrain  " in text
     assert "tokenize" not in text
+
+
+def test_it_is_written_again_when_there_is_news_or_it_is_gone_and_only_then(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    make_report_project(tmp_path)
+    page, markdown = (tmp_path / "reports" / f"report.{end}" for end in ("html", "md"))
+    printed = _report(tmp_path, always=False)
+
+    def is_written() -> bool:
+        page.write_text("old") if page.exists() else None
+        assert _report(tmp_path, always=False) == printed
+        return page.read_text() != "old"
+
+    assert not is_written()
+    markdown.unlink()
+    assert is_written()
+    page.unlink()
+    assert is_written()
+    add_note(tmp_path, "evaluate", 3.0, status="FAILED")
+    assert not is_written(), "what is not told is no news"
+    add_champion(tmp_path)
+    assert is_written()
+    page.write_text("old")
+    _report(tmp_path)
+    assert page.read_text() != "old", "whoever asks for it gets it anew"
+
+
+def test_mlflow_gets_the_page_and_each_version_its_card_or_one_line_says_why_not(
+    tmp_path, empty_database, monkeypatch
+):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    make_report_project(tmp_path)
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
+    client = connect(tmp_path)
+    place = (tmp_path / "mlartifacts").as_uri()
+    run = client.create_run(client.create_experiment("gpt-pipeline/evaluate", place))
+    add_note(tmp_path, "evaluate", 3.0, run_id=run.info.run_id)
+    client.create_registered_model("base")
+    md5 = f"{MD5[::-1]}.dir"
+    client.create_model_version("base", str(tmp_path), tags={"md5": md5})
+    client.create_model_version("base", str(tmp_path), tags={"md5": "another"})
+    assert "did not take" not in _report(tmp_path)
+    card = client.get_model_version("base", "1").description
+    assert card == model_card(report_facts(tmp_path), "base")
+    assert not client.get_model_version("base", "2").description
+    kept = client.download_artifacts(run.info.run_id, "report/report.html")
+    assert Path(kept).read_bytes() == (tmp_path / "reports/report.html").read_bytes()
+
+    def full(*_):
+        raise MlflowException("no space\nleft")
+
+    monkeypatch.setattr("mlflow.MlflowClient.log_artifact", full)
+    (line,) = [line for line in _report(tmp_path).splitlines() if "did not take" in line]
+    assert line.endswith("`gpt-pipeline report` tries again: no space left")
 
 
 def test_without_results_it_says_how_to_get_them(tmp_path):
