@@ -61,13 +61,13 @@ def print_report(root: Path, console: Console | None = None, *, always: bool = T
     Args:
         root: the project.
         console: where to print.
-        always: write it even if it would tell what it tells already.
+        always: ask MLflow and write the report even if nothing ran since it was written.
 
     Raises:
         InputError: the pipeline has not been run to its end.
     """
     console = console or Console(highlight=False)
-    facts = report_facts(root)
+    facts = report_facts(root, ask=always)
     if always or not _is_told(root, facts):
         report = write_report(root, facts)
         if kept := _keep_in_mlflow(root, facts, report):
@@ -97,15 +97,18 @@ def _is_told(root: Path, facts: Facts) -> bool:
 
 def _keep_in_mlflow(root: Path, facts: Facts, report: Report) -> str:
     """Why MLflow did not take the report and the cards; empty if it did."""
-    if facts.tracking:
-        return ""  # it is in the report
+    evaluated = facts.executions.get("evaluate")
+    known = evaluated is not None and evaluated.ended is not None
+    if not known and not facts.versions:
+        return ""  # the report says why
     from mlflow.exceptions import MlflowException
 
     try:
         client = connect(root)
         for name, version in facts.versions.items():
             client.update_model_version(name, str(version), model_card(facts, name))
-        if run := last_run(root, "evaluate").get("run_id"):
+        if known:
+            run = str(last_run(root, "evaluate")["run_id"])
             client.log_artifact(run, str(report.page), "report")
     except (RunError, MlflowException, OSError) as error:
         why = " ".join(str(error).split())

@@ -22,7 +22,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from gpt.errors import InputError, RunError, first_problem
-from gpt.files import sha256_of
+from gpt.files import sha256_of, write_json
 from pipeline.dag import LOCK_FILE, last_run, pipeline_files
 from pipeline.data_facts import RAW, RawSource, raw_sources
 from pipeline.models import MD5_TAG
@@ -42,6 +42,9 @@ SHOWN_WRONG = 10
 """So many of the messages are shown that the classifier was most wrong about."""
 TOKENS = ("throughput/tokens", "tokens")
 """The metrics of a stage's run that may hold the tokens it processed; the first there is counts."""
+
+_ANSWERS = Path(".pipeline/tracked.json")
+"""What MLflow said, and of which runs."""
 
 _CODE = ("gpt", "stages", "pipeline")  # folders of what a stage depends on and is no data
 
@@ -242,8 +245,12 @@ class Facts:
     confusion: Path | None
 
 
-def report_facts(root: Path) -> Facts:
+def report_facts(root: Path, *, ask: bool = True) -> Facts:
     """Gather what there is to tell of the project's last results.
+
+    Args:
+        root: the project.
+        ask: ask MLflow even if it said all there is to know of the same runs before.
 
     Raises:
         InputError: the pipeline has not been run to its end, or a file cannot be read.
@@ -262,7 +269,7 @@ def report_facts(root: Path) -> Facts:
     judgement: Judgement | None = _read(root / JUDGE, TypeAdapter(Judgement))
     if judgement and judgement.answers != sha256_of(predictions / "assistant.csv"):
         judgement = None  # it is of an earlier version's answers
-    executions, versions, tracking = _tracked(root, recorded)
+    tracked = _tracked(root, recorded, ask)
     histories = {name: root / "reports" / name / "history.csv" for name in STAGES}
     confusion = predictions / "classifier_confusion.csv"
     return Facts(
@@ -278,9 +285,9 @@ def report_facts(root: Path) -> Facts:
         wrong=_most_wrong(predictions / "classifier_most_wrong.csv"),
         sources=_sources(root),
         recorded=recorded,
-        executions=executions,
-        versions=versions,
-        tracking=tracking,
+        executions=tracked.executions,
+        versions=tracked.versions,
+        tracking=tracked.missing,
         histories={name: path for name, path in histories.items() if path.is_file()},
         confusion=confusion if confusion.is_file() else None,
     )
@@ -383,18 +390,43 @@ def _recorded(root: Path) -> dict[str, Recorded]:
 # --- MLflow ---------------------------------------------------------------------------------------
 
 
-def _tracked(
-    root: Path, recorded: Mapping[str, Recorded]
-) -> tuple[dict[str, Execution], dict[str, int], str]:
+@dataclass(frozen=True, slots=True)
+class _Tracked:
     """Executions by stage, versions by model, and what MLflow could not be asked and why."""
-    from mlflow.exceptions import MlflowException
 
+    executions: dict[str, Execution]
+    versions: dict[str, int] = field(default_factory=dict)
+    missing: str = ""
+
+
+def _tracked(root: Path, recorded: Mapping[str, Recorded], ask: bool) -> _Tracked:
     notes = {name: last_run(root, name) for name in STAGES}
     notes = {name: note for name, note in notes.items() if note.get("status") == "FINISHED"}
+    outputs = {name: dict(each.outputs) for name, each in recorded.items()}
+    # seconds go by until MLflow answers, and of a run that has ended it says what it said
+    of = [without_credentials(tracking_uri(root)), notes, outputs]
+    adapter = TypeAdapter(_Tracked)
+    if not ask:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            kept = json.loads((root / _ANSWERS).read_text(encoding="utf-8"))
+            if kept["of"] == of:
+                return adapter.validate_python(kept["answers"])
+    found = _asked(root, recorded, notes)
+    answers = adapter.dump_python(found, mode="json")
+    if not found.missing:
+        write_json(root / _ANSWERS, {"of": of, "answers": answers})
+    return adapter.validate_python(answers)  # the same whether it was read or asked
+
+
+def _asked(
+    root: Path, recorded: Mapping[str, Recorded], notes: Mapping[str, Mapping[str, Any]]
+) -> _Tracked:
+    from mlflow.exceptions import MlflowException
+
     executions = {name: Execution(seconds=note.get("seconds")) for name, note in notes.items()}
     local = Path(tracking_uri(root).removeprefix("sqlite:///"))
     if tracking_uri(root).startswith("sqlite:") and not local.is_file():
-        return executions, {}, f"MLflow was not asked: there is no {local.name}"
+        return _Tracked(executions, missing=f"MLflow was not asked: there is no {local.name}")
     gone = []
     try:
         with _impatient():
@@ -407,8 +439,9 @@ def _tracked(
             versions = _versions(client, recorded)
     except (RunError, MlflowException) as error:
         why = without_credentials(" ".join(str(error).split()))
-        return executions, {}, f"MLflow was not asked: {why}"
-    return executions, versions, f"MLflow has no run of {', '.join(gone)} any more" if gone else ""
+        return _Tracked(executions, missing=f"MLflow was not asked: {why}")
+    missing = f"MLflow has no run of {', '.join(gone)} any more" if gone else ""
+    return _Tracked(executions, versions, missing)
 
 
 def _run(client: MlflowClient, run_id: str) -> Run | None:

@@ -1,5 +1,6 @@
 """The terminal's report says what the metrics say, and writes the page."""
 
+import dataclasses
 import io
 import shutil
 from pathlib import Path
@@ -20,7 +21,7 @@ from gpt.errors import InputError
 from pipeline.model_card import model_card
 from pipeline.report import print_report
 from pipeline.report_facts import report_facts
-from pipeline.tracking import connect
+from pipeline.tracking import PEAK_MEMORY, connect
 
 
 def _report(root, **settings):
@@ -107,6 +108,31 @@ def test_it_is_written_again_when_there_is_news_or_it_is_gone_and_only_then(tmp_
     assert page.read_text() != "old", "whoever asks for it gets it anew"
 
 
+def test_what_mlflow_said_of_the_same_runs_is_not_asked_again_unless_the_user_asks(
+    tmp_path, empty_database, monkeypatch
+):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    make_report_project(tmp_path)
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
+    client = connect(tmp_path)
+    run = client.create_run(client.create_experiment("gpt-pipeline/pretrain"))
+    client.log_metric(run.info.run_id, PEAK_MEMORY, 1234.4)
+    client.set_terminated(run.info.run_id)
+    for stage in ("finetune_classifier", "finetune_instruct"):
+        (tmp_path / f".pipeline/runs/{stage}.json").unlink()
+    add_note(tmp_path, "pretrain", 3.0, run_id=run.info.run_id)
+    first = report_facts(tmp_path)
+    client.log_metric(run.info.run_id, PEAK_MEMORY, 4321.2)
+    again = report_facts(tmp_path, ask=False)
+    assert dataclasses.replace(again, made=first.made) == first
+    assert first.executions["pretrain"].peak_memory == 1234.4
+    assert report_facts(tmp_path).executions["pretrain"].peak_memory == 4321.2
+    add_note(tmp_path, "pretrain", 4.0, run_id=run.info.run_id)
+    assert report_facts(tmp_path, ask=False).executions["pretrain"].seconds == 4
+    (tmp_path / ".pipeline/tracked.json").write_text("{")
+    assert report_facts(tmp_path, ask=False).executions["pretrain"].peak_memory == 4321.2
+
+
 def test_mlflow_gets_the_page_and_each_version_its_card_or_one_line_says_why_not(
     tmp_path, empty_database, monkeypatch
 ):
@@ -116,6 +142,7 @@ def test_mlflow_gets_the_page_and_each_version_its_card_or_one_line_says_why_not
     client = connect(tmp_path)
     place = (tmp_path / "mlartifacts").as_uri()
     run = client.create_run(client.create_experiment("gpt-pipeline/evaluate", place))
+    client.set_terminated(run.info.run_id)
     add_note(tmp_path, "evaluate", 3.0, run_id=run.info.run_id)
     client.create_registered_model("base")
     md5 = f"{MD5[::-1]}.dir"
