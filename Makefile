@@ -9,6 +9,8 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # nothing is reported to anyone
 export DVC_NO_ANALYTICS := 1
 export DO_NOT_TRACK := 1
+# two processes, each file's tests in one of them: what they share is made once
+PYTEST := python -m pytest -n 2 --dist loadfile
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q -c requirements.lock
 
 .DEFAULT_GOAL := help
@@ -21,10 +23,10 @@ run: $(VENV)/run.done ## set up, then run what is out of date and report
 	@gpt-pipeline run
 
 test: $(VENV)/dev.done ## set up, then run the tests but the long ones
-	@python -m pytest -m "not slow"
+	@$(PYTEST) -m "not slow"
 
 test-all: $(VENV)/dev.done ## all the tests
-	@python -m pytest
+	@$(PYTEST)
 
 lint: $(VENV)/dev.done ## ruff and mypy
 	@ruff check .

@@ -85,7 +85,7 @@ def _shingle_hashes(text: str) -> np.ndarray:
     words = _WORDS.findall(lower)
     if not words:
         return np.array([content_hash(lower) >> 32], np.uint32)
-    hash_of = {word: xxhash.xxh3_64_intdigest(word.encode()) for word in set(words)}
+    hash_of = {word: content_hash(word) for word in set(words)}
     hashes = np.fromiter(map(hash_of.__getitem__, words), np.uint64, len(words))
     n = min(_SHINGLE, len(words))
     runs = np.zeros(len(words) - n + 1, np.uint64)
