@@ -84,30 +84,32 @@ def accuracy(truths: ArrayLike, predicted: ArrayLike) -> Score:
     return mean(actual == found)
 
 
-def macro_f1(truths: ArrayLike, predicted: ArrayLike, n_classes: int) -> Score:
+def macro_f1(truths: ArrayLike, predicted: ArrayLike, n_classes: int, *, others: int = 0) -> Score:
     """The mean over the classes of each one's F1: that of `gpt.metrics.classification_scores`.
 
     A class that a resample neither holds nor has predicted has an F1 of 0 in it.
 
     Args:
         truths: the class of each example, 0 … n_classes - 1, (n,).
-        predicted: the one that was predicted, likewise.
+        predicted: the one that was predicted, likewise, or of the `others`.
         n_classes: how many there are.
+        others: so many more may be predicted, wrongly, and do not count in the mean.
 
     Raises:
         ValueError: there is no example, not a prediction for each, or a number of no class.
     """
     actual, found = np.asarray(truths), np.asarray(predicted)
     n = _examples(actual, found)
-    for classes in (actual, found):
-        if classes.min() < 0 or classes.max() >= n_classes:
-            raise ValueError(f"the classes are not all in 0 … {n_classes - 1}")
+    for classes, known in ((actual, n_classes), (found, n_classes + others)):
+        if classes.min() < 0 or classes.max() >= known:
+            raise ValueError(f"the classes are not all in 0 … {known - 1}")
     right = np.where(actual == found, actual, n_classes)  # n_classes: of none
 
     def of(places: np.ndarray) -> np.ndarray:
         hits = _counts(right[places], n_classes + 1)[:, :-1]  # (R, n_classes)
         # F1 = 2 TP / (actual + predicted)
-        both = _counts(actual[places], n_classes) + _counts(found[places], n_classes)
+        said = _counts(found[places], n_classes + others)[:, :n_classes]
+        both = _counts(actual[places], n_classes) + said
         return (2 * hits / np.maximum(both, 1)).mean(1)  # type: ignore[no-any-return]
 
     return Score(n, of)

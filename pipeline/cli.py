@@ -285,7 +285,8 @@ def promote(
         str | None, typer.Argument(metavar="MODEL", help="Make this one the champion by hand.")
     ] = None,
     version: Annotated[
-        int | None, typer.Option(min=1, help="Which version of it; by default the newest.")
+        int | None,
+        typer.Option(min=1, help="Which version of it; by default the candidate, the newest."),
     ] = None,
 ) -> None:
     """Compare the evaluated models with the champions by the rule in params.yaml; or, with MODEL,

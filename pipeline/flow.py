@@ -186,10 +186,14 @@ def _promotion(run: _Run, evaluated: State[Any], verdict: State[Any]) -> State[A
     from pipeline.promotion import PromotionParams, is_decided, promote_the_better
 
     root = run.dag.root
-    # the one section: to load them all imports every stage, and mostly nothing is to be done here
-    rule = load_section(root / PARAMS_FILE, "promotion") or PromotionParams()
-    if evaluated.name == "Cached" and is_decided(root, rule):
-        return verdict
+    try:
+        # the one section: to load all imports every stage, and mostly nothing is to be done here
+        rule = load_section(root / PARAMS_FILE, "promotion") or PromotionParams()
+        if evaluated.name == "Cached" and is_decided(root, rule):
+            return verdict
+    except InputError as error:
+        run.display.line("promotion", str(error), "error")
+        return Failed(message=str(error), data=StageError(str(error), 2))
 
     def promotion() -> State[Any]:
         logger = get_run_logger()

@@ -6,7 +6,6 @@ A version is a pyfunc 'model from code': the model directory, the `gpt` package 
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import json
 import shutil
@@ -107,10 +106,14 @@ def version_of(
     if md5:
         known = client.search_model_versions(f"name = '{name}' and tags.`{MD5_TAG}` = '{md5}'")
         return known[0] if known else None
-    with contextlib.suppress(MlflowException):
+    try:
         if isinstance(which, int):
             return client.get_model_version(name, str(which))
         return client.get_model_version_by_alias(name, which)
+    except MlflowException as error:
+        # no such model, version or alias; whatever else went wrong says nothing about that
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
     return None
 
 

@@ -9,9 +9,11 @@ move: `champion` to what is better, `previous` to what was the champion. The dec
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -24,7 +26,8 @@ from gpt.bootstrap import Comparison, Score, accuracy, compare, macro_f1, mean, 
 from gpt.errors import InputError, first_problem
 from gpt.files import read_json, whole_file, write_json
 from pipeline.models import CANDIDATE, version_of
-from pipeline.tracking import connect
+from pipeline.states import stage_lock
+from pipeline.tracking import connect, named_failure
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -45,6 +48,10 @@ MODELS = {
 """The registered models that are compared, and where their newest versions lie."""
 
 _REMEDY = "remove it, and run `gpt-pipeline promote`"
+_ALREADY = "as before"
+_ROUNDING = 1e-5
+"""A smaller difference is one of rounding: the champion's scores are computed anew, perhaps on
+another processor than those of the version at hand."""
 _PREDICTIONS = Path("reports/evaluation/predictions")
 _SMALLER_IS_BETTER = ("loss",)
 
@@ -111,11 +118,7 @@ def read_decisions(root: Path) -> list[Decision]:
     Raises:
         InputError: the file holds something else.
     """
-    try:
-        return TypeAdapter(list[Decision]).validate_python(_said(root).get("decisions", []))
-    except ValidationError as error:
-        problem = first_problem(error, "decisions")
-        raise InputError(f"{root / DECISIONS}: {problem}; {_REMEDY}") from None
+    return _parsed(root, _said(root), "decisions")
 
 
 def promote_the_better(root: Path, rule: PromotionParams, params: EvaluateParams) -> list[Decision]:
@@ -136,26 +139,40 @@ def promote_the_better(root: Path, rule: PromotionParams, params: EvaluateParams
         InputError: a champion cannot be asked; no alias has moved then.
         RunError: MLflow cannot be reached.
     """
+    from mlflow.exceptions import MlflowException
+
     client = connect(root)
-    with FileLock(root / ".pipeline" / "promotion.lock"):
-        md5s = _evaluated(root)
-        known = _known(root, rule)
-        found = [_decide(root, client, name, md5s[name], rule, params, known) for name in md5s]
-        decisions = [each for each in found if each is not None]
-        for decision in decisions:
+    with _alone(root), named_failure(root, "failed in the promotion", MlflowException):
+        evaluated = _evaluated(root)
+        said = _said(root)
+        known = _known(root, said, rule, evaluated)
+        asked = _Asked(root, client, rule, params, known, said.get("by_hand", {}))
+        found = [_decide(asked, name, md5) for name, md5 in evaluated.models.items()]
+        decisions: list[Decision] = []
+        for decision in (each for each in found if each is not None):
             _carry_out(client, decision)
-        _write(root, {"rule": asdict(rule), "models": md5s}, decisions)
+            _keep(root, decision, asked.answers.get(decision.model))
+            decisions.append(decision)
+            # none is lost if the next fails; without the models it is not the whole of them
+            _write(root, {**said, **_key(rule, evaluated), "models": None}, decisions, known)
+        _write(root, {**said, **_key(rule, evaluated)}, decisions, known)
     return decisions
 
 
 def is_decided(root: Path, rule: PromotionParams) -> bool:
-    """Whether the models at hand have been compared by this rule; MLflow is not asked."""
+    """Whether the models at hand have been compared by this rule; MLflow is not asked.
+
+    Raises:
+        InputError: there is no evaluation, or the file of decisions holds something else.
+    """
     said = _said(root)
-    return (said.get("rule"), said.get("models")) == (asdict(rule), _evaluated(root))
+    return {key: said.get(key) for key in _KEY} == _key(rule, _evaluated(root))
 
 
 def promote_by_hand(root: Path, name: str, version: int | None = None) -> int:
     """Make a version the champion whatever its scores, and whether or not the last one is there.
+
+    It stays the champion until a version that was not at hand now is better.
 
     Args:
         root: the project.
@@ -169,25 +186,76 @@ def promote_by_hand(root: Path, name: str, version: int | None = None) -> int:
         InputError: there is no such model or version.
         RunError: MLflow cannot be reached.
     """
+    from mlflow.exceptions import MlflowException
+
     client = connect(root)
-    with FileLock(root / ".pipeline" / "promotion.lock"):
+    with _alone(root), named_failure(root, "failed in the promotion", MlflowException):
         found = version_of(client, name, CANDIDATE if version is None else version)
         if found is None:
             asked = "candidate" if version is None else f"version {version}"
             raise InputError(f"{name}: no {asked} is registered; see the models in `make ui`")
         number = int(found.version)
+        said = _said(root)
+        over = None
+        with contextlib.suppress(InputError):  # nothing was evaluated: nothing is at hand
+            over = version_of(client, name, md5=_evaluated(root).models[name])
+        chosen = {"version": number, "over": int(over.version) if over is not None else None}
         decisions = [each for each in read_decisions(root) if each.model != name]
         decision = Decision(model=name, version=number, score="", promoted=True, why="by hand")
         _carry_out(client, decision)
-        _write(root, {**_said(root), "models": None}, [*decisions, decision])
+        _keep(root, decision, None)
+        by_hand = {**said.get("by_hand", {}), name: chosen}
+        earlier = _parsed(root, said, "earlier")
+        known = {(each.model, each.version): each for each in earlier}
+        state = {**said, "models": None, "by_hand": by_hand}
+        _write(root, state, [*decisions, decision], known)
     return number
 
 
-def _known(root: Path, rule: PromotionParams) -> dict[tuple[str, int], Decision]:
-    """The decisions that were made by this rule, by model and version."""
-    if _said(root).get("rule") != asdict(rule):
+# --- what was decided -----------------------------------------------------------------------------
+
+_KEY = ("rule", "data", "models")
+"""What decisions stand for: other ones, and all is asked again."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Evaluated:
+    """What `evaluate` read, as `dvc.lock` has it: the md5 of each compared model, and of the rest,
+    its parameters and its code together."""
+
+    models: dict[str, str]
+    data: str
+
+
+def _evaluated(root: Path) -> _Evaluated:
+    import yaml
+
+    try:
+        locked = yaml.safe_load((root / "dvc.lock").read_text(encoding="utf-8"))
+        stage = locked["stages"]["evaluate"]
+        read = {each["path"]: each["md5"] for each in stage["deps"]}
+        models = {name: read.pop(path.as_posix()) for name, path in MODELS.items()}
+    except (OSError, KeyError, TypeError, yaml.YAMLError):
+        raise InputError(
+            f"{root / 'dvc.lock'}: holds no run of evaluate, so there is nothing to compare; run "
+            "`gpt-pipeline run`"
+        ) from None
+    rest = json.dumps([read, stage.get("params")], sort_keys=True)
+    return _Evaluated(models, hashlib.md5(rest.encode(), usedforsecurity=False).hexdigest())
+
+
+def _key(rule: PromotionParams, evaluated: _Evaluated) -> dict[str, Any]:
+    return dict(zip(_KEY, (asdict(rule), evaluated.data, evaluated.models), strict=True))
+
+
+def _known(
+    root: Path, said: dict[str, Any], rule: PromotionParams, evaluated: _Evaluated
+) -> dict[tuple[str, int], Decision]:
+    """The decisions that were made by this rule on these examples, by model and version."""
+    if (said.get("rule"), said.get("data")) != (asdict(rule), evaluated.data):
         return {}
-    return {(each.model, each.version): each for each in read_decisions(root)}
+    made = [*_parsed(root, said, "earlier"), *_parsed(root, said, "decisions")]
+    return {(each.model, each.version): each for each in made}
 
 
 def _said(root: Path) -> dict[str, Any]:
@@ -196,74 +264,92 @@ def _said(root: Path) -> dict[str, Any]:
     return read_json(root / DECISIONS, missing="no such file", remedy=_REMEDY)
 
 
-def _write(root: Path, of: dict[str, Any], decisions: list[Decision]) -> None:
-    write_json(root / DECISIONS, {**of, "decisions": [asdict(each) for each in decisions]})
-
-
-def _evaluated(root: Path) -> dict[str, str]:
-    """The md5 of each model directory that `evaluate` read, as `dvc.lock` has it."""
-    import yaml
-
+def _parsed(root: Path, said: dict[str, Any], key: str) -> list[Decision]:
     try:
-        locked = yaml.safe_load((root / "dvc.lock").read_text(encoding="utf-8"))
-        read = {each["path"]: each["md5"] for each in locked["stages"]["evaluate"]["deps"]}
-        return {name: read[path.as_posix()] for name, path in MODELS.items()}
-    except (OSError, KeyError, TypeError, yaml.YAMLError):
-        raise InputError(
-            f"{root / 'dvc.lock'}: holds no run of evaluate, so there is nothing to compare; run "
-            "`gpt-pipeline run`"
-        ) from None
+        return TypeAdapter(list[Decision]).validate_python(said.get(key, []))
+    except ValidationError as error:
+        problem = first_problem(error, key)
+        raise InputError(f"{root / DECISIONS}: {problem}; {_REMEDY}") from None
+
+
+def _write(
+    root: Path,
+    of: dict[str, Any],
+    decisions: list[Decision],
+    known: dict[tuple[str, int], Decision],
+) -> None:
+    now = {(each.model, each.version) for each in decisions}
+    earlier = [asdict(each) for key, each in known.items() if key not in now]
+    made = [asdict(each) for each in decisions]
+    write_json(root / DECISIONS, {**of, "decisions": made, "earlier": earlier})
+
+
+@contextlib.contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """Within the block nobody else promotes, and no evaluation changes what is compared."""
+    (root / ".pipeline").mkdir(exist_ok=True)
+    with FileLock(root / ".pipeline" / "promotion.lock"), stage_lock(root, "evaluate"):
+        yield
 
 
 # --- one model ------------------------------------------------------------------------------------
 
 
-def _decide(
-    root: Path,
-    client: MlflowClient,
-    name: str,
-    md5: str,
-    rule: PromotionParams,
-    params: EvaluateParams,
-    known: dict[tuple[str, int], Decision],
-) -> Decision | None:
-    new = version_of(client, name, md5=md5)
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What every decision is made from.
+
+    Attributes:
+        root: the project.
+        client: of the registry.
+        rule: when a version is better.
+        params: how the evaluated models were asked.
+        known: the decisions that stand, by model and version.
+        by_hand: by model the version that a person chose, and over which.
+        answers: filled: what the champions answered, a table a model.
+    """
+
+    root: Path
+    client: MlflowClient
+    rule: PromotionParams
+    params: EvaluateParams
+    known: dict[tuple[str, int], Decision]
+    by_hand: dict[str, dict[str, int | None]]
+    answers: dict[str, pd.DataFrame] = field(default_factory=dict)
+
+
+def _decide(asked: _Asked, name: str, md5: str) -> Decision | None:
+    new = version_of(asked.client, name, md5=md5)
     if new is None:  # made elsewhere, and only its files came here
         return None
     version = int(new.version)
-    champion = version_of(client, name, CHAMPION)
-    before = known.get((name, version))
-    score = rule.score(name)
+    champion = version_of(asked.client, name, CHAMPION)
+    before = asked.known.get((name, version))
+    score = asked.rule.score(name)
     if champion is None:
-        return Decision(
-            model=name, version=version, score=score, promoted=True, why="the first version"
-        )
+        why = "the first version" if version == 1 else "there was no champion"
+        return Decision(model=name, version=version, score=score, promoted=True, why=why)
     number = int(champion.version)
     if number == version:
         if before is not None and before.promoted:
             return before
-        why = "it is the champion already"
-        return Decision(model=name, version=version, score=score, promoted=True, why=why)
+        return Decision(model=name, version=version, score=score, promoted=True, why=_ALREADY)
+    kept = Decision(
+        model=name, version=version, champion=number, score=score, promoted=False, why=""
+    )
+    if asked.by_hand.get(name) == {"version": number, "over": version}:
+        return replace(kept, why=f"version {number} was chosen by hand")
     if before is not None and before.champion == number and before.score == score:
-        return before
-    with _files_of(root, champion, name) as directory:
-        compared = _compare(root, name, directory, rule, params)
+        if not before.promoted:
+            return before
+        return replace(before, promoted=False, why=f"version {number} was chosen again by hand")
+    compared = _compare(asked, name, champion)
     if isinstance(compared, str):
-        return Decision(
-            model=name,
-            version=version,
-            champion=number,
-            score=score,
-            promoted=False,
-            why=compared,
-        )
+        return replace(kept, why=compared)
     found, values, n = compared
-    promoted, why = _judged(found, rule, score, number)
-    return Decision(
-        model=name,
-        version=version,
-        champion=number,
-        score=score,
+    promoted, why = _judged(found, asked.rule, score, number)
+    return replace(
+        kept,
         new=values[0],
         old=values[1],
         difference=found.value,
@@ -282,25 +368,26 @@ def _judged(
     gain, low, high = found.value, found.low, found.high
     if score in _SMALLER_IS_BETTER:
         gain, low, high = -gain, -high, -low
-    promoted = (low if rule.sure else gain) > rule.at_least
+    promoted = (low if rule.sure else gain) > max(rule.at_least, _ROUNDING)
     said = (
-        f"{score} {found.value:+.4f} on version {champion}'s, {rule.level:.0%} interval "
+        f"{score} {found.value:+.4f} on version {champion}'s, {rule.level * 100:.4g} % interval "
         f"{found.low:+.4f} to {found.high:+.4f}"
     )
     if promoted:
         return True, f"better: {said}"
-    if found.value == found.low == found.high == 0:
+    if max(map(abs, (found.value, found.low, found.high))) <= _ROUNDING:
         return False, f"equal to version {champion} on every example"
-    if high < 0:
+    if found.worse:
         return False, f"worse: {said}"
     return False, f"not better by the rule: {said}"
 
 
 def _carry_out(client: MlflowClient, decision: Decision) -> None:
+    if decision.why != _ALREADY:  # else the version says since when and why
+        verdict = f"{'champion' if decision.promoted else 'not promoted'}: {decision.why}"
+        client.set_model_version_tag(decision.model, str(decision.version), "verdict", verdict)
     if decision.promoted:
         _crown(client, decision.model, decision.version)
-    verdict = f"{'champion' if decision.promoted else 'not promoted'}: {decision.why}"
-    client.set_model_version_tag(decision.model, str(decision.version), "verdict", verdict)
 
 
 def _crown(client: MlflowClient, name: str, version: int) -> None:
@@ -314,26 +401,36 @@ def _crown(client: MlflowClient, name: str, version: int) -> None:
 
 
 @contextlib.contextmanager
-def _files_of(root: Path, version: ModelVersion, name: str) -> Iterator[Path]:
+def _files_of(version: ModelVersion, name: str) -> Iterator[Path]:
     """The model directory of a registered version, for as long as the block lasts.
 
     Raises:
-        InputError: it cannot be fetched whole.
+        InputError: it cannot be fetched whole; or what is in it was refused within the block.
     """
     import mlflow
     from mlflow.exceptions import MlflowException
 
     uri = f"models:/{name}/{version.version}"
+    remedy = (
+        "so nothing can be compared with it; bring them back, or name another champion: "
+        f"`gpt-pipeline promote {name}`"
+    )
     with tempfile.TemporaryDirectory() as folder:
         try:
             fetched = Path(mlflow.artifacts.download_artifacts(uri, dst_path=folder))
             (directory,) = (fetched / "artifacts").iterdir()
-        except (MlflowException, OSError, ValueError):
+        except (MlflowException, OSError, ValueError) as error:
+            why = " ".join(str(error).split())
             raise InputError(
-                f"{uri}: the champion's files are gone, so nothing can be compared with it; bring "
-                f"them back, or name another champion: `gpt-pipeline promote {name}`"
+                f"{uri}: the champion's files are gone or cannot be fetched ({why}), {remedy}"
             ) from None
-        yield directory
+        try:
+            yield directory
+        except InputError as error:
+            if folder not in str(error):
+                raise
+            why = str(error).replace(str(directory), "").lstrip("/")
+            raise InputError(f"{uri}: the champion's files are damaged ({why}), {remedy}") from None
 
 
 # --- what both make of the same examples ----------------------------------------------------------
@@ -341,13 +438,23 @@ def _files_of(root: Path, version: ModelVersion, name: str) -> Iterator[Path]:
 _Compared = tuple[Comparison, tuple[float, float], int]
 """The comparison, the new and the old score, and how many examples there were."""
 
+_OTHER_SPLIT = (
+    "the champion learnt from another split and may know the test examples; promote by hand"
+)
 
-def _compare(
-    root: Path, name: str, champion: Path, rule: PromotionParams, params: EvaluateParams
-) -> _Compared | str:
+
+def _compare(asked: _Asked, name: str, version: ModelVersion) -> _Compared | str:
     """The model at hand and the champion on the same examples; or why that cannot be."""
     scores = {"base": _bases, "classifier": _classifiers, "assistant": _assistants}
-    pair = scores[name](root, champion, rule, params)
+    rule = asked.rule
+    with _files_of(version, name) as champion:
+        try:
+            pair = scores[name](asked, champion)
+        except OSError as error:
+            where = error.filename or asked.root / _PREDICTIONS
+            raise InputError(
+                f"{where}: {error.strerror or error}; run `gpt-pipeline run` and promote again"
+            ) from None
     if isinstance(pair, str):
         return pair
     new, old = pair
@@ -368,70 +475,94 @@ def _device(params: EvaluateParams) -> Any:
     return prepare(params.device, params.threads)
 
 
-def _bases(
-    root: Path, champion: Path, rule: PromotionParams, params: EvaluateParams
-) -> tuple[Score, Score] | str:
+def _same_tokenizer(asked: _Asked, name: str, champion: Path) -> bool:
+    from gpt.tokenizer import load_tokenizer
+
+    here, there = (load_tokenizer(each) for each in (asked.root / MODELS[name], champion))
+    return here.hash == there.hash
+
+
+def _same_split(asked: _Asked, name: str, champion: Path) -> bool:
+    from stages.evaluate.training import read_training
+
+    here, there = (read_training(each) for each in (asked.root / MODELS[name], champion))
+    return (here.split, here.balance) == (there.split, there.balance)
+
+
+def _bases(asked: _Asked, champion: Path) -> tuple[Score, Score] | str:
     from stages.evaluate.bases import window_losses
 
-    new = pd.read_csv(root / _PREDICTIONS / "pretrain.csv", keep_default_na=False)
+    root, params = asked.root, asked.params
+    different = (
+        "its tokenizer or context is another than the champion's, so they read no equal windows; "
+        "compare their bits a byte, and promote by hand"
+    )
+    if not _same_tokenizer(asked, "base", champion):
+        return different
+    new = pd.read_csv(
+        root / _PREDICTIONS / "pretrain.csv", keep_default_na=False, dtype={"source": str}
+    )
     old = window_losses(champion, root / "data/tokens", _device(params), params.batch_size)
     where = ["window", "source", "tokens"]
     if not new[where].equals(old[where]):
-        return (
-            "its tokenizer or context is another than the champion's, so they read no equal "
-            "windows; compare their bits a byte, and promote by hand"
-        )
+        return different
     sums = [each.groupby("window")[["loss", "tokens"]].sum() for each in (new, old)]
     one, other = (mean_loss(each["loss"], each["tokens"]) for each in sums)
     return one, other
 
 
-def _classifiers(
-    root: Path, champion: Path, rule: PromotionParams, params: EvaluateParams
-) -> tuple[Score, Score]:
+def _classifiers(asked: _Asked, champion: Path) -> tuple[Score, Score] | str:
     from stages.evaluate.classifier import messages_by_part, predict_classes
 
+    root, params = asked.root, asked.params
+    if not _same_split(asked, "classifier", champion):
+        return _OTHER_SPLIT
     labels, parts = messages_by_part(root / MODELS["classifier"], root / "data/raw/messages")
     new = _read(root, "classifier")
     old, _ = predict_classes(champion, parts["test"], _device(params), params.batch_size)
-    _keep(root, "classifier", old["predicted"])
-    # a class that only the champion knows is one more
+    asked.answers["classifier"] = _answers(new["text"], old["predicted"])
+    # a class that only the champion knows is wrong wherever it says so, and no class of the mean
     number = {label: i for i, label in enumerate(dict.fromkeys([*labels, *old["predicted"]]))}
     actual, one, other = (
         [number[label] for label in column]
         for column in (new["actual"], new["predicted"], old["predicted"])
     )
-    if rule.classifier == "accuracy":
+    if asked.rule.classifier == "accuracy":
         return accuracy(actual, one), accuracy(actual, other)
-    return macro_f1(actual, one, len(number)), macro_f1(actual, other, len(number))
+    n = len(labels)
+    return macro_f1(actual, one, n), macro_f1(actual, other, n, others=len(number) - n)
 
 
-def _assistants(
-    root: Path, champion: Path, rule: PromotionParams, params: EvaluateParams
-) -> tuple[Score, Score] | str:
+def _assistants(asked: _Asked, champion: Path) -> tuple[Score, Score] | str:
     from gpt.text_scores import score_texts
     from stages.evaluate.assistant import answer_records, records_by_part
 
+    root, params, score = asked.root, asked.params, asked.rule.assistant
+    if not _same_split(asked, "assistant", champion):
+        return _OTHER_SPLIT
+    different = (
+        "its tokenizer or context is another than the champion's, so their losses are of other "
+        "tokens; set promotion.assistant to rouge_l or chrf"
+    )
+    if score == "loss" and not _same_tokenizer(asked, "assistant", champion):
+        return different
     test = records_by_part(root / MODELS["assistant"], root / "data/raw/instructions")["test"]
     new = _read(root, "assistant")
     old, _ = answer_records(
         champion, test, _device(params), params.batch_size, params.max_new_tokens
     )
-    _keep(root, "assistant", old["answer"])
-    if rule.assistant == "loss":
+    asked.answers["assistant"] = _answers(new["instruction"], old["answer"])
+    if score == "loss":
         tokens = new["tokens"].astype(int)
         if tokens.tolist() != old["tokens"].tolist():
-            return (
-                "its tokenizer, template or context is another than the champion's, so their "
-                "losses are of other tokens; set promotion.assistant to rouge_l or chrf"
-            )
+            return different
         held = tokens > 0
         one, other = (
             mean_loss(each["loss"].astype(float)[held], tokens[held]) for each in (new, old)
         )
         return one, other
     scored = score_texts(old["answer"].tolist(), [record.output.strip() for record in test])
-    return mean(new[rule.assistant].astype(float)), mean(getattr(scored, rule.assistant))
+    return mean(new[score].astype(float)), mean(getattr(scored, score))
 
 
 def _read(root: Path, name: str) -> pd.DataFrame:
@@ -439,8 +570,16 @@ def _read(root: Path, name: str) -> pd.DataFrame:
     return pd.read_csv(path, keep_default_na=False, dtype=str)
 
 
-def _keep(root: Path, name: str, answers: pd.Series) -> None:
+def _answers(asked: pd.Series, answers: pd.Series) -> pd.DataFrame:
+    columns = {"asked": asked.to_numpy(), "answer": answers.to_numpy()}
+    return pd.DataFrame({"example": range(len(answers)), **columns})
+
+
+def _keep(root: Path, decision: Decision, answers: pd.DataFrame | None) -> None:
     """The champion's answers, for the report to show beside the others."""
-    table = pd.DataFrame({"example": range(len(answers)), "answer": answers.to_numpy()})
-    with whole_file(root / ANSWERS / f"{name}.csv") as partial:
-        table.to_csv(partial, index=False)
+    path = root / ANSWERS / f"{decision.model}.csv"
+    if answers is not None:
+        with whole_file(path) as partial:
+            answers.to_csv(partial, index=False)
+    elif decision.difference is None:  # nothing was compared
+        path.unlink(missing_ok=True)

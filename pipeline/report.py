@@ -10,6 +10,7 @@ from dataclasses import replace
 from datetime import datetime
 from hashlib import sha256
 from pathlib import Path
+from pprint import pformat
 
 from rich import box
 from rich.console import Console, RenderableType
@@ -83,7 +84,9 @@ def print_report(root: Path, console: Console | None = None, *, always: bool = T
 
 def _fingerprint(facts: Facts) -> str:
     """Tells facts apart, but for the time at which they were gathered."""
-    return sha256(repr(replace(facts, made=datetime.min)).encode()).hexdigest()
+    # in which order things were read is no news
+    told = pformat(replace(facts, made=datetime.min), sort_dicts=True)
+    return sha256(told.encode()).hexdigest()
 
 
 def _is_told(root: Path, facts: Facts) -> bool:

@@ -330,12 +330,19 @@ def _first_line(path: Path) -> str:
 
 def _answers(path: Path, champion: Path) -> list[Answer]:
     frame = _table(path)
-    others: dict[int, str] = {}
+    others: dict[tuple[int, str], str] = {}
     if champion.is_file():
         answers = _table(champion)
-        others = dict(zip(answers["example"].astype(int), answers["answer"], strict=True))
+        asked = zip(answers["example"].astype(int), answers["asked"], strict=True)
+        others = dict(zip(asked, answers["answer"], strict=True))
     return [
-        Answer(_task(row), row["reference"], row["base_answer"], others.get(i), row["answer"])
+        Answer(
+            _task(row),
+            row["reference"],
+            row["base_answer"],
+            others.get((i, row["instruction"])),  # what was asked before may be another
+            row["answer"],
+        )
         for i, row in enumerate(frame.to_dict("records"))
     ]
 

@@ -114,7 +114,7 @@ def connect(root: Path) -> MlflowClient:
         mlflow.set_registry_uri(uri)
     lock = root / ".pipeline" / "mlflow.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
-    with _named_failure(root, "cannot be opened"), FileLock(lock):
+    with named_failure(root, "cannot be opened"), FileLock(lock):
         client = mlflow.MlflowClient(uri)
         client.search_experiments(max_results=1)
         client.search_registered_models(max_results=1)  # the registry keeps its own connection
@@ -134,11 +134,17 @@ def _unchanged_environment(*names: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _named_failure(root: Path, what: str) -> Iterator[None]:
-    """Turn whatever MLflow raises into one line that names the place and the remedy."""
+def named_failure(root: Path, what: str, kind: type[Exception] = Exception) -> Iterator[None]:
+    """Turn whatever MLflow raises into one line that names the place and the remedy.
+
+    Args:
+        root: the project.
+        what: what MLflow did not do.
+        kind: of errors; others are none of MLflow's.
+    """
     try:
         yield
-    except Exception as error:  # MLflow passes on its database's and network's own errors
+    except kind as error:  # MLflow passes on its database's and network's own errors
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise RunError(
             f"MLflow at {tracking_uri(root)} {what}: {reason}; "
@@ -305,7 +311,7 @@ class StageRun:
         self.inputs = dict(inputs)
         self.experiment = EXPERIMENT_PREFIX + stage
         self.client = connect(root)
-        with _named_failure(root, "does not take a run"):
+        with named_failure(root, "does not take a run"):
             self.experiment_id = self._experiment(description)
             self._seen: dict[str, set[int]] = {}
             resumed = self._reopen(_noted_id(state))
@@ -336,7 +342,7 @@ class StageRun:
 
     def add_picture(self, path: Path) -> None:
         """Keep a picture under `plots/`."""
-        with _named_failure(self.root, "did not take a picture"):
+        with named_failure(self.root, "did not take a picture"):
             self.client.log_artifact(self.id, str(path), "plots")
 
     def add_tables(self, folder: Path) -> None:
@@ -345,12 +351,12 @@ class StageRun:
 
     def add_data_sets(self, data_sets: Iterable[DataSet]) -> None:
         """Name data sets that the stage found or made."""
-        with _named_failure(self.root, "did not take the data sets"):
+        with named_failure(self.root, "did not take the data sets"):
             self._log_data_sets(list(data_sets))
 
     def add_report(self, page: Path, pictures: Sequence[Path]) -> None:
         """Keep a page under `data/`, and its pictures where it links to them."""
-        with _named_failure(self.root, "did not take the data report"):
+        with named_failure(self.root, "did not take the data report"):
             self.client.log_artifact(self.id, str(page), "data")
             for picture in pictures:
                 folder = picture.relative_to(page.parent).parent
@@ -385,7 +391,7 @@ class StageRun:
             tags["machine.threads"] = str(torch.get_num_threads())
         if error:
             tags["error"] = tags["mlflow.note.content"] = error
-        with _named_failure(self.root, "did not take the end of a run"):
+        with named_failure(self.root, "did not take the end of a run"):
             now = int(time.time() * 1000)
             for name, value in flatten_metrics(metrics or {}).items():
                 if 0 not in self._seen.get(name, ()):  # else logged by one killed right after it

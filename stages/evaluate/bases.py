@@ -182,7 +182,7 @@ def measure_untrained_classification(
     test = parts["test"]
     actual = [labels.index(label) for label in test["label"]]
     pool = [Example(*row) for row in parts["train"][["text", "label"]].itertuples(index=False)]
-    counts = parts["train"]["label"].value_counts()
+    counts = parts["train"].drop_duplicates(["text", "label"])["label"].value_counts()
     shots = min(shots, *(int(counts.get(label, 0)) for label in labels))
     examples = draw_examples(pool, labels, shots, read_training(classifier).split.seed)
     figures: dict[str, dict[str, float]] = {}

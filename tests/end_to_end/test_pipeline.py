@@ -96,7 +96,8 @@ def registry(project):
 def champions(project) -> dict[str, int]:
     """Which version of each registered model is the champion."""
     models = registry(project).search_registered_models()
-    return {model.name: int(model.aliases["champion"]) for model in models}
+    found = {model.name: model.aliases.get("champion") for model in models}
+    return {name: int(version) for name, version in found.items() if version}
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +239,28 @@ def test_a_second_run_executes_nothing_and_shows_every_stage_as_cached(project, 
     assert "7 of 7 stages are up to date" in output
     assert executed(project) == began
     assert {run["state"]["name"] for run in last_task_runs(api).values()} == {"Cached"}
+
+
+def test_what_is_wrong_about_the_promotion_is_one_line_and_exit_code_2(project, api, first_run):
+    params, decisions = project.root / "params.yaml", project.root / ".pipeline/promotion.json"
+    for path, content, line in (
+        (params, "\npromotion: {at_least: -1}\n", "promotion.at_least: should be greater than"),
+        (decisions, "{", "promotion.json: "),
+    ):
+        before = path.read_text()
+        path.write_text(before + content if path == params else content)
+        said = project.run("gpt-pipeline", "run", code=2, PREFECT_API_URL=api)
+        assert line in said
+        assert "Traceback" not in said
+        path.write_text(before)
+    for arguments, line in (
+        (["no-model"], "no-model: no such model; use one of base, classifier, assistant"),
+        (["--version", "1"], "--version: of which model?"),
+        (["base", "--version", "7"], "base: no version 7 is registered"),
+    ):
+        assert line in project.run("gpt-pipeline", "promote", *arguments, code=2)
+    said = project.run("gpt-pipeline", "promote")
+    assert "base version 1 is the champion: the first version" in said
 
 
 def test_a_changed_learning_rate_runs_its_stage_and_evaluate_and_changing_back_runs_nothing(

@@ -87,6 +87,17 @@ def test_a_class_that_no_example_has_counts_as_in_the_metrics():
     assert interval(macro_f1([0, 1], [0, 0], 3)).value == pytest.approx(expected)
 
 
+def test_classes_that_can_only_be_predicted_are_wrong_and_count_in_no_mean():
+    truths = [0, 0, 1, 1]
+    assert macro_f1(truths, truths, 2, others=1).value == 1
+    once = macro_f1(truths, [0, 2, 1, 1], 2, others=1).value
+    assert once == pytest.approx((2 / 3 + 1) / 2)
+    with pytest.raises(ValueError, match="classes are not all in 0 … 2"):
+        macro_f1(truths, [0, 3, 1, 1], 2, others=1)
+    with pytest.raises(ValueError, match="classes are not all in 0 … 1"):
+        macro_f1([0, 2], [0, 1], 2, others=1)
+
+
 # --- intervals ------------------------------------------------------------------------------------
 
 

@@ -196,7 +196,10 @@ def add_judge(root: Path, model: str = "a-judge") -> None:
 
 def add_champion(root: Path, text: str = "") -> None:
     """The champion's answers to all but the last of the test records."""
-    rows = [{"example": i, "answer": f"champion says {i}{text}"} for i in range(8)]
+    rows = [
+        {"example": i, "asked": f"Do task {i}.{text}", "answer": f"champion says {i}{text}"}
+        for i in range(8)
+    ]
     (root / ".pipeline" / "champion").mkdir(parents=True, exist_ok=True)
     pd.DataFrame(rows).to_csv(root / ".pipeline" / "champion" / "assistant.csv", index=False)
 

@@ -580,7 +580,10 @@ def test_bases_classify_the_very_messages_that_the_classifier_is_tested_on(done,
     assert set(zip(tried["model"], tried["method"], strict=True)) == {
         (model, method) for model in ("pretrain", "gpt2") for method in ("zero-shot", "few-shot")
     }
-    for _, rows in tried.groupby(["model", "method"]):
+    for (model, method), rows in tried.groupby(["model", "method"]):
+        if method == "few-shot":
+            shown = rows["shown"].astype(int).mean()
+            assert done[1][model]["few_shot_examples"] == pytest.approx(shown)
         assert rows["example"].astype(int).tolist() == list(range(24))
         assert rows["actual"].tolist() == test["actual"].tolist()
     model, tokenizer = load_base(paths["gpt2"])
@@ -610,6 +613,23 @@ def test_examples_stand_before_a_message_as_far_as_the_context_holds_them(
         shown = 2 * train["label"].value_counts().min()
     assert before.max()["few-shot"] == shown
     assert figures["wide"]["few_shot_examples"] == pytest.approx(before.mean()["few-shot"])
+
+
+def test_a_message_that_stands_in_the_training_part_twice_is_one_example(
+    paths, raw, make_base, bpe
+):
+    rows = [("ham", f"text {i}") for i in range(40)] + [("spam", "win now")] * 30
+    rows += [("spam", f"win {i}") for i in range(12)]
+    messages = raw("messages", rows)
+    bases = {"wide": make_base(tokenizer=bpe, context_length=600, n_layer=1)}
+    _, table = measure_untrained_classification(
+        bases, paths["classifier"], messages, CPU, 8, 1000, bounds(50, 0)
+    )
+    train = split_messages(read_messages(messages), Split(**SPLIT), "undersample")["train"]
+    distinct = train.drop_duplicates("text")["label"].value_counts()
+    assert len(train) > distinct.sum(), "nothing stands there twice: nothing is tested"
+    few = table[table["method"] == "few-shot"]
+    assert 0 < few["shown"].max() <= 2 * distinct.min()
 
 
 def test_the_loss_is_told_by_source_and_the_sources_make_up_the_whole(tmp_path, copied):
@@ -749,13 +769,26 @@ def test_a_validation_split_shorter_than_one_context_is_refused(
         run(tmp_path / "o", PARAMS, {**paths, "pretrain": wide})
 
 
-def test_messages_of_which_a_part_is_empty_are_refused(tmp_path, copied, raw, refused):
-    paths = copied("classifier") | {"messages": raw("messages", [("ham", "a"), ("spam", "b")])}
+@pytest.mark.parametrize(
+    ("shares", "part"),
+    [((0.5, 0.001), "validation"), ((1e-3, 0.5), "train")],
+)
+def test_messages_of_which_a_part_is_empty_are_refused(
+    tmp_path, copied, raw, refused, shares, part
+):
+    rows = [("ham", f"a{i}") for i in range(4)] + [("spam", f"b{i}") for i in range(4)]
+    paths = copied("classifier") | {"messages": raw("messages", rows)}
     path = tmp_path / "classifier/training.json"
-    split = {"train": 0.5, "validation": 0.499, "seed": 11}
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"split": split}))
-    with refused(r"messages: the \w+ part of 2 messages is empty; add messages or change finetune"):
+    said = json.loads(path.read_text()) | {"balance": "none"}
+    said["split"] = {"train": shares[0], "validation": shares[1], "seed": 11}
+    path.write_text(json.dumps(said))
+    with refused(f"messages: the {part} part of 8 messages is empty; add messages or change finet"):
         run(tmp_path / "o", PARAMS, paths)
+
+
+def test_no_message_to_test_on_is_refused(tmp_path, paths, raw, refused):
+    with refused("messages"):
+        run(tmp_path / "o", PARAMS, {**paths, "messages": raw("messages", [])})
 
 
 def test_instructions_without_a_test_part_are_refused(tmp_path, paths, raw, refused):
