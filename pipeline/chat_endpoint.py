@@ -11,10 +11,8 @@ import asyncio
 import json
 import os
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass as plain_dataclass
-from email.utils import parsedate_to_datetime
 from typing import Annotated, Any
 
 import httpx
@@ -24,6 +22,7 @@ from pydantic.dataclasses import dataclass
 from gpt.errors import InputError
 from gpt.events import Log, Message, discard
 from pipeline.markdown import visible
+from stages.download.web import retry_after
 
 BACK_OFF_SECONDS = 0.5
 """The pause before the first repetition of a request; it doubles from one to the next."""
@@ -229,7 +228,7 @@ class _Endpoint:
                 "but url is contacted; correct url"
             )
         if status in _BUSY or status >= 500:
-            raise _TryAgainError(fault, _retry_after(response))
+            raise _TryAgainError(fault, retry_after(response.headers, RETRY_AFTER_SECONDS))
         if status != 200:
             raise NoReplyError(fault)
 
@@ -291,16 +290,3 @@ def _server_message(content: bytes) -> str:
     except (ValueError, RecursionError, LookupError, TypeError):
         return ""
     return message if isinstance(message, str) else ""
-
-
-def _retry_after(response: httpx.Response) -> float:
-    """For how long the server asks to be left alone, as seconds or as a date; within the bound."""
-    said = response.headers.get("Retry-After", "").strip()
-    if said.isdecimal():
-        seconds = float(said[:9])
-    else:
-        try:
-            seconds = parsedate_to_datetime(said).timestamp() - time.time()
-        except (ValueError, TypeError, OverflowError):
-            seconds = 0.0
-    return min(max(seconds, 0.0), RETRY_AFTER_SECONDS)

@@ -40,7 +40,7 @@ class FinetuneInstructParams(LanguageModelTuning):
     rows: Literal["packed", "padded"] = "packed"
     """How the records of a pass lie: one behind the other in rows as long as the base's context,
     none of which sees another, or each in a row of its own, padded to the longest. The losses are
-    the same; packed ones are computed faster."""
+    the same; of packed ones nothing is computed in vain (docs/assistant.md: what that gains)."""
     max_length: Annotated[int, Field(gt=0)] | None = None
     """Tokens a record is cut to; None is the base's context."""
     sample_tokens: Annotated[int, Field(gt=0)] = 40

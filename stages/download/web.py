@@ -8,7 +8,7 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from functools import partial
@@ -239,7 +239,9 @@ class _Download:
             self._cache.forget(self._url)
             return TryAgainError(f"nothing behind the {self._size} bytes that came before")
         if status in _BUSY or status >= 500:
-            return TryAgainError(f"HTTP {status}", _retry_after(response))
+            return TryAgainError(
+                f"HTTP {status}", retry_after(response.headers, RETRY_AFTER_SECONDS)
+            )
         return NotHadError(f"HTTP {status}")
 
     def _from_the_start(self, response: requests.Response) -> Note:
@@ -356,9 +358,14 @@ class _Download:
         self._seconds_left()
 
 
-def _retry_after(response: requests.Response) -> float:
-    """For how long the server asks to be left alone, as seconds or as a date; within the bound."""
-    said = response.headers.get("Retry-After", "").strip()
+def retry_after(headers: Mapping[str, str], at_most: float) -> float:
+    """For how many seconds a server asks to be left alone: its `Retry-After`, a number or a date.
+
+    Args:
+        headers: of its response, by any case of their names.
+        at_most: what is heeded of it.
+    """
+    said = headers.get("Retry-After", "").strip()
     if said.isdecimal():
         seconds = float(said[:9])
     else:
@@ -366,4 +373,4 @@ def _retry_after(response: requests.Response) -> float:
             seconds = parsedate_to_datetime(said).timestamp() - time.time()
         except (ValueError, TypeError, OverflowError):
             seconds = 0.0
-    return min(max(seconds, 0.0), RETRY_AFTER_SECONDS)
+    return min(max(seconds, 0.0), at_most)
