@@ -165,14 +165,20 @@ class _Endpoint:
         self._address = params.url.rstrip("/") + "/chat/completions"
         self._key = _read_key(params.key_env)
         self._heard = False  # whether the server has answered at all
-        self.client = httpx.AsyncClient(
-            headers={
-                "User-Agent": "gpt-pipeline",
-                "Accept-Encoding": "identity",
-                **({"Authorization": f"Bearer {self._key}"} if self._key else {}),
-            },
-            timeout=httpx.Timeout(params.timeout, connect=min(CONNECT_SECONDS, params.timeout)),
-        )
+        try:
+            self.client = httpx.AsyncClient(
+                headers={
+                    "User-Agent": "gpt-pipeline",
+                    "Accept-Encoding": "identity",
+                    **({"Authorization": f"Bearer {self._key}"} if self._key else {}),
+                },
+                timeout=httpx.Timeout(params.timeout, connect=min(CONNECT_SECONDS, params.timeout)),
+            )
+        except (ImportError, ValueError, httpx.InvalidURL):
+            raise InputError(
+                "the proxy that the environment names (ALL_PROXY, HTTPS_PROXY or HTTP_PROXY) is of "
+                "no kind that can be used; correct it, or set NO_PROXY"
+            ) from None
 
     async def ask(self, body: Mapping[str, Any]) -> Reply:
         """The reply to one request, which is repeated after faults that may pass."""
@@ -245,6 +251,7 @@ class _Endpoint:
             text = ""
         if not isinstance(text, str):
             raise NoReplyError("the server's answer has a content that is no text")
+        text = text.encode("utf-8", "replace").decode()  # half a surrogate pair goes into no file
         return Reply(self._without_key(text), cut)
 
     def _key_refused(self) -> str:

@@ -339,9 +339,10 @@ def lm_eval(
     tasks: Annotated[
         list[str], typer.Argument(metavar="TASK…", help="Names of the harness, or YAML files.")
     ],
-    model: Annotated[Path, typer.Option(help="A model directory with a language model.")] = Path(
-        "models/assistant"
-    ),
+    model: Annotated[
+        Path | None,
+        typer.Option(help="A model directory with a language model; else models/assistant."),
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Only the first so many documents of each task.")
     ] = None,
@@ -362,10 +363,12 @@ def lm_eval(
     from pipeline.console import make_log
     from pipeline.harness import HarnessParams, markdown, measure
 
-    out = out or Path("reports/lm-eval") / model.resolve().name
+    directory = _model(model, "assistant")
+    if out is None:
+        out = Path(os.path.relpath(_root() / "reports/lm-eval" / directory.resolve().name))
     params = HarnessParams(tasks=tuple(tasks), limit=limit, shots=shots, chat=chat, online=online)
     with make_log("lm-eval") as log:
-        results = measure(params, model=model, out=out, log=log)
+        results = measure(params, model=directory, out=out, log=log)
     print(markdown(results), end="")
 
 

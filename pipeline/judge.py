@@ -7,6 +7,7 @@ a mean in silence: a reply that is no score, and a judgement that never came, ar
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 from collections.abc import Mapping
@@ -20,9 +21,9 @@ import pandas as pd
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from gpt.errors import InputError, first_problem
+from gpt.errors import InputError, RunError, first_problem
 from gpt.events import Log, Message, Progress, discard
-from gpt.files import read_json, sha256_of, whole_directory, write_json
+from gpt.files import read_json, whole_directory, write_json
 from pipeline.chat_endpoint import EndpointParams, NoReplyError, Reply, ask_all
 from pipeline.dag import last_run
 from pipeline.markdown import Cell
@@ -314,10 +315,11 @@ def judge_assistant(params: JudgeParams, root: Path, log: Log = discard) -> Judg
 
     Raises:
         InputError: there are no answers; and as `judge_answers`.
-        RunError: MLflow cannot be reached.
     """
     try:
-        table = pd.read_csv(root / ANSWERS, keep_default_na=False, dtype=str)
+        # at once: while the judge is asked, they may be written anew
+        content = (root / ANSWERS).read_bytes()
+        table = pd.read_csv(io.BytesIO(content), keep_default_na=False, dtype=str)
     except FileNotFoundError:
         raise InputError(f"{ANSWERS} is missing; `gpt-pipeline run evaluate` makes it") from None
     except (OSError, ValueError) as error:
@@ -333,23 +335,29 @@ def judge_assistant(params: JudgeParams, root: Path, log: Log = discard) -> Judg
         )
         (folder / "summary.md").write_text(page, encoding="utf-8")
         said = {
-            "answers": sha256_of(root / ANSWERS),
-            "judge": {"model": params.model, "prompt": PROMPT_SHA256},
+            "answers": hashlib.sha256(content).hexdigest(),
+            "judge": {"url": params.url, "model": params.model, "prompt": PROMPT_SHA256},
             "summaries": {name: asdict(each) for name, each in judged.summaries.items()},
         }
         write_json(folder / SUMMARY, said)
-    _track(root, judged)
+    _track(root, judged, log)
     return judged
 
 
-def _track(root: Path, judged: Judged) -> None:
-    """The figures and the table in the run that made the answers."""
+def _track(root: Path, judged: Judged, log: Log) -> None:
+    """The figures and the table in the run that made the answers, where MLflow takes them."""
+    from mlflow.exceptions import MlflowException
+
     run_id = last_run(root, "evaluate").get("run_id")
     if run_id is None:
         return
-    client = connect(root)
-    for name, summary in judged.summaries.items():
-        for key, value in asdict(summary).items():
-            if value is not None:
-                client.log_metric(run_id, f"judge/{name}/{key}", float(value))
-    client.log_artifacts(run_id, str(root / REPORT), "judge")
+    try:
+        client = connect(root)
+        for name, summary in judged.summaries.items():
+            for key, value in asdict(summary).items():
+                if value is not None:
+                    client.log_metric(run_id, f"judge/{name}/{key}", float(value))
+        client.log_artifacts(run_id, str(root / REPORT), "judge")
+    except (RunError, MlflowException, OSError) as error:
+        why = " ".join(str(error).split())
+        log(Message(f"MLflow did not take the scores, which are in {REPORT}: {why}", "warning"))

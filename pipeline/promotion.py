@@ -580,6 +580,6 @@ def _keep(root: Path, decision: Decision, answers: pd.DataFrame | None) -> None:
     path = root / ANSWERS / f"{decision.model}.csv"
     if answers is not None:
         with whole_file(path) as partial:
-            answers.to_csv(partial, index=False)
+            answers.assign(champion=decision.champion).to_csv(partial, index=False)
     elif decision.difference is None:  # nothing was compared
         path.unlink(missing_ok=True)

@@ -20,7 +20,6 @@ from rich.text import Text
 
 from gpt.errors import RunError
 from gpt.files import write_json
-from pipeline.dag import last_run
 from pipeline.markdown import shown, visible
 from pipeline.model_card import model_card
 from pipeline.report_content import (
@@ -37,7 +36,7 @@ from pipeline.report_content import (
     what_fine_tuning_buys,
 )
 from pipeline.report_facts import Answer, Facts, report_facts
-from pipeline.report_page import MARKDOWN, PAGE, Report, write_report
+from pipeline.report_page import MARKDOWN, PAGE, PICTURES, Report, write_report
 from pipeline.tracking import connect
 
 SHOWN_ANSWERS = 3
@@ -94,15 +93,15 @@ def _is_told(root: Path, facts: Facts) -> bool:
         told = json.loads((root / _TOLD).read_text())
     except (OSError, ValueError):
         return False
-    there = (root / PAGE).is_file() and (root / MARKDOWN).is_file()
+    there = all((root / each).exists() for each in (PAGE, MARKDOWN, PICTURES))
     return bool(there and told == _fingerprint(facts))
 
 
 def _keep_in_mlflow(root: Path, facts: Facts, report: Report) -> str:
     """Why MLflow did not take the report and the cards; empty if it did."""
     evaluated = facts.executions.get("evaluate")
-    known = evaluated is not None and evaluated.ended is not None
-    if not known and not facts.versions:
+    run_id = evaluated.run_id if evaluated else None
+    if run_id is None and not facts.versions:
         return ""  # the report says why
     from mlflow.exceptions import MlflowException
 
@@ -110,9 +109,8 @@ def _keep_in_mlflow(root: Path, facts: Facts, report: Report) -> str:
         client = connect(root)
         for name, version in facts.versions.items():
             client.update_model_version(name, str(version), model_card(facts, name))
-        if known:
-            run = str(last_run(root, "evaluate")["run_id"])
-            client.log_artifact(run, str(report.page), "report")
+        if run_id is not None:
+            client.log_artifact(run_id, str(report.page), "report")
     except (RunError, MlflowException, OSError) as error:
         why = " ".join(str(error).split())
         return f"MLflow did not take the report; `gpt-pipeline report` tries again: {why}"

@@ -20,9 +20,9 @@ from pipeline.report_facts import (
     Judged,
     Score,
     Scores,
-    without_credentials,
 )
 from pipeline.runner import STAGES
+from pipeline.tracking import without_credentials
 
 BASES = ("pretrain", "gpt2")
 MODELS = {"base": "pretrain", "classifier": "classifier", "assistant": "assistant"}
@@ -220,7 +220,7 @@ def built(facts: Facts) -> str:
     parts = [
         f"a GPT{_of(pretrain, 'parameters', 'parameters')}"
         f"{_of(pretrain, 'tokens', 'tokens', ' pretrained on')}",
-        f"published GPT-2 weights{_of(gpt2, 'parameters', 'parameters')}",
+        f"GPT-2 weights{_of(gpt2, 'parameters', 'parameters')}",
         f"a classifier{_from(facts, 'finetune_classifier')}"
         f"{_of(classifier, 'rows_train', 'messages', ' on')}",
         f"an assistant{_from(facts, 'finetune_instruct')}"
@@ -271,7 +271,10 @@ def _verdict(facts: Facts, name: str, decision: Decision | None) -> Verdict:
         if name == "classifier"
         else (decimal(scores.get("loss")), "loss, nats a token")
     )
-    version = decision.version if decision else facts.versions.get(name)
+    known = facts.versions.get(name)
+    if decision is not None and known is not None and decision.version != known:
+        decision = None  # of an earlier version
+    version = decision.version if decision else known
     title = name.capitalize() + (f", version {version}" if version is not None else "")
     if decision is None:
         return Verdict(title, "open", "not compared yet", score or NOTHING, of, ())

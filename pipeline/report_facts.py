@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -28,7 +27,15 @@ from pipeline.data_facts import RAW, RawSource, raw_sources
 from pipeline.models import MD5_TAG
 from pipeline.promotion import ANSWERS, Decision, read_decisions
 from pipeline.runner import STAGES
-from pipeline.tracking import PEAK_MEMORY, connect, flatten_metrics, git_state, tracking_uri
+from pipeline.tracking import (
+    PEAK_MEMORY,
+    connect,
+    flatten_metrics,
+    git_state,
+    run_that_made,
+    tracking_uri,
+    without_credentials,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -180,6 +187,7 @@ class Execution:
     """The last run of a stage that ended well; what is not known is None.
 
     Attributes:
+        run_id: its MLflow run.
         seconds: how long it took.
         ended: when it ended.
         commit: of the code.
@@ -191,6 +199,7 @@ class Execution:
         differences: from that run.
     """
 
+    run_id: str | None = None
     seconds: float | None = None
     ended: datetime | None = None
     commit: str | None = None
@@ -270,6 +279,7 @@ def report_facts(root: Path, *, ask: bool = True) -> Facts:
     if judgement and judgement.answers != sha256_of(predictions / "assistant.csv"):
         judgement = None  # it is of an earlier version's answers
     tracked = _tracked(root, recorded, ask)
+    decisions = {each.model: each for each in read_decisions(root)}
     histories = {name: root / "reports" / name / "history.csv" for name in STAGES}
     confusion = predictions / "classifier_confusion.csv"
     return Facts(
@@ -279,9 +289,13 @@ def report_facts(root: Path, *, ask: bool = True) -> Facts:
         license=_first_line(root / "LICENSE"),
         evaluation={name: Scores(each) for name, each in figures.items()},
         results=_results(root),
-        decisions={each.model: each for each in read_decisions(root)},
+        decisions=decisions,
         judgement=judgement,
-        answers=_answers(predictions / "assistant.csv", root / ANSWERS / "assistant.csv"),
+        answers=_answers(
+            predictions / "assistant.csv",
+            root / ANSWERS / "assistant.csv",
+            decisions.get("assistant"),
+        ),
         wrong=_most_wrong(predictions / "classifier_most_wrong.csv"),
         sources=_sources(root),
         recorded=recorded,
@@ -291,11 +305,6 @@ def report_facts(root: Path, *, ask: bool = True) -> Facts:
         histories={name: path for name, path in histories.items() if path.is_file()},
         confusion=confusion if confusion.is_file() else None,
     )
-
-
-def without_credentials(text: str) -> str:
-    """A text in which no address names a user and a password: a report is sent around."""
-    return re.sub(r"(?<=://)[^/@\s]*@", "", text)
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -328,11 +337,12 @@ def _first_line(path: Path) -> str:
     return ""
 
 
-def _answers(path: Path, champion: Path) -> list[Answer]:
-    frame = _table(path)
+def _answers(path: Path, champion: Path, decision: Decision | None) -> list[Answer]:
+    frame = _table(path, ("instruction", "input", "reference", "answer", "base_answer"))
     others: dict[tuple[int, str], str] = {}
-    if champion.is_file():
-        answers = _table(champion)
+    if champion.is_file() and decision is not None:
+        answers = _table(champion, ("example", "asked", "answer", "champion"))
+        answers = answers[answers["champion"] == str(decision.champion)]  # else of another's
         asked = zip(answers["example"].astype(int), answers["asked"], strict=True)
         others = dict(zip(asked, answers["answer"], strict=True))
     return [
@@ -357,7 +367,7 @@ def _task(row: Mapping[Hashable, Any]) -> str:
 def _most_wrong(path: Path) -> list[Wrong]:
     if not path.is_file():
         return []
-    frame = _table(path)
+    frame = _table(path, ("part", "text", "actual", "predicted", "probability_actual"))
     rows = frame[frame["part"] == "test"].head(SHOWN_WRONG).to_dict("records")
     return [
         Wrong(row["text"], row["actual"], row["predicted"], float(row["probability_actual"]))
@@ -365,8 +375,16 @@ def _most_wrong(path: Path) -> list[Wrong]:
     ]
 
 
-def _table(path: Path) -> pd.DataFrame:
-    return pd.read_csv(path, keep_default_na=False, dtype=str)
+def _table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    remedy = "run `gpt-pipeline run --force evaluate`"
+    try:
+        table = pd.read_csv(path, keep_default_na=False, dtype=str)
+    except (OSError, ValueError) as error:
+        why = " ".join(str(error).split())
+        raise InputError(f"{path}: cannot be read ({why}); {remedy}") from None
+    if missing := [name for name in columns if name not in table]:
+        raise InputError(f"{path}: has no column {missing[0]}; {remedy}")
+    return table
 
 
 def _sources(root: Path) -> dict[str, list[RawSource]]:
@@ -380,7 +398,14 @@ def _recorded(root: Path) -> dict[str, Recorded]:
         path = file.with_name(LOCK_FILE)
         if not path.is_file():
             continue
-        for name, stage in yaml.safe_load(path.read_text(encoding="utf-8"))["stages"].items():
+        try:
+            stages = dict(yaml.safe_load(path.read_text(encoding="utf-8"))["stages"])
+        except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+            raise InputError(
+                f"{path}: holds no stages; bring it back (`git checkout {path.name}`), or run "
+                "`gpt-pipeline run`"
+            ) from None
+        for name, stage in stages.items():
             deps = {each["path"]: str(each.get("md5", "")) for each in stage.get("deps", ())}
             inputs = {p: md5 for p, md5 in deps.items() if p.split("/")[0] not in _CODE}
             params: dict[str, Any] = next(iter(stage.get("params", {}).values()), {})
@@ -439,7 +464,8 @@ def _asked(
         with _impatient():
             client = connect(root)
             for name, note in notes.items():
-                if run := _run(client, str(note["run_id"])):
+                wrote = recorded[name].outputs if name in recorded else {}
+                if run := run_that_made(client, name, str(note["run_id"]), wrote):
                     executions[name] = _execution(client, run, note)
                 else:
                     gone.append(name)
@@ -449,17 +475,6 @@ def _asked(
         return _Tracked(executions, missing=f"MLflow was not asked: {why}")
     missing = f"MLflow has no run of {', '.join(gone)} any more" if gone else ""
     return _Tracked(executions, versions, missing)
-
-
-def _run(client: MlflowClient, run_id: str) -> Run | None:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return client.get_run(run_id)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-    return None
 
 
 @contextlib.contextmanager
@@ -479,8 +494,12 @@ def _execution(client: MlflowClient, run: Run, note: Mapping[str, Any]) -> Execu
     before = _run_before(client, run)
     metrics, tags = run.data.metrics, run.data.tags
     tokens = next((metrics[name] for name in TOKENS if name in metrics), None)
+    seconds = note.get("seconds")
+    if run.info.run_id != note["run_id"] and run.info.end_time:
+        seconds = (run.info.end_time - run.info.start_time) / 1000
     return Execution(
-        seconds=note.get("seconds"),
+        run_id=run.info.run_id,
+        seconds=seconds,
         ended=_time(run.info.end_time),
         commit=tags.get("git.commit"),
         dirty=tags["git.dirty"] == "true" if "git.dirty" in tags else None,
@@ -522,12 +541,15 @@ def _time(milliseconds: int | None) -> datetime | None:
 
 
 def _versions(client: MlflowClient, recorded: Mapping[str, Recorded]) -> dict[str, int]:
-    """By registered model: the version whose bytes are those that the stage wrote last."""
+    """By registered model: the version whose bytes were evaluated, or were written last."""
     versions = {}
     for stage, spec in STAGES.items():
         if spec.model is None or stage not in recorded:
             continue
-        md5 = recorded[stage].outputs.get(spec.outputs["out"], "")
+        # what was evaluated: since then another one may have been trained
+        out = spec.outputs["out"]
+        evaluated = recorded["evaluate"].inputs if "evaluate" in recorded else {}
+        md5 = evaluated.get(out) or recorded[stage].outputs.get(out, "")
         known = client.search_model_versions(
             f"name = '{spec.model}' and tags.`{MD5_TAG}` = '{md5}'"
         )

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from gpt.files import write_json
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -147,9 +149,59 @@ def named_failure(root: Path, what: str, kind: type[Exception] = Exception) -> I
     except kind as error:  # MLflow passes on its database's and network's own errors
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise RunError(
-            f"MLflow at {tracking_uri(root)} {what}: {reason}; "
+            f"MLflow at {without_credentials(f'{tracking_uri(root)} {what}: {reason}')}; "
             "check that MLFLOW_TRACKING_URI answers, or unset it for the project's own mlflow.db"
         ) from error
+
+
+def run_that_made(
+    client: MlflowClient, stage: str, run_id: str | None, outputs: Mapping[str, str]
+) -> Run | None:
+    """The run of a stage that wrote what lies there now: the last one, unless DVC brought back what
+    an earlier one wrote.
+
+    Args:
+        client: of the tracking server.
+        stage: its name in `dvc.yaml`.
+        run_id: of its last run, as far as it is known.
+        outputs: path -> md5, as `dvc.lock` has it; empty: whatever was written.
+
+    Returns:
+        The run; None where there is none, or none any more.
+    """
+    from mlflow.exceptions import MlflowException
+
+    def made(run: Run) -> bool:
+        said = {
+            k.removeprefix("output."): v for k, v in run.data.tags.items() if k[:7] == "output."
+        }
+        return all(said.get(path, md5) == md5 for path, md5 in outputs.items())
+
+    if run_id is not None:
+        try:
+            last = client.get_run(run_id)
+            if made(last):
+                return last
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+    experiment = client.get_experiment_by_name(EXPERIMENT_PREFIX + stage)
+    if experiment is None or not outputs:
+        return None
+    found = client.search_runs(
+        [experiment.experiment_id],
+        "attributes.status = 'FINISHED'",
+        order_by=["attributes.start_time DESC"],
+    )
+    return next(
+        (run for run in found if any(k[:7] == "output." for k in run.data.tags) and made(run)), None
+    )
+
+
+def without_credentials(text: str) -> str:
+    """A text in which no address names a user and a password, or what stands behind its `?`."""
+    text = re.sub(r"(?<=://)\S*@(?=[^@\s]*)", "", text)
+    return re.sub(r"(://[^\s?]*)\?\S*", r"\1", text)
 
 
 def run_url(root: Path, experiment_id: str, run_id: str) -> str:

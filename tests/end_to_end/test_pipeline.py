@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from report_figures import Figures
 
 STAGES = [
     "download",
@@ -186,6 +187,13 @@ def test_the_first_versions_become_the_champions_each_with_its_card(project, fir
         version = registry(project).get_model_version(name, "1")
         assert version.description.startswith(f"# {name}, version 1")
         assert version.tags["verdict"] == "champion: the first version"
+
+
+def test_every_figure_of_the_report_follows_from_the_stored_predictions(project, first_run):
+    figures = Figures(project.root)
+    told = figures.bases() + figures.what_fine_tuning_buys() + figures.classes()
+    told += figures.assistant() + figures.confusion_and_what_was_most_wrong()
+    assert told > 90
 
 
 def test_the_report_is_one_page_that_mlflow_keeps_and_is_written_only_when_there_is_news(

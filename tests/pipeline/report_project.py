@@ -194,10 +194,15 @@ def add_judge(root: Path, model: str = "a-judge") -> None:
     write_json(root / "reports" / "judge" / "summary.json", said)
 
 
-def add_champion(root: Path, text: str = "") -> None:
+def add_champion(root: Path, text: str = "", version: int = 3) -> None:
     """The champion's answers to all but the last of the test records."""
     rows = [
-        {"example": i, "asked": f"Do task {i}.{text}", "answer": f"champion says {i}{text}"}
+        {
+            "example": i,
+            "asked": f"Do task {i}.{text}",
+            "answer": f"champion says {i}{text}",
+            "champion": version,
+        }
         for i in range(8)
     ]
     (root / ".pipeline" / "champion").mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pandas as pd
 import pytest
 from chat_server import Answer, running_chat_server
 from pydantic import TypeAdapter, ValidationError
+from report_project import add_note, make_report_project
 
 from gpt.errors import InputError
 from gpt.events import Message, Progress
@@ -27,6 +29,8 @@ from pipeline.judge import (
     markdown,
     parse_score,
 )
+from pipeline.report_facts import report_facts
+from pipeline.tracking import connect
 
 KEY = "sk-0123456789abcdefSECRET"
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -152,30 +156,32 @@ def test_the_counts_are_right_and_the_mean_is_over_the_judged_alone(server, tmp_
             "answer 8": Answer(body=b"not JSON"),
             "answer 9": Answer(body=b'{"choices": []}'),
             "answer 10": Answer(reset=True),
+            "answer 11": "\ud800 50",
             "base_answer 0": "0",
         }
     )
     columns = {"assistant": "answer", "base": "base_answer"}
     told = []
     judged = run(
-        server, tmp_path, answers(11), columns, told.append, timeout=0.5, retries=1, concurrency=4
+        server, tmp_path, answers(12), columns, told.append, timeout=0.5, retries=1, concurrency=4
     )
     assert judged.summaries == {
         "assistant": Summary(
-            n=11, judged=2, unparsable=4, failed=5, mean=55.5, lowest=31, highest=80
+            n=12, judged=2, unparsable=5, failed=5, mean=55.5, lowest=31, highest=80
         ),
         "base": Summary(
-            n=11, judged=11, unparsable=0, failed=0, mean=500 / 11, lowest=0, highest=50
+            n=12, judged=12, unparsable=0, failed=0, mean=550 / 12, lowest=0, highest=50
         ),
     }
     assert judged.requests == Requests(sent=len(server.asked), cached=0)
-    assert len(server.asked) == 22 + 3  # the 500, the stalled and the reset one once more
+    assert len(server.asked) == 24 + 3  # the 500, the stalled and the reset one once more
 
     table = judged.table
     assert list(table.columns) == ["model", "example", "status", "score", "reply", "why"]
     own = table[table["model"] == "assistant"].set_index("example")
-    assert own["status"].tolist() == ["judged"] * 2 + ["unparsable"] * 4 + ["failed"] * 5
-    assert own["score"].isna().tolist() == [False] * 2 + [True] * 9
+    status = ["judged"] * 2 + ["unparsable"] * 4 + ["failed"] * 5 + ["unparsable"]
+    assert own["status"].tolist() == status
+    assert own["score"].isna().tolist() == [False] * 2 + [True] * 10
     assert own["score"].dropna().tolist() == [80, 31]
     assert own["reply"][2].startswith("I'd give it 85")
     assert own["why"].tolist() == [
@@ -190,12 +196,13 @@ def test_the_counts_are_right_and_the_mean_is_over_the_judged_alone(server, tmp_
         "the server's answer is no JSON",
         "the server's answer has no choices[0].message.content",
         own["why"][10],
+        "the reply is not one integer from 0 to 100",
     ]
     assert own["why"][10].startswith("the connection failed")
     warnings = [e.text for e in told if isinstance(e, Message) and e.level == "warning"]
     assert [line.split(",")[0] for line in warnings] == [
-        "judge: 4 of 22 judgements unparsable",
-        "judge: 5 of 22 judgements failed",
+        "judge: 5 of 24 judgements unparsable",
+        "judge: 5 of 24 judgements failed",
     ]
 
 
@@ -482,6 +489,47 @@ def test_the_answers_of_evaluate_are_judged_and_the_scores_written(server, tmp_p
     assert markdown(judged.summaries) in page
     assert judge.PROMPT_SHA256[:12] in page
     assert judge_assistant(params(server), root).requests == Requests(sent=0, cached=4)
+
+
+def test_the_report_tells_what_the_judge_gave_to_these_very_answers(server, tmp_path):
+    make_report_project(tmp_path)
+    judged = judge_assistant(params(server), tmp_path)
+    scores = pd.read_csv(tmp_path / "reports/judge/scores.csv")
+    told = report_facts(tmp_path).judgement
+    for name, found in told.summaries.items():
+        own = scores[scores["model"] == name]
+        assert found.mean == own["score"].mean() == judged.summaries[name].mean
+        assert found.n == len(own) == found.judged + found.unparsable + found.failed
+    (tmp_path / judge.ANSWERS).write_bytes((tmp_path / judge.ANSWERS).read_bytes() + b"\n")
+    assert report_facts(tmp_path).judgement is None
+
+
+def test_scores_are_not_lost_where_mlflow_has_no_such_run(
+    server, tmp_path, empty_database, monkeypatch
+):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    make_project(tmp_path, answers(1))
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
+    client = connect(tmp_path)
+    place = (tmp_path / "mlartifacts").as_uri()
+    run_id = client.create_run(client.create_experiment("e", place)).info.run_id
+    add_note(tmp_path, "evaluate", run_id=run_id)
+    judge_assistant(params(server), tmp_path)
+    assert client.get_run(run_id).data.metrics["judge/assistant/mean"] == 50
+    add_note(tmp_path, "evaluate", run_id="gone")
+    told = []
+    judge_assistant(params(server), tmp_path, told.append)
+    (line,) = [e.text for e in told if isinstance(e, Message) and "MLflow" in e.text]
+    assert line.startswith("MLflow did not take the scores, which are in reports/judge: ")
+    assert (tmp_path / "reports/judge/scores.csv").is_file()
+
+
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:1", "ftp://me:secret@127.0.0.1"])
+def test_a_proxy_that_cannot_be_used_is_one_line(server, tmp_path, monkeypatch, proxy):
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    with pytest.raises(InputError, match="the proxy that the environment names") as caught:
+        run(server, tmp_path)
+    assert "secret" not in str(caught.value)
 
 
 def test_without_answers_the_stage_that_makes_them_is_named(server, tmp_path):

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from mlflow.exceptions import MlflowException
 from report_project import (
     MD5,
@@ -20,6 +21,7 @@ from rich.console import Console
 from gpt.errors import InputError
 from pipeline.model_card import model_card
 from pipeline.report import print_report
+from pipeline.report_content import verdicts
 from pipeline.report_facts import report_facts
 from pipeline.tracking import PEAK_MEMORY, connect
 
@@ -86,6 +88,7 @@ def test_the_time_of_a_run_that_failed_is_not_given_as_the_stage_s(project):
 def test_it_is_written_again_when_there_is_news_or_it_is_gone_and_only_then(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     make_report_project(tmp_path)
+    add_verdicts(tmp_path, decision("assistant"))
     page, markdown = (tmp_path / "reports" / f"report.{end}" for end in ("html", "md"))
     printed = _report(tmp_path, always=False)
 
@@ -103,6 +106,12 @@ def test_it_is_written_again_when_there_is_news_or_it_is_gone_and_only_then(tmp_
     assert not is_written(), "what is not told is no news"
     add_champion(tmp_path)
     assert is_written()
+    shutil.rmtree(tmp_path / "reports/report")
+    assert is_written()
+    add_champion(tmp_path, "other words", version=2)
+    assert is_written()
+    add_champion(tmp_path, "yet others", version=2)
+    assert not is_written(), "the answers of another champion are not shown"
     page.write_text("old")
     _report(tmp_path)
     assert page.read_text() != "old", "whoever asks for it gets it anew"
@@ -131,6 +140,55 @@ def test_what_mlflow_said_of_the_same_runs_is_not_asked_again_unless_the_user_as
     assert report_facts(tmp_path, ask=False).executions["pretrain"].seconds == 4
     (tmp_path / ".pipeline/tracked.json").write_text("{")
     assert report_facts(tmp_path, ask=False).executions["pretrain"].peak_memory == 4321.2
+
+
+def test_a_verdict_of_an_earlier_version_is_not_told_of_this_one(tmp_path, empty_database):
+    make_report_project(tmp_path)
+    add_verdicts(tmp_path, decision("base", version=1))
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
+    client = connect(tmp_path)
+    client.create_registered_model("base")
+    for md5 in ("another", f"{MD5[::-1]}.dir"):
+        client.create_model_version("base", str(tmp_path), tags={"md5": md5})
+    (told,) = [each for each in verdicts(report_facts(tmp_path)) if each.model.startswith("Base")]
+    assert (told.model, told.verdict) == ("Base, version 2", "not compared yet")
+
+
+def test_what_dvc_brought_back_is_told_of_the_run_that_made_it(tmp_path, empty_database):
+    make_report_project(tmp_path)
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
+    client = connect(tmp_path)
+    experiment = client.create_experiment("gpt-pipeline/pretrain")
+    runs = []
+    for rate, md5 in (("0.1", f"{MD5[::-1]}.dir"), ("0.2", "another")):
+        tags = {"output.models/pretrain": md5, "git.commit": rate * 10}
+        run = client.create_run(experiment, 1000 * (len(runs) + 1), tags)
+        client.log_param(run.info.run_id, "rate", rate)
+        client.set_terminated(run.info.run_id, end_time=1000 * (len(runs) + 1) + 500)
+        runs.append(run.info.run_id)
+    add_note(tmp_path, "pretrain", 83.4, run_id=runs[1])
+    found = report_facts(tmp_path).executions["pretrain"]
+    assert (found.run_id, found.params["rate"], found.seconds) == (runs[0], "0.1", 0.5)
+    add_note(tmp_path, "pretrain", 83.4, run_id=runs[0])
+    assert report_facts(tmp_path).executions["pretrain"].seconds == 83.4
+
+
+def test_a_card_is_of_the_version_that_was_evaluated(tmp_path, empty_database):
+    """Since then another one may have been trained."""
+    make_report_project(tmp_path)
+    path = tmp_path / "dvc.lock"
+    locked = yaml.safe_load(path.read_text())
+    read = [{"path": "models/classifier", "md5": "evaluated"}]
+    locked["stages"]["evaluate"] = {"deps": read, "outs": []}
+    path.write_text(yaml.safe_dump(locked))
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
+    client = connect(tmp_path)
+    client.create_registered_model("classifier")
+    for md5 in ("evaluated", f"{MD5[::-1]}.dir"):
+        client.create_model_version("classifier", str(tmp_path), tags={"md5": md5})
+    _report(tmp_path)
+    assert client.get_model_version("classifier", "1").description.startswith("# classifier")
+    assert not client.get_model_version("classifier", "2").description
 
 
 def test_mlflow_gets_the_page_and_each_version_its_card_or_one_line_says_why_not(

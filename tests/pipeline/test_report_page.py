@@ -44,7 +44,7 @@ def finished(tmp_path_factory):
     root = tmp_path_factory.mktemp("finished")
     figures = make_report_project(root)
     add_judge(root)
-    add_champion(root)
+    add_champion(root, version=1)
     add_verdicts(
         root,
         decision("classifier"),
@@ -394,6 +394,10 @@ def test_with_nothing_evaluated_one_line_says_how(tmp_path):
         (".pipeline/promotion.json", '{"decisions": [{}]}', r"decisions\.0\.model: .*; remove it"),
         ("reports/judge/summary.json", "[]", "summary.json: .*; remove it"),
         ("reports/pretrain/metrics.json", "{", "run the stage pretrain again"),
+        ("dvc.lock", "", "dvc.lock: holds no stages; bring it back"),
+        ("dvc.lock", "<<<<<<< HEAD", "dvc.lock: holds no stages; bring it back"),
+        ("reports/evaluation/predictions/assistant.csv", "", "assistant.csv: cannot be read"),
+        ("reports/evaluation/predictions/assistant.csv", "a\n", "has no column instruction; run"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_one_line(tmp_path, path, content, what):
