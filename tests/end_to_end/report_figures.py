@@ -156,9 +156,7 @@ def of(score: object) -> Interval:
 
 def percent(value: float | Interval) -> str:
     if isinstance(value, Interval):
-        return f"{value.value:.1%} ({value.low * 100:.1f}–{value.high * 100:.1f})".replace(
-            "%", " %"
-        )
+        return f"{percent(value.value)} ({value.low * 100:.1f}–{value.high * 100:.1f})"
     return f"{value * 100:.1f} %"
 
 
