@@ -8,15 +8,17 @@ Markdown by `pipeline.markdown`.
 from __future__ import annotations
 
 import base64
+import contextlib
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock
 from jinja2 import Environment, StrictUndefined
 
+from gpt.errors import InputError
 from gpt.files import whole_directory, whole_file
 from pipeline.markdown import escaped, shown, table, visible
 from pipeline.plots import draw_confusion, draw_curves, draw_scores
@@ -55,7 +57,11 @@ class Report:
 
 
 def write_report(root: Path, facts: Facts) -> Report:
-    """Write the page, its Markdown and the pictures, each as a whole."""
+    """Write the page, its Markdown and the pictures, each as a whole.
+
+    Raises:
+        InputError: a table that is drawn cannot be read.
+    """
     lock = root / ".pipeline" / "report.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(lock):  # a run may end while a person asks for the report
@@ -89,15 +95,28 @@ def _draw(facts: Facts, folder: Path) -> Pictures:
         )
         compared.append(Picture(file, "Accuracy without, with little and with all training"))
     if facts.confusion:
-        drawn = draw_confusion(facts.confusion, folder, parts=["test"])
+        with _readable(facts.confusion):
+            drawn = draw_confusion(facts.confusion, folder, parts=["test"])
         confusion = [Picture(path.name, "Which classes were taken for which") for path in drawn]
     for stage, history in facts.histories.items():
-        with tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory() as scratch, _readable(history):
             for path in draw_curves(history, stage, Path(scratch), learning_rate=False):
                 name = f"{stage}_{path.name}"
                 shutil.move(path, folder / name)
                 curves.append(Picture(name, f"{stage}: {path.stem.replace('_', ' ')}"))
     return Pictures(compared, confusion, curves)
+
+
+@contextlib.contextmanager
+def _readable(table: Path) -> Iterator[None]:
+    """Within the block a table that is cut off or holds something else is told in one line."""
+    try:
+        yield
+    except (KeyError, ValueError) as error:
+        why = " ".join(str(error).split())
+        raise InputError(
+            f"{table}: cannot be drawn ({why}); run the stage again: `gpt-pipeline run --force`"
+        ) from None
 
 
 # --- HTML -----------------------------------------------------------------------------------------

@@ -409,6 +409,21 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path, path, content, what):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("path", "content"),
+    [
+        ("reports/pretrain/history.csv", ""),
+        ("reports/evaluation/predictions/classifier_confusion.csv", "part,actual\ntest,ham\n"),
+    ],
+)
+def test_a_table_that_cannot_be_drawn_is_one_line(tmp_path, path, content):
+    make_report_project(tmp_path)
+    (tmp_path / path).write_text(content)
+    with pytest.raises(InputError, match=r"csv: cannot be drawn \(.*\); run the stage again"):
+        write_report(tmp_path, report_facts(tmp_path))
+    assert not (tmp_path / "reports/report.html").exists()
+
+
 # --- one file, whole and safe ---------------------------------------------------------------------
 
 
