@@ -171,16 +171,15 @@ def run_that_made(
     """
     from mlflow.exceptions import MlflowException
 
-    def made(run: Run) -> bool:
-        said = {
-            k.removeprefix("output."): v for k, v in run.data.tags.items() if k[:7] == "output."
-        }
-        return all(said.get(path, md5) == md5 for path, md5 in outputs.items())
+    def made(run: Run, *, if_not_told: bool) -> bool:
+        tags = run.data.tags
+        told = ((tags.get(f"output.{path}"), md5) for path, md5 in outputs.items())
+        return all(if_not_told if tag is None else tag == md5 for tag, md5 in told)
 
     if run_id is not None:
         try:
             last = client.get_run(run_id)
-            if made(last):
+            if made(last, if_not_told=True):
                 return last
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
@@ -193,9 +192,7 @@ def run_that_made(
         "attributes.status = 'FINISHED'",
         order_by=["attributes.start_time DESC"],
     )
-    return next(
-        (run for run in found if any(k[:7] == "output." for k in run.data.tags) and made(run)), None
-    )
+    return next((run for run in found if made(run, if_not_told=False)), None)
 
 
 def without_credentials(text: str) -> str:
@@ -399,7 +396,8 @@ class StageRun:
 
     def add_tables(self, folder: Path) -> None:
         """Keep a folder of CSV tables under `predictions/`."""
-        self.client.log_artifacts(self.id, str(folder), "predictions")
+        with named_failure(self.root, "did not take the predictions"):
+            self.client.log_artifacts(self.id, str(folder), "predictions")
 
     def add_data_sets(self, data_sets: Iterable[DataSet]) -> None:
         """Name data sets that the stage found or made."""

@@ -419,14 +419,20 @@ def test_what_was_decided_is_known_without_asking_again(project):
     assert is_decided(project, RULE)
 
 
+def crown_second(root, name):
+    """A second version is the champion and the first one at hand; the champion's files."""
+    change(root, name, spoil)
+    promote_by_hand(root, name)
+    change(root, name, spoil)
+    found = mlflow.artifacts.download_artifacts(f"models:/{name}/2/artifacts")
+    (folder,) = Path(found).iterdir()
+    return folder
+
+
 def test_a_champion_whose_files_are_gone_stops_it_and_nothing_is_promoted(project):
-    for name in ("base", "classifier"):
-        change(project, name, spoil)
-        promote_by_hand(project, name)
-        change(project, name, spoil)  # back: the base, which is decided first, would be promoted
-    files = version_of(connect(project), "classifier", 2)
-    folder = mlflow.artifacts.download_artifacts(f"models:/classifier/{files.version}/artifacts")
-    shutil.rmtree(folder)  # where a folder is the store, that is the store's own
+    crown_second(project, "base")  # is decided first, and would be promoted
+    # where a folder is the store, that is the store's own
+    shutil.rmtree(crown_second(project, "classifier").parent)
     before = {name: aliases(project, name) for name in STAGES}
     decided = (project / DECISIONS).read_text()
     with pytest.raises(InputError) as caught:
@@ -440,16 +446,6 @@ def test_a_champion_whose_files_are_gone_stops_it_and_nothing_is_promoted(projec
     promote_by_hand(project, "classifier", 1)  # what the line says helps
     assert decision(promote_the_better(project, RULE, EVALUATE), "base").promoted
     assert aliases(project, "classifier") == {CHAMPION: 1, PREVIOUS: 2}
-
-
-def crown_second(root, name):
-    """A second version is the champion and the first one at hand; the champion's files."""
-    change(root, name, spoil)
-    promote_by_hand(root, name)
-    change(root, name, spoil)
-    found = mlflow.artifacts.download_artifacts(f"models:/{name}/2/artifacts")
-    (folder,) = Path(found).iterdir()
-    return folder
 
 
 def test_a_champion_of_which_a_file_is_gone_is_named_as_the_registry_does(project):

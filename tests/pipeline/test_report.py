@@ -32,6 +32,15 @@ def _report(root, **settings):
     return console.file.getvalue()
 
 
+@pytest.fixture
+def client(tmp_path, empty_database, monkeypatch):
+    """Of the MLflow of a project in `tmp_path`, where nothing was tracked yet."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    make_report_project(tmp_path)
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
+    return connect(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     """The project's folder, its figures, and what was printed."""
@@ -118,12 +127,8 @@ def test_it_is_written_again_when_there_is_news_or_it_is_gone_and_only_then(tmp_
 
 
 def test_what_mlflow_said_of_the_same_runs_is_not_asked_again_unless_the_user_asks(
-    tmp_path, empty_database, monkeypatch
+    tmp_path, client
 ):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    make_report_project(tmp_path)
-    shutil.copy(empty_database, tmp_path / "mlflow.db")
-    client = connect(tmp_path)
     run = client.create_run(client.create_experiment("gpt-pipeline/pretrain"))
     client.log_metric(run.info.run_id, PEAK_MEMORY, 1234.4)
     client.set_terminated(run.info.run_id)
@@ -142,11 +147,8 @@ def test_what_mlflow_said_of_the_same_runs_is_not_asked_again_unless_the_user_as
     assert report_facts(tmp_path, ask=False).executions["pretrain"].peak_memory == 4321.2
 
 
-def test_a_verdict_of_an_earlier_version_is_not_told_of_this_one(tmp_path, empty_database):
-    make_report_project(tmp_path)
+def test_a_verdict_of_an_earlier_version_is_not_told_of_this_one(tmp_path, client):
     add_verdicts(tmp_path, decision("base", version=1))
-    shutil.copy(empty_database, tmp_path / "mlflow.db")
-    client = connect(tmp_path)
     client.create_registered_model("base")
     for md5 in ("another", f"{MD5[::-1]}.dir"):
         client.create_model_version("base", str(tmp_path), tags={"md5": md5})
@@ -154,10 +156,7 @@ def test_a_verdict_of_an_earlier_version_is_not_told_of_this_one(tmp_path, empty
     assert (told.model, told.verdict) == ("Base, version 2", "not compared yet")
 
 
-def test_what_dvc_brought_back_is_told_of_the_run_that_made_it(tmp_path, empty_database):
-    make_report_project(tmp_path)
-    shutil.copy(empty_database, tmp_path / "mlflow.db")
-    client = connect(tmp_path)
+def test_what_dvc_brought_back_is_told_of_the_run_that_made_it(tmp_path, client):
     experiment = client.create_experiment("gpt-pipeline/pretrain")
     runs = []
     for rate, md5 in (("0.1", f"{MD5[::-1]}.dir"), ("0.2", "another")):
@@ -173,16 +172,13 @@ def test_what_dvc_brought_back_is_told_of_the_run_that_made_it(tmp_path, empty_d
     assert report_facts(tmp_path).executions["pretrain"].seconds == 83.4
 
 
-def test_a_card_is_of_the_version_that_was_evaluated(tmp_path, empty_database):
+def test_a_card_is_of_the_version_that_was_evaluated(tmp_path, client):
     """Since then another one may have been trained."""
-    make_report_project(tmp_path)
     path = tmp_path / "dvc.lock"
     locked = yaml.safe_load(path.read_text())
     read = [{"path": "models/classifier", "md5": "evaluated"}]
     locked["stages"]["evaluate"] = {"deps": read, "outs": []}
     path.write_text(yaml.safe_dump(locked))
-    shutil.copy(empty_database, tmp_path / "mlflow.db")
-    client = connect(tmp_path)
     client.create_registered_model("classifier")
     for md5 in ("evaluated", f"{MD5[::-1]}.dir"):
         client.create_model_version("classifier", str(tmp_path), tags={"md5": md5})
@@ -192,12 +188,8 @@ def test_a_card_is_of_the_version_that_was_evaluated(tmp_path, empty_database):
 
 
 def test_mlflow_gets_the_page_and_each_version_its_card_or_one_line_says_why_not(
-    tmp_path, empty_database, monkeypatch
+    tmp_path, client, monkeypatch
 ):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    make_report_project(tmp_path)
-    shutil.copy(empty_database, tmp_path / "mlflow.db")
-    client = connect(tmp_path)
     place = (tmp_path / "mlartifacts").as_uri()
     run = client.create_run(client.create_experiment("gpt-pipeline/evaluate", place))
     client.set_terminated(run.info.run_id)
