@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 CHAMPION, PREVIOUS = "champion", "previous"
 DECISIONS = Path(".pipeline/promotion.json")
 ANSWERS = Path(".pipeline/champion")
-"""What the champions answered, a table a model, for the report."""
+"""What the champion answered where it was compared, for the report: `assistant.csv`."""
 
 MODELS = {
     "base": Path("models/pretrain"),
@@ -306,7 +306,7 @@ class _Asked:
         params: how the evaluated models were asked.
         known: the decisions that stand, by model and version.
         by_hand: by model the version that a person chose, and over which.
-        answers: filled: what the champions answered, a table a model.
+        answers: filled: what a champion answered that writes texts, a table a model.
     """
 
     root: Path
@@ -520,7 +520,6 @@ def _classifiers(asked: _Asked, champion: Path) -> tuple[Score, Score] | str:
     labels, parts = messages_by_part(root / MODELS["classifier"], root / "data/raw/messages")
     new = _read(root, "classifier")
     old, _ = predict_classes(champion, parts["test"], _device(params), params.batch_size)
-    asked.answers["classifier"] = _answers(new["text"], old["predicted"])
     # a class that only the champion knows is wrong wherever it says so, and no class of the mean
     number = {label: i for i, label in enumerate(dict.fromkeys([*labels, *old["predicted"]]))}
     actual, one, other = (
@@ -551,7 +550,8 @@ def _assistants(asked: _Asked, champion: Path) -> tuple[Score, Score] | str:
     old, _ = answer_records(
         champion, test, _device(params), params.batch_size, params.max_new_tokens
     )
-    asked.answers["assistant"] = _answers(new["instruction"], old["answer"])
+    answers = {"asked": new["instruction"], "answer": old["answer"].to_numpy()}
+    asked.answers["assistant"] = pd.DataFrame(answers).rename_axis("example").reset_index()
     if score == "loss":
         tokens = new["tokens"].astype(int)
         if tokens.tolist() != old["tokens"].tolist():
@@ -568,11 +568,6 @@ def _assistants(asked: _Asked, champion: Path) -> tuple[Score, Score] | str:
 def _read(root: Path, name: str) -> pd.DataFrame:
     path = root / _PREDICTIONS / f"{name}.csv"
     return pd.read_csv(path, keep_default_na=False, dtype=str)
-
-
-def _answers(asked: pd.Series, answers: pd.Series) -> pd.DataFrame:
-    columns = {"asked": asked.to_numpy(), "answer": answers.to_numpy()}
-    return pd.DataFrame({"example": range(len(answers)), **columns})
 
 
 def _keep(root: Path, decision: Decision, answers: pd.DataFrame | None) -> None:

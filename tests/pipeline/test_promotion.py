@@ -382,12 +382,11 @@ def test_the_figures_of_a_decision_are_those_of_the_metrics(project):
         assert found.old == pytest.approx(old[section][score])
     assert read_decisions(project) == decisions
     # the champion's answers are kept for the report
-    for name in ("classifier", "assistant"):
-        kept = pd.read_csv(project / ANSWERS / f"{name}.csv", keep_default_na=False)
-        assert kept["example"].tolist() == list(range(decision(decisions, name).examples))
-        table = pd.read_csv(project / f"reports/evaluation/predictions/{name}.csv")
-        asked = table["text" if name == "classifier" else "instruction"]
-        assert kept["asked"].tolist() == asked.tolist()
+    kept = pd.read_csv(project / ANSWERS / "assistant.csv", keep_default_na=False)
+    assert kept["example"].tolist() == list(range(decision(decisions, "assistant").examples))
+    table = pd.read_csv(project / "reports/evaluation/predictions/assistant.csv")
+    assert kept["asked"].tolist() == table["instruction"].tolist()
+    assert set(kept["champion"]) == {1}
 
 
 def test_other_scores_and_other_rules_decide_anew(project):
