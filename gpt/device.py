@@ -58,7 +58,9 @@ def prepare(device: str = "auto", threads: int = 0) -> torch.device:
         picked = torch.device("cuda", here.local_rank)
         torch.cuda.set_device(picked)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # `use_deterministic_algorithms` is this and the compiler's own switch, for which it imports the
+    # compiler: seconds, wherever nothing is compiled; what compiles sets both
+    torch.set_deterministic_debug_mode("warn")
     # a guard against reading memory that nobody wrote, at a tenth of a training step
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return picked

@@ -535,6 +535,8 @@ def _compiled(module: nn.Module, params: TrainParams, device: torch.device) -> I
     """
     wanted = params.compile == "on" or (params.compile == "auto" and device.type == "cuda")
     blocks = list(getattr(module, "h", ())) if wanted else []
+    if blocks and torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(True, warn_only=True)  # in the compiler too
     for block in blocks:
         block.compile()
     try:

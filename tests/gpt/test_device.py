@@ -36,3 +36,17 @@ def test_freed_memory_is_given_out_again_without_asking_the_system():
     if _page_faults("plain") < 100_000:
         pytest.skip("this system's allocator keeps freed memory by itself")
     assert _page_faults("tuned") < 1_000
+
+
+def test_results_are_repeatable_and_the_compiler_is_not_imported_for_it():
+    """Its import takes longer than an answer of a small model."""
+    code = (
+        "import sys, torch; from gpt.device import prepare; prepare('cpu', 1); "
+        "print(torch.is_deterministic_algorithms_warn_only_enabled(), "
+        "torch.are_deterministic_algorithms_enabled(), "
+        "any(name.startswith(('torch._inductor', 'torch._dynamo')) for name in sys.modules))"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.split() == ["True", "True", "False"]

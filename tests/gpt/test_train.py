@@ -478,7 +478,12 @@ def test_compiled_blocks_learn_the_same(make_model, compiled):
     plain, translated = make_model(), make_model()
     params = {"steps": 5, "batch_size": 4, "learning_rate": 1e-3, "eps": EPS, "keep": "last"}
     expected = _fit(plain, TrainParams(**params)).history
-    found = _fit(translated, TrainParams(**params, compile="on")).history
+    torch.set_deterministic_debug_mode("warn")
+    try:
+        found = _fit(translated, TrainParams(**params, compile="on")).history
+        assert torch._inductor.config.deterministic, "in the compiler too"
+    finally:
+        torch.use_deterministic_algorithms(False)
     assert found[-1] == pytest.approx(expected[-1], rel=1e-3)
     for name, value in plain.state_dict().items():
         assert torch.allclose(translated.state_dict()[name], value, atol=1e-4), name
