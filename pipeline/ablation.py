@@ -10,11 +10,9 @@ done, in whichever table, are not trained again.
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import re
 import shutil
-import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -27,10 +25,11 @@ import yaml
 from gpt.errors import InputError, RunError
 from gpt.events import Event, Log, Message, Progress, Text
 from gpt.files import whole_file, write_json
-from pipeline.experiments import check_git, save_experiment, set_value
+from pipeline.experiments import check_git, save_experiment
 from pipeline.markdown import NOTHING
 from pipeline.markdown import table as in_markdown
-from pipeline.params import PARAMS_FILE, load_params
+from pipeline.overrides import params_with
+from pipeline.params import PARAMS_FILE
 
 STAGE = "finetune_classifier"
 FOLDER = Path(".pipeline") / "ablation"
@@ -104,20 +103,11 @@ def read_rows(root: Path, table: Path) -> list[Row]:
 
 def _params(table: Path, name: str, base: Any, changes: dict[str, Any]) -> Any:
     """The stage's parameters with a row's changes."""
-    changed = copy.deepcopy(base)
     try:
-        for path, value in changes.items():
-            set_value(changed[STAGE], path, value)
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / PARAMS_FILE
-            file.write_text(yaml.safe_dump(changed), encoding="utf-8")
-            params = getattr(load_params(file), STAGE)
-    except (KeyError, TypeError, AttributeError):
-        raise InputError(
-            f"{table}: row {name!r}: {path} is no parameter of {STAGE} in {PARAMS_FILE}"
-        ) from None
+        whole = params_with(base, {f"{STAGE}.{path}": value for path, value in changes.items()})
     except InputError as error:
         raise InputError(f"{table}: row {name!r}: {error}") from None
+    params = getattr(whole, STAGE)
     if params.train.devices != 1:
         raise InputError(
             f"{table}: row {name!r}: rows are trained one by one on one device; set train.devices "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from typer.core import TyperGroup
 
 from gpt.errors import InputError, RunError
 from gpt.files import whole_file
+from pipeline.interpreter import collect_seldom
 
 if TYPE_CHECKING:
     from gpt.generate import Sampling
@@ -32,8 +34,8 @@ class _Commands(TyperGroup):
             code, line = 2, str(error)
         except RunError as error:
             code, line = 1, str(error)
-        except KeyboardInterrupt:
-            code, line = 130, "stopped"
+        except KeyboardInterrupt as error:
+            code, line = 128 + getattr(error, "signal", signal.SIGINT), "stopped"
         except BrokenPipeError:  # `gpt-pipeline status | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
@@ -53,6 +55,7 @@ app = typer.Typer(
 
 def main() -> NoReturn:
     """Run the command line; the process ends with its exit code."""
+    collect_seldom()
     app(prog_name="gpt-pipeline")
     raise AssertionError("typer ends the process")
 
@@ -84,24 +87,21 @@ def run(
 
 
 def _run_flow(root: Path, stages: list[str], force: bool, jobs: int) -> int:
-    import atexit
-
     from pipeline.params import PARAMS_FILE, SECTIONS, check_sections, load_params
-    from pipeline.server import LocalServer, environment, running_api
+    from pipeline.server import prefect_told, use_api
+    from pipeline.unsent import unsent_runs
 
     for name in stages:
         if name not in SECTIONS:
             raise InputError(f"{name}: no such stage; use one of {', '.join(SECTIONS)}")
     check_sections(root / PARAMS_FILE)
     os.chdir(root)
-    os.environ.update(environment(root))
-    server = None
-    if (url := running_api(root)) is None:
-        server = LocalServer(root)
-        # Registered before Prefect is imported, so that it ends after Prefect sent its last word.
-        atexit.register(server.stop)
-        url = server.url
-    os.environ["PREFECT_API_URL"] = url
+    server = use_api(root)
+    if unsent_runs(root):
+        from pipeline.sync import send_quietly
+
+        for each in send_quietly(root):
+            print(each.text, flush=True)
 
     from pipeline.dag import Dag
 
@@ -111,11 +111,17 @@ def _run_flow(root: Path, stages: list[str], force: bool, jobs: int) -> int:
         # stages ran, their parameters are those that were found right then.
         load_params(root / PARAMS_FILE)
 
-    from pipeline.flow import exit_code, gpt_pipeline
+    from pipeline.flow import READ, exit_code, gpt_pipeline
 
+    READ.set(dag)
     if server:
+        # what comes after the stages is read while the server starts, which takes longer
+        import pipeline.promotion
+        import pipeline.report  # noqa: F401
+
         server.wait()
-    return exit_code(gpt_pipeline(stages, force=force, jobs=jobs, return_state=True))
+    with prefect_told():
+        return exit_code(gpt_pipeline(stages, force=force, jobs=jobs, return_state=True))
 
 
 @app.command()
@@ -134,43 +140,17 @@ def stage(
 
 
 @app.command()
-def status() -> None:
-    """The DAG: what is up to date, what would run, and why."""
-    from rich.console import Console
-    from rich.text import Text
+def status(
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Every reason, metric and MLflow address.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="All of it as JSON.")] = False,
+) -> None:
+    """The DAG: what is up to date, what would run, why, and what it would cost."""
+    from pipeline.status import print_status
 
-    from pipeline.console import seconds_in_words
-    from pipeline.dag import Dag, last_run
-
-    root = _root()
     os.environ.setdefault("DVC_NO_ANALYTICS", "true")
-    dag = Dag(root)
-    console = Console(highlight=False, soft_wrap=True)
-    changes = dag.changes()
-    stale: set[str] = set()
-    width = max(map(len, dag.stages))
-    for name, each in dag.stages.items():
-        after = [upstream for upstream in each.upstream if upstream in stale]
-        if each.optional and (changes[name] or after):
-            state, style = "optional", "dim"
-            why = f"runs only when asked for: `gpt-pipeline run {name}`"
-        elif changes[name]:
-            state, style = "would run", "yellow"
-            why = "; ".join(map(str, changes[name]))
-        elif after:
-            state, style, why = "may run", "cyan", f"after {', '.join(after)}"
-        else:
-            state, style, why = "up to date", "green", ""
-        if (changes[name] or after) and not each.optional:
-            stale.add(name)
-        seconds = last_run(root, name).get("seconds")
-        took = seconds_in_words(seconds) if isinstance(seconds, int | float) else ""
-        line = Text(f"{name:<{width}}  ", style="bold")
-        line += Text(f"{state:<10}  ", style=style) + Text(f"{took:>12}  ", style="dim")
-        console.print(line + Text(why))
-    if stale:
-        n = sum(not each.optional for each in dag.stages.values())
-        console.print(f"\n`gpt-pipeline run` brings {len(stale)} of {n} up to date.")
+    print_status(_root(), verbose=verbose, as_json=as_json)
 
 
 @app.command()
@@ -293,12 +273,10 @@ def promote(
     make a version the champion whatever its scores."""
     from pipeline.dag import Dag
     from pipeline.params import PARAMS_FILE, load_params
-    from pipeline.promotion import MODELS, PromotionParams, promote_by_hand, promote_the_better
+    from pipeline.promotion import PromotionParams, promote_by_hand, promote_the_better
 
     root = _root()
     if model is not None:
-        if model not in MODELS:
-            raise InputError(f"{model}: no such model; use one of {', '.join(MODELS)}")
         print(f"{model} version {promote_by_hand(root, model, version)} is the champion")
         return
     if version is not None:
@@ -601,3 +579,175 @@ def classify(
     from pipeline import talk
 
     talk.classify_texts(_model(model, "classifier"), texts or [], as_json)
+
+
+@app.command()
+def sync() -> None:
+    """Send the runs to MLflow that it did not take when they were made, because it was gone."""
+    from pipeline.sync import send_all
+
+    if not send_all(_root(), lambda line: print(line, flush=True)):
+        print("nothing to send: MLflow has every run")
+
+
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(help="The points: YAML, as sweeps/classifier.yaml.")],
+    jobs: Annotated[int, typer.Option(min=1, help="So many points at the same time.")] = 1,
+    promote: Annotated[
+        bool, typer.Option("--promote", help="Make the best point's model the champion.")
+    ] = False,
+    apply: Annotated[
+        bool, typer.Option("--apply", help="Put the best point's values into params.yaml.")
+    ] = False,
+) -> None:
+    """Try other parameters, a grid or a search, beside the pipeline; compare the results."""
+    from pipeline.sweep import run_sweep
+
+    raise typer.Exit(run_sweep(_root(), file, jobs=jobs, promote=promote, apply=apply))
+
+
+@app.command()
+def agent(
+    pool: Annotated[str, typer.Option(help="The work pool to take flow runs from.")] = "gpu",
+    slots: Annotated[
+        int | None,
+        typer.Option(min=1, help="Stages on an accelerator at a time; else a card each."),
+    ] = None,
+    runs: Annotated[
+        int | None, typer.Option(min=1, help="Flow runs at a time; else one more than slots.")
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Look at the machine only.")] = False,
+) -> None:
+    """Run on this machine what is scheduled in Prefect: look at it, then work until Ctrl-C."""
+    root = _root()
+    api = _team_api(root)
+    from pipeline.agent import check_machine, serve
+    from pipeline.server import prefect_told
+
+    if check:
+        checks = check_machine(root, api)
+        for each in checks:
+            print(each)
+        if any(each.state == "error" for each in checks):
+            raise typer.Exit(2)
+        return
+    with prefect_told():
+        serve(root, api, pool=pool, slots=slots, runs=runs)
+
+
+def _team_api(root: Path) -> str:
+    """The Prefect server to work with; this process's Prefect, not yet imported, uses it.
+
+    Raises:
+        InputError: none is known.
+    """
+    from pipeline.server import environment, running_api
+
+    if (api := running_api(root)) is None:
+        raise InputError(
+            "no Prefect server is known; set PREFECT_API_URL, or start one with `make ui`"
+        )
+    os.environ.update(environment(root))
+    os.environ["PREFECT_API_URL"] = api
+    return api
+
+
+@app.command()
+def push() -> None:
+    """Let the DVC remote have all that was made here, so that another machine need not make it."""
+    from pipeline.dvc_cache import push as share
+
+    share(_root())
+
+
+@app.command()
+def notify(
+    block: Annotated[str, typer.Argument(metavar="TYPE/NAME", help="As slack-webhook/ops.")],
+) -> None:
+    """Let a notification block of the Prefect server hear of runs that fail."""
+    _team_api(_root())
+    from pipeline.notices import NAME
+    from pipeline.notices import notify as tell
+    from pipeline.server import prefect_told
+
+    with prefect_told():
+        done = "made" if tell(block) else "changed"
+    print(f"automation {NAME!r} {done}: {block} hears of runs that fail")
+
+
+@app.command("flow-run", hidden=True)
+def flow_run() -> None:
+    """What a worker starts for each flow run."""
+    from pipeline.agent_run import become_flow_run
+
+    raise typer.Exit(become_flow_run())
+
+
+@app.command()
+def lineage(
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="WHAT",
+            help="A model version (models:/assistant/3, assistant@champion), a file, a run or a "
+            "commit.",
+        ),
+    ],
+    up: Annotated[bool, typer.Option("--up", help="Only where it came from.")] = False,
+    down: Annotated[bool, typer.Option("--down", help="Only what was made of it.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Nodes and links as JSON.")] = False,
+) -> None:
+    """From a model, file, run or commit back to its raw sources, and on to what was made of it."""
+    from pipeline.lineage import print_lineage
+
+    root = _root()
+    print_lineage(root, what, up=up or not down, down=down or not up, as_json=as_json)
+
+
+@app.command()
+def reproduce(
+    what: Annotated[
+        str, typer.Argument(metavar="WHAT", help="A model version, as models:/assistant/3, or run.")
+    ],
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Leave the workspace that it was made in.")
+    ] = False,
+    whole: Annotated[
+        bool, typer.Option("--whole", help="Execute every stage before it anew, too.")
+    ] = False,
+) -> None:
+    """Make a model version again from its commit, parameters and inputs; compare every byte."""
+    from pipeline.reproduce import reproduce as make_again
+
+    make_again(_root(), what, keep=keep, whole=whole)
+
+
+@app.command()
+def compare(
+    one: Annotated[
+        str, typer.Argument(metavar="A", help="classifier/2, classifier@champion, or a run's id.")
+    ],
+    other: Annotated[
+        str | None, typer.Argument(metavar="B", help="Another; without it A and the champion.")
+    ] = None,
+    answers: Annotated[
+        int, typer.Option(min=0, help="So many answers side by side, of those that differ.")
+    ] = 4,
+    as_json: Annotated[bool, typer.Option("--json", help="All of it as JSON.")] = False,
+) -> None:
+    """What differs between two versions of a model, or two runs of a stage."""
+    from pipeline.compare import print_comparison
+
+    print_comparison(_root(), one, other, answers=answers, as_json=as_json)
+
+
+@app.command()
+def rollback(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A registered model.")],
+) -> None:
+    """Make the previous champion the champion again; the two change places."""
+    from pipeline.promotion import roll_back
+
+    champion, previous = roll_back(_root(), model)
+    print(f"{model}: version {champion} is the champion again, version {previous} is `previous`")

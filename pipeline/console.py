@@ -14,8 +14,9 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import copy_context
 from pathlib import Path
 from typing import Literal, Protocol, TextIO
 
@@ -31,6 +32,8 @@ EVENTS_VARIABLE = "GPT_PIPELINE_EVENTS"
 
 PLAIN_INTERVAL = 5.0
 """Seconds between two progress lines of one task where there is no terminal."""
+
+_POLL_SECONDS = 0.2
 
 Level = Literal["info", "warning", "error", "good", "quiet"]
 
@@ -59,6 +62,25 @@ def event_from_json(line: str) -> Event:
         return _KINDS[fields.pop("event")](**fields)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not an event: {line[:80]!r}") from error
+
+
+def report_console(console: Console | None = None) -> Console:
+    """Where a report is printed: on a terminal as wide as it is, else no line is broken."""
+    console = console or Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 10_000
+    return console
+
+
+def some(words: Sequence[str], most: int = 3) -> str:
+    """The first of them, and how many more there are."""
+    more = f" and {len(words) - most} more" if len(words) > most else ""
+    return ", ".join(words[:most]) + more
+
+
+def n_of(n: int, what: str) -> str:
+    """So many of something: `1 slot`, `2 slots`."""
+    return f"{n} {what}{'' if n == 1 else 's'}"
 
 
 def seconds_in_words(seconds: float) -> str:
@@ -324,3 +346,24 @@ class EventReader:
         self._offset += len(whole)
         for line in whole.decode("utf-8").split("\n")[:-1]:
             yield event_from_json(line)
+
+
+@contextmanager
+def following(reader: EventReader, show: Callable[[Event], None]) -> Iterator[None]:
+    """Within the block, show a stage's events as they come."""
+    ended = threading.Event()
+
+    def follow() -> None:
+        while not ended.wait(_POLL_SECONDS):
+            for event in reader.read():
+                show(event)
+
+    thread = threading.Thread(target=copy_context().run, args=(follow,), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        for event in reader.read():
+            show(event)

@@ -8,6 +8,7 @@ for.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import threading
@@ -176,14 +177,14 @@ class Dag:
 
     def changes(self, names: Iterable[str] | None = None) -> dict[str, list[Change]]:
         """Why each stage (by default all) is out of date; an empty list is up to date."""
-        with self._locked() as stages:
+        with self._held_still() as stages:
             return {name: list(_changes(stages[name], self.root)) for name in names or list(stages)}
 
     def missing_params(self, name: str) -> list[str]:
         """The parameters that a stage depends on and `params.yaml` lacks: DVC would not run it."""
         from dvc.dependency.param import ParamsDependency
 
-        with self._locked() as stages:
+        with self._held_still() as stages:
             return [
                 param
                 for dep in stages[name].deps
@@ -191,6 +192,33 @@ class Dag:
                 for param in dep.params
                 if param not in dep.read_params()
             ]
+
+    def fingerprint(self, name: str) -> str:
+        """Of all that `dvc.lock` would record of a stage now: equal while nothing of it changes."""
+        from dvc.dependency.param import ParamsDependency
+
+        with self._held_still() as stages:
+            stage = stages[name]
+            entry = {
+                "cmd": stage.cmd,
+                "params": [
+                    dep.read_params() for dep in stage.deps if isinstance(dep, ParamsDependency)
+                ],
+                "files": {
+                    each.fs_path: each.get_hash().value if each.exists else None
+                    for each in (*stage.deps, *stage.outs)
+                    if not isinstance(each, ParamsDependency)
+                },
+            }
+        content = json.dumps(entry, sort_keys=True, default=str)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    @property
+    def cache(self) -> str:
+        """The folder of DVC's cache, as the user would name it here."""
+        path = Path(self._repo.cache.local.path)
+        cache = path.parents[1] if path.parts[-2:] == ("files", "md5") else path
+        return os.path.relpath(cache, self.root) if cache.is_relative_to(self.root) else str(cache)
 
     def recorded(self) -> list[str]:
         """The stages that have an entry in a `dvc.lock`, in its order."""
@@ -241,11 +269,17 @@ class Dag:
             }
 
     @contextmanager
-    def _locked(self) -> Iterator[dict[str, PipelineStage]]:
-        """The stages as they are now, held still against other threads and processes."""
+    def _locked(self) -> Iterator[None]:
+        """Within the block no other thread or process changes what DVC reads."""
         from dvc.repo import lock_repo
 
         with self._thread_lock, lock_repo(self._repo):
+            yield
+
+    @contextmanager
+    def _held_still(self) -> Iterator[dict[str, PipelineStage]]:
+        """The stages as they are now, read anew."""
+        with self._locked():
             stages = (stage for stage in self._repo.index.stages if hasattr(stage, "name"))
             yield {stage.name: stage for stage in stages}
 

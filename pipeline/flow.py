@@ -13,18 +13,11 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
-import signal
-import subprocess
-import sys
-import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextvars import copy_context
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from prefect import flow, task
@@ -38,44 +31,31 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from gpt.errors import InputError, RunError
 from gpt.events import Event
-from pipeline.console import (
-    EVENTS_VARIABLE,
-    Display,
-    EventReader,
-    Level,
-    PlainDisplay,
-    make_display,
-    seconds_in_words,
-)
+from pipeline.console import Display, Level, PlainDisplay, make_display, seconds_in_words
 from pipeline.dag import Change, Dag, Stage, find_root, last_run
-from pipeline.params import PARAMS_FILE, load_params, load_section
-from pipeline.tracking import flatten_metrics
-
-_POLL_SECONDS = 0.2
-_STOP_SECONDS = 60.0
-"""So long a stopped stage may take to save its state before it is killed."""
-_LOCK_TRIES = 5
-
-_AFTERWARDS = (
-    "Generating lock file",
-    "Updating lock file",
-    "To track the changes",
-    "Use `dvc push`",
+from pipeline.dvc_process import (
+    Ended,
+    Processes,
+    StageError,
+    failure,
+    forget_failure,
+    forget_for_commit,
+    keep_for_commit,
+    kept_for_commit,
 )
-"""What DVC says when a stage has ended well: advice follows, which no one needs seven times."""
+from pipeline.flow_params import FlowParams
+from pipeline.params import PARAMS_FILE, load_params, load_section
+from pipeline.resources import Resources, needs
+from pipeline.runner import STAGES
+from pipeline.tracking import TrackingParams, flatten_metrics
+
+_PASSING = ("network", "killed", "busy")
+"""The kinds of failure that another try may mend."""
+
+READ: ContextVar[Dag | None] = ContextVar("READ", default=None)
+"""The DAG, where whoever calls `gpt_pipeline` has read it: Prefect would record an argument."""
 
 _LEVELS: dict[Level, int] = {"warning": logging.WARNING, "error": logging.ERROR}
-
-
-class StageError(RunError):
-    """A stage that failed, in one line, and the exit code that says how."""
-
-    def __init__(self, line: str, code: int = 1) -> None:
-        super().__init__(line, code)
-        self.code = code
-
-    def __str__(self) -> str:
-        return str(self.args[0])
 
 
 @dataclass(slots=True)
@@ -84,14 +64,13 @@ class _Run:
 
     dag: Dag
     force: bool
-    slots: threading.Semaphore
+    params: FlowParams
+    processes: Processes
+    resources: Resources
     display: Display
     changes: dict[str, list[Change]]
     touched: set[str] = field(default_factory=set)
     """Stages whose outputs may be others than before."""
-    stopped_by: int = 0
-    """The signal that ended the run, if one did."""
-    processes: set[subprocess.Popen[str]] = field(default_factory=set)
 
     def reasons(self, stage: Stage) -> list[Change]:
         """Why the stage must run now, after its upstream."""
@@ -123,13 +102,42 @@ def gpt_pipeline(targets: Sequence[str] = (), force: bool = False, jobs: int = 3
     Returns:
         A completed, failed or cancelled state; `exit_code` tells them apart.
     """
-    dag = Dag(find_root(Path.cwd()))
+    root = find_root(Path.cwd())
+    return run_stages(root, targets, force, jobs, Processes(), dag=READ.get())
+
+
+def run_stages(
+    root: Path,
+    targets: Sequence[str],
+    force: bool,
+    jobs: int,
+    processes: Processes,
+    *,
+    dag: Dag | None = None,
+) -> State[Any]:
+    """`gpt_pipeline` within a flow: a task a stage, and one for the promotion.
+
+    Args:
+        root: the project.
+        targets: names of stages.
+        force: run the stages even where nothing changed.
+        jobs: so many stages run at the same time.
+        processes: stops the stages, from another thread too.
+        dag: of the project, if it has been read.
+    """
+    dag = dag or Dag(root)
     names = dag.plan(targets)
     began = time.monotonic()
     with make_display() as display:
         recorded = dag.recorded()
-        run = _Run(dag, force, threading.Semaphore(jobs), display, dag.changes(names))
-        with _stop_on_signals(run):
+        try:
+            params = load_section(root / PARAMS_FILE, "flow", others=False) or FlowParams()
+        except InputError as error:
+            display.line("", str(error), "error")
+            return Failed(message=str(error), data=StageError(str(error), 2, "input"))
+        resources = Resources(jobs, processes.stopping)
+        run = _Run(dag, force, params, processes, resources, display, dag.changes(names))
+        with processes.stopped_by_signals():
             futures: dict[str, PrefectFuture[Any]] = {}
             for name in names:
                 stage = dag.stages[name]
@@ -146,6 +154,14 @@ def gpt_pipeline(targets: Sequence[str] = (), force: bool = False, jobs: int = 3
         return verdict
 
 
+def _params(root: Path, section: str, default: Any) -> Any:
+    """One section of `params.yaml`, which may be left out.
+
+    To load the whole file imports every stage, and mostly nothing is to be done here.
+    """
+    return load_section(root / PARAMS_FILE, section) or default
+
+
 def exit_code(state: State[Any]) -> int:
     """0; that of the stage which failed first; 130 after Ctrl-C, 143 after SIGTERM; else 1."""
     if state.is_completed():
@@ -156,11 +172,11 @@ def exit_code(state: State[Any]) -> int:
 
 def _verdict(run: _Run, states: dict[str, State[Any]], began: float) -> State[Any]:
     took = seconds_in_words(time.monotonic() - began)
-    if run.stopped_by:
+    if number := run.processes.stopped_by:
         run.display.line(
             "", f"stopped after {took}; `gpt-pipeline run` goes on from here", "warning"
         )
-        stopped = StageError("stopped by the user", 128 + run.stopped_by)
+        stopped = StageError("stopped by the user", 128 + number)
         return Cancelled(message=str(stopped), data=stopped)
     failed = {name: state for name, state in states.items() if state.is_failed()}
     waiting = [name for name, state in states.items() if not state.is_final()]
@@ -184,12 +200,17 @@ def _verdict(run: _Run, states: dict[str, State[Any]], began: float) -> State[An
 def _promotion(run: _Run, evaluated: State[Any], verdict: State[Any]) -> State[Any]:
     """Compare what was evaluated with the champions, in a task of its own if there is news."""
     from pipeline.promotion import PromotionParams, is_decided, promote_the_better
+    from pipeline.sync import ready_for_promotion
 
     root = run.dag.root
     try:
-        # the one section: to load all imports every stage, and mostly nothing is to be done here
-        rule = load_section(root / PARAMS_FILE, "promotion") or PromotionParams()
+        rule = _params(root, "promotion", PromotionParams())
         if evaluated.name == "Cached" and is_decided(root, rule):
+            return verdict
+        ready, said = ready_for_promotion(root, _params(root, "tracking", TrackingParams()))
+        for each in said:
+            run.display.line("promotion", each.text, each.level)
+        if not ready:
             return verdict
     except InputError as error:
         run.display.line("promotion", str(error), "error")
@@ -242,22 +263,23 @@ def _bring_up_to_date(run: _Run, stage: Stage) -> State[Any]:
         run.display.line(name, line, "error")
         return Failed(message=line, data=StageError(line, 2))
     why = "; ".join(map(str, reasons)) or "forced"
-    with run.slots:
-        if run.stopped_by:
-            return Cancelled(message="not started")
-        logger.info("runs because %s", why)
-        run.display.line(name, f"started: {_short(reasons) or 'forced'}")
-        began = time.monotonic()
-        executed, failure = _execute(run, name)
-        run.display.done(name)
+    if run.processes.stopped_by:
+        return Cancelled(message="not started")
+    logger.info("runs because %s", why)
+    began = time.monotonic()
+    try:
+        executed, failed = _execute(run, stage, _short(reasons) or "forced")
+    except RunError as error:  # no slots to be had
+        executed, failed = False, StageError(str(error))
+    run.display.done(name)
     took = seconds_in_words(time.monotonic() - began)
-    if run.stopped_by:
+    if run.processes.stopped_by:
         run.display.line(name, f"stopped after {took}", "warning")
         return Cancelled(message="stopped by the user")
-    if failure:
-        logger.error("%s", failure)
-        run.display.line(name, str(failure), "error")
-        return Failed(message=str(failure), data=failure)
+    if failed:
+        logger.error("%s", failed)
+        run.display.line(name, str(failed), "error")
+        return Failed(message=str(failed), data=failed)
     run.touched.add(name)
     if not executed:
         run.display.line(name, "cached: restored from DVC's run cache", "quiet")
@@ -271,8 +293,6 @@ def _bring_up_to_date(run: _Run, stage: Stage) -> State[Any]:
 
 def _renew_data_report(root: Path, name: str) -> None:
     """A stage that makes data writes it; where the data came back by itself, nobody did."""
-    from pipeline.runner import STAGES
-
     if name in STAGES and STAGES[name].makes_data:
         from pipeline.data_report import write_report
 
@@ -288,164 +308,107 @@ def _short(reasons: Sequence[Change]) -> str:
 # --- one stage through DVC ---------------------------------------------------------------------
 
 
-def _execute(run: _Run, name: str) -> tuple[bool, StageError | None]:
-    """Run one stage through DVC; whether its command was executed, and how it failed if it did."""
-    for attempt in range(_LOCK_TRIES):
-        executed, code, output = _repro(run, name)
-        # Another DVC (a `dvc status` in the next window) held a file's lock for a moment.
-        busy = code and not executed and any(_is_lock_error(line) for line in output)
-        if not busy or run.stopped_by:
-            break
-        time.sleep(2.0**attempt / 2)
-    return executed, _failure(run.dag.root, name, output) if code else None
-
-
-def _is_lock_error(line: str) -> bool:
-    return "Unable to acquire lock" in line or "it is being blocked by" in line
-
-
-def _failure(root: Path, name: str, output: Sequence[str]) -> StageError:
-    """The stage's own words if it left any, else DVC's.
-
-    A stage that never began, as another process was running it, leaves them in its output only.
-    """
-    try:
-        verdict = json.loads(_verdict_file(root, name).read_text(encoding="utf-8"))
-        return StageError(str(verdict["error"]), int(verdict["code"]))
-    except (OSError, ValueError, KeyError):
-        for mark in ("error: ", "ERROR: "):
-            if said := [line for line in output if line.startswith(mark)]:
-                return StageError(said[-1].removeprefix(mark))
-        return StageError(f"dvc repro {name} failed")
-
-
-def _verdict_file(root: Path, name: str) -> Path:
-    """Where a stage that failed leaves its exit code and its one line: DVC passes neither on."""
-    return root / ".pipeline" / "exit" / f"{name}.json"
-
-
-def _repro(run: _Run, name: str) -> tuple[bool, int, list[str]]:
-    """`dvc repro` of one stage: whether its command was executed, DVC's exit code, the output."""
+def _execute(run: _Run, stage: Stage, why: str) -> tuple[bool, StageError | None]:
+    """Run a stage through DVC, again where its fault may pass; whether its command was executed,
+    and how it failed if it did."""
+    spec = STAGES.get(stage.name)
+    need = needs(run.dag.root, stage.name, spec is not None and spec.accelerated)
     logger = get_run_logger()
-    root = run.dag.root
-    _verdict_file(root, name).unlink(missing_ok=True)
+
+    def say(text: str) -> None:
+        logger.info("%s", text)
+        run.display.line(stage.name, text, "quiet")
+
+    wait = run.params.wait
+    for tries_left in range(run.params.retries, -1, -1):
+        with run.resources.held(need, say) as environment:
+            if environment is None:
+                return False, None
+            made = _is_made(run, stage)
+            run.display.line(
+                stage.name, "made before: DVC takes it in" if made else f"started: {why}"
+            )
+            done = _repro(run, stage, environment, made)
+        if not done.code:
+            forget_for_commit(run.dag.root, stage.name)
+            return done.executed or made, None
+        if run.processes.stopped_by:
+            return done.executed, None
+        if done.timed_out:
+            minutes = f"{run.params.time_limits[stage.name]:g}"
+            return done.executed, StageError(
+                f"{stage.name}: stopped after {minutes} min, its time limit (flow.time_limits in "
+                f"{PARAMS_FILE}); raise it, and `gpt-pipeline run` goes on from the kept state",
+                kind="time",
+            )
+        failed = failure(run.dag.root, [stage.name], done)
+        if _is_all_there(run, stage) and (made or failed.kind == "cache") and not done.blocked:
+            if not made:
+                keep_for_commit(run.dag.root, stage.name, run.dag.fingerprint(stage.name))
+            return done.executed, _not_taken(run, stage, failed)
+        passing = failed.kind in _PASSING or done.blocked
+        if not passing or not tries_left:
+            return done.executed, failed
+        line = f"{failed}; tried again in {seconds_in_words(wait)} ({tries_left} left)"
+        logger.warning("%s", line)
+        run.display.line(stage.name, line, "warning")
+        run.processes.stopping.wait(wait)
+        wait *= 2
+    raise AssertionError("the last try returns")
+
+
+def _is_made(run: _Run, stage: Stage) -> bool:
+    """Whether the outputs in place are those of a run like this one which DVC could not keep."""
+    if run.force or not (kept := kept_for_commit(run.dag.root, stage.name)):
+        return False
+    if kept == run.dag.fingerprint(stage.name):
+        return True
+    forget_for_commit(run.dag.root, stage.name)
+    return False
+
+
+def _not_taken(run: _Run, stage: Stage, failed: StageError) -> StageError:
+    """What to tell of a stage that ended well and whose outputs DVC could not keep."""
+    reason = str(failed).removeprefix(f"failed to reproduce '{stage.name}': ")
+    reason = reason.removeprefix("unexpected error - ")
+    return StageError(
+        f"{stage.name}: is made, but DVC could not take its outputs into {run.dag.cache} "
+        f"({reason}); make room there, and `gpt-pipeline run` takes them in without making them "
+        "again",
+        kind="cache",
+    )
+
+
+def _is_all_there(run: _Run, stage: Stage) -> bool:
+    return all((run.dag.root / path).exists() for path in stage.outputs)
+
+
+def _repro(run: _Run, stage: Stage, environment: Mapping[str, str], made: bool) -> Ended:
+    """`dvc repro` of one stage, shown on the terminal and in Prefect's log."""
+    logger, name = get_run_logger(), stage.name
+    forget_failure(run.dag.root, name)
     in_log = PlainDisplay(lambda _, text, level: logger.log(_LEVELS.get(level, logging.INFO), text))
 
     def show(event: Event) -> None:
         run.display.event(name, event)
         in_log.event("", event)
 
-    address = run.dag.stages[name].address
-    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", address]
-    if run.force:
-        command.append("--force")
-    executed, output = False, []
-    with tempfile.TemporaryDirectory(prefix="gpt-pipeline-") as folder:
-        events = Path(folder) / "events.jsonl"
-        process = subprocess.Popen(
-            command,
-            cwd=root,
-            env={
-                **os.environ,
-                EVENTS_VARIABLE: str(events),
-                "PYTHONUNBUFFERED": "1",
-                # dvc.yaml says `python`, and that is the one that runs here
-                "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-            },
-            # The stage holds the other end of this too: its end says that we are gone.
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            encoding="utf-8",
-            errors="replace",
-            start_new_session=True,  # Ctrl-C comes to us, and we pass it on
-        )
-        run.processes.add(process)
-        if run.stopped_by:  # the signal came between the last look and now
-            _signal(process, signal.SIGINT)
-        try:
-            with _following(EventReader(events), show):
-                assert process.stdout is not None
-                for line in process.stdout:
-                    text = line.rstrip()
-                    if text.startswith(_AFTERWARDS):
-                        process.stdout.read()
-                        break
-                    if not text:
-                        continue
-                    output.append(text)
-                    logger.info("%s", text)
-                    if executed and not text.startswith(("error: ", "ERROR: ")):  # told at the end
-                        run.display.line(name, text, "quiet")
-                    executed = executed or text.startswith("> ")
-                code = process.wait()
-        finally:
-            run.processes.discard(process)
-    return executed, code, output
+    def say(text: str, executed: bool) -> None:
+        logger.info("%s", text)
+        if executed and not text.startswith(("error: ", "ERROR: ")):  # told at the end
+            run.display.line(name, text, "quiet")
 
-
-@contextlib.contextmanager
-def _following(reader: EventReader, show: Callable[[Event], None]) -> Iterator[None]:
-    """Within the block, show a stage's events as they come."""
-    ended = threading.Event()
-
-    def follow() -> None:
-        while not ended.wait(_POLL_SECONDS):
-            for event in reader.read():
-                show(event)
-
-    thread = threading.Thread(target=copy_context().run, args=(follow,), daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-        for event in reader.read():
-            show(event)
-
-
-# --- stopping ----------------------------------------------------------------------------------
-
-
-def _signal(process: subprocess.Popen[str], number: int) -> None:
-    """Send a signal to DVC and the stage under it."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, number)
-
-
-@contextlib.contextmanager
-def _stop_on_signals(run: _Run) -> Iterator[None]:
-    """Ctrl-C and SIGTERM let the running stages save their state and start no more of them.
-
-    A second signal, or patience at its end, kills them.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may handle signals
-        return
-
-    def kill() -> None:
-        for process in list(run.processes):
-            _signal(process, signal.SIGKILL)
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        if run.stopped_by:
-            kill()
-            return
-        run.stopped_by = number
-        for process in list(run.processes):
-            _signal(process, signal.SIGINT)
-        timer = threading.Timer(_STOP_SECONDS, kill)
-        timer.daemon = True
-        timer.start()
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    minutes = run.params.time_limits.get(name)
+    return run.processes.repro(
+        run.dag.root,
+        [stage.address],
+        show=show,
+        say=say,
+        environment=environment,
+        force=run.force,
+        made=made,
+        seconds=None if minutes is None else minutes * 60,
+    )
 
 
 # --- what stays to be seen ---------------------------------------------------------------------

@@ -13,19 +13,20 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
 import gpt
-from pipeline.tracking import StageRun, git_state
+from pipeline.tracking import StageRun
+from pipeline.version_page import CHANGED_TAG, version_page
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.models import ModelSignature
 
 SERVED = Path(__file__).with_name("served.py")
 CANDIDATE = "candidate"
 MD5_TAG = "md5"
+_OF_GIT = ("git.commit", "git.dirty")
 
 _REQUIREMENTS = (
     "mlflow",
@@ -73,21 +74,47 @@ def register(run: StageRun, name: str, directory: Path, md5: str) -> int:
     if known:
         version = int(known.version)
     else:
-        if not client.search_registered_models(f"name = '{name}'"):
-            client.create_registered_model(name, description=_DESCRIPTIONS[name])
+        ensure_registered(client, name, _DESCRIPTIONS[name])
+        description, told = describe(client, client.get_run(run.id), name)
         logged = _log(run, name, directory)
-        tags = {MD5_TAG: md5, "dvc.stage": run.stage, **git_state(run.root)}
+        run.model_id = logged.model_id
         created = client.create_model_version(
             name,
             source=logged.model_uri,
             run_id=run.id,
             model_id=logged.model_id,
-            tags={key: value for key, value in tags.items() if not key.startswith("mlflow.")},
-            description=f"{run.stage}, run {run.id}",
+            tags={MD5_TAG: md5, "dvc.stage": run.stage, **told},
+            description=description,
         )
         version = int(created.version)
     client.set_registered_model_alias(name, CANDIDATE, str(version))
     return version
+
+
+def ensure_registered(client: MlflowClient, name: str, description: str) -> None:
+    """Let MLflow know of a registered model, though another process may do so now, too."""
+    from mlflow.exceptions import MlflowException
+
+    if client.search_registered_models(f"name = '{name}'"):
+        return
+    try:
+        client.create_registered_model(name, description=description)
+    except MlflowException as error:  # another process was quicker
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def describe(client: MlflowClient, run: Run, name: str) -> tuple[str, dict[str, str]]:
+    """What a new version's page says until its model card is written, and tags in short.
+
+    Args:
+        client: of the MLflow that the version will be registered in.
+        run: the run that made it, of that MLflow.
+        name: the registered model's.
+    """
+    page = version_page(client, run, name, _DESCRIPTIONS[name])
+    tags = {key: run.data.tags[key] for key in _OF_GIT if key in run.data.tags}
+    return page.description, {**tags, **({CHANGED_TAG: page.changed} if page.changed else {})}
 
 
 def version_of(
@@ -149,6 +176,7 @@ def _requirements() -> list[str]:
 
 def _interface(name: str, directory: Path) -> tuple[ModelSignature, Any]:
     """What goes in and comes out, and an example of what goes in."""
+    import pandas as pd
     from mlflow.models import ModelSignature
     from mlflow.types.schema import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 

@@ -20,8 +20,10 @@ from pydantic import TypeAdapter, ValidationError
 from gpt.errors import InputError
 
 if TYPE_CHECKING:
+    from pipeline.flow_params import FlowParams
     from pipeline.judge import JudgeParams
     from pipeline.promotion import PromotionParams
+    from pipeline.tracking import TrackingParams
     from stages.download import DownloadParams
     from stages.download.sources import Source
     from stages.evaluate import EvaluateParams
@@ -58,9 +60,16 @@ class Params:
     tune_preferences: TunePreferencesParams | None = None
     promotion: PromotionParams | None = None
     judge: JudgeParams | None = None
+    tracking: TrackingParams | None = None
+    flow: FlowParams | None = None
 
 
-_OTHERS = {"promotion": "pipeline.promotion", "judge": "pipeline.judge"}
+_OTHERS = {
+    "flow": "pipeline.flow_params",
+    "promotion": "pipeline.promotion",
+    "judge": "pipeline.judge",
+    "tracking": "pipeline.tracking",
+}
 """The sections that are no stage's, and the module of each one's dataclass."""
 
 SECTIONS = tuple(field.name for field in fields(Params) if field.name not in _OTHERS)
@@ -115,13 +124,19 @@ def load_params(path: Path) -> Params:
     raise _input_error(path, problems)
 
 
-def load_section(path: Path, name: str) -> Any:
+def load_section(path: Path, name: str, *, others: bool = True) -> Any:
     """One section alone, checked by itself; None where it may be left out, and is.
+
+    Args:
+        path: of the file.
+        name: of the section.
+        others: whether the names of the other sections are checked too.
 
     Raises:
         InputError: as `load_params`, but for mistakes within other sections.
     """
     raw, problems = _read(path)
+    problems = problems if others else []
     value = None
     if name in raw:
         value, found = _validate(name, raw[name])

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from gpt.files import whole_file
 from pipeline.markdown import name_of
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.ticker import Locator
@@ -50,6 +50,8 @@ def draw_curves(
         folder: where the pictures go.
         learning_rate: draw it too.
     """
+    import pandas as pd
+
     frame = pd.read_csv(history)
     title = _TITLES.get(stage, stage)
     pictures = [
@@ -81,6 +83,8 @@ def draw_confusion(
         folder: where the pictures go: `confusion_matrix.png` is of the test part.
         parts: those that are drawn.
     """
+    import pandas as pd
+
     frame = pd.read_csv(confusion, dtype=str, keep_default_na=False)
     pictures = []
     for part, rows in frame[frame["part"].isin(parts)].groupby("part", sort=False):

@@ -32,10 +32,27 @@ from gpt.events import Event, Log, Message
 from gpt.files import write_json
 from pipeline import launch
 from pipeline.console import EVENTS_VARIABLE, make_log
+from pipeline.home import home
 from pipeline.params import PARAMS_FILE, load_params, section
+from pipeline.provenance import check_unchanged, provenance
 from pipeline.states import FOLDER as STATES
-from pipeline.states import older_states, remove_state, stage_lock, state_folder
-from pipeline.tracking import StageRun, Status, dvc_md5, mark_killed
+from pipeline.states import (
+    BusyError,
+    older_states,
+    remove_state,
+    stage_lock,
+    state_folder,
+    state_lock,
+)
+from pipeline.sync import send_quietly
+from pipeline.tracking import (
+    StageRun,
+    Status,
+    TrackingParams,
+    dvc_md5,
+    mark_killed,
+    without_secrets,
+)
 
 MIRROR_VARIABLE = "GPT_PIPELINE_MIRROR"
 
@@ -57,6 +74,7 @@ class StageSpec:
         scratch: keyword -> path relative to the project, of what is kept between runs and no
             output depends on.
         trains: it has a `train` section, and several processes may share its work.
+        evaluates: it asks models on an accelerator where there is one, as a training does.
         continues: it can be cut off and continued, and takes a `state` folder for that.
         model: under which name its model is registered; none if it makes no model to serve.
         makes_data: the data report is written anew after it.
@@ -67,9 +85,15 @@ class StageSpec:
     outputs: Mapping[str, str]
     scratch: Mapping[str, str] = field(default_factory=dict)
     trains: bool = False
+    evaluates: bool = False
     continues: bool = False
     model: str | None = None
     makes_data: bool = False
+
+    @property
+    def accelerated(self) -> bool:
+        """It works on an accelerator where there is one."""
+        return self.trains or self.evaluates
 
     def load(self) -> Callable[..., dict[str, Any]]:
         """The stage's function."""
@@ -164,6 +188,7 @@ STAGES: dict[str, StageSpec] = {
             "predictions": "reports/evaluation/predictions",
             "metrics": "reports/evaluation/metrics.json",
         },
+        evaluates=True,
     ),
     "tune_preferences": StageSpec(
         function="stages.tune_preferences:tune_preferences",
@@ -207,7 +232,7 @@ def _run_alone(name: str, root: Path) -> int:
     if launch.restarts() and (said := _verdict(root, name)) and said["code"] < EXIT_SIGNAL:
         return int(said["code"])  # nothing that another try would change
     verdict.unlink(missing_ok=True)
-    code, error, told = EXIT_OK, "", False
+    code, error, kind, told = EXIT_OK, "", "", False
     try:
         with _terminable():
             if not launch.is_launched():
@@ -217,9 +242,9 @@ def _run_alone(name: str, root: Path) -> int:
             else:
                 _run(name, root)
     except InputError as caught:
-        code, error = EXIT_INPUT, str(caught)
+        code, error, kind = EXIT_INPUT, str(caught), _kind(caught)
     except RunError as caught:
-        code, error = EXIT_FAILED, str(caught)
+        code, error, kind = EXIT_FAILED, str(caught), _kind(caught)
     except _Terminated:
         code, error = EXIT_TERMINATED, f"{name} was stopped by SIGTERM"
     except KeyboardInterrupt as caught:
@@ -234,6 +259,7 @@ def _run_alone(name: str, root: Path) -> int:
         if not error:  # a mistake of ours: nothing is hidden
             traceback.print_exc()
             error = f"{type(caught).__name__}: {caught}"
+    error = without_secrets(error)  # an address that failed may hold some
     if code and not launch.is_worker() and (said := _verdict(root, name)):
         code, error = int(said["code"]), str(said["error"])
         told = code < EXIT_SIGNAL
@@ -241,8 +267,25 @@ def _run_alone(name: str, root: Path) -> int:
         # that they were stopped is told once, by the process that launched the workers
         if not told and not (launch.is_launched() and code >= EXIT_SIGNAL):
             print(f"error: {error}", file=sys.stderr, flush=True)
-        write_json(verdict, {"code": code, "error": error})
+        write_json(verdict, {"code": code, "error": error, **({"kind": kind} if kind else {})})
     return code
+
+
+def _kind(error: BaseException) -> str:
+    """`busy` or `network` for what another try may mend, else empty."""
+    if isinstance(error, BusyError):
+        return "busy"
+    from requests import ConnectionError as NoConnection
+    from requests import Timeout
+
+    from stages.download.faults import TryAgainError
+
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, NoConnection | Timeout | TryAgainError | ConnectionError):
+            return "network"
+        cause = cause.__cause__ or cause.__context__
+    return ""
 
 
 def _follow(name: str, root: Path) -> int:
@@ -260,7 +303,7 @@ def _follow(name: str, root: Path) -> int:
                 params,
                 **_inputs(name, root, params),
                 **{keyword: root / path for keyword, path in spec.outputs.items()},
-                state=root / STATES / name,
+                state=home(root) / STATES / name,
             )
     except Dismissed:
         return EXIT_OK
@@ -315,15 +358,26 @@ def _of_the_disk(name: str, error: Exception) -> str:
 
 
 def _run(name: str, root: Path) -> None:
+    with contextlib.ExitStack() as held:
+        _run_held(name, root, held)
+
+
+def _run_held(name: str, root: Path, held: contextlib.ExitStack) -> None:
+    """The stage's work; `held` gets what is let go when all is done."""
     spec = STAGES[name]
     # the whole file is checked, so that a mistake in a later stage's section stops before any work
-    params = section(load_params(root / PARAMS_FILE), name)
+    whole = load_params(root / PARAMS_FILE)
+    params = section(whole, name)
+    tracking = whole.tracking or TrackingParams()
     inputs = _inputs(name, root, params)
     function = spec.load()
+    # what it is made of is looked at now: the files may change while the stage is at work
+    made_of = provenance(root, name, (_relative(root, path) for path in inputs.values()))
     input_md5 = _md5s(root, inputs)
     state, notice = None, None
     if spec.continues:
         state = state_folder(root, name, params, input_md5)
+        held.enter_context(state_lock(root, name, state))
         notice = older_states(root, name, state)
         # says now, before MLflow has a run, if nothing can be kept there
         if spec.trains:
@@ -340,6 +394,8 @@ def _run(name: str, root: Path) -> None:
 
     data_sets = input_sets(root, input_md5, trains=spec.trains)
     started = time.monotonic()
+    notices = [notice] if notice else []
+    notices += send_quietly(root)
     _end_abandoned(root, name, state)
     description = (sys.modules[function.__module__].__doc__ or "").partition("\n")[0]
     run = StageRun(
@@ -350,22 +406,27 @@ def _run(name: str, root: Path) -> None:
         state=state,
         description=description,
         data_sets=data_sets,
+        made_of=made_of,
+        unreachable=tracking.unreachable,
     )
     note = _RunNote(root, name, run)
     try:
         with make_log(name) as log:
-            if notice:
-                log(notice)
+            for each in notices:
+                log(each)
+            _tell(run, log)
             outputs = {keyword: root / path for keyword, path in spec.outputs.items()}
             metrics = function(
                 _with_mirror(params),
                 **inputs,
                 **outputs,
-                **{keyword: root / path for keyword, path in spec.scratch.items()},
+                **{keyword: home(root) / path for keyword, path in spec.scratch.items()},
                 **({"state": state} if state else {}),
                 log=_to_both(log, run),
             )
+            check_unchanged(root, name, made_of, input_md5)
             _finish(root, name, spec, run, outputs, metrics, log)
+            _tell(run, log)
     except BaseException as error:
         killed = isinstance(error, KeyboardInterrupt | SystemExit | _Terminated)
         status: Status = "KILLED" if killed else "FAILED"
@@ -426,8 +487,10 @@ def _finish(
         from pipeline.models import register
 
         directory = outputs["out"]
-        version = register(run, spec.model, directory, output_md5[_relative(root, directory)])
-        log(Message(f"registered as models:/{spec.model}/{version}"))
+        model, md5 = spec.model, output_md5[_relative(root, directory)]
+        version = run.keep("did not take the model", lambda: register(run, model, directory, md5))
+        if not run.unsent:  # there it gets the number that comes next
+            log(Message(f"registered as models:/{model}/{version}"))
     if spec.makes_data:
         from pipeline.data_report import write_report
         from pipeline.data_sets import made_sets
@@ -454,7 +517,7 @@ def _pictures(stage: str, outputs: Mapping[str, Path], folder: Path) -> list[Pat
 
 @dataclass(frozen=True, slots=True)
 class _RunNote:
-    """`.pipeline/runs/NAME.json`: a stage's latest MLflow run, for the flow and the report."""
+    """`.pipeline/runs/NAME.json`: a stage's latest MLflow run, for flow, report and status."""
 
     root: Path
     stage: str
@@ -467,7 +530,8 @@ class _RunNote:
         write_json(
             _note_path(self.root, self.stage),
             {
-                "run_id": self.run.id,
+                "run_id": self.run.known_as,
+                "name": self.run.name,
                 "experiment_id": self.run.experiment_id,
                 "experiment": self.run.experiment,
                 "url": self.run.url,
@@ -484,7 +548,8 @@ def _note_path(root: Path, stage: str) -> Path:
 
 def _end_abandoned(root: Path, stage: str, state: Path | None) -> None:
     """A process that was killed hard left its run RUNNING: end it, unless it goes on now."""
-    with contextlib.suppress(OSError, ValueError, KeyError):
+    # where MLflow does not answer, what follows says so
+    with contextlib.suppress(OSError, ValueError, KeyError, RunError):
         note = json.loads(_note_path(root, stage).read_text())
         going_on = state is not None and (state / "run.json").exists()
         if note["status"] == "RUNNING" and not going_on and not psutil.pid_exists(note["pid"]):
@@ -493,10 +558,19 @@ def _end_abandoned(root: Path, stage: str, state: Path | None) -> None:
 
 def _to_both(console: Log, run: StageRun) -> Log:
     def log(event: Event) -> None:
+        if isinstance(event, Message):  # what cannot be fetched is named by its address
+            event = dataclasses.replace(event, text=without_secrets(event.text))
         console(event)
         run(event)
+        _tell(run, console)
 
     return log
+
+
+def _tell(run: StageRun, console: Log) -> None:
+    """What there is to know of the run in MLflow: told here, not by the thread that found out."""
+    while run.notices:
+        console(run.notices.popleft())
 
 
 def _with_mirror(params: Any) -> Any:
@@ -519,7 +593,7 @@ def _md5s(root: Path, paths: Mapping[str, Path]) -> dict[str, str]:
 
 
 def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
+    lines = without_secrets(str(error)).strip().splitlines()
     if isinstance(error, InputError | RunError) and lines:
         return lines[0]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

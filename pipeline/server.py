@@ -6,6 +6,9 @@ Prefect can start such a server by itself, but only once it is imported, in the 
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import http.client
 import json
 import os
 import socket
@@ -13,11 +16,15 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
 from gpt.errors import RunError
+from gpt.files import whole_file
+from pipeline.home import home
+from pipeline.interpreter import collect_seldom
 
 _START_SECONDS = 180.0
 """The first start creates the database, which takes a slow machine a while."""
@@ -29,8 +36,12 @@ def environment(root: Path) -> dict[str, str]:
     What the user set stays.
     """
     defaults = {
-        "PREFECT_HOME": str(root / ".prefect"),
+        "PREFECT_HOME": str(home(root) / ".prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        # in memory, Prefect's default, a restart of the server loses who holds a slot
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": (
+            "prefect.server.concurrency.lease_storage.filesystem"
+        ),
         # The terminal shows the stages; all that Prefect logs is in its API and its pages.
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
         "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
@@ -46,7 +57,7 @@ def answers(api: str, timeout: float = 1.0) -> bool:
     try:
         with urllib.request.urlopen(f"{api}/health", timeout=timeout) as response:
             return bool(response.status == 200)
-    except (OSError, urllib.error.URLError, ValueError):
+    except (OSError, http.client.HTTPException, ValueError):
         return False
 
 
@@ -55,21 +66,48 @@ def running_api(root: Path) -> str | None:
     if url := os.environ.get("PREFECT_API_URL"):
         return url
     try:
-        url = json.loads((root / ".pipeline" / "ui.json").read_text(encoding="utf-8"))["prefect"]
+        told = (home(root) / ".pipeline" / "ui.json").read_text(encoding="utf-8")
+        url = json.loads(told)["prefect"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return url if isinstance(url, str) and answers(url) else None
 
 
+@contextlib.contextmanager
+def prefect_told() -> Iterator[None]:
+    """Within the block, a Prefect that cannot be reached or refuses is told in one line.
+
+    Raises:
+        RunError: it is so.
+    """
+    import httpx
+
+    try:
+        yield
+    except (httpx.HTTPError, RuntimeError) as error:
+        of_prefect = isinstance(error, httpx.HTTPError)
+        # Prefect's own words before a flow run; RunError is no RuntimeError
+        if not of_prefect and not str(error).startswith("Failed to reach API"):
+            raise
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise RunError(
+            f"Prefect: {reason.strip().rstrip('.')}; see that its server is up, and check "
+            "PREFECT_API_URL and PREFECT_API_AUTH_STRING"
+        ) from None
+
+
 class LocalServer:
-    """A Prefect API in a process of its own; starts at once, `wait` until it answers."""
+    """A Prefect API in a process of its own; starts at once, `wait` until it answers.
+
+    As a context manager it answers within the block, and ends with it.
+    """
 
     def __init__(self, root: Path) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}/api"
-        self._log = root / ".prefect" / "server.log"
+        self._log = home(root) / ".prefect" / "server.log"
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -78,7 +116,13 @@ class LocalServer:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, **environment(root), "PYTHONPATH": _import_path()},
+                env={
+                    # the kinds of blocks are for who makes one, at a server that stays
+                    "PREFECT_SERVER_REGISTER_BLOCKS_ON_START": "false",
+                    **os.environ,
+                    **environment(root),
+                    "PYTHONPATH": _import_path(),
+                },
                 start_new_session=True,
             )
 
@@ -98,6 +142,13 @@ class LocalServer:
                 )
             time.sleep(0.05)
 
+    def __enter__(self) -> Self:
+        self.wait()  # which ends what does not start
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
     def stop(self) -> None:
         """End the server; what it was told before is written by then."""
         assert self._process.stdin is not None
@@ -109,15 +160,60 @@ class LocalServer:
             self._process.wait()
 
 
+def use_api(root: Path) -> LocalServer | None:
+    """Let this process's Prefect, not yet imported, use the API that runs, else one of its own.
+
+    Returns:
+        The server that was started and may be waited for; it ends with this process. None where
+        there was one.
+    """
+    os.environ.update(environment(root))
+    server = None
+    if (url := running_api(root)) is None:
+        server = LocalServer(root)
+        # Registered before Prefect is imported, so that it ends after Prefect sent its last word.
+        atexit.register(server.stop)
+        url = server.url
+    os.environ["PREFECT_API_URL"] = url
+    return server
+
+
 def _import_path() -> str:
     here = str(Path(__file__).resolve().parent.parent)
     return os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
 
 
+def _tables(database: Path) -> str:
+    """The Prefect that is here and the revision of the tables in its SQLite file; empty without."""
+    import sqlite3
+
+    import prefect
+
+    try:
+        with contextlib.closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as file:
+            (revision,) = file.execute("SELECT version_num FROM alembic_version").fetchone()
+    except (sqlite3.Error, TypeError):
+        return ""
+    return f"{prefect.__version__} {revision}"
+
+
 def serve(port: int) -> None:
     """Serve Prefect's API on loopback until standard input ends."""
+    collect_seldom()
     import uvicorn
     from prefect.server.api.server import create_app
+    from prefect.settings import get_current_settings, temporary_settings
+    from sqlalchemy.engine import make_url
+
+    address = get_current_settings().server.database.connection_url
+    url = make_url(address.get_secret_value() if address else "sqlite://")
+    database = Path(url.database or ".").absolute()
+    noted = database.with_name(f"{database.name}.tables")
+    tables, known = _tables(database), ""
+    with contextlib.suppress(OSError):
+        known = noted.read_text(encoding="utf-8")
+    # this Prefect left them so: there is nothing to migrate
+    settings = {"server.database.migrate_on_start": False} if tables and tables == known else {}
 
     config = uvicorn.Config(
         create_app(ephemeral=True, final=True),
@@ -135,7 +231,11 @@ def serve(port: int) -> None:
         server.should_exit = True
 
     threading.Thread(target=watch, daemon=True).start()
-    server.run()
+    with temporary_settings(settings):
+        server.run()
+    if server.started and (tables := _tables(database)) and tables != known:
+        with whole_file(noted) as partial:
+            partial.write_text(tables, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -19,18 +19,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
-import yaml
 from filelock import FileLock, Timeout
 
 from gpt.errors import InputError, RunError
 from gpt.events import Message
-from pipeline.dag import pipeline_files
+from pipeline.home import home
+from pipeline.provenance import code_of
 from pipeline.tracking import dvc_md5
 
 if TYPE_CHECKING:
     from pipeline.runner import StageSpec
 
 FOLDER = ".checkpoints"
+
+
+class BusyError(InputError):
+    """Another process is at the same work: it can be done when that one has ended."""
+
 
 HOW = ("train.devices", "train.parallel", "train.checkpoint_seconds", "workers")
 """The parameters of a stage that say how and not what is done. They change no result, so what was
@@ -59,9 +64,7 @@ def fingerprint(root: Path, stage: str, params: Any, inputs: Mapping[str, str]) 
     Raises:
         InputError: `dvc.yaml` cannot be read, or names code that is not there.
     """
-    code = [dep for dep in _deps(root, stage) if dep.endswith(".py")]
-    if missing := [dep for dep in code if not (root / dep).is_file()]:
-        raise InputError(f"{missing[0]} is missing, and {stage} depends on it; restore the file")
+    code = code_of(root, stage)
     values = dataclasses.asdict(params)
     for section, within in (("", values), ("train.", values.get("train"))):
         for name in HOW:
@@ -72,20 +75,12 @@ def fingerprint(root: Path, stage: str, params: Any, inputs: Mapping[str, str]) 
     return hashlib.sha256(whole.encode()).hexdigest()[:16]
 
 
-def _deps(root: Path, stage: str) -> list[str]:
-    """What the stage's `dvc.yaml` says that it depends on."""
-    for file in pipeline_files(root):
-        with contextlib.suppress(OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
-            return list(yaml.safe_load(file.read_text("utf-8"))["stages"][stage]["deps"])
-    raise InputError(f"dvc.yaml: names no deps of {stage}, or cannot be read; restore the file")
-
-
 def state_folder(root: Path, stage: str, params: Any, inputs: Mapping[str, str]) -> Path:
     """Where the state of a training lies under these parameters and inputs, and the code as it is.
 
     Arguments and errors are those of `fingerprint`.
     """
-    return root / FOLDER / stage / fingerprint(root, stage, params, inputs)
+    return home(root) / FOLDER / stage / fingerprint(root, stage, params, inputs)
 
 
 def older_states(root: Path, stage: str, state: Path) -> Message | None:
@@ -107,7 +102,7 @@ def size_in_words(size: int) -> str:
 
 def _states(root: Path, stage: str) -> list[Path]:
     try:
-        found = sorted((root / FOLDER / stage).iterdir())
+        found = sorted((home(root) / FOLDER / stage).iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return []
     return [each for each in found if _is_folder(each) and not each.name.startswith(".")]
@@ -139,10 +134,35 @@ def stage_lock(root: Path, stage: str) -> Iterator[None]:
     The system keeps the lock: it is free again when this process is gone, however it went.
 
     Raises:
-        InputError: another process holds it, or it cannot be taken; at once, without waiting.
+        BusyError: another process holds it; at once, without waiting.
+        InputError: it cannot be taken.
     """
-    with _locked(root, stage):
-        pid = _pid_file(root, stage)
+    with _held(root, stage, stage, "is running this stage here"):
+        yield
+
+
+@contextlib.contextmanager
+def state_lock(root: Path, stage: str, state: Path) -> Iterator[None]:
+    """Within the block nobody else goes on from the state, in no other checkout either.
+
+    Raises:
+        BusyError: another process does; at once, without waiting.
+        InputError: it cannot be taken.
+    """
+    name = _state_lock_name(stage, state)
+    with _held(home(root), name, stage, "makes just this in another checkout of the project"):
+        yield
+
+
+def _state_lock_name(stage: str, state: Path) -> str:
+    return f"{stage}-{state.name}"
+
+
+@contextlib.contextmanager
+def _held(root: Path, name: str, stage: str, what: str) -> Iterator[None]:
+    """Hold a lock, and let others know who does."""
+    with _locked(root, name, stage, what):
+        pid = _pid_file(root, name)
         with contextlib.suppress(OSError):  # it only serves a better message
             pid.write_text(f"{os.getpid()}\n")
         try:
@@ -153,14 +173,14 @@ def stage_lock(root: Path, stage: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _locked(root: Path, stage: str) -> Iterator[None]:
-    path = _pid_file(root, stage).with_suffix(".lock")
+def _locked(root: Path, name: str, stage: str, what: str = "is at work on it") -> Iterator[None]:
+    path = _pid_file(root, name).with_suffix(".lock")
     lock = FileLock(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
     except Timeout:
-        raise InputError(f"{stage}: {_holder(root, stage)}; wait for it or stop it") from None
+        raise BusyError(f"{stage}: {_holder(root, name)} {what}; wait for it or stop it") from None
     except OSError as error:
         raise InputError(
             f"{path.relative_to(root)}: cannot be locked ({error.strerror or error}); "
@@ -172,17 +192,17 @@ def _locked(root: Path, stage: str) -> Iterator[None]:
         lock.release()
 
 
-def _holder(root: Path, stage: str) -> str:
-    """Who holds the stage's lock, as far as it can be told."""
+def _holder(root: Path, name: str) -> str:
+    """Who holds a lock, as far as it can be told."""
     with contextlib.suppress(OSError, ValueError, OverflowError):
-        pid = int(_pid_file(root, stage).read_text())
+        pid = int(_pid_file(root, name).read_text())
         if pid > 0 and psutil.pid_exists(pid):  # else it is of one that was killed before
-            return f"process {pid} is running this stage here"
-    return "another process is running this stage here"
+            return f"process {pid}"
+    return "another process"
 
 
-def _pid_file(root: Path, stage: str) -> Path:
-    return root / ".pipeline" / "locks" / f"{stage}.pid"
+def _pid_file(root: Path, name: str) -> Path:
+    return root / ".pipeline" / "locks" / f"{name}.pid"
 
 
 # --- what is of no use -------------------------------------------------------------------------
@@ -237,7 +257,7 @@ def clean(
     Raises:
         RunError: something cannot be removed.
     """
-    folder = root / FOLDER
+    folder = home(root) / FOLDER
     found = sorted(each.name for each in folder.iterdir()) if folder.is_dir() else []
     others = [name for name in found if name not in stages and not name.startswith(".")]
     for stage in [*stages, *others]:
@@ -251,7 +271,7 @@ def _clean_stage(
     spec: StageSpec | None,
     next_state: Callable[[str], Path] | None,
 ) -> Iterator[Removed | Kept]:
-    folder = root / FOLDER / stage
+    folder = home(root) / FOLDER / stage
     going_on, unknown = None, ""
     if next_state and spec and spec.continues and _states(root, stage):
         # before the lock is taken: to hash the inputs takes long, and a run need not wait for it
@@ -261,7 +281,7 @@ def _clean_stage(
             unknown = str(error)
     with contextlib.ExitStack() as held:
         try:
-            held.enter_context(_locked(root, stage))
+            held.enter_context(_locked(root, stage, stage, "is running this stage here"))
         except InputError as error:
             yield Kept(f"all of {stage}", f"as {str(error).removeprefix(f'{stage}: ')}")
             return
@@ -273,8 +293,7 @@ def _clean_stage(
             elif state == going_on:
                 yield Kept(_shown(root, state), f"the next run of {stage} goes on from it")
             else:
-                step = _step(state)
-                yield _remove(root, state, "" if step is None else f"of step {step}")
+                yield _clean_state(root, stage, state)
         for partial in [*_left_outputs(root, spec), *sorted(folder.rglob(_PARTIAL))]:
             if partial.exists():  # else it went with one above it
                 yield _remove(root, partial, "half-written")
@@ -282,6 +301,16 @@ def _clean_stage(
             folder.rmdir()
             if not states:
                 yield Removed(_shown(root, folder), 0, _EMPTY)
+
+
+def _clean_state(root: Path, stage: str, state: Path) -> Removed | Kept:
+    """Remove a state, unless a run in another checkout works with it."""
+    try:
+        with _locked(home(root), _state_lock_name(stage, state), stage):
+            step = _step(state)
+            return _remove(root, state, "" if step is None else f"of step {step}")
+    except BusyError:
+        return Kept(_shown(root, state), f"a run of {stage} in another checkout works with it")
 
 
 def _left_outputs(root: Path, spec: StageSpec | None) -> Iterator[Path]:
@@ -320,4 +349,4 @@ def remove_state(state: Path) -> None:
 
 
 def _shown(root: Path, path: Path) -> str:
-    return path.relative_to(root).as_posix()
+    return path.relative_to(home(root) if path.is_relative_to(home(root)) else root).as_posix()

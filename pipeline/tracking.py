@@ -19,23 +19,33 @@ import re
 import resource
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO, TypeVar
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass as checked_dataclass
 
-from gpt.errors import RunError
-from gpt.events import Event, Metrics, Text
+from gpt.errors import InputError, RunError
+from gpt.events import Event, Message, Metrics, Text
 from gpt.files import write_json
+from pipeline import unsent
+from pipeline.home import home
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
+
+    from pipeline.provenance import Provenance
+    from pipeline.unsent import Unsent
+
+_T = TypeVar("_T")
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -60,8 +70,17 @@ PEAK_MEMORY = "system/process_peak_memory_megabytes"
 """The metric of a run that holds the most memory its process had, in megabytes."""
 
 FLUSH_SECONDS = 2.0
-_BATCH = 1000  # MLflow's limit for one call
+_SEND_SECONDS = 60.0
+"""So long another process may take to send a run that goes on here."""
+BATCH_METRICS, BATCH_PARAMS = 1000, 100  # MLflow's limits for one call
+_RECENT = 50  # runs among which the highest number is looked for
+_NOTHING = "none"
+OF_MODELS = ("kind",)  # MLflow puts a logged model's settings beside the run's parameters
+NO_RESULTS = ("system", "optimizer", "health", "throughput")  # groups of metrics
 _VALUE_LENGTH = 500  # of a parameter; MLflow takes 6,000, a person reads less
+
+NOT_CODE = (":!params.yaml", ":!dvc.lock", ":!*/dvc.lock", ":!reports")
+"""For git: what the pipeline changes while it runs, or records by itself."""
 
 # what the loop calls a value -> what MLflow shows: the part before the slash groups the charts
 STEP_METRICS = {
@@ -74,13 +93,45 @@ STEP_METRICS = {
     "tokens_per_second": "throughput/tokens_per_second",
 }
 
+_SECRET = re.compile(
+    r"([?&][\w.-]*(?:token|key|secret|sig|signature|passw|pwd|auth|credential)[\w.-]*=)"
+    r"[^\s&#'\"<>,}\])]+",
+    re.IGNORECASE,
+)
+"""A part of an address behind its `?` that opens a door."""
+
 _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
     "MLFLOW_LOGGING_LEVEL": "ERROR",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "GIT_PYTHON_REFRESH": "quiet",
+    # MLflow's own defaults try for minutes to reach a server that is gone
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
 }
+
+_REMEDY = "check that MLFLOW_TRACKING_URI answers, or unset it for the project's own mlflow.db"
+
+_DATABASE_SERVERS = ("postgresql", "mysql")
+"""How addresses begin under which MLflow's client works on a server's database by itself."""
+
+_PROBE_SECONDS = 5.0
+"""A server that says nothing for so long, twice, does not answer."""
+
+
+@checked_dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid"))
+class TrackingParams:
+    """What happens to a stage while MLflow does not answer.
+
+    Attributes:
+        unreachable: `stop`: it does not start, and one that has begun ends as a failure that the
+            same command goes on from. `later`: it runs, and is logged when MLflow answers again.
+    """
+
+    unreachable: Literal["stop", "later"] = "stop"
 
 
 # --- where -----------------------------------------------------------------------------------
@@ -88,7 +139,22 @@ _ENVIRONMENT = {
 
 def tracking_uri(root: Path) -> str:
     """`MLFLOW_TRACKING_URI` if it is set, else the database `mlflow.db` of the project."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root.resolve() / 'mlflow.db'}"
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home(root) / 'mlflow.db'}"
+    # the driver that the extra `team` brings; SQLAlchemy 2.1 takes another one if none is named
+    return re.sub("^postgres(ql)?://", "postgresql+psycopg2://", uri)
+
+
+def artifact_folder(root: Path, name: str) -> str | None:
+    """Where a new experiment keeps its files: below `mlartifacts` if MLflow is a database alone.
+
+    A server decides by itself: None.
+
+    Args:
+        root: the project.
+        name: of the folder.
+    """
+    is_server = tracking_uri(root).startswith("http")
+    return None if is_server else (home(root) / "mlartifacts" / name).as_uri()
 
 
 def quiet_environment() -> dict[str, str]:
@@ -96,11 +162,15 @@ def quiet_environment() -> dict[str, str]:
     return {key: os.environ.get(key, value) for key, value in _ENVIRONMENT.items()}
 
 
-def connect(root: Path) -> MlflowClient:
+def connect(root: Path, uri: str = "") -> MlflowClient:
     """A client of the project's MLflow, its database in place.
 
     Stage processes start side by side, and creating the tables twice at once fails: the first
     one does it under a lock while the others wait.
+
+    Args:
+        root: the project.
+        uri: another MLflow than the project's.
 
     Raises:
         RunError: MLflow cannot be reached or its database cannot be opened.
@@ -110,48 +180,138 @@ def connect(root: Path) -> MlflowClient:
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    uri = tracking_uri(root)
+    uri = uri or tracking_uri(root)
+    with named_failure(root, "does not answer", uri=uri):
+        check_answers(uri)
     with _unchanged_environment("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
         mlflow.set_tracking_uri(uri)
         mlflow.set_registry_uri(uri)
-    lock = root / ".pipeline" / "mlflow.lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with named_failure(root, "cannot be opened"), FileLock(lock):
+    with named_failure(root, "cannot be opened", uri=uri), FileLock(_lock_file(root)):
         client = mlflow.MlflowClient(uri)
         client.search_experiments(max_results=1)
         client.search_registered_models(max_results=1)  # the registry keeps its own connection
     return client
 
 
+def _lock_file(root: Path) -> Path:
+    """Held by who changes what the project's processes share in MLflow."""
+    lock = home(root) / ".pipeline" / "mlflow.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    return lock
+
+
+def reachable(root: Path) -> bool:
+    """Whether the project's MLflow answers; known within some 10 seconds."""
+    try:
+        if tracking_uri(root).startswith("http"):
+            os.environ.update(quiet_environment())
+            check_answers(tracking_uri(root))
+        else:
+            connect(root)
+    except (RunError, OSError):
+        return False
+    return True
+
+
+def check_answers(uri: str) -> None:
+    """Ask a server whether it is there; of a file nothing is asked.
+
+    Raises:
+        ConnectionError: it does not answer; the message says why.
+    """
+    if uri.startswith(_DATABASE_SERVERS):
+        _check_database(uri)
+    if not uri.startswith("http"):
+        return
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    try:
+        answer = http_request(
+            get_default_host_creds(uri),
+            "/api/2.0/mlflow/experiments/search",
+            "GET",
+            max_retries=1,
+            timeout=_PROBE_SECONDS,
+            raise_on_status=False,
+            params={"max_results": 1},
+        )
+    except (MlflowException, OSError) as error:
+        text = str(error)
+        said = re.search(r"\[Errno -?\d+\] ([^\"')]+)", text)
+        slow = f"nothing within {_PROBE_SECONDS:.0f} s" if "timed out" in text.lower() else ""
+        reason = said[1] if said else slow or next(iter(text.splitlines()), "no reason given")
+        raise ConnectionError(reason) from None
+    if answer.status_code >= 500:
+        raise ConnectionError(f"status {answer.status_code}")
+
+
+def _check_database(uri: str) -> None:
+    """Open one connection: MLflow itself tries for 100 seconds, and says nothing meanwhile."""
+    from sqlalchemy import create_engine
+    from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+    from sqlalchemy.pool import NullPool
+
+    try:
+        wait = {"connect_timeout": int(_PROBE_SECONDS)}
+        with create_engine(uri, poolclass=NullPool, connect_args=wait).connect():
+            pass
+    except ImportError as error:
+        what = f"{error.name} is not installed; `pip install 'gpt-pipeline[team]'` brings it"
+        raise ConnectionError(what) from None
+    except (SQLAlchemyError, TypeError) as error:
+        said = error.orig if isinstance(error, DBAPIError) else error
+        reason = next(iter(str(said).strip().splitlines()), "no reason given")
+        raise ConnectionError(reason) from None
+
+
 @contextlib.contextmanager
 def _unchanged_environment(*names: str) -> Iterator[None]:
     """MLflow writes its setters into the environment, where they would count as the user's wish."""
     before = {name: os.environ.get(name) for name in names}
-    yield
-    for name, value in before.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 @contextlib.contextmanager
-def named_failure(root: Path, what: str, kind: type[Exception] = Exception) -> Iterator[None]:
+def named_failure(
+    root: Path, what: str, kind: type[Exception] = Exception, uri: str = ""
+) -> Iterator[None]:
     """Turn whatever MLflow raises into one line that names the place and the remedy.
 
     Args:
         root: the project.
         what: what MLflow did not do.
         kind: of errors; others are none of MLflow's.
+        uri: another MLflow than the project's.
     """
     try:
         yield
+    except (InputError, RunError):  # they say by themselves what is wrong
+        raise
     except kind as error:  # MLflow passes on its database's and network's own errors
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise RunError(
-            f"MLflow at {without_credentials(f'{tracking_uri(root)} {what}: {reason}')}; "
-            "check that MLFLOW_TRACKING_URI answers, or unset it for the project's own mlflow.db"
+            f"MLflow at {without_credentials(f'{uri or tracking_uri(root)} {what}: {reason}')}; "
+            + (_REMEDY if uri in ("", tracking_uri(root)) else "see that the disk has room")
         ) from error
+
+
+def artifact(client: MlflowClient, run_id: str, path: str) -> bytes | None:
+    """A file that MLflow keeps with a run; None where it keeps none of that name."""
+    # asked first: what is not there is another error for each kind of store
+    listed = client.list_artifacts(run_id, path.rpartition("/")[0])
+    if path not in [each.path for each in listed]:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        return Path(client.download_artifacts(run_id, path, folder)).read_bytes()
 
 
 def run_that_made(
@@ -201,14 +361,22 @@ def without_credentials(text: str) -> str:
     return re.sub(r"(://[^\s?]*)\?\S*", r"\1", text)
 
 
+def without_secrets(text: str) -> str:
+    """A text whose addresses name no user and no password, and no token behind their `?`.
+
+    Unlike `without_credentials` it leaves an address whole that holds none.
+    """
+    return _SECRET.sub(r"\1***", re.sub(r"(?<=://)[^\s/?#@'\"]*@", "", text))
+
+
 def run_url(root: Path, experiment_id: str, run_id: str) -> str:
     """The page of a run: on the tracking server, else on the one that `make ui` started or will."""
     uri = tracking_uri(root)
     if not uri.startswith("http"):
         uri = DEFAULT_UI
         with contextlib.suppress(OSError, ValueError, KeyError):
-            uri = json.loads((root / ".pipeline" / "ui.json").read_text())["mlflow"]
-    return f"{uri.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}?{PAGES}"
+            uri = json.loads((home(root) / ".pipeline" / "ui.json").read_text())["mlflow"]
+    return f"{without_secrets(uri).rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}?{PAGES}"
 
 
 # --- what ------------------------------------------------------------------------------------
@@ -225,12 +393,19 @@ def dvc_md5(path: Path) -> str:
     return str(built.hash_info.value)
 
 
+def packages_of(tags: Mapping[str, str]) -> dict[str, str]:
+    """Package -> version, as the tags of a run say (`machine` makes them)."""
+    pairs = (each.rpartition(" ") for each in tags.get("packages", "").split(", ") if " " in each)
+    return {name: version for name, _, version in pairs}
+
+
 def flatten(params: Any) -> dict[str, str]:
     """A stage's parameters as MLflow's flat strings: `train.learning_rate` -> `0.0005`.
 
     Lists stay one entry: scalars joined by commas, records by their name or their first value.
     """
-    return {key: _short(text) for key, text in _flatten(dataclasses.asdict(params))}
+    flat = _flatten(dataclasses.asdict(params))
+    return {key: _short(without_secrets(text)) for key, text in flat}
 
 
 def _flatten(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
@@ -268,17 +443,20 @@ def flatten_metrics(metrics: Mapping[str, Any], path: str = "") -> dict[str, flo
 def git_state(root: Path) -> dict[str, str]:
     """The commit and whether the code differs from it; empty where there is no git repository.
 
-    Each `dvc.lock` and `reports/` change while the pipeline runs and say nothing about the code.
+    Each `dvc.lock` and `reports/` change while the pipeline runs and say nothing about the code;
+    `params.yaml` says what is done with it, and a run keeps the whole of that by itself.
     """
 
     def git(*arguments: str) -> str:
         command = ("git", "-C", str(root), *arguments)
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        # a hook of git that starts us says which repository it is at work on
+        own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=own)
+        return done.stdout.strip()
 
     try:
         commit = git("rev-parse", "HEAD")
-        ours = (":!dvc.lock", ":!*/dvc.lock", ":!reports")
-        changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", *ours)
+        changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", *NOT_CODE)
     except (OSError, subprocess.CalledProcessError):
         return {}
     return {
@@ -288,7 +466,8 @@ def git_state(root: Path) -> dict[str, str]:
     }
 
 
-def _machine() -> dict[str, str]:
+def machine() -> dict[str, str]:
+    """The tags that say on what a run ran: Python, packages, system, cores."""
     versions = [
         f"{name} {importlib.metadata.version(name)}"
         for name in PACKAGES
@@ -335,11 +514,18 @@ class StageRun:
         stage: its name in `dvc.yaml`; the experiment is named after it.
         params: the stage's parameters.
         inputs: path relative to `root` -> md5 as DVC computes it.
-        state: where a stage that can be resumed keeps its state. The run's id and its step metrics
-            are noted there too, so that a run that is cut off, by SIGKILL even, goes on as the
-            same run, with no step missing and none logged twice.
+        state: where a stage that can be resumed keeps its state. The run's id, its step metrics
+            and its texts are noted there too, so that a run that is cut off, by SIGKILL even, goes
+            on as the same run, with no step missing and none logged twice.
         description: what the stage does, for the experiment's page.
         data_sets: what the inputs are, for the run's page.
+        made_of: what else it is made of; without it, the commit.
+        unreachable: what happens where MLflow does not answer: see `TrackingParams`.
+
+    Attributes:
+        unsent: where the run is kept while MLflow does not answer; mostly None.
+        notices: what a person should know of it, to be told by who made this.
+        model_id: the run's model in MLflow; its page shows the run's metrics, too.
 
     Raises:
         RunError: MLflow cannot be reached.
@@ -354,28 +540,38 @@ class StageRun:
         state: Path | None = None,
         description: str = "",
         data_sets: Sequence[DataSet] = (),
+        *,
+        made_of: Provenance | None = None,
+        unreachable: Literal["stop", "later"] = "stop",
     ) -> None:
         self.root = root
         self.stage = stage
         self.inputs = dict(inputs)
         self.experiment = EXPERIMENT_PREFIX + stage
-        self.client = connect(root)
-        with named_failure(root, "does not take a run"):
-            self.experiment_id = self._experiment(description)
-            self._seen: dict[str, set[int]] = {}
-            resumed = self._reopen(_noted_id(state))
-            self.id = resumed or self._create(flatten(params), inputs)
-            if not resumed:
-                self._log_data_sets(data_sets)
-        self.resumed = resumed is not None
-        self.url = run_url(root, self.experiment_id, self.id)
+        self.unsent: Unsent | None = None
+        self.notices: deque[Message] = deque()
+        self.model_id: str | None = None
+        self._params = flatten(params)
+        self._tags = dict(made_of.tags) if made_of else git_state(root)
+        self._files = dict(made_of.files) if made_of else {}
+        self._description = description
+        self._state = state
+        self._later = unreachable == "later"
+        self._seen: dict[str, set[int]] = {}
+        self._last: dict[str, tuple[float, int, int]] = {}  # name -> value, ms, step
         self._metrics: deque[tuple[str, float, int, int]] = deque()  # name, value, ms, step
         self._texts: deque[Text] = deque()
         self._journal: TextIO | None = None
+        self._silent = False
+        self._telling = threading.Lock()
+        self._turn = threading.Lock()  # a batch of metrics goes to one place, not half to another
+        self.resumed = self._begin(data_sets)
+        of_server = self.unsent is None
+        self.url = run_url(root, self.experiment_id, self.id) if of_server else ""
         if state is not None:
             self._journal = self._open_journal(state)
         self._stop = threading.Event()
-        self._system = _SystemSampler(self.id, tracking_uri(root))
+        self._system = _SystemSampler(self.id, self._uri)
         self._thread = threading.Thread(target=self._work, name="mlflow-writer", daemon=True)
         self._thread.start()
 
@@ -388,29 +584,62 @@ class StageRun:
                 self._journal.write(json.dumps([event.step, new, when]) + "\n")
         elif isinstance(event, Text):
             self._texts.append(event)
+            if self._journal:
+                self._journal.write(json.dumps([event.name, event.text]) + "\n")
+
+    @property
+    def known_as(self) -> str:
+        """The run's id in MLflow, as far as it has one; else that of where it is kept."""
+        return (self.unsent and self.unsent.continues) or self.id
+
+    def keep(self, what: str, action: Callable[[], _T]) -> _T:
+        """Give MLflow something of the run.
+
+        Args:
+            what: the words for a failure.
+            action: what is done, with the `client` and `id` as they are then; it may be done twice,
+                where MLflow was gone in between.
+
+        Raises:
+            RunError: MLflow does not take it.
+        """
+        if self.unsent is None:
+            try:
+                with self._named(what):
+                    check_answers(self._uri)
+                    return action()
+            except RunError:
+                if not self._later:
+                    raise
+                try:
+                    check_answers(self._uri)
+                except ConnectionError as error:
+                    self._go_on_unsent(str(error))
+        with self._named(what):
+            return action()
 
     def add_picture(self, path: Path) -> None:
         """Keep a picture under `plots/`."""
-        with named_failure(self.root, "did not take a picture"):
-            self.client.log_artifact(self.id, str(path), "plots")
+        self._add("did not take a picture", path, "plots")
 
     def add_tables(self, folder: Path) -> None:
         """Keep a folder of CSV tables under `predictions/`."""
-        with named_failure(self.root, "did not take the predictions"):
-            self.client.log_artifacts(self.id, str(folder), "predictions")
+        self.keep(
+            "did not take the predictions",
+            lambda: self.client.log_artifacts(self.id, str(folder), "predictions"),
+        )
 
     def add_data_sets(self, data_sets: Iterable[DataSet]) -> None:
         """Name data sets that the stage found or made."""
-        with named_failure(self.root, "did not take the data sets"):
-            self._log_data_sets(list(data_sets))
+        found = list(data_sets)
+        self.keep("did not take the data sets", lambda: self._log_data_sets(found))
 
     def add_report(self, page: Path, pictures: Sequence[Path]) -> None:
         """Keep a page under `data/`, and its pictures where it links to them."""
-        with named_failure(self.root, "did not take the data report"):
-            self.client.log_artifact(self.id, str(page), "data")
-            for picture in pictures:
-                folder = picture.relative_to(page.parent).parent
-                self.client.log_artifact(self.id, str(picture), f"data/{folder.as_posix()}")
+        self._add("did not take the data report", page, "data")
+        for picture in pictures:
+            folder = picture.relative_to(page.parent).parent
+            self._add("did not take the data report", picture, f"data/{folder.as_posix()}")
 
     def close(
         self,
@@ -441,16 +670,116 @@ class StageRun:
             tags["machine.threads"] = str(torch.get_num_threads())
         if error:
             tags["error"] = tags["mlflow.note.content"] = error
-        with named_failure(self.root, "did not take the end of a run"):
-            now = int(time.time() * 1000)
-            for name, value in flatten_metrics(metrics or {}).items():
-                if 0 not in self._seen.get(name, ()):  # else logged by one killed right after it
-                    self._metrics.append((name, value, now, 0))
-            self._sample_system()
-            self._metrics.append((PEAK_MEMORY, _peak_memory(), now, 0))
+        now = int(time.time() * 1000)
+        for name, value in flatten_metrics(metrics or {}).items():
+            self._last[name] = (value, now, 0)
+            if 0 not in self._seen.get(name, ()):  # else logged by one killed right after it
+                self._metrics.append((name, value, now, 0))
+        self._sample_system()
+        self._metrics.append((PEAK_MEMORY, _peak_memory(), now, 0))
+
+        def end() -> None:
             self._write()
+            if self.model_id:
+                show_on_model(self.client, self.id, self.model_id, self._last)
             self._tag(tags)
             self.client.set_terminated(self.id, status)
+
+        try:
+            self.keep("did not take the end of a run", end)
+        finally:
+            if self.unsent:
+                self._held.release()
+
+    def _begin(self, data_sets: Sequence[DataSet]) -> bool:
+        """Open the run where it can be; whether it goes on with one that was cut off."""
+        noted, gone = _noted(self._state), ""
+        try:
+            self.client = connect(self.root)
+        except RunError as error:
+            if not self._later:
+                raise
+            gone = str(error).partition(f"; {_REMEDY}")[0]
+        # one that could not be sent goes on where it is
+        kept = unsent.find(self.root, noted.folder) if noted.folder else None
+        if kept is not None and not self._hold(kept):  # sent meanwhile: its new id is noted now
+            kept, noted = None, _noted(self._state)
+        if kept is None and gone:
+            kept = unsent.begin(self.root, self.stage, self._state, noted.run_id)
+            noted = _Noted()
+            self._hold(kept)
+        if kept is not None:
+            self.unsent = kept
+            gone = gone or f"MLflow at {self._place} did not take the beginning of this run"
+            self._tell(
+                f"{gone}: {self.stage} runs all the same and is logged later, by the next run or "
+                "`gpt-pipeline sync`"
+            )
+        with self._named("does not take a run"):
+            self.experiment_id = self._experiment()
+            resumed = self._reopen(noted.run_id)
+            self.id = resumed or self._create()
+            if not resumed:
+                self._log_data_sets(data_sets)
+        return resumed is not None or (self.unsent is not None and bool(self.unsent.continues))
+
+    def _go_on_unsent(self, reason: str) -> None:
+        """MLflow is gone in the middle: what it has not got goes into a database of its own."""
+        with self._turn:
+            self.unsent = unsent.begin(
+                self.root, self.stage, self._state, self.id, model_id=self.model_id
+            )
+            self.model_id = None
+            self._hold(self.unsent)
+            with self._named("does not take a run"):
+                self.id = self._create(self._experiment())
+        self._tell_once(reason)
+
+    def _hold(self, kept: Unsent) -> bool:
+        """Write to this from now on; False if it was sent meanwhile and has gone."""
+        try:
+            held = kept.take(_SEND_SECONDS)
+        except Timeout:
+            raise RunError(
+                f"{self.stage}: another process still sends its run to MLflow; try again when "
+                "that has ended"
+            ) from None
+        if held is None:
+            return False
+        self._held = held
+        self.client = connect(self.root, kept.uri)
+        return True
+
+    @property
+    def _uri(self) -> str:
+        return self.unsent.uri if self.unsent else tracking_uri(self.root)
+
+    @property
+    def _place(self) -> str:
+        return without_credentials(tracking_uri(self.root))
+
+    def _named(self, what: str) -> contextlib.AbstractContextManager[None]:
+        return named_failure(self.root, what, uri=self._uri)
+
+    def _tell(self, text: str) -> None:
+        self.notices.append(Message(text, "warning"))
+
+    def _tell_once(self, reason: str) -> None:
+        """MLflow is gone: said by the one of our two threads that finds out first."""
+        with self._telling:
+            told, self._silent = self._silent, True
+        if told:
+            return
+        what = f"MLflow at {self._place} does not answer ({reason}): {self.stage} goes on"
+        if self._later:
+            what += ", and what is missing is logged later, by the next run or `gpt-pipeline sync`"
+        else:
+            what += ", but cannot end well before it answers"
+            what += "; the state is kept" if self._state else ""
+        self._tell(what)
+
+    def _add(self, what: str, path: Path, folder: str) -> None:
+        self.keep(what, lambda: self.client.log_artifact(self.id, str(path), folder))
 
     def _take(self, step: int, values: Mapping[str, float], when: int) -> dict[str, float]:
         """Queue the values that the run does not have yet, and return them."""
@@ -458,6 +787,7 @@ class StageRun:
         for key, value in values.items():
             name = STEP_METRICS.get(key, key)
             seen = self._seen.setdefault(name, set())
+            self._last[name] = (float(value), when, step)
             if step not in seen:
                 seen.add(step)
                 new[name] = float(value)
@@ -466,60 +796,60 @@ class StageRun:
 
     def _open_journal(self, state: Path) -> TextIO:
         """Take in what a process that was cut off noted but had not written; go on noting."""
-        write_json(state / "run.json", {"run_id": self.id})
+        folder = self.unsent.folder.name if self.unsent else None
+        write_json(state / "run.json", {"run_id": self.id, "unsent": folder})
         path = state / "metrics.jsonl"
         noted = path.read_text().splitlines() if self.resumed and path.is_file() else []
         for line in noted:
             with contextlib.suppress(ValueError):  # the last line may be cut
-                self._take(*json.loads(line))
+                match json.loads(line):
+                    case [int(step), values, when]:
+                        self._take(step, values, when)
+                    case [str(name), text]:
+                        self._texts.append(Text(name, text))
         # line by line: what is handed to the system survives the end of the process
         journal = path.open("a" if self.resumed else "w", buffering=1)
         journal.write("\n")  # ends a line that was cut
         return journal
 
-    def _experiment(self, description: str) -> str:
-        from mlflow.exceptions import MlflowException
+    def _experiment(self) -> str:
+        if self.unsent:
+            folder: str | None = self.unsent.artifacts.as_uri()
+        else:
+            folder = artifact_folder(self.root, self.stage)
+        return experiment_of(self.client, self.stage, folder, self._description)
 
-        found = self.client.get_experiment_by_name(self.experiment)
-        if found is not None and found.lifecycle_stage == "deleted":
-            self.client.restore_experiment(found.experiment_id)
-        if found is not None:
-            return str(found.experiment_id)
-        local = tracking_uri(self.root).startswith("sqlite:")
-        folder = (self.root.resolve() / "mlartifacts" / self.stage).as_uri() if local else None
-        tags = {
-            "mlflow.experimentKind": "custom_model_development",
-            "mlflow.note.content": description,
-        }
-        try:
-            return str(self.client.create_experiment(self.experiment, folder, tags))
-        except MlflowException:  # another process was quicker
-            return str(self.client.get_experiment_by_name(self.experiment).experiment_id)
-
-    def _create(self, params: dict[str, str], inputs: Mapping[str, str]) -> str:
+    def _create(self, experiment_id: str = "") -> str:
         from mlflow.entities import Param
 
-        git = git_state(self.root)
-        last = self.client.search_runs(
-            [self.experiment_id], order_by=["attributes.start_time DESC"], max_results=1
-        )
-        number = int(last[0].data.tags.get("number", 0)) + 1 if last else 1
-        name = _run_name(number, params, last[0].data.params if last else None, git)
+        experiment_id = experiment_id or self.experiment_id
+        with FileLock(_lock_file(self.root)):  # else two that begin together have one number
+            differs = what_differs(self.client, experiment_id, self._params, self._tags)
+            self.name = differs.name
+            made = self._create_named(experiment_id, differs)
+        run_id = str(made.info.run_id)
+        params = [Param(key, value) for key, value in self._params.items()]
+        for start in range(0, len(params), BATCH_PARAMS):
+            self.client.log_batch(run_id, params=params[start : start + BATCH_PARAMS])
+        if self._files:
+            with tempfile.TemporaryDirectory() as folder:
+                for name, content in self._files.items():
+                    (Path(folder) / name).write_bytes(content)
+                self.client.log_artifacts(run_id, folder, "lineage")
+        return run_id
+
+    def _create_named(self, experiment_id: str, differs: Differs) -> Run:
         tags = {
-            "number": str(number),
+            **differs.tags,
             "dvc.stage": self.stage,
             "mlflow.source.name": f"python -m pipeline stage {self.stage}",
             "mlflow.source.type": "LOCAL",
             "mlflow.user": _user(),
-            **git,
-            **_machine(),
-            **{f"input.{path}": md5 for path, md5 in inputs.items()},
+            **self._tags,
+            **machine(),
+            **{f"input.{path}": md5 for path, md5 in self.inputs.items()},
         }
-        run_id = str(
-            self.client.create_run(self.experiment_id, tags=tags, run_name=name).info.run_id
-        )
-        self.client.log_batch(run_id, params=[Param(key, value) for key, value in params.items()])
-        return run_id
+        return self.client.create_run(experiment_id, tags=tags, run_name=differs.name)
 
     def _log_data_sets(self, data_sets: Sequence[DataSet]) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -530,7 +860,7 @@ class StageRun:
                     _short(each.name),
                     each.digest,
                     each.source_type,
-                    json.dumps(each.source),
+                    without_secrets(json.dumps(each.source)),
                     profile=json.dumps(each.profile) if each.profile else None,
                 ),
                 [InputTag("mlflow.data.context", each.context)],
@@ -552,6 +882,7 @@ class StageRun:
             return None
         if run.info.lifecycle_stage != "active" or run.info.experiment_id != self.experiment_id:
             return None
+        self.name = str(run.info.run_name)
         for key in run.data.metrics:
             history = self.client.get_metric_history(run_id, key)
             self._seen[key] = {metric.step for metric in history}
@@ -569,7 +900,21 @@ class StageRun:
                 sampled = now
             # what was not taken stays in the queue; `close` tries last and tells
             with contextlib.suppress(Exception):
+                self._look_whether_it_answers()
                 self._write()
+
+    def _look_whether_it_answers(self) -> None:
+        """Say once that MLflow is gone, and once that it is back."""
+        if self.unsent:
+            return
+        try:
+            check_answers(self._uri)
+        except ConnectionError as error:
+            self._tell_once(str(error))
+            raise
+        if self._silent:
+            self.notices.append(Message(f"MLflow at {self._place} answers again"))
+        self._silent = False
 
     def _sample_system(self) -> None:
         values = self._system.sample()
@@ -579,20 +924,124 @@ class StageRun:
     def _write(self) -> None:
         from mlflow.entities import Metric
 
-        while self._metrics:
-            batch = [self._metrics[i] for i in range(min(_BATCH, len(self._metrics)))]
-            self.client.log_batch(self.id, metrics=[Metric(*entry) for entry in batch])
-            for _ in batch:
-                self._metrics.popleft()
-        while self._texts:
-            text = self._texts[0]
-            self.client.log_text(self.id, text.text, text.name)
-            self._texts.popleft()
+        with self._turn:
+            while self._metrics:
+                batch = [self._metrics[i] for i in range(min(BATCH_METRICS, len(self._metrics)))]
+                self.client.log_batch(self.id, metrics=[Metric(*entry) for entry in batch])
+                for _ in batch:
+                    self._metrics.popleft()
+            while self._texts:
+                text = self._texts[0]
+                self.client.log_text(self.id, text.text, text.name)
+                self._texts.popleft()
 
     def _tag(self, tags: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
 
         self.client.log_batch(self.id, tags=[RunTag(key, value) for key, value in tags.items()])
+
+
+def experiment_of(client: MlflowClient, stage: str, folder: str | None, description: str) -> str:
+    """The id of a stage's experiment, which is made if it is not there.
+
+    Args:
+        client: of the tracking server.
+        stage: its name in `dvc.yaml`.
+        folder: where a new one keeps its files; None leaves it to the server.
+        description: what the stage does.
+    """
+    from mlflow.exceptions import MlflowException
+
+    name = EXPERIMENT_PREFIX + stage
+    found = client.get_experiment_by_name(name)
+    if found is not None and found.lifecycle_stage == "deleted":
+        client.restore_experiment(found.experiment_id)
+    if found is not None:
+        return str(found.experiment_id)
+    tags = {
+        "mlflow.experimentKind": "custom_model_development",
+        "mlflow.note.content": description,
+    }
+    try:
+        return str(client.create_experiment(name, folder, tags))
+    except MlflowException as error:  # another process was quicker
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+        return str(client.get_experiment_by_name(name).experiment_id)
+
+
+@dataclass(frozen=True, slots=True)
+class Differs:
+    """What a run is called beside the ones before it, and the tags that say so."""
+
+    name: str
+    tags: Mapping[str, str]
+
+
+def what_differs(
+    client: MlflowClient,
+    experiment_id: str,
+    params: Mapping[str, str],
+    git: Mapping[str, str],
+    begun: int | None = None,
+) -> Differs:
+    """A new run's number, and which parameters differ from the last run that ended well.
+
+    Args:
+        client: of the tracking server.
+        experiment_id: the stage's.
+        params: the run's.
+        git: its `git.commit`, if it has one.
+        begun: when it began, in milliseconds; by default now.
+    """
+    newest = client.search_runs(
+        [experiment_id], order_by=["attributes.start_time DESC"], max_results=_RECENT
+    )
+    number = 1 + max((int(run.data.tags.get("number", 0)) for run in newest), default=0)
+    before = client.search_runs(
+        [experiment_id],
+        "attributes.status = 'FINISHED'"
+        + (f" and attributes.start_time < {begun}" if begun else ""),
+        order_by=["attributes.start_time DESC"],
+        max_results=1,
+    )
+    changed: dict[str, str] = {}
+    tags = {"number": str(number)}
+    if before:
+        last = before[0].data.params
+        changed = {key: value for key, value in params.items() if last.get(key) != value}
+        gone = {key for key in last if key not in params and key not in OF_MODELS}
+        for key in (*changed, *sorted(gone)):
+            tags[f"changed.{key}"] = f"{last.get(key, _NOTHING)} → {params.get(key, _NOTHING)}"
+    words = [f"{key}={value}" for key, value in changed.items()]
+    if not words or len(words) > 3:
+        words = [git["git.commit"][:7]] if "git.commit" in git else []
+    return Differs(" ".join((f"#{number}", *map(_short_word, words))), tags)
+
+
+def show_on_model(
+    client: MlflowClient,
+    run_id: str,
+    model_id: str,
+    last: Mapping[str, tuple[float, int, int]],
+) -> None:
+    """Show a run's results on its model: what it came to, the end of its curves, its tokens.
+
+    Args:
+        client: of the tracking server.
+        run_id: the run that made the model.
+        model_id: the model, as MLflow calls it.
+        last: the run's metrics -> value, milliseconds and step of the last entry.
+    """
+    from mlflow.entities import Metric
+
+    metrics = [
+        Metric(name, *entry, model_id=model_id)
+        for name, entry in last.items()
+        if name == STEP_METRICS["tokens"] or name.partition("/")[0] not in NO_RESULTS
+    ]
+    for start in range(0, len(metrics), BATCH_METRICS):
+        client.log_batch(run_id, metrics=metrics[start : start + BATCH_METRICS])
 
 
 def _peak_memory() -> float:
@@ -618,13 +1067,20 @@ class _SystemSampler:
         return {f"system/{name}": value for name, value in values.items()}
 
 
-def _noted_id(state: Path | None) -> str | None:
-    """The MLflow run that the stage's earlier process worked in."""
-    if state is None:
-        return None
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        return str(json.loads((state / "run.json").read_text())["run_id"])
-    return None
+@dataclass(frozen=True, slots=True)
+class _Noted:
+    """The run that the stage's earlier process worked in: its id, and where it is unsent."""
+
+    run_id: str | None = None
+    folder: str | None = None
+
+
+def _noted(state: Path | None) -> _Noted:
+    if state is not None:
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            said = json.loads((state / "run.json").read_text())
+            return _Noted(str(said["run_id"]), said.get("unsent"))
+    return _Noted()
 
 
 def mark_killed(root: Path, run_id: str) -> None:
@@ -635,16 +1091,6 @@ def mark_killed(root: Path, run_id: str) -> None:
     with contextlib.suppress(MlflowException):
         if client.get_run(run_id).info.status == "RUNNING":
             client.set_terminated(run_id, "KILLED")
-
-
-def _run_name(
-    number: int, params: Mapping[str, str], last: Mapping[str, str] | None, git: Mapping[str, str]
-) -> str:
-    """`#4 train.learning_rate=0.0005`: the number, and what differs from the run before."""
-    changed = [f"{key}={value}" for key, value in params.items() if last and last.get(key) != value]
-    if not changed or len(changed) > 3:
-        changed = [git["git.commit"][:7]] if git else []
-    return " ".join((f"#{number}", *(_short_word(word) for word in changed)))
 
 
 def _short_word(word: str) -> str:

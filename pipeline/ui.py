@@ -19,7 +19,14 @@ from types import FrameType
 from gpt.errors import RunError
 from gpt.files import write_json
 from pipeline import server
-from pipeline.tracking import PAGES, connect, quiet_environment, tracking_uri
+from pipeline.home import home
+from pipeline.tracking import (
+    PAGES,
+    connect,
+    quiet_environment,
+    tracking_uri,
+    without_secrets,
+)
 
 HOST = "127.0.0.1"
 MLFLOW_PORT, PREFECT_PORT = 5000, 4200
@@ -68,6 +75,8 @@ def serve(
     """Serve both pages until Ctrl-C or SIGTERM; the addresses are in `.pipeline/ui.json` meanwhile.
 
     A server that `MLFLOW_TRACKING_URI` or `PREFECT_API_URL` names is shown instead of starting one.
+    A database that `MLFLOW_TRACKING_URI` or `PREFECT_SERVER_DATABASE_CONNECTION_URL` names is
+    served in the place of the project's own.
 
     Args:
         root: the project.
@@ -78,7 +87,7 @@ def serve(
     Raises:
         RunError: a server does not start, or ends by itself.
     """
-    folder = root.resolve() / ".pipeline"
+    folder = home(root) / ".pipeline"
     addresses = folder / "ui.json"
     services: list[_Service] = []
     with _one_interrupt():
@@ -95,9 +104,10 @@ def serve(
             for service in services:
                 service.wait(f"{mlflow}/health" if service.name == "MLflow" else f"{api}/health")
             pids = {service.name.lower(): service.process.pid for service in services}
-            write_json(addresses, {"mlflow": mlflow, "prefect": api, "pids": pids})
-            say(f"MLflow   {mlflow}/#/experiments?{PAGES}")
-            say(f"Prefect  {api.removesuffix('/api')}")
+            shown = {"mlflow": without_secrets(mlflow), "prefect": without_secrets(api)}
+            write_json(addresses, {**shown, "pids": pids})
+            say(f"MLflow   {shown['mlflow']}/#/experiments?{PAGES}")
+            say(f"Prefect  {shown['prefect'].removesuffix('/api')}")
             say("Ctrl-C stops both.")
             while True:
                 for service in services:
@@ -131,19 +141,23 @@ def free_port(first: int) -> int:
 
 def _start_mlflow(root: Path, url: str, folder: Path) -> _Service:
     connect(root)  # the tables are made here, under our lock, not by the server beside a stage
-    artifacts = (root.resolve() / "mlartifacts").as_uri()
-    command = ["-m", "mlflow", "server", "--backend-store-uri", tracking_uri(root)]
-    command += ["--artifacts-destination", artifacts, "--workers", "1"]
+    artifacts = (home(root) / "mlartifacts").as_uri()
+    command = ["-m", "mlflow", "server", "--artifacts-destination", artifacts, "--workers", "1"]
     command += ["--host", HOST, "--port", url.rpartition(":")[2]]
-    # runs evaluations that are started on its pages; none are, and it takes four processes
-    settings = {**quiet_environment(), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    settings = {
+        **quiet_environment(),
+        # in the environment: everyone on the machine can read a command, a password in it too
+        "MLFLOW_BACKEND_STORE_URI": tracking_uri(root),
+        # runs evaluations that are started on its pages; none are, and it takes four processes
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }
     return _start("MLflow", command, settings, root, folder)
 
 
 def _start_prefect(root: Path, api: str, folder: Path) -> _Service:
     port = api.removesuffix("/api").rpartition(":")[2]
     command = ["-m", "prefect", "server", "start", "--host", HOST, "--port", port]
-    settings = {**server.environment(root.resolve()), "PREFECT_UI_API_URL": api}
+    settings = {**server.environment(root), "PREFECT_UI_API_URL": api}
     return _start("Prefect", command, settings, root, folder)
 
 

@@ -17,7 +17,7 @@ from gpt.files import sha256_of
 from stages.download.archives import is_archive, is_hidden, matches, unpack
 from stages.download.blocks import GENERAL_LIMIT, blocks_of, shown, write_blocks
 from stages.download.cache import Cache, place
-from stages.download.faults import NotHadError, WrongFileError
+from stages.download.faults import NotHadError, TryAgainError, WrongFileError
 from stages.download.sources import Source, inside_path
 from stages.download.web import Bounds, fetch_web
 
@@ -203,6 +203,7 @@ class _Fetch:
             return kept
         source = self.source
         tried: list[str] = []
+        passing: NotHadError | None = None
         for take, origin, from_mirror in self._origins(tried):
             try:
                 fetched = take(origin)
@@ -215,6 +216,8 @@ class _Fetch:
                 tried.append(f"{origin} ({error})")
             except NotHadError as error:
                 tried.append(f"{origin} ({error})")
+                if isinstance(error.__context__, TryAgainError):
+                    passing = error
             else:
                 self._tell_unpinned(fetched)
                 return fetched
@@ -223,7 +226,7 @@ class _Fetch:
             f"source {source.name!r} could not be fetched; tried {'; '.join(tried) or 'no place'}; "
             f"put {sought} into a folder and set download.mirror or "
             "GPT_PIPELINE_MIRROR to it" + (", or set download.offline: false" * self.places.offline)
-        )
+        ) from passing
 
     def _origins(
         self, tried: list[str]

@@ -2,12 +2,16 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from pipeline.server import answers
+from pipeline.server import environment as server_environment
 from pipeline.tracking import connect
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -22,6 +26,19 @@ if os.environ.get("FAIL") == name:
     verdict.write_text(json.dumps({"code": 2, "error": f"{name}.txt: no good; mend it"}))
     print(f"error: {name}.txt: no good; mend it", file=sys.stderr)
     sys.exit(2)
+kind, _, times = os.environ.get(f"FAULT_{name}", "").partition(" ")
+tries = pathlib.Path(f"tries-{name}")
+if kind and len(tries.read_text() if tries.exists() else "") < int(times):
+    with tries.open("a") as file:
+        file.write(".")
+    if kind == "killed":
+        os.kill(os.getpid(), 9)
+    if kind == "killed-in-a-shell":
+        sys.exit(128 + 9)
+    verdict = pathlib.Path(".pipeline/exit", name + ".json")
+    verdict.parent.mkdir(parents=True, exist_ok=True)
+    verdict.write_text(json.dumps({"code": 1, "error": f"{name}: no net", "kind": kind}))
+    sys.exit(1)
 if os.environ.get("GPT_PIPELINE_EVENTS"):
     with open(os.environ["GPT_PIPELINE_EVENTS"], "a") as file:
         file.write(json.dumps({"event": "message", "text": f"hello from {name}"}) + "\\n")
@@ -62,6 +79,43 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         connect(root)
     return root / "mlflow.db"
+
+
+class PrefectServer:
+    """A whole Prefect server, as a team has one, that can go away and come back."""
+
+    def __init__(self, home: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self._port = probe.getsockname()[1]
+        self._home = home
+        self._process: subprocess.Popen[bytes] | None = None
+        self.api = f"http://127.0.0.1:{self._port}/api"
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "prefect", "server", "start", "--port", str(self._port)],
+            env={**os.environ, **server_environment(self._home)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        until = time.monotonic() + 120
+        while not answers(self.api):
+            assert time.monotonic() < until
+            time.sleep(0.2)
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait(30)
+
+
+@pytest.fixture
+def prefect_server(tmp_path):
+    server = PrefectServer(tmp_path)
+    server.start()
+    yield server
+    server.stop()
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from gpt.errors import InputError, RunError
 from gpt.events import Log, Message, Metrics, Progress, Text, discard
 from gpt.files import whole_directory, write_json
 from pipeline import runner
+from pipeline.tracking import TrackingParams
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Params:
     learn: LearnParams
     copy: PrepareParams = PrepareParams()
     third: PrepareParams = PrepareParams()
+    tracking: TrackingParams | None = None
 
 
 def prepare(
@@ -55,6 +57,8 @@ def prepare(
     match params.fail:
         case "input":
             raise InputError("source.txt: line 3 is bad; correct it")
+        case "secret":
+            raise InputError("https://host/file?token=abc123 (403); correct it")
         case "run":
             raise RunError("the disk is full; free some")
         case "bug":
@@ -134,7 +138,12 @@ def load_params(path: Path) -> Params:
     values = json.loads(path.read_text())
     learn_values = values.get("learn", {})
     train = TrainParams(**learn_values.pop("train", {}))
-    return Params(PrepareParams(**values.get("prepare", {})), LearnParams(train, **learn_values))
+    tracking = TrackingParams(**values["tracking"]) if "tracking" in values else None
+    return Params(
+        PrepareParams(**values.get("prepare", {})),
+        LearnParams(train, **learn_values),
+        tracking=tracking,
+    )
 
 
 def set_params(root: Path, **sections: dict[str, object]) -> None:
@@ -147,7 +156,16 @@ def make_project(root: Path) -> Path:
     (root / "source.txt").write_text("some text\n")
     (root / "code.py").write_text("x = 1\n")
     (root / "dvc.yaml").write_text(
-        "stages:\n  learn:\n    cmd: none\n    deps: [data/prepared, code.py]\n"
+        "stages:\n"
+        + "".join(
+            f"  {stage}:\n    cmd: none\n    deps: [{data}, code.py]\n    outs: [{out}]\n"
+            for stage, data, out in (
+                ("prepare", "source.txt", "data/prepared"),
+                ("copy", "source.txt", "data/copy"),
+                ("third", "source.txt", "data/third"),
+                ("learn", "data/prepared", "models/learnt"),
+            )
+        )
     )
     set_params(root)
     return root

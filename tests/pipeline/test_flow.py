@@ -2,18 +2,21 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
 import pipeline
-from pipeline.server import LocalServer, environment
+from pipeline.server import LocalServer
+from pipeline.server import environment as server_environment
 
 # Runs the flow as often as there are contents for params.yaml, or once with what stands there.
 SCRIPT = """
@@ -35,26 +38,29 @@ for content in params or [None]:
 @pytest.fixture(scope="module")
 def api(tmp_path_factory):
     root = tmp_path_factory.mktemp("prefect")
-    server = LocalServer(root)
-    try:
-        server.wait()
+    with LocalServer(root) as server:
         yield server.url
-    finally:
-        server.stop()
 
 
 @pytest.fixture
 def start(api, tmp_path):
     """Starts the flow in a process of its own, as the command line does."""
 
-    def begin(root: Path, fail: str = "", params: Sequence[str] = (), **arguments):
+    def begin(
+        root: Path,
+        fail: str = "",
+        params: Sequence[str] = (),
+        environment: Mapping[str, str] = MappingProxyType({}),
+        **arguments,
+    ):
         return subprocess.Popen(
             [sys.executable, "-c", SCRIPT, json.dumps(arguments), json.dumps(params)],
             cwd=root,
             env={
                 **os.environ,
-                **environment(tmp_path),
+                **server_environment(tmp_path),
                 "PREFECT_API_URL": api,
+                **environment,
                 "PYTHONPATH": str(Path(pipeline.__file__).parent.parent),
                 "FAIL": fail,
             },
@@ -127,6 +133,7 @@ def test_after_the_flow_dvc_has_nothing_to_do_and_wrote_the_same_lock(make_proje
     assert (root / "dvc.lock").read_bytes() == by_flow
 
 
+@pytest.mark.slow
 def test_an_optional_stage_runs_when_it_is_asked_for_and_is_a_task_of_its_own(
     project, add_optional, run, api, dvc
 ):
@@ -204,6 +211,7 @@ def test_a_changed_parameter_runs_its_stage_and_what_follows_and_back_restores(p
     assert {each["state"]["name"] for each in task_runs(api).values()} == {"Cached"}
 
 
+@pytest.mark.slow
 def test_stages_side_by_side_end_well_again_and_again(make_project, run, dvc):
     # some 40 MB each, so that hashing and writing dvc.lock overlap too
     root = make_project(seconds=1.5, size=20_000)
@@ -253,12 +261,136 @@ def test_a_failure_of_dvc_itself_is_told_in_its_words(project, run):
     assert "Traceback" not in shown
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["network", "killed", "killed-in-a-shell"])
+def test_a_fault_that_may_pass_is_tried_again_with_longer_and_longer_waits(project, run, kind):
+    with (project / "params.yaml").open("a") as params:
+        params.write("flow: {retries: 3, wait: 0.2}\n")
+    code, shown = run(project, environment={"FAULT_left": f"{kind} 2"})
+    assert code == 0, shown
+    assert "tried again in 0.2 s (3 left)" in shown
+    assert "tried again in 0.4 s (2 left)" in shown
+    assert counts(project) == {"first": 1, "left": 1, "right": 1, "last": 1}
+    # more often than it may pass, it has failed
+    for name in ("left", "tries-left"):
+        (project / name).unlink() if name == "tries-left" else shutil.rmtree(project / name)
+    (project / "params.yaml").write_text(
+        (project / "params.yaml").read_text().replace("retries: 3", "retries: 1")
+    )
+    code, shown = run(project, environment={"FAULT_left": f"{kind} 2"}, force=True)
+    assert code == 1
+    assert shown.count("tried again") == 1
+
+
+@pytest.fixture
+def small_cache(make_project):
+    """A project whose cache has no room for what `left` and `right` make; and how to make room."""
+    root = make_project(size=10_000)
+    cache = root / ".dvc" / "cache"
+    cache.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(cache)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting needs root")
+
+    def make_room() -> None:
+        subprocess.run(["mount", "-o", "remount,size=64m", str(cache)], check=True)
+
+    yield root, make_room
+    subprocess.run(["umount", "-l", str(cache)], check=True)
+
+
+@pytest.mark.slow
+def test_what_a_full_disk_keeps_out_of_the_cache_is_not_made_again(small_cache, run, dvc):
+    root, make_room = small_cache
+    for _ in range(2):  # the second time it is still full
+        code, shown = run(root)
+        assert code == 1
+        for name in ("left", "right"):
+            assert (
+                f"{name}: is made, but DVC could not take its outputs into .dvc/cache ("
+            ) in shown
+        assert "[Errno 28] No space left on device); make room there" in shown
+        assert "make room there, and `gpt-pipeline run` takes them in without making them" in shown
+        assert "Traceback" not in shown
+    make_room()
+    code, shown = run(root)
+    assert code == 0, shown
+    assert shown.count("made before: DVC takes it in") == 2
+    assert counts(root) == {"first": 1, "left": 1, "right": 1, "last": 1}
+    assert dvc("status", "--json").strip() == "{}"
+
+
+@pytest.mark.slow
+def test_what_a_full_disk_kept_out_of_the_cache_is_made_again_if_it_would_be_other(
+    small_cache, run, dvc
+):
+    root, make_room = small_cache
+    assert run(root)[0] == 1
+    make_room()
+    params = root / "params.yaml"
+    params.write_text(params.read_text().replace("0.001", "0.002"))
+    (root / "right.txt").write_text("by hand")
+    code, shown = run(root)
+    assert code == 0, shown
+    assert counts(root) == {"first": 1, "left": 2, "right": 2, "last": 1}
+    assert (root / "right.txt").read_text() != "by hand"
+    assert dvc("status", "--json").strip() == "{}"
+
+
+def test_bad_input_is_never_tried_again(project, run):
+    code, shown = run(project, fail="left")
+    assert code == 2
+    assert "tried again" not in shown
+
+
+def test_a_stage_is_stopped_at_its_time_limit_which_is_said(make_project, run):
+    root = make_project(seconds=60)
+    with (root / "params.yaml").open("a") as params:
+        params.write("flow: {time_limits: {left: 0.05, right: 0.05}}\n")
+    began = time.monotonic()
+    code, shown = run(root)
+    assert code == 1
+    assert time.monotonic() - began < 55
+    assert "left: stopped after 0.05 min, its time limit (flow.time_limits in" in shown
+    assert not (root / "left.txt").exists()
+
+
+def test_a_wrong_section_flow_is_one_line(project, run):
+    with (project / "params.yaml").open("a") as params:
+        params.write("flow: {retries: -1}\n")
+    code, shown = run(project)
+    assert code == 2
+    assert "params.yaml: flow.retries: " in shown
+    assert "Traceback" not in shown
+
+
 def test_targets_run_with_their_ancestors_only(project, run, api):
     assert run(project, "left")[0] == 0
     assert counts(project) == {"first": 1, "left": 1, "right": 0, "last": 0}
     assert set(task_runs(api)) == {"first", "left"}
     assert run(project, "left", force=True)[0] == 0
     assert counts(project) == {"first": 2, "left": 2, "right": 0, "last": 0}
+
+
+@pytest.mark.slow
+def test_a_server_that_restarts_in_the_middle_is_told_the_end_all_the_same(
+    make_project, start, prefect_server
+):
+    root = make_project(seconds=25)
+    process = start(root, environment={"PREFECT_API_URL": prefect_server.api})
+    until = time.monotonic() + 60
+    while not (root / "ran-right").exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    prefect_server.stop()
+    time.sleep(2)
+    prefect_server.start()
+    shown, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, shown
+    assert counts(root) == {"first": 1, "left": 1, "right": 1, "last": 1}
+    runs = task_runs(prefect_server.api)
+    assert {each["state"]["type"] for each in runs.values()} == {"COMPLETED"}, runs
+    (flow_run,) = ask(prefect_server.api, "flow_runs/filter")
+    assert flow_run["state"]["type"] == "COMPLETED"
 
 
 @pytest.mark.parametrize(

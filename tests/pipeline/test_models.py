@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,15 +11,19 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from pydantic import TypeAdapter
 
 from gpt.config import GPTConfig
+from gpt.events import Metrics
 from gpt.generate import Sampling, complete
 from gpt.model import GPT, GPTClassifier
 from gpt.tokenizer import byte_tokenizer
 from gpt.weights import load_model, save_model
 from pipeline import models
+from pipeline.provenance import Provenance
 from pipeline.runner import STAGES
 from pipeline.tracking import StageRun, connect, dvc_md5
+from stages.pretrain import PretrainParams
 
 CONFIG = GPTConfig(vocab_size=257, context_length=256, n_layer=1, n_head=2, n_embd=16)
 LABELS = ["ham", "spam"]
@@ -178,3 +183,73 @@ def test_the_same_answers_in_this_process(project: Path) -> None:
     model = mlflow.pyfunc.load_model("models:/classifier@candidate")
     frame = pd.DataFrame({"text": ["one", "two"]}, index=[7, 9])
     assert list(model.predict(frame).index) == [7, 9]
+
+
+def test_a_versions_page_shows_what_its_run_came_to(
+    tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
+    directory = tmp_path / "model"
+    save_model(GPT(CONFIG), directory, tokenizer=byte_tokenizer())
+    run = StageRun(tmp_path, "pretrain", CONFIG, {})
+    for step in (1, 2, 3):
+        run(Metrics(step, {"loss/train": 4.0 - step, "tokens": 8 * step, "grad_norm": 1.0}))
+    run(Metrics(2, {"loss/validation": 2.5}))
+    models.register(run, "base", directory, "0")
+    run.close("FINISHED", metrics={"result": {"perplexity": 9.0}})
+    (version,) = run.client.search_model_versions("name = 'base'")
+    model = run.client.get_logged_model(version.source.removeprefix("models:/"))
+    assert {metric.key: (metric.value, metric.step) for metric in model.metrics} == {
+        "loss/train": (1.0, 3),
+        "loss/validation": (2.5, 2),
+        "throughput/tokens": (24.0, 3),
+        "result/perplexity": (9.0, 0),
+    }
+    assert model.params["n_embd"] == "16"
+    # the run itself has each of them once
+    assert len(run.client.get_metric_history(run.id, "loss/train")) == 3
+    assert len(run.client.get_metric_history(run.id, "result/perplexity")) == 1
+
+
+def _train(root: Path, rate: float, data: str) -> dict[str, Any]:
+    """A version of the base as a run of its stage registers it: its tags and its description."""
+    torch.manual_seed(int(rate * 1e6))
+    directory = root / "model"
+    shutil.rmtree(directory, ignore_errors=True)
+    save_model(GPT(CONFIG), directory, tokenizer=byte_tokenizer())
+    shape = {"context_length": 32, "n_layer": 1, "n_head": 2, "n_embd": 16}
+    params = TypeAdapter(PretrainParams).validate_python(
+        {"model": shape, "train": {"steps": 5, "learning_rate": rate}}
+    )
+    made_of = Provenance(tags={"git.commit": "c" * 40, "git.dirty": "true", "code": data})
+    run = StageRun(root, "pretrain", params, {"data/tokens": data}, made_of=made_of)
+    number = models.register(run, "base", directory, dvc_md5(directory))
+    run.close("FINISHED")
+    version = run.client.get_model_version("base", str(number))
+    return {"tags": version.tags, "said": version.description, "url": run.url, "name": run.name}
+
+
+def test_a_versions_page_says_what_it_is_and_what_changed(
+    tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any report: as a plain `dvc repro` leaves it."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
+    first = _train(tmp_path, 0.001, "a")
+    page = first["url"].partition("?")[0]
+    assert first["said"] == (
+        "A GPT pretrained by this pipeline: continues a prompt.\n\n"
+        f"- Made by the stage pretrain, run [#1 ccccccc]({page[page.index('#/') :]})\n"
+        f"- Code: commit {'c' * 40}, with uncommitted changes\n\nThe first version."
+    )
+    assert "changed" not in first["tags"]
+    second = _train(tmp_path, 0.0005, "b")
+    assert second["said"].endswith(
+        "**Changed since [version 1](#/models/base/versions/1)**\n\n"
+        "- train.learning_rate 0.001 → 0.0005\n- data/tokens: md5 a… → b…\n- code"
+    )
+    assert second["tags"]["changed"] == ("train.learning_rate 0.001 → 0.0005, data/tokens, code")
+    third = _train(tmp_path, 0.0006, "b")
+    assert third["tags"]["changed"] == "train.learning_rate 0.0005 → 0.0006"
+    assert "Changed since [version 2]" in third["said"]

@@ -107,6 +107,36 @@ def test_every_step_the_samples_and_the_curves_are_in_the_run(project: Path) -> 
     assert plots == ["plots/learning_rate.png", "plots/loss.png"]
 
 
+@pytest.mark.parametrize("what", ["code.py", "params.yaml", "data/prepared"])
+def test_a_stage_edited_while_it_runs_fails_and_goes_on_when_that_is_put_back(
+    project: Path, tmp_path: Path, what: str
+) -> None:
+    assert runner.run_stage("prepare", project) == 0
+    hold = tmp_path / "hold"
+    hold.touch()
+    stand_in.set_params(project, learn={"hold": str(hold), "train": {"learning_rate": 0.5}})
+    file = project / what
+    file = next(file.iterdir()) if file.is_dir() else file
+    before = file.read_text()
+    process = start("learn", project)
+    wait_for(lambda: checkpoint(project) is not None)
+    file.write_text(before.replace("0.5", "0.25") + "\n" * (what != "params.yaml"))
+    hold.unlink()
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 1
+    edited = "learn in params.yaml" if what == "params.yaml" else what
+    assert f"error: learn: {edited} changed while it ran, so nobody could say what made" in said
+    failed = run_of(project, "learn")
+    assert failed.info.status == "FAILED"
+    assert not [tag for tag in failed.data.tags if tag.startswith("output.")]
+
+    file.write_text(before)
+    assert runner.run_stage("learn", project) == 0
+    run = run_of(project, "learn")
+    assert (run.info.run_id, run.info.status) == (failed.info.run_id, "FINISHED")
+    assert run.data.tags["resumed"] == "1"
+
+
 def test_a_second_run_is_named_after_what_differs(project: Path) -> None:
     runner.run_stage("prepare", project)
     runner.run_stage("learn", project)
@@ -119,6 +149,7 @@ def test_a_second_run_is_named_after_what_differs(project: Path) -> None:
     ("kind", "code", "line"),
     [
         ("input", 2, "source.txt: line 3 is bad; correct it"),
+        ("secret", 2, "https://host/file?token=*** (403); correct it"),
         ("run", 1, "the disk is full; free some"),
     ],
 )

@@ -113,13 +113,14 @@ def test_git_tags_say_whether_the_code_was_changed(tmp_path: Path) -> None:
     assert tracking.git_state(tmp_path) == {}
     git("init", "-q")
     (tmp_path / "optional").mkdir()
-    for name in ("code.py", "dvc.lock", "optional/dvc.lock"):
+    for name in ("code.py", "params.yaml", "dvc.lock", "optional/dvc.lock"):
         (tmp_path / name).write_text("1")
     git("add", ".")
     git("commit", "-qm", "first")
     assert tracking.git_state(tmp_path)["git.dirty"] == "false"
-    for name in ("dvc.lock", "optional/dvc.lock"):
-        (tmp_path / name).write_text("2")  # what a run itself changes
+    # what a run itself changes, and what it keeps by itself
+    for name in ("params.yaml", "dvc.lock", "optional/dvc.lock"):
+        (tmp_path / name).write_text("2")
     assert tracking.git_state(tmp_path)["git.dirty"] == "false"
     (tmp_path / "code.py").write_text("2")
     assert tracking.git_state(tmp_path)["git.dirty"] == "true"

@@ -9,15 +9,19 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
+from mlflow_server import MlflowServer
 
 from gpt.files import sha256_of
 from gpt.text import RawFile, write_sources
+from pipeline.sync import send_all
 from pipeline.tracking import connect
+from pipeline.unsent import unsent_runs
 from stages.tokenize import TokenizeParams, tokenize
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -124,6 +128,20 @@ def leftovers(root: Path) -> list[Path]:
     return [*root.glob(".checkpoints/pretrain/*"), *root.glob(".pipeline/meeting-*")]
 
 
+@pytest.fixture
+def mlflow_server(
+    tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[MlflowServer]:
+    folder = tmp_path / "server"
+    folder.mkdir()
+    shutil.copy(empty_database, folder / "server.db")
+    server = MlflowServer(folder)
+    server.start()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    yield server
+    server.kill()
+
+
 def one_line(error: str) -> str:
     """The only line on stderr."""
     assert error.count("\n") == 1, error
@@ -181,6 +199,41 @@ def test_a_loss_that_is_not_finite_ends_with_its_step_its_rows_and_the_last_stat
         one_line(error),
     )
     assert not (project / "models" / "pretrain").exists()
+
+
+@pytest.mark.parametrize(("unreachable", "devices"), [("stop", 1), ("later", 2)])
+def test_a_training_whose_mlflow_dies_loses_nothing(
+    project: Path, mlflow_server: MlflowServer, unreachable: str, devices: int
+) -> None:
+    steps = 4 * STEPS  # long enough to find out before the end
+    set_train(project, devices=devices, steps=steps)
+    assert run(project)[0] == 0
+    straight = weights(project), curve(project)
+
+    set_train(project, devices=devices, steps=steps)
+    with (project / "params.yaml").open("a") as params:
+        params.write(f"tracking: {{unreachable: {unreachable}}}\n")
+    process = start(project)
+    wait_for_state(project)
+    mlflow_server.kill()
+    out, error = process.communicate(timeout=200)
+    assert "does not answer (Connection refused): pretrain goes on" in out
+    if unreachable == "stop":
+        assert process.returncode == 1
+        assert "Connection refused" in one_line(error)
+        mlflow_server.start()
+        code, out, error = run(project)
+        assert code == 0, error
+        assert f"continuing from step {steps} of {steps}" in out
+    else:
+        assert process.returncode == 0, error
+        mlflow_server.start()
+        send_all(project, print)
+    assert (weights(project), curve(project)) == straight
+    assert not leftovers(project)
+    assert not unsent_runs(project)
+    versions = connect(project).search_model_versions("name = 'base'")
+    assert len(versions) == 1, "the same bytes are one version"
 
 
 # --- several processes ----------------------------------------------------------------------------

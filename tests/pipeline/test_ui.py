@@ -39,6 +39,7 @@ def test_the_next_free_port_is_taken() -> None:
         assert ui.free_port(port) > port
 
 
+@pytest.mark.slow
 def test_both_pages_are_served_and_ctrl_c_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
