@@ -1,0 +1,122 @@
+"""A checkout of the project beside its own: one commit's code under parameters of its own.
+
+An agent's flow runs, the points of a sweep and what is made again for a proof run in one, so that
+nobody's files, index or `dvc.lock` are touched. It shares git's objects and DVC's cache with the
+project, and what `pipeline.home` names: outputs that are known come back without being made.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+from gpt.errors import InputError, RunError
+from pipeline.home import HOME_VARIABLE, home
+from pipeline.params import PARAMS_FILE
+
+
+def make_workspace(
+    project: Path, commit: str, folder: Path, *, params: bytes | None = None
+) -> Path:
+    """Check a commit out into a folder of its own.
+
+    Args:
+        project: a checkout of the project, the top of a git repository.
+        commit: whatever git takes for one.
+        folder: where to; made, and must not be there.
+        params: the bytes of `params.yaml` there; None keeps the commit's.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: the project is no git repository, or has no such commit.
+        RunError: git or the disk cannot do it; nothing is left of the folder then.
+    """
+    project = project.resolve()
+    sha = commit_of(project, commit)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        source = str(project)
+        git(project, "clone", "--quiet", "--shared", "--no-checkout", source, str(folder))
+        git(folder, "checkout", "--quiet", "--detach", sha)
+        _share_cache(project, folder)
+        if params is not None:
+            (folder / PARAMS_FILE).write_bytes(params)
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise RunError(
+            f"{folder}: {error.strerror or error}; make room or choose another"
+        ) from None
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return folder
+
+
+def environment(project: Path, folder: Path) -> dict[str, str]:
+    """Variables for a process that works in a workspace: its code, and what it shares."""
+    others = os.environ.get("PYTHONPATH")
+    return {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(folder), others])),
+        HOME_VARIABLE: str(home(project)),
+    }
+
+
+def commit_of(project: Path, commit: str) -> str:
+    """The full hash of a commit.
+
+    Raises:
+        InputError: the project is no git repository, or has no such commit.
+    """
+    if not (project / ".git").exists():
+        raise InputError(
+            f"{project}: is no git repository, and commits are git's; clone the project"
+        )
+    try:
+        return git(project, "rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}")
+    except RunError:
+        raise InputError(
+            f"{commit}: no such commit in {project}; fetch it, or name another"
+        ) from None
+
+
+def git(folder: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> str:
+    """What a git command says; nothing of the caller's own git settings reaches it.
+
+    Raises:
+        RunError: git is not there, or fails.
+    """
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
+    try:
+        done = subprocess.run(
+            ("git", "-C", str(folder), *arguments),
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**inherited, **(environment or {})},
+        )
+    except OSError as error:
+        raise RunError(f"git cannot be started ({error.strerror}); install it") from None
+    except subprocess.CalledProcessError as error:
+        said = [line for line in error.stderr.splitlines() if line.strip()] or ["no word why"]
+        reason = next((line for line in said if line.startswith("fatal")), said[-1])
+        raise RunError(f"`git {arguments[0]}` failed: {reason}") from None
+    return done.stdout.strip("\n")
+
+
+def _share_cache(project: Path, folder: Path) -> None:
+    """Use the project's cache, and the settings of DVC that git does not keep, as of remotes."""
+    from dvc.config import Config
+    from dvc.repo import Repo
+
+    with Repo(str(project)) as repo:
+        cache = repo.cache.local_cache_dir
+    own = project / ".dvc" / "config.local"
+    if own.is_file():
+        shutil.copy(own, folder / ".dvc" / "config.local")
+    with Config(str(folder / ".dvc"), validate=False).edit("local") as config:
+        config.setdefault("cache", {})["dir"] = cache
