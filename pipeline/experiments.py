@@ -1,10 +1,9 @@
 """A training that is done, as a DVC experiment: `dvc exp show` lists it, `dvc exp apply` takes it.
 
 It is saved from a copy of the project, so that the person's own files, index and `dvc.lock` stay as
-they are. `dvc exp run` is not what makes it, since with DVC 3.67 that (a) fails in a fresh clone
-unless the last stage's plotted outputs are in the cache, (b) even with `--temp` stashes the
-person's edits away for a moment, and (c) starts a training that was cut off from its first step,
-as its folder goes with it.
+they are. `dvc exp run` is not what makes it, since with DVC 3.67 that fails in a fresh clone unless
+the last stage's plotted outputs are in the cache, and even with `--temp` stashes the person's edits
+away for a moment.
 """
 
 from __future__ import annotations
@@ -21,7 +20,9 @@ from typing import Any
 from gpt.errors import InputError, RunError
 from gpt.files import write_json
 from pipeline.dag import LOCK_FILE
+from pipeline.overrides import set_value
 from pipeline.params import PARAMS_FILE
+from pipeline.workspace import git
 
 FOLDER = Path(".pipeline")
 
@@ -33,8 +34,8 @@ def check_git(root: Path) -> None:
         InputError: the project is not the top of a git repository, or has no commit.
     """
     try:
-        top = _git(root, "rev-parse", "--show-toplevel")
-        _git(root, "rev-parse", "--verify", "HEAD")
+        top = git(root, "rev-parse", "--show-toplevel")
+        git(root, "rev-parse", "--verify", "HEAD")
     except RunError:
         top = ""
     if not top or Path(top).resolve() != root.resolve():
@@ -89,25 +90,13 @@ def save_experiment(
             write_json(tree / path, values)
         _change(tree, stage, changes, cache)
         # metrics that no commit has yet; the rest of the outputs git is told to pass over
-        new = _git(tree, "ls-files", "-z", "--others", "--exclude-standard", *outputs, *metrics)
+        new = git(tree, "ls-files", "-z", "--others", "--exclude-standard", *outputs, *metrics)
         include = [f"--include-untracked={path}" for path in filter(None, new.split("\0"))]
-        save = ("dvc", "exp", "save", "--force", "--name", name, *include, stage)
-        _run(tree, sys.executable, "-m", *save)
-        head = _git(tree, "rev-parse", "HEAD")
+        _dvc(tree, "exp", "save", "--force", "--name", name, *include, stage)
+        head = git(tree, "rev-parse", "HEAD")
         ref = f"refs/exps/{head[:2]}/{head[2:]}/{name}"
         where = str(tree)
-        _git(root, "fetch", "--quiet", "--no-tags", "--no-write-fetch-head", where, f"+{ref}:{ref}")
-
-
-def set_value(section: Any, path: str, value: Any) -> None:
-    """Put a value at its path in nested mappings; None takes it away."""
-    *owners, leaf = path.split(".")
-    for each in owners:
-        section = section.setdefault(each, {})
-    if value is None:
-        section.pop(leaf, None)
-    else:
-        section[leaf] = value
+        git(root, "fetch", "--quiet", "--no-tags", "--no-write-fetch-head", where, f"+{ref}:{ref}")
 
 
 def _copy_project(root: Path, tree: Path) -> Path:
@@ -120,16 +109,16 @@ def _copy_project(root: Path, tree: Path) -> Path:
     """
     from dvc.repo import Repo
 
-    _git(root, "clone", "--quiet", "--shared", "--no-checkout", str(root.resolve()), str(tree))
-    _git(tree, "read-tree", "HEAD")
-    for name in filter(None, _git(root, "ls-files", "-z").split("\0")):
+    git(root, "clone", "--quiet", "--shared", "--no-checkout", str(root.resolve()), str(tree))
+    git(tree, "read-tree", "HEAD")
+    for name in filter(None, git(root, "ls-files", "-z").split("\0")):
         if (root / name).is_symlink() or (root / name).is_file():
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(root / name, tree / name, follow_symlinks=False)
     for key in ("user.name", "user.email"):  # of commits; a machine may have none
         known = subprocess.run(["git", "-C", str(tree), "config", key], capture_output=True)
         if known.returncode:
-            _git(tree, "config", key, "gpt-pipeline")
+            git(tree, "config", key, "gpt-pipeline")
     with Repo(str(root)) as repo:
         cache = Path(repo.cache.local_cache_dir)
     (tree / ".dvc" / "config.local").write_text(f"[cache]\n    dir = {cache}\n", encoding="utf-8")
@@ -156,21 +145,18 @@ def _change(tree: Path, stage: str, changes: Mapping[str, Any], cache: Path) -> 
                     del stages[name]
 
 
-def _git(folder: Path, *arguments: str) -> str:
-    return _run(folder, "git", *arguments)
-
-
-def _run(folder: Path, *command: str) -> str:
+def _dvc(folder: Path, *arguments: str) -> None:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
     try:
-        done = subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, check=True, env=environment
+        subprocess.run(
+            (sys.executable, "-m", "dvc", *arguments),
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=True,
+            env=environment,
         )
-    except OSError as error:
-        raise RunError(f"{command[0]} cannot be started ({error.strerror}); install it") from None
     except subprocess.CalledProcessError as error:
         said = [line for line in error.stderr.splitlines() if line.strip()] or ["no word why"]
-        reason = next((line for line in said if line.startswith(("ERROR", "fatal"))), said[-1])
-        what = " ".join(("dvc", *command[3:5]) if "dvc" in command else command[:2])
-        raise RunError(f"`{what}` failed: {reason}") from None
-    return done.stdout.strip("\n")
+        reason = next((line for line in said if line.startswith("ERROR")), said[-1])
+        raise RunError(f"`dvc {' '.join(arguments[:2])}` failed: {reason}") from None

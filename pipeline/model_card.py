@@ -23,9 +23,8 @@ from pipeline.report_content import (
 )
 from pipeline.report_facts import Facts
 from pipeline.runner import STAGES
+from pipeline.version_page import LONGEST
 
-LONGEST = 5000
-"""Characters that MLflow's database has for the description of a model's version."""
 _MOST_ROWS = 8  # of the tables of classes and of sources
 
 _ABOUT = {

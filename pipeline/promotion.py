@@ -3,7 +3,8 @@
 The stage `evaluate` has scored the models at hand. The champion is asked the same test examples
 here, and both are compared by a paired bootstrap (`gpt.bootstrap.compare`). The registry's aliases
 move: `champion` to what is better, `previous` to what was the champion. The decisions stand in
-`.pipeline/promotion.json`, on the versions as tags, and in the report.
+`.pipeline/promotion.json`, on the versions as tags, and in the report. What a person chose stands
+on the registered model as a tag, so that it holds for every checkout and machine of this registry.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import pandas as pd
 from filelock import FileLock
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
@@ -30,12 +30,15 @@ from pipeline.states import stage_lock
 from pipeline.tracking import connect, named_failure
 
 if TYPE_CHECKING:
+    import pandas as pd
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
     from stages.evaluate import EvaluateParams
 
 CHAMPION, PREVIOUS = "champion", "previous"
+BY_HAND = "by_hand"
+"""The tag of a registered model that says which version a person chose, and over which."""
 DECISIONS = Path(".pipeline/promotion.json")
 ANSWERS = Path(".pipeline/champion")
 """What the champion answered where it was compared, for the report: `assistant.csv`."""
@@ -48,7 +51,7 @@ MODELS = {
 """The registered models that are compared, and where their newest versions lie."""
 
 _REMEDY = "remove it, and run `gpt-pipeline promote`"
-_ALREADY = "as before"
+_ALREADY, _BY_HAND = "as before", "by hand"
 _ROUNDING = 1e-5
 """A smaller difference is one of rounding: the champion's scores are computed anew, perhaps on
 another processor than those of the version at hand."""
@@ -146,7 +149,7 @@ def promote_the_better(root: Path, rule: PromotionParams, params: EvaluateParams
         evaluated = _evaluated(root)
         said = _said(root)
         known = _known(root, said, rule, evaluated)
-        asked = _Asked(root, client, rule, params, known, said.get("by_hand", {}))
+        asked = _Asked(root, client, rule, params, known, said.get(BY_HAND, {}))
         found = [_decide(asked, name, md5) for name, md5 in evaluated.models.items()]
         decisions: list[Decision] = []
         for decision in (each for each in found if each is not None):
@@ -193,23 +196,76 @@ def promote_by_hand(root: Path, name: str, version: int | None = None) -> int:
         found = version_of(client, name, CANDIDATE if version is None else version)
         if found is None:
             asked = "candidate" if version is None else f"version {version}"
-            raise InputError(f"{name}: no {asked} is registered; see the models in `make ui`")
-        number = int(found.version)
-        said = _said(root)
-        over = None
-        with contextlib.suppress(InputError):  # nothing was evaluated: nothing is at hand
-            over = version_of(client, name, md5=_evaluated(root).models[name])
-        chosen = {"version": number, "over": int(over.version) if over is not None else None}
-        decisions = [each for each in read_decisions(root) if each.model != name]
-        decision = Decision(model=name, version=number, score="", promoted=True, why="by hand")
-        _carry_out(client, decision)
-        _keep(root, decision, None)
-        by_hand = {**said.get("by_hand", {}), name: chosen}
-        earlier = _parsed(root, said, "earlier")
-        known = {(each.model, each.version): each for each in earlier}
-        state = {**said, "models": None, "by_hand": by_hand}
-        _write(root, state, [*decisions, decision], known)
-    return number
+            raise _none_registered(client, name, asked)
+        _choose(root, client, name, int(found.version))
+    return int(found.version)
+
+
+def roll_back(root: Path, name: str) -> tuple[int, int]:
+    """Make the previous champion the champion again; what was the champion is `previous` then.
+
+    It stays the champion until a version is better that is neither the one that it replaces nor at
+    hand now.
+
+    Args:
+        root: the project.
+        name: a registered model.
+
+    Returns:
+        The version that is the champion now, and the one that was.
+
+    Raises:
+        InputError: there is no such model, or no other version that was its champion.
+        RunError: MLflow cannot be reached.
+    """
+    from mlflow.exceptions import MlflowException
+
+    client = connect(root)
+    with _alone(root), named_failure(root, "failed in the rollback", MlflowException):
+        now, before = (version_of(client, name, alias) for alias in (CHAMPION, PREVIOUS))
+        if now is None:
+            raise _none_registered(client, name, "champion")
+        was, number = int(now.version), int(before.version) if before is not None else 0
+        if number in (0, was):
+            raise InputError(
+                f"{name}: no version but {was} was its champion, so there is nothing to go back "
+                f"to; `gpt-pipeline promote {name} --version N` makes another one the champion"
+            )
+        _choose(root, client, name, number, over=was)
+    return number, was
+
+
+def _none_registered(client: MlflowClient, name: str, asked: str) -> InputError:
+    """That a model has no such version, or that there is no such model and which there are."""
+    names = sorted(each.name for each in client.search_registered_models())
+    if name in names:
+        return InputError(f"{name}: no {asked} is registered; see its versions in `make ui`")
+    told = f"use one of {', '.join(names)}" if names else "none is registered; run `make run` first"
+    return InputError(f"{name}: no such model; {told}")
+
+
+def _choose(
+    root: Path, client: MlflowClient, name: str, version: int, over: int | None = None
+) -> None:
+    """Crown a version by hand: over the one at hand, and over another one that was rejected."""
+    rejected = {over} if over is not None else set()
+    with contextlib.suppress(InputError):  # nothing was evaluated: nothing is at hand
+        md5 = _evaluated(root).models.get(name, "")
+        here = version_of(client, name, md5=md5) if md5 else None
+        rejected |= {int(here.version)} if here is not None else set()
+    said = _said(root)
+    decisions = [each for each in read_decisions(root) if each.model != name]
+    decision = Decision(model=name, version=version, score="", promoted=True, why=_BY_HAND)
+    # the reason first: an alias that moves without it would be moved back
+    chosen = json.dumps({"version": version, "over": sorted(rejected)})
+    client.set_registered_model_tag(name, BY_HAND, chosen)
+    _carry_out(client, decision)
+    _keep(root, decision, None)
+    earlier = _parsed(root, said, "earlier")
+    known = {(each.model, each.version): each for each in earlier}
+    noted = {key: value for key, value in said.get(BY_HAND, {}).items() if key != name}
+    state = {**said, "models": None, BY_HAND: noted}
+    _write(root, state, [*decisions, decision], known)
 
 
 # --- what was decided -----------------------------------------------------------------------------
@@ -231,7 +287,8 @@ def _evaluated(root: Path) -> _Evaluated:
     import yaml
 
     try:
-        locked = yaml.safe_load((root / "dvc.lock").read_text(encoding="utf-8"))
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        locked = yaml.load((root / "dvc.lock").read_text(encoding="utf-8"), loader)
         stage = locked["stages"]["evaluate"]
         read = {each["path"]: each["md5"] for each in stage["deps"]}
         models = {name: read.pop(path.as_posix()) for name, path in MODELS.items()}
@@ -305,7 +362,8 @@ class _Asked:
         rule: when a version is better.
         params: how the evaluated models were asked.
         known: the decisions that stand, by model and version.
-        by_hand: by model the version that a person chose, and over which.
+        noted: what a person chose before the registry kept it: by model the version, and over
+            which.
         answers: filled: what a champion answered that writes texts, a table a model.
     """
 
@@ -314,7 +372,7 @@ class _Asked:
     rule: PromotionParams
     params: EvaluateParams
     known: dict[tuple[str, int], Decision]
-    by_hand: dict[str, dict[str, int | None]]
+    noted: dict[str, dict[str, int | None]]
     answers: dict[str, pd.DataFrame] = field(default_factory=dict)
 
 
@@ -337,7 +395,7 @@ def _decide(asked: _Asked, name: str, md5: str) -> Decision | None:
     kept = Decision(
         model=name, version=version, champion=number, score=score, promoted=False, why=""
     )
-    if asked.by_hand.get(name) == {"version": number, "over": version}:
+    if version in _rejected(asked, name, number):
         return replace(kept, why=f"version {number} was chosen by hand")
     if before is not None and before.champion == number and before.score == score:
         if not before.promoted:
@@ -359,6 +417,31 @@ def _decide(asked: _Asked, name: str, md5: str) -> Decision | None:
         promoted=promoted,
         why=why,
     )
+
+
+def _rejected(asked: _Asked, name: str, champion: int) -> list[int]:
+    """The versions over which a person chose the champion; none where nobody chose it."""
+    tag = asked.client.get_registered_model(name).tags.get(BY_HAND)
+    if tag is None:  # an earlier version of this program noted it in the file of decisions
+        noted = asked.noted.get(name, {})
+        over = noted.get("over")
+        return [over] if noted.get("version") == champion and over is not None else []
+    try:
+        said = TypeAdapter(_ByHand).validate_json(tag)
+    except ValidationError:
+        raise InputError(
+            f"{name}: its tag {BY_HAND} in MLflow is not what a promotion writes there; remove the "
+            f"tag, or choose again: `gpt-pipeline promote {name} --version {champion}`"
+        ) from None
+    return said.over if said.version == champion else []
+
+
+@dataclass(frozen=True, slots=True)
+class _ByHand:
+    """What the tag says."""
+
+    version: int
+    over: list[int]
 
 
 def _judged(
@@ -387,22 +470,29 @@ def _carry_out(client: MlflowClient, decision: Decision) -> None:
         verdict = f"{'champion' if decision.promoted else 'not promoted'}: {decision.why}"
         client.set_model_version_tag(decision.model, str(decision.version), "verdict", verdict)
     if decision.promoted:
-        _crown(client, decision.model, decision.version)
+        _crown(client, decision.model, decision.version, by_hand=decision.why == _BY_HAND)
 
 
-def _crown(client: MlflowClient, name: str, version: int) -> None:
-    """Move the aliases, unless the version has them already."""
+def _crown(client: MlflowClient, name: str, version: int, by_hand: bool) -> None:
+    """Move the aliases, unless the version has them already; what was chosen by hand is past."""
     champion = version_of(client, name, CHAMPION)
     if champion is not None and int(champion.version) == version:
         return
+    if not by_hand:
+        client.delete_registered_model_tag(name, BY_HAND)
     if champion is not None:
         client.set_registered_model_alias(name, PREVIOUS, str(champion.version))
     client.set_registered_model_alias(name, CHAMPION, str(version))
 
 
 @contextlib.contextmanager
-def _files_of(version: ModelVersion, name: str) -> Iterator[Path]:
+def files_of(version: ModelVersion, whose: str = "its", remedy: str = "") -> Iterator[Path]:
     """The model directory of a registered version, for as long as the block lasts.
+
+    Args:
+        version: of a model.
+        whose: the files are, in an error.
+        remedy: the end of an error's line.
 
     Raises:
         InputError: it cannot be fetched whole; or what is in it was refused within the block.
@@ -410,11 +500,7 @@ def _files_of(version: ModelVersion, name: str) -> Iterator[Path]:
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    uri = f"models:/{name}/{version.version}"
-    remedy = (
-        "so nothing can be compared with it; bring them back, or name another champion: "
-        f"`gpt-pipeline promote {name}`"
-    )
+    uri = f"models:/{version.name}/{version.version}"
     with tempfile.TemporaryDirectory() as folder:
         try:
             fetched = Path(mlflow.artifacts.download_artifacts(uri, dst_path=folder))
@@ -422,7 +508,7 @@ def _files_of(version: ModelVersion, name: str) -> Iterator[Path]:
         except (MlflowException, OSError, ValueError) as error:
             why = " ".join(str(error).split())
             raise InputError(
-                f"{uri}: the champion's files are gone or cannot be fetched ({why}), {remedy}"
+                f"{uri}: {whose} files are gone or cannot be fetched ({why}){remedy}"
             ) from None
         try:
             yield directory
@@ -430,7 +516,7 @@ def _files_of(version: ModelVersion, name: str) -> Iterator[Path]:
             if folder not in str(error):
                 raise
             why = str(error).replace(str(directory), "").lstrip("/")
-            raise InputError(f"{uri}: the champion's files are damaged ({why}), {remedy}") from None
+            raise InputError(f"{uri}: {whose} files are damaged ({why}){remedy}") from None
 
 
 # --- what both make of the same examples ----------------------------------------------------------
@@ -447,7 +533,11 @@ def _compare(asked: _Asked, name: str, version: ModelVersion) -> _Compared | str
     """The model at hand and the champion on the same examples; or why that cannot be."""
     scores = {"base": _bases, "classifier": _classifiers, "assistant": _assistants}
     rule = asked.rule
-    with _files_of(version, name) as champion:
+    remedy = (
+        ", so nothing can be compared with it; bring them back, or name another champion: "
+        f"`gpt-pipeline promote {name}`"
+    )
+    with files_of(version, "the champion's", remedy) as champion:
         try:
             pair = scores[name](asked, champion)
         except OSError as error:
@@ -490,6 +580,8 @@ def _same_split(asked: _Asked, name: str, champion: Path) -> bool:
 
 
 def _bases(asked: _Asked, champion: Path) -> tuple[Score, Score] | str:
+    import pandas as pd
+
     from stages.evaluate.bases import window_losses
 
     root, params = asked.root, asked.params
@@ -533,6 +625,8 @@ def _classifiers(asked: _Asked, champion: Path) -> tuple[Score, Score] | str:
 
 
 def _assistants(asked: _Asked, champion: Path) -> tuple[Score, Score] | str:
+    import pandas as pd
+
     from gpt.text_scores import score_texts
     from stages.evaluate.assistant import answer_records, records_by_part
 
@@ -566,6 +660,8 @@ def _assistants(asked: _Asked, champion: Path) -> tuple[Score, Score] | str:
 
 
 def _read(root: Path, name: str) -> pd.DataFrame:
+    import pandas as pd
+
     path = root / _PREDICTIONS / f"{name}.csv"
     return pd.read_csv(path, keep_default_na=False, dtype=str)
 

@@ -15,7 +15,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
@@ -38,6 +37,7 @@ from pipeline.tracking import (
 )
 
 if TYPE_CHECKING:
+    import pandas as pd
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
@@ -376,6 +376,8 @@ def _most_wrong(path: Path) -> list[Wrong]:
 
 
 def _table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    import pandas as pd
+
     remedy = "run `gpt-pipeline run --force evaluate`"
     try:
         table = pd.read_csv(path, keep_default_na=False, dtype=str)

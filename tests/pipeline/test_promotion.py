@@ -28,6 +28,7 @@ from gpt.weights import save_model
 from pipeline.models import register, version_of
 from pipeline.promotion import (
     ANSWERS,
+    BY_HAND,
     CHAMPION,
     DECISIONS,
     PREVIOUS,
@@ -36,6 +37,7 @@ from pipeline.promotion import (
     promote_by_hand,
     promote_the_better,
     read_decisions,
+    roll_back,
 )
 from pipeline.states import stage_lock
 from pipeline.tracking import StageRun, connect, dvc_md5
@@ -271,6 +273,101 @@ def test_what_a_person_chose_stays_until_something_new_is_better(project):
     assert (new.version, new.promoted) == (3, True)
 
 
+def by_hand(root, name):
+    tag = connect(root).get_registered_model(name).tags.get(BY_HAND)
+    return tag and json.loads(tag)
+
+
+def forget(root):
+    """What an agent's fresh checkout has not: anything of this one but the registry."""
+    shutil.rmtree(root / ".pipeline")
+
+
+def test_a_rollback_swaps_champion_and_previous_and_no_later_run_undoes_it(project):
+    change(project, "classifier", spoil)
+    promote_by_hand(project, "classifier")
+    change(project, "classifier", spoil)
+    promote_the_better(project, RULE, EVALUATE)
+    assert aliases(project, "classifier") == {CHAMPION: 1, PREVIOUS: 2}
+    assert roll_back(project, "classifier") == (2, 1)
+    assert aliases(project, "classifier") == {CHAMPION: 2, PREVIOUS: 1}
+    assert version_of(connect(project), "classifier", 2).tags["verdict"] == "champion: by hand"
+    assert by_hand(project, "classifier") == {"version": 2, "over": [1]}
+    for again in (lambda _: None, forget):  # here, and in another checkout
+        again(project)
+        kept = decision(promote_the_better(project, RULE, EVALUATE), "classifier")
+        assert (kept.version, kept.promoted) == (1, False)
+        assert kept.why == "version 2 was chosen by hand"
+        assert aliases(project, "classifier") == {CHAMPION: 2, PREVIOUS: 1}
+    # and back: the two change places as often as one likes
+    assert roll_back(project, "classifier") == (1, 2)
+    assert aliases(project, "classifier") == {CHAMPION: 1, PREVIOUS: 2}
+
+
+def test_a_rollback_where_nothing_was_evaluated_holds_against_what_it_replaced(project):
+    change(project, "classifier", spoil)
+    promote_by_hand(project, "classifier")
+    change(project, "classifier", spoil)
+    promote_the_better(project, RULE, EVALUATE)
+    lock = (project / "dvc.lock").read_text()
+    (project / "dvc.lock").unlink()  # as on a machine that only looks at the registry
+    assert roll_back(project, "classifier") == (2, 1)
+    (project / "dvc.lock").write_text(lock)
+    forget(project)
+    assert not decision(promote_the_better(project, RULE, EVALUATE), "classifier").promoted
+
+
+def test_a_rollback_holds_until_something_new_is_better(project):
+    change(project, "classifier", spoil)
+    promote_by_hand(project, "classifier")
+    change(project, "classifier", spoil)
+    promote_the_better(project, RULE, EVALUATE)
+    roll_back(project, "classifier")
+    change(project, "classifier", lambda weights: weights["score.weight"].mul_(1.5))
+    forget(project)
+    new = decision(promote_the_better(project, RULE, EVALUATE), "classifier")
+    assert (new.version, new.promoted) == (3, True)
+    assert aliases(project, "classifier") == {CHAMPION: 3, PREVIOUS: 2}
+    assert by_hand(project, "classifier") is None, "what was chosen is past"
+
+
+def test_without_a_previous_champion_a_rollback_is_refused_and_nothing_moves(project):
+    with pytest.raises(InputError) as caught:
+        roll_back(project, "classifier")
+    assert str(caught.value) == (
+        "classifier: no version but 1 was its champion, so there is nothing to go back to; "
+        "`gpt-pipeline promote classifier --version N` makes another one the champion"
+    )
+    assert aliases(project, "classifier") == {CHAMPION: 1}
+    assert by_hand(project, "classifier") is None
+    with pytest.raises(InputError, match=r"^nothing: no such model; use one of "):
+        roll_back(project, "nothing")
+
+
+def test_a_choice_that_an_earlier_release_noted_in_its_file_still_holds(project):
+    change(project, "classifier", spoil)
+    promote_by_hand(project, "classifier")
+    change(project, "classifier", spoil)
+    promote_the_better(project, RULE, EVALUATE)
+    promote_by_hand(project, "classifier", 2)
+    connect(project).delete_registered_model_tag("classifier", BY_HAND)
+    noted = {"by_hand": {"classifier": {"version": 2, "over": 1}}}
+    (project / DECISIONS).write_text(json.dumps(noted))
+    kept = decision(promote_the_better(project, RULE, EVALUATE), "classifier")
+    assert (kept.promoted, kept.why) == (False, "version 2 was chosen by hand")
+    # a newer choice takes its place
+    promote_by_hand(project, "classifier", 1)
+    assert json.loads((project / DECISIONS).read_text())["by_hand"] == {}
+    assert by_hand(project, "classifier") == {"version": 1, "over": [1]}
+
+
+def test_a_tag_that_no_promotion_wrote_is_named(project):
+    change(project, "classifier", keep)
+    connect(project).set_registered_model_tag("classifier", BY_HAND, "Anna, in May")
+    with pytest.raises(InputError, match=r"classifier: its tag by_hand in MLflow is not [^\n]*$"):
+        promote_the_better(project, RULE, EVALUATE)
+
+
 def test_an_alias_that_a_person_moved_back_stays_there(project):
     change(project, "classifier", spoil)
     promote_by_hand(project, "classifier")
@@ -494,8 +591,10 @@ def test_a_model_that_is_not_registered_here_is_left_out(project):
 
 
 def test_errors_are_one_line(project, tmp_path):
-    with pytest.raises(InputError, match="classifier: no version 7 is registered; see the models"):
+    with pytest.raises(InputError, match="classifier: no version 7 is registered; see its"):
         promote_by_hand(project, "classifier", 7)
+    with pytest.raises(InputError, match=r"^no-model: no such model; use one of [^\n]*classifier$"):
+        promote_by_hand(project, "no-model")
     (project / DECISIONS).write_text('{"decisions": [{"model": 3}]}')
     with pytest.raises(InputError, match=r"promotion\.json: decisions\.0\..*; remove it, and run"):
         read_decisions(project)
