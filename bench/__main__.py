@@ -18,7 +18,7 @@ from bench.worker import as_it_comes
 from gpt.errors import InputError, RunError
 
 AGAINST_PEERS = ("training", "generation", "tokenization", "classification", "instruction")
-NAMES = (*AGAINST_PEERS, "ablation", "keeping", "recipe", "assistant")
+NAMES = (*AGAINST_PEERS, "ablation", "keeping", "recipe", "assistant", "orchestration")
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -367,6 +367,7 @@ def test_the_operations_of_a_step_are_those_of_its_parameters_and_of_attention()
 # --- the command line -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_table_is_printed_and_written_where_it_is_wanted(tmp_path):
     before = {file: file.read_bytes() for file in (ROOT / "bench" / "results").glob("*")}
     ran = subprocess.run(
@@ -393,7 +394,7 @@ def test_an_unknown_benchmark_is_named_in_one_line(capsys):
     assert stopped.value.code == 2
     assert capsys.readouterr().err == (
         "error: argument NAME: 'speed' is none of training, generation, tokenization, "
-        "classification, instruction, ablation, keeping, recipe, assistant\n"
+        "classification, instruction, ablation, keeping, recipe, assistant, orchestration\n"
     )
 
 
@@ -433,7 +434,8 @@ def test_what_is_switched_off_is_what_the_step_would_use(change, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+# orchestration takes minutes, and is made of commands that the end-to-end tests run
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "orchestration"])
 def test_a_quick_run_of_each_benchmark_gives_its_tables(name, tmp_path):
     if name == "generation" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip("no C++ compiler")

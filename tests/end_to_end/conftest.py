@@ -4,10 +4,12 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+
+pytest.register_assert_rewrite("story")
 
 ROOT = Path(__file__).parents[2]
 _LEFT_OUT = {".venv", ".git", "data", "models", "mlartifacts", "__pycache__", ".dvc/cache"}
@@ -18,6 +20,8 @@ class Project:
     """A project folder and the commands of its user."""
 
     root: Path
+    said: list[str] = field(default_factory=list)
+    """What each command printed."""
 
     def run(self, *command: str, code: int = 0, **environment: str) -> str:
         """Run a command in the project; its output, standard error included.
@@ -41,8 +45,9 @@ class Project:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=500,
+            timeout=900,
         )
+        self.said.append(done.stdout)
         assert done.returncode == code, done.stdout
         return done.stdout
 

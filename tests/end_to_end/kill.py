@@ -582,7 +582,9 @@ def _look_after_kill(scratch: Scratch, root: Path, seconds: float, damaged: set[
             lines = (folder / "metrics.jsonl").read_text().splitlines()
             for line in lines:
                 with contextlib.suppress(ValueError):
-                    step = max(step, json.loads(line)[0])
+                    match json.loads(line):
+                        case [int(at), _, _]:  # else it is a text
+                            step = max(step, at)
     model = _model(root, scratch.stage)
     note = root / ".pipeline" / "runs" / f"{scratch.stage}.json"
     written = _newer(model / "model.safetensors", started)
