@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench.harness import Comparison, Machine, Settings
-from bench.training import DTYPES, compare_steps, large_shape, our_job
+from bench.training import compare_steps, large_shape, our_job
 from bench.worker import Alternative, as_ours
 from gpt.attention import Documents, heads
 from gpt.device import Precision
@@ -20,7 +20,7 @@ from gpt.device import Precision
 def compare(settings: Settings, machine: Machine) -> Iterator[Comparison]:
     """The step at 124M, each change by itself, in each precision; and bf16 against fp32."""
     shape = large_shape(settings)
-    for precision in DTYPES:
+    for precision in settings.precisions:
         for change, switched_off in CHANGES.items():
             yield compare_steps(
                 f"Our training step, {shape.title}: {change}, {precision}",

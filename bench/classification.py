@@ -65,8 +65,7 @@ def compare(settings: Settings, machine: Machine) -> Iterator[Comparison]:
         naive = recipe("fp32", settings)
         # so long that it is run once, for both tables
         in_full = _run_in_full(naive, home, settings) if settings.full else None
-        precisions: tuple[Precision, ...] = ("fp32", "bf16")
-        for precision in precisions:
+        for precision in settings.precisions:
             runs = compare_in_workers(
                 {
                     "ours": Alternative(

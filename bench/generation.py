@@ -72,7 +72,7 @@ def shapes(settings: Settings) -> list[Shape]:
 def compare(settings: Settings, machine: Machine) -> Iterator[Comparison]:
     """Our decoding against that of `transformers`, each shape in each precision."""
     for shape in shapes(settings):
-        for precision in DTYPES:
+        for precision in settings.precisions:
             yield _compare(shape, precision, settings, machine)
         if shape.rows == 1 and shape.new > 1:
             yield _compare_int8(shape, settings)

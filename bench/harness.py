@@ -23,6 +23,7 @@ import torch
 from rich.table import Table
 
 from bench.worker import Alternative, Ran, workers
+from gpt.device import Precision
 from gpt.errors import RunError
 from gpt.files import whole_file
 
@@ -49,6 +50,11 @@ class Settings:
     """A model directory to fine-tune; without one GPT-2 124M with random weights."""
     mirror: Path | None = None
     """The folder of real data."""
+
+    @property
+    def precisions(self) -> tuple[Precision, ...]:
+        """Each in which ours is measured; a quick run sees to the one that takes more code."""
+        return ("bf16",) if self.quick else ("fp32", "bf16")
 
 
 # --- the machine ----------------------------------------------------------------------------------

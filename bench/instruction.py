@@ -46,8 +46,7 @@ def compare(settings: Settings, machine: Machine) -> Iterator[Comparison]:
         some = home / "records.json"
         some.write_text(json.dumps(records), encoding="utf-8")
         write_raw_file(some, "instructions", "json", home / "instructions")
-        precisions: tuple[Precision, ...] = ("fp32", "bf16")
-        for precision in precisions:
+        for precision in settings.precisions:
             runs = compare_in_workers(
                 {
                     OURS: _ours(home, precision, settings),

@@ -25,14 +25,12 @@ from gpt.recipe import TrainParams, make_optimizers
 from gpt.train import Pass, accumulate, update
 from pipeline.tracking import StageRun
 
-PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
-
 
 def compare(settings: Settings, machine: Machine) -> Iterator[Comparison]:
     """A step by itself against one with a save, and against one with MLflow."""
     shape = large_shape(settings)
     seconds = TrainParams(steps=1).checkpoint_seconds
-    for precision in PRECISIONS:
+    for precision in settings.precisions:
         with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as folder:
             arguments = (shape, precision, Path(folder))
             runs = compare_in_workers(

@@ -78,7 +78,7 @@ def shapes(settings: Settings) -> list[Shape]:
 def compare(settings: Settings, machine: Machine) -> Iterator[Comparison]:
     """Our step against that of `transformers` and a textbook's, each shape in each precision."""
     for shape in shapes(settings):
-        for precision in DTYPES:
+        for precision in settings.precisions:
             yield _compare(shape, precision, settings, machine)
 
 

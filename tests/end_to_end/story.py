@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -99,8 +100,16 @@ def ask(api: str, what: str, **body: object) -> list[dict[str, object]]:
         data=json.dumps(body).encode(),
         headers={"Content-Type": "application/json"},
     )
-    with urllib.request.urlopen(request, timeout=30) as response:
-        return json.load(response)
+    until = time.monotonic() + 60
+    while True:
+        try:
+            with urllib.request.urlopen(request, timeout=30) as response:
+                return json.load(response)
+        except urllib.error.HTTPError as error:
+            # Prefect's word where its SQLite is being written to; its own client asks again too
+            if error.code != 503 or time.monotonic() > until:
+                raise
+            time.sleep(0.5)
 
 
 def last_task_runs(api: str) -> dict[str, dict[str, object]]:

@@ -153,6 +153,16 @@ class Site:
         """Whether a state of a training has been kept: it is under way."""
         return any((self.root / ".checkpoints" / stage).glob("*/step-*"))
 
+    def process(self, stage: str) -> psutil.Process:
+        """What trains for a flow run."""
+        for each in psutil.process_iter(["cmdline", "cwd"]):
+            words, folder = each.info["cmdline"] or [], each.info["cwd"] or ""
+            if words[1:] == ["-m", "pipeline", "stage", stage] and folder.startswith(
+                str(self.root)
+            ):
+                return each
+        raise AssertionError(f"nothing trains {stage}")
+
     def runs(self, stage: str) -> list[Any]:
         """The stage's runs in MLflow, oldest first."""
         import mlflow
@@ -344,11 +354,13 @@ def test_two_runs_share_one_slot_and_the_rest_of_them_overlaps(site):
     first = site.schedule(
         targets=["finetune_classifier"],
         overrides={
-            "finetune_classifier.train.steps": 6000,
-            "finetune_classifier.train.checkpoint_seconds": 1.0,
+            "finetune_classifier.train.steps": 2000,
+            "finetune_classifier.train.checkpoint_seconds": 0.5,
         },
     )
     site.until(lambda: site.training("finetune_classifier"), 300)
+    training = site.process("finetune_classifier")
+    training.suspend()  # it holds the slot for as long as the other run needs, on any machine
     second = site.schedule(
         targets=["load_gpt2", "finetune_instruct"],
         overrides={
@@ -356,6 +368,12 @@ def test_two_runs_share_one_slot_and_the_rest_of_them_overlaps(site):
             "finetune_instruct.train.learning_rate": 0.0007,
         },
     )
+    try:
+        site.until(
+            lambda: [run.info.status for run in site.runs("load_gpt2")][1:] == ["FINISHED"], 300
+        )
+    finally:
+        training.resume()
     assert {site.ended(each)["state"]["type"] for each in (first, second)} == {"COMPLETED"}
     classifier, instruct, load = (
         site.runs(stage)[-1].info

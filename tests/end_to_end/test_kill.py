@@ -31,10 +31,14 @@ def test_pretraining_killed_in_training_and_at_every_point_of_its_end_is_as_if_n
     pretraining,
 ):
     scratch, reference = pretraining
-    run = killed(scratch, "killed-aimed", ["saved", "saved", "writing", "written"])
+    for attempt in range(5):
+        run = killed(scratch, f"killed-aimed-{attempt}", ["saved", "saved", "writing", "written"])
+        assert run.problems == []
+        assert compare(reference, run.outcome) == []
+        # the writing takes milliseconds, through which who watches a busy machine may sleep
+        if len(run.kills) == 4:
+            break
     assert len(run.kills) == 4, run.outcome.output
-    assert run.problems == []
-    assert compare(reference, run.outcome) == []
     assert [kill.went_on for kill in run.kills] == [kill.saved for kill in run.kills]
     assert len(run.outcome.runs) == 1, "the kills left a state, and with it the MLflow run"
 

@@ -43,8 +43,15 @@ if os.environ.get("GPT_PIPELINE_EVENTS"):
     with open(os.environ["GPT_PIPELINE_EVENTS"], "a") as file:
         file.write(json.dumps({"event": "message", "text": f"hello from {name}"}) + "\\n")
 print("printed by", name, flush=True)
+def written(by):
+    path = pathlib.Path("ran-" + by)
+    return len(path.read_text().split()) if path.exists() else 0
 with open(f"ran-{name}", "a") as file:
     file.write(f"{time.time()} ")
+    file.flush()
+    other, until = os.environ.get(f"MEETS_{name}"), time.monotonic() + 60
+    while other and written(other) < written(name) and time.monotonic() < until:
+        time.sleep(0.05)
     try:
         time.sleep(float(seconds))
     except KeyboardInterrupt:

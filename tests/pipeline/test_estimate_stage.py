@@ -428,22 +428,26 @@ def test_memory_and_time_are_near_those_of_the_real_run(tiny, tmp_path, stage):
     (root / "params.yaml").write_text(yaml.safe_dump(params))
     for folder in ("gpt", "stages", "pipeline"):  # the runner's fingerprint reads the code
         (root / folder).symlink_to(ROOT / folder)
-    result = estimate.estimate(root, stage, console=Console(file=io.StringIO()))[stage]
-    started = time.monotonic()
     program = (
         "import sys; from pipeline.probe import peak_memory; from pipeline.runner import run_stage;"
         "from pathlib import Path; code = run_stage(sys.argv[1], Path.cwd());"
         "print('peak', peak_memory()); sys.exit(code)"
     )
-    ran = subprocess.run(
-        [sys.executable, "-c", program, stage],
-        cwd=root,
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    took = time.monotonic() - started
-    peak = int(ran.stdout.split("peak ")[-1].split()[0])
-    assert result.peak == pytest.approx(peak, rel=0.15)
-    assert took / 1.5 - 5 < result.total_seconds < took * 1.5  # the first run makes the database
+    for _ in range(3):  # others may use the machine, too, in one of the two and not in the other
+        result = estimate.estimate(root, stage, console=Console(file=io.StringIO()))[stage]
+        started = time.monotonic()
+        ran = subprocess.run(
+            [sys.executable, "-c", program, stage],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        took = time.monotonic() - started
+        peak = int(ran.stdout.split("peak ")[-1].split()[0])
+        assert result.peak == pytest.approx(peak, rel=0.15)
+        # the first run makes the database
+        if took / 1.5 - 5 < result.total_seconds < took * 1.5:
+            return
+    pytest.fail(f"it took {took:.1f} s, and {result.total_seconds:.1f} s were expected")

@@ -214,12 +214,14 @@ def test_a_changed_parameter_runs_its_stage_and_what_follows_and_back_restores(p
 @pytest.mark.slow
 def test_stages_side_by_side_end_well_again_and_again(make_project, run, dvc):
     # some 40 MB each, so that hashing and writing dvc.lock overlap too
-    root = make_project(seconds=1.5, size=20_000)
+    root = make_project(size=20_000)
+    # each waits until the other has begun: side by side, however busy the machine is
+    meeting = {"MEETS_left": "right", "MEETS_right": "left"}
     params = [
         f"first: {{}}\nleft: {{turn: {turn}}}\nright: {{turn: {turn}}}\nlast: {{}}\n"
         for turn in range(6)
     ]
-    code, shown = run(root, params=params[:5])
+    code, shown = run(root, params=params[:5], environment=meeting)
     assert code == 0, shown
     assert counts(root) == {"first": 1, "left": 5, "right": 5, "last": 1}
     turns = zip(executions(root, "left"), executions(root, "right"), strict=True)

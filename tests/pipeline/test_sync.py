@@ -260,12 +260,12 @@ def test_mlflow_killed_in_the_middle_and_stop_loses_nothing(
     assert error.count("\n") == 1
     assert "Connection refused" in error
     assert "learn goes on, but cannot end well before it answers; the state is kept" in out
+    (kept,) = (project / ".checkpoints").rglob("step.json")
+    assert json.loads(kept.read_text()) == 160, "no step is made again"
     server.start()
-    before = time.monotonic()
     process = start("learn", project)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 0, error
-    assert time.monotonic() - before < 25  # 160 steps take 8 s, and are not made again
     run = assert_whole(project, 160)
     assert run.info.run_id == begun
     assert run.data.tags["resumed"] == "1"
