@@ -103,15 +103,15 @@ class LocalServer:
     """
 
     def __init__(self, root: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}/api"
         self._log = home(root) / ".prefect" / "server.log"
         self._log.parent.mkdir(parents=True, exist_ok=True)
-        with self._log.open("wb") as log:
+        # handed on with its port: one that is only looked up may be another's by then
+        with self._log.open("wb") as log, socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            self.url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "pipeline.server", str(port)],
+                [sys.executable, "-m", "pipeline.server", str(listener.fileno())],
+                pass_fds=[listener.fileno()],
                 # Its end tells the server that we are gone, however we went.
                 stdin=subprocess.PIPE,
                 stdout=log,
@@ -197,8 +197,8 @@ def _tables(database: Path) -> str:
     return f"{prefect.__version__} {revision}"
 
 
-def serve(port: int) -> None:
-    """Serve Prefect's API on loopback until standard input ends."""
+def serve(listener: socket.socket) -> None:
+    """Serve Prefect's API on a bound socket until standard input ends."""
     collect_seldom()
     import uvicorn
     from prefect.server.api.server import create_app
@@ -217,8 +217,6 @@ def serve(port: int) -> None:
 
     config = uvicorn.Config(
         create_app(ephemeral=True, final=True),
-        host="127.0.0.1",
-        port=port,
         log_level="error",
         lifespan="on",
         timeout_graceful_shutdown=5,
@@ -232,11 +230,11 @@ def serve(port: int) -> None:
 
     threading.Thread(target=watch, daemon=True).start()
     with temporary_settings(settings):
-        server.run()
+        server.run(sockets=[listener])
     if server.started and (tables := _tables(database)) and tables != known:
         with whole_file(noted) as partial:
             partial.write_text(tables, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    serve(int(sys.argv[1]))
+    serve(socket.socket(fileno=int(sys.argv[1])))

@@ -4,7 +4,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -13,6 +12,7 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
+from ports import free_port
 
 
 def _programs() -> Path | None:
@@ -42,9 +42,7 @@ class Postgres:
         # signs that have a meaning in an address: what forgets to escape them does not connect
         self.secret = secrets.token_hex(12)
         self.password = f"p@ss/{self.secret}%"
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
 
     def __enter__(self) -> "Postgres":
         assert PROGRAMS is not None

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ports import free_port
 
 from pipeline.server import answers, environment
-from pipeline.ui import free_port
 
 STAGES = [
     "download",
@@ -84,7 +84,7 @@ def serving(
 @contextlib.contextmanager
 def prefect_server(root: Path, **settings: str) -> Iterator[str]:
     """Prefect's server on a free port; its API's address."""
-    port = free_port(4300 + os.getpid() % 400)
+    port = free_port()
     url = f"http://127.0.0.1:{port}/api"
     command = ("prefect", "server", "start", "--port", str(port))
     log = root / ".pipeline" / "prefect-server.log"

@@ -6,7 +6,6 @@ The tests of this file build on each other: they are one story, told in its orde
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +19,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from ports import free_port
 
 from pipeline.server import environment
 
@@ -43,9 +43,7 @@ class Site:
     def __init__(self, origin: Any, folder: Path) -> None:
         self.origin, self.folder = origin, folder
         self.root = folder / "agent"
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.api = f"http://127.0.0.1:{port}/api"
         subprocess.run(["git", "clone", "-q", origin.root, self.root], check=True)
         self.environment = {

@@ -14,6 +14,7 @@ import urllib.request
 import psutil
 import pytest
 import stand_in
+from ports import free_port
 from postgres import Postgres, needs_postgresql
 from story import *  # noqa: F403
 from story import Servers, prefect_server, serving
@@ -21,7 +22,6 @@ from story import Servers, prefect_server, serving
 from gpt.events import Text
 from pipeline.server import answers
 from pipeline.tracking import StageRun, quiet_environment
-from pipeline.ui import free_port
 
 # the first setup starts three servers, makes their tables and runs the whole pipeline
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), needs_postgresql]
@@ -37,7 +37,7 @@ def database():
 def servers(project, database, tmp_path_factory):
     """`mlflow server` and `prefect server`, each with a database, MLflow's files kept by itself."""
     files = tmp_path_factory.mktemp("files")
-    port = free_port(5900 + os.getpid() % 90)
+    port = free_port()
     mlflow = f"http://127.0.0.1:{port}"
     command = ("mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1")
     settings = {
@@ -100,7 +100,10 @@ def test_ui_serves_the_databases_that_the_environment_names(
     run.close("FINISHED")
     assert (tmp_path / "mlartifacts/learn" / run.id / "artifacts/samples/a.txt").is_file()
 
-    code = f"from pathlib import Path; from pipeline import ui; ui.serve(Path({str(tmp_path)!r}))"
+    code = (
+        "from pathlib import Path; from pipeline import ui;"
+        f"ui.serve(Path({str(tmp_path)!r}), mlflow_port={free_port()}, prefect_port={free_port()})"
+    )
     prefect = {"PREFECT_SERVER_DATABASE_CONNECTION_URL": database.address("prefect", "asyncpg")}
     addresses = tmp_path / ".pipeline/ui.json"
     with (

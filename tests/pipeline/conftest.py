@@ -2,13 +2,13 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 from pipeline.server import answers
 from pipeline.server import environment as server_environment
@@ -92,9 +92,7 @@ class PrefectServer:
     """A whole Prefect server, as a team has one, that can go away and come back."""
 
     def __init__(self, home: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self._port = probe.getsockname()[1]
+        self._port = free_port()
         self._home = home
         self._process: subprocess.Popen[bytes] | None = None
         self.api = f"http://127.0.0.1:{self._port}/api"

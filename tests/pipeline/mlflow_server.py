@@ -8,8 +8,9 @@ import time
 import urllib.request
 from pathlib import Path
 
+from ports import free_port
+
 from pipeline.tracking import quiet_environment
-from pipeline.ui import free_port
 
 
 class MlflowServer:
@@ -18,7 +19,7 @@ class MlflowServer:
     def __init__(self, folder: Path, database: Path | None = None) -> None:
         self.folder = folder
         self.database = database or folder / "server.db"
-        self.uri = f"http://127.0.0.1:{free_port(5500 + os.getpid() % 400)}"
+        self.uri = f"http://127.0.0.1:{free_port()}"
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:

@@ -31,16 +31,23 @@ def add_flow(api, name):
         pass
 
 
-def test_a_history_goes_on_in_the_next_server_and_one_that_was_removed_begins_anew(tmp_path):
+def test_tables_are_migrated_where_they_may_be_old_and_made_where_there_are_none(tmp_path):
     with LocalServer(tmp_path) as server:
         add_flow(server.url, "first")
-    with LocalServer(tmp_path) as server:
-        assert names(server.url) == ["first"]
 
     folder = tmp_path / ".prefect"
     with closing(sqlite3.connect(folder / "prefect.db")) as database:
         (revision,) = database.execute("SELECT version_num FROM alembic_version").fetchone()
-    assert (folder / "prefect.db.tables").read_text().split()[1] == revision
+    note = folder / "prefect.db.tables"
+    assert note.read_text().split()[1] == revision
+
+    # of a revision that no migration knows: only who looks at none goes on with them
+    with closing(sqlite3.connect(folder / "prefect.db")) as database:
+        database.execute("UPDATE alembic_version SET version_num = 'unknown'")
+        database.commit()
+    note.write_text(note.read_text().replace(revision, "unknown"))
+    with LocalServer(tmp_path) as server:
+        assert names(server.url) == ["first"]
 
     for file in folder.glob("prefect.db*"):
         if file.suffix != ".tables":

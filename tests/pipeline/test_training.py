@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import psutil
 import pytest
 import yaml
 from mlflow_server import MlflowServer
+from ports import free_port
 
 from gpt.files import sha256_of
 from gpt.text import RawFile, write_sources
@@ -306,9 +306,7 @@ def test_two_machines_train_one_model_and_the_first_writes(project: Path, tmp_pa
     )
     for root in (project, other):
         set_train(root, devices=1)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     nodes = {"PET_NNODES": "2", "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(port)}
     machines = [
         start(root, **nodes, PET_NODE_RANK=str(rank)) for rank, root in enumerate((project, other))

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import stand_in
+from ports import free_port
 
 from gpt.events import Text
 from pipeline import ui
@@ -49,7 +50,10 @@ def test_both_pages_are_served_and_ctrl_c_leaves_nothing_behind(
     run(Text("samples/a.txt", "a sample"))
     run.close("FINISHED")
     project = Path(ui.__file__).parent.parent
-    code = f"from pathlib import Path; from pipeline import ui; ui.serve(Path({str(tmp_path)!r}))"
+    code = (
+        "from pathlib import Path; from pipeline import ui;"
+        f"ui.serve(Path({str(tmp_path)!r}), mlflow_port={free_port()}, prefect_port={free_port()})"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=tmp_path,
