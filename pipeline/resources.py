@@ -88,6 +88,10 @@ def cards() -> list[str]:
     return [str(i) for i, _ in enumerate(x for x in found.stdout.splitlines() if "GPU" in x)]
 
 
+def _no_wait(record: logging.LogRecord) -> bool:
+    return "failed to process item" not in str(record.msg)
+
+
 def _give_back(slots: contextlib.AbstractContextManager[None]) -> None:
     """A lease that nobody renews ends by itself: a server that restarts now fails no stage."""
     with contextlib.suppress(Exception):
@@ -141,8 +145,9 @@ class Resources:
         import httpx
         from prefect.concurrency.sync import concurrency
 
-        # to wait is no fault of Prefect's service, which would tell it every few seconds
-        logging.getLogger("prefect._internal.concurrency").setLevel(logging.CRITICAL)
+        # to wait is no fault of Prefect's service, which would tell it every few seconds; these
+        # loggers of its heed no level
+        logging.getLogger("prefect._internal.concurrency").addFilter(_no_wait)
         wanted = max(1, len(self._cards)) if need.devices is None else need.devices
         told = False
         while not self._stopping.is_set():

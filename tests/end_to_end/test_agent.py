@@ -33,7 +33,7 @@ STAGES = {
     "evaluate",
 }
 # long enough to be stopped in the middle, and kept often
-LONG = {"pretrain.train.steps": 1500, "pretrain.train.checkpoint_seconds": 1.0}
+LONG = {"pretrain.train.steps": 1000, "pretrain.train.checkpoint_seconds": 1.0}
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
@@ -291,7 +291,9 @@ def straight(site):
     root = site.folder / "straight"
     subprocess.run(["git", "clone", "-q", site.origin.root, root], check=True)
     params = yaml.safe_load((root / "params.yaml").read_text())
-    params["pretrain"]["train"].update({"steps": 1500, "checkpoint_seconds": 1.0})
+    params["pretrain"]["train"].update(
+        {path.rpartition(".")[2]: each for path, each in LONG.items()}
+    )
     (root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     mine = {**site.environment, "PYTHONPATH": str(root)}
     del mine["PREFECT_API_URL"]

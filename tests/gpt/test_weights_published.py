@@ -127,7 +127,7 @@ def test_124m_load_in_time_and_in_little_more_than_their_own_memory(tmp_path, fo
     program = Path(__file__).with_name("loading.py")
     root = program.parent.parent.parent
     seconds = []
-    while len(seconds) < 3 and min(seconds, default=9) > 3:  # others may use the machine, too
+    while len(seconds) < 10 and min(seconds, default=9) > 3:  # others may use the machine, too
         done = subprocess.run(
             [sys.executable, program, tmp_path],
             env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *sys.path])},
