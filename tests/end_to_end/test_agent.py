@@ -192,6 +192,12 @@ def site(project, tmp_path_factory):
         log = site.folder / "gpt-pipeline-agent.log"
         site.until(lambda: "work pool 'gpu'" in log.read_text(), 120)
         site.do("prefect", "--no-prompt", "deploy", "--all")
+        # at two in the morning the nightly run would come between, and every quarter of an hour
+        # the watch
+        scheduled = [each for each in site.ask("deployments/filter", {}) if each["schedules"]]
+        assert {each["name"] for each in scheduled} == {"nightly", "watch"}
+        for each in scheduled:
+            site.ask(f"deployments/{each['id']}/pause_deployment", {})
         yield site
     finally:
         if agent is not None:
