@@ -6,6 +6,7 @@ directory, on the instructions of "Build a Large Language Model (From Scratch)".
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from stages.finetune_instruct import FinetuneInstructParams, finetune_instruct
 
 SAMPLE_BASE = Path(__file__).parents[1] / "samples" / "gpt2-nano"
 LEARNING_RATE, LORA_LEARNING_RATE = 1e-3, 5e-3
+QUICK_RECORDS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,10 @@ def compare(settings: Settings, machine: Machine) -> Iterator[Comparison]:
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         name = write_base(settings, home / "base")
+        if settings.quick:
+            some = json.loads(file.read_text("utf-8"))[:QUICK_RECORDS]
+            file = home / "records.json"
+            file.write_text(json.dumps(some), encoding="utf-8")
         write_raw_file(file, "instructions", "json", home / "instructions")
         runs = compare_in_workers(
             {

@@ -346,13 +346,13 @@ def test_bad_input_is_never_tried_again(project, run):
 
 
 def test_a_stage_is_stopped_at_its_time_limit_which_is_said(make_project, run):
-    root = make_project(seconds=60)
+    root = make_project(seconds=400)
     with (root / "params.yaml").open("a") as params:
         params.write("flow: {time_limits: {left: 0.05, right: 0.05}}\n")
     began = time.monotonic()
     code, shown = run(root)
     assert code == 1
-    assert time.monotonic() - began < 55
+    assert time.monotonic() - began < 200
     assert "left: stopped after 0.05 min, its time limit (flow.time_limits in" in shown
     assert not (root / "left.txt").exists()
 
@@ -399,13 +399,13 @@ def test_a_server_that_restarts_in_the_middle_is_told_the_end_all_the_same(
     ("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"]
 )
 def test_a_signal_stops_the_stages_and_says_how_to_go_on(make_project, start, number, expected):
-    root = make_project(seconds=30)
+    root = make_project(seconds=400)
     process = start(root)
     until = time.monotonic() + 60
     while not (root / "ran-left").exists() and time.monotonic() < until:
         time.sleep(0.1)
     process.send_signal(number)
-    shown, _ = process.communicate(timeout=30)
+    shown, _ = process.communicate(timeout=120)
     assert process.returncode == expected, shown
     assert "`gpt-pipeline run` goes on from here" in shown
     assert "Traceback" not in shown

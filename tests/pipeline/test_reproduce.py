@@ -219,7 +219,7 @@ def test_nothing_is_left_of_one_that_is_stopped_and_two_of_the_same_do_not_meet(
     with pytest.raises(InputError, match="another process makes it again"):
         reproduce(project.root, f"assistant/{SLOW}")
     process.send_signal(number)
-    _, errors = process.communicate(timeout=25)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + number
     assert errors.strip() == "error: stopped"
     assert left(project) == []
