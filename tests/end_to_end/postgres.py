@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from ports import free_port
+from local_servers import free_port
 
 
 def _programs() -> Path | None:

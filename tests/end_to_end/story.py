@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ports import free_port
+from local_servers import end_server, free_port
 
 from pipeline.server import answers, environment
 
@@ -77,8 +77,7 @@ def serving(
                 time.sleep(0.2)
             yield
         finally:
-            server.terminate()
-            server.wait(30)
+            end_server(server)
 
 
 @contextlib.contextmanager
@@ -93,23 +92,29 @@ def prefect_server(root: Path, **settings: str) -> Iterator[str]:
         yield url
 
 
-def ask(api: str, what: str, **body: object) -> list[dict[str, object]]:
-    """What Prefect's API finds."""
-    request = urllib.request.Request(
-        f"{api}/{what}/filter",
-        data=json.dumps(body).encode(),
+def call_api(api: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+    """What Prefect's API answers; something is posted to it if there is a body."""
+    asked = urllib.request.Request(
+        f"{api}/{path}",
+        data=None if body is None else json.dumps(body).encode(),
         headers={"Content-Type": "application/json"},
     )
     until = time.monotonic() + 60
     while True:
         try:
-            with urllib.request.urlopen(request, timeout=30) as response:
+            with urllib.request.urlopen(asked, timeout=30) as response:
                 return json.load(response)
         except urllib.error.HTTPError as error:
             # Prefect's word where its SQLite is being written to; its own client asks again too
             if error.code != 503 or time.monotonic() > until:
                 raise
             time.sleep(0.5)
+
+
+def ask(api: str, what: str, **body: object) -> list[dict[str, object]]:
+    """What Prefect's API finds."""
+    found: list[dict[str, object]] = call_api(api, f"{what}/filter", body)
+    return found
 
 
 def last_task_runs(api: str) -> dict[str, dict[str, object]]:

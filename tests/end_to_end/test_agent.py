@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,7 +18,8 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from ports import free_port
+from local_servers import end_server, free_port
+from story import call_api
 
 from pipeline.server import environment
 
@@ -93,21 +93,7 @@ class Site:
         return done.stdout
 
     def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        request = urllib.request.Request(
-            f"{self.api}/{path}",
-            data=None if body is None else json.dumps(body).encode(),
-            headers={"Content-Type": "application/json"},
-        )
-        until = time.monotonic() + 60
-        while True:
-            try:
-                with urllib.request.urlopen(request, timeout=30) as answer:
-                    return json.load(answer)
-            except urllib.error.HTTPError as error:
-                # Prefect's word where its SQLite is being written to; its own client asks again too
-                if error.code != 503 or time.monotonic() > until:
-                    raise
-                time.sleep(0.5)
+        return call_api(self.api, path, body)
 
     def schedule(self, seconds: float = 0.0, **parameters: Any) -> str:
         """A run of the deployment `on-demand`, so many seconds from now; its id."""
@@ -203,8 +189,7 @@ def site(project, tmp_path_factory):
         if agent is not None:
             agent.send_signal(signal.SIGTERM)
             agent.wait(90)
-        site.server.terminate()
-        site.server.wait(30)
+        end_server(site.server)
 
 
 def test_the_agent_says_what_it_has_to_work_with(site):

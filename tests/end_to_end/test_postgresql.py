@@ -14,7 +14,7 @@ import urllib.request
 import psutil
 import pytest
 import stand_in
-from ports import free_port
+from local_servers import free_port
 from postgres import Postgres, needs_postgresql
 from story import *  # noqa: F403
 from story import Servers, prefect_server, serving

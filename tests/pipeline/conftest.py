@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from ports import free_port
+from local_servers import end_server, free_port
 
 from pipeline.server import answers
 from pipeline.server import environment as server_environment
@@ -111,8 +111,7 @@ class PrefectServer:
 
     def stop(self) -> None:
         if self._process is not None:
-            self._process.terminate()
-            self._process.wait(30)
+            end_server(self._process)
 
 
 @pytest.fixture

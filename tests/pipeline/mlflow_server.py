@@ -8,7 +8,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-from ports import free_port
+from local_servers import free_port
 
 from pipeline.tracking import quiet_environment
 

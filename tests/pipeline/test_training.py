@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from local_servers import free_port
 from mlflow_server import MlflowServer
-from ports import free_port
 
 from gpt.files import sha256_of
 from gpt.text import RawFile, write_sources

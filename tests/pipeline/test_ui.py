@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import stand_in
-from ports import free_port
+from local_servers import free_port
 
 from gpt.events import Text
 from pipeline import ui

@@ -1,7 +1,9 @@
-"""Ports on loopback that nothing else is given before a server of a test listens on them."""
+"""What the servers that tests start on loopback share: their ports and their end."""
 
+import contextlib
 import os
 import socket
+import subprocess
 
 # below those that the system gives to connections, a part for each process of the tests
 _PART, _FIRST = 2_000, 20_000
@@ -10,7 +12,10 @@ _given = os.getpid() % _PART
 
 
 def free_port() -> int:
-    """A port that no server of these tests has or had, and nobody else has now."""
+    """A port that no server of these tests has or had, and nobody else has now.
+
+    Nothing else is given it before the server listens.
+    """
     global _given
     for _ in range(_PART):
         _given = (_given + 1) % _PART
@@ -22,3 +27,12 @@ def free_port() -> int:
                 continue
             return port
     raise AssertionError("no free port")
+
+
+def end_server(server: subprocess.Popen[bytes]) -> None:
+    """As one ends a server; one that takes its time about it is killed."""
+    server.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        server.wait(30)
+    server.kill()
+    server.wait()
