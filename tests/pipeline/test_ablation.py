@@ -238,7 +238,11 @@ def test_every_row_is_a_run_that_leads_back_to_its_parameters(done):
         if row.name != "too deep":
             assert 0 <= run.metrics["classifier/accuracy"] <= 1
             assert 0 <= run.metrics["classifier/validation_roc_auc"] <= 1
-            assert run.metrics["loss/validation"] == run.metrics["result/validation_loss"]
+            # the adapters' last loss; the merged layers round otherwise on some processors
+            rounding = 1e-6 if row.params.trainable == "lora" else 0
+            assert run.metrics["loss/validation"] == pytest.approx(
+                run.metrics["result/validation_loss"], rel=rounding, abs=0
+            )
     kept = {
         path.relative_to(root / "mlartifacts").as_posix().partition("artifacts/")[2]
         for path in (root / "mlartifacts").rglob("*.*")
