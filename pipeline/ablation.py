@@ -20,16 +20,13 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import yaml
-
 from gpt.errors import InputError, RunError
 from gpt.events import Event, Log, Message, Progress, Text
 from gpt.files import whole_file, write_json
 from pipeline.experiments import check_git, save_experiment
 from pipeline.markdown import NOTHING
 from pipeline.markdown import table as in_markdown
-from pipeline.overrides import params_with
-from pipeline.params import PARAMS_FILE
+from pipeline.overrides import params_with, read_beside_params
 
 STAGE = "finetune_classifier"
 FOLDER = Path(".pipeline") / "ablation"
@@ -68,12 +65,7 @@ def read_rows(root: Path, table: Path) -> list[Row]:
     Raises:
         InputError: the table cannot be read, or a row is impossible; each named.
     """
-    try:
-        raw = yaml.safe_load(table.read_text(encoding="utf-8"))
-        base = yaml.safe_load((root / PARAMS_FILE).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{table}: cannot be read ({reason}); correct it") from None
+    raw, base = read_beside_params(root, table)
     entries = raw.get("rows") if isinstance(raw, dict) else None
     if not isinstance(entries, list) or not 0 < len(entries) <= _MOST_ROWS:
         raise InputError(f"{table}: must hold `rows`, a list of 1 to {_MOST_ROWS}; see docs")

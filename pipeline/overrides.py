@@ -20,6 +20,21 @@ from pipeline.params import PARAMS_FILE, Params, load_params
 from pipeline.workspace import git
 
 
+def read_beside_params(root: Path, file: Path) -> tuple[Any, Any]:
+    """A file that names values, and the project's `params.yaml`, as YAML has them.
+
+    Raises:
+        InputError: one of them cannot be read.
+    """
+    try:
+        named = yaml.safe_load(file.read_text(encoding="utf-8"))
+        params = yaml.safe_load((root / PARAMS_FILE).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{file}: cannot be read ({reason}); correct it") from None
+    return named, params
+
+
 def set_value(section: Any, path: str, value: Any) -> None:
     """Put a value at its path in nested mappings; None takes it away."""
     *owners, leaf = path.split(".")

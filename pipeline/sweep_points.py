@@ -15,12 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import yaml
-
 from gpt.errors import InputError
 from pipeline.dag import Dag
-from pipeline.overrides import params_with
-from pipeline.params import PARAMS_FILE, SECTIONS
+from pipeline.overrides import params_with, read_beside_params
+from pipeline.params import SECTIONS
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
@@ -198,12 +196,7 @@ def read_sweep(root: Path, file: Path) -> Sweep:
     Raises:
         InputError: the file cannot be read, or a point is impossible; each named.
     """
-    try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
-        base = yaml.safe_load((root / PARAMS_FILE).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{file}: cannot be read ({reason}); correct it") from None
+    raw, base = read_beside_params(root, file)
     try:
         return _sweep(root, file, raw, base)
     except _FileError as error:

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,19 +18,10 @@ import psutil
 import pytest
 import yaml
 from local_servers import end_server, free_port
-from story import call_api
+from story import STAGES, call_api
 
-from pipeline.server import environment
+from pipeline.server import answers, environment
 
-STAGES = {
-    "download",
-    "tokenize",
-    "pretrain",
-    "load_gpt2",
-    "finetune_classifier",
-    "finetune_instruct",
-    "evaluate",
-}
 # long enough to be stopped in the middle, and kept often
 LONG = {"pretrain.train.steps": 1000, "pretrain.train.checkpoint_seconds": 1.0}
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -58,15 +48,8 @@ class Site:
         }
         self.server = self.start("prefect", "server", "start", "--port", str(port))
         self.environment["PREFECT_API_URL"] = self.api
-        self.until(self._answers, 120)
+        self.until(lambda: answers(self.api), 120)
         self.do("dvc", "remote", "add", "--local", "-d", "store", str(folder / "store"))
-
-    def _answers(self) -> bool:
-        try:
-            urllib.request.urlopen(f"{self.api}/health", timeout=1)
-        except OSError:
-            return False
-        return True
 
     def start(self, *command: str) -> subprocess.Popen[bytes]:
         with (self.folder / f"{command[0]}-{command[1]}.log").open("ab") as log:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from dvc.repo import Repo
 
@@ -207,3 +208,19 @@ class SmallProject:
         """Where MLflow keeps the files of a run, which is named as `pretrain 1`."""
         uri = self.client().get_run(self.runs[run]).info.artifact_uri
         return Path(uri.removeprefix("file://"))
+
+
+@contextlib.contextmanager
+def first_results(root: Path, empty_database: Path) -> Iterator[SmallProject]:
+    """A new project that was built once and committed; within the block it is the current one."""
+    root.mkdir()
+    shutil.copy(empty_database, root / "mlflow.db")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.setenv("DVC_NO_ANALYTICS", "true")
+        patch.setenv("DVC_SITE_CACHE_DIR", str(root.parent / "site"))
+        patch.chdir(root)
+        project = SmallProject(root)
+        project.build()
+        project.commit("The first results")
+        yield project

@@ -2,12 +2,11 @@
 
 import json
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
-from lineage_project import SHA256, URL, SmallProject
+from lineage_project import SHA256, URL, SmallProject, first_results
 from typer.testing import CliRunner
 
 from gpt.errors import InputError
@@ -20,16 +19,7 @@ def built(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Sma
     """Built, then again with other seeds: the assistant, then the base, then the assistant of the
     first base."""
     root = tmp_path_factory.mktemp("lineage") / "project"
-    root.mkdir()
-    shutil.copy(empty_database, root / "mlflow.db")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        patch.setenv("DVC_NO_ANALYTICS", "true")
-        patch.setenv("DVC_SITE_CACHE_DIR", str(root.parent / "site"))
-        patch.chdir(root)
-        project = SmallProject(root)
-        project.build()
-        project.commit("The first results")
+    with first_results(root, empty_database) as project:
         project.set("finetune_instruct", seed=2)
         project.build("finetune_instruct", "evaluate")
         project.commit("Another assistant")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from dvc.repo import Repo
-from lineage_project import SmallProject
+from lineage_project import SmallProject, first_results
 from typer.testing import CliRunner
 
 from gpt.errors import InputError
@@ -28,17 +28,8 @@ def project(
 ) -> Iterator[SmallProject]:
     """Built, and then the assistant four times more."""
     root = tmp_path_factory.mktemp("reproduce") / "project"
-    root.mkdir()
-    shutil.copy(empty_database, root / "mlflow.db")
     words = root / "pipeline" / "words.py"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        patch.setenv("DVC_NO_ANALYTICS", "true")
-        patch.setenv("DVC_SITE_CACHE_DIR", str(root.parent / "site"))
-        patch.chdir(root)
-        project = SmallProject(root)
-        project.build()
-        project.commit("The first results")
+    with first_results(root, empty_database) as project:
         project.set("finetune_instruct", seed=2)
         words.write_text('WORDS = "others"\n')
         project.commit("Other code")
