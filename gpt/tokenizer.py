@@ -9,8 +9,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TextIO
 
@@ -24,6 +27,14 @@ END_OF_TEXT = "<|endoftext|>"
 
 # How GPT-2 cuts text into words before merging (`r50k_pat_str` in tiktoken).
 _WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+
+_PART = 1 << 16
+"""Characters that are cut into words at once, about: a gap of a million blanks is too long for
+tiktoken's regular expressions, and it panics, which is no `Exception`."""
+_BLANK = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # tiktoken's `\s`
+_CUT = re.compile(f"[{_BLANK}](?=[^{_BLANK}])")
+_LONGEST_WORD = 1000
+"""Bytes of a word that are learnt from as one: learning takes a word's length squared."""
 
 
 def _byte_symbols() -> list[str]:
@@ -92,11 +103,12 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`; a literal `<|endoftext|>` in it is text like any other."""
-        return self._encoding.encode_ordinary(text)
+        return [*itertools.chain.from_iterable(map(self._encoding.encode_ordinary, _parts(text)))]
 
     def encode_array(self, text: str) -> np.ndarray:
         """`encode` into an array, (n,) uint32: without a Python number for each id."""
-        return self._encoding.encode_to_numpy(text, disallowed_special=())
+        parts = [self._encoding.encode_to_numpy(p, disallowed_special=()) for p in _parts(text)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     @functools.cached_property
     def byte_lengths(self) -> np.ndarray:
@@ -107,7 +119,8 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
         """`encode` for many texts; the result does not depend on the number of threads."""
-        return self._encoding.encode_ordinary_batch(list(texts), num_threads=threads)
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(self.encode, texts))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; bytes that do not form a character become U+FFFD."""
@@ -191,13 +204,18 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             f"vocab_size: {vocab_size} is too few; 256 bytes and {END_OF_TEXT} make 257"
         )
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
-    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
+            tokenizers.pre_tokenizers.FixedLength(_LONGEST_WORD),
+        ]
+    )
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size - 1,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    model.train_from_iterator(texts, trainer)
+    model.train_from_iterator(itertools.chain.from_iterable(map(_parts, texts)), trainer)
     vocab = model.get_vocab(with_added_tokens=False)
     # Every way to build a token counts as a merge, because tiktoken knows tokens, not pairs:
     # so a reader of merges.txt joins exactly what tiktoken joins.
@@ -213,6 +231,22 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def byte_tokenizer() -> Tokenizer:
     """The tokenizer whose ids are the bytes of the text, and 256 for `<|endoftext|>`."""
     return Tokenizer({**{s: byte for byte, s in enumerate(_SYMBOL_OF)}, END_OF_TEXT: 256}, [])
+
+
+def _parts(text: str) -> Iterator[str]:
+    """A text in parts that have the same words together as it has in one.
+
+    A blank before something else always begins a word (`_WORDS`): the blanks before it are one
+    word by themselves, at the end of a part as before it. A half of a surrogate pair, which no
+    UTF-8 can hold, becomes U+FFFD, as tiktoken has it.
+    """
+    if not text.isascii():
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    start = 0
+    while len(text) - start > _PART and (cut := _CUT.search(text, start + _PART)):
+        yield text[start : cut.start()]
+        start = cut.start()
+    yield text[start:]
 
 
 @contextlib.contextmanager

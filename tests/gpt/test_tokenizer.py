@@ -1,6 +1,7 @@
 import json
 import random
 import shutil
+import time
 
 import pytest
 import tiktoken
@@ -9,6 +10,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gpt import tokenizer as module
 from gpt.errors import InputError
 from gpt.tokenizer import END_OF_TEXT, byte_tokenizer, load_tokenizer, train_bpe
 
@@ -143,6 +145,47 @@ def test_batches_and_threads_change_nothing(trained):
     texts = [PROSE[i:] for i in range(0, 60)]
     one = trained.encode_batch(texts)
     assert one == trained.encode_batch(texts, threads=3) == [trained.encode(t) for t in texts]
+
+
+@given(
+    text=st.text(st.sampled_from(" \n\t\u00a0\u3000\x1c\x85\ufeff'sab1٣-.é🚢\0"), max_size=200),
+    part=st.integers(1, 30),
+)
+def test_a_text_in_parts_has_the_ids_that_it_has_in_one(trained, text, part):
+    whole = trained._encoding.encode_ordinary(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_PART", part)
+        assert trained.encode(text) == trained.encode_array(text).tolist() == whole
+
+
+@pytest.mark.parametrize("unit", [" ", "\n", "\u3000", " \t"])
+def test_a_gap_of_a_million_blanks_is_encoded(unit, trained):
+    text = f"before{unit * 1_000_001}after"
+    ids = trained.encode(text)
+    assert trained.decode(ids) == text
+    assert ids == trained.encode_array(text).tolist() == trained.encode_batch([text])[0]
+
+
+@pytest.mark.parametrize("unit", ["-", "acgt", "\u0301", " "])
+def test_learning_from_one_long_word_takes_no_time(unit):
+    start = time.process_time()
+    tokenizer = train_bpe([unit * 200_000 + "."], 300)
+    assert time.process_time() - start < 5  # a tenth of it; without a bound, a minute
+    assert tokenizer.decode(tokenizer.encode(unit * 100)) == unit * 100
+
+
+def test_words_that_are_cut_for_learning_change_no_ordinary_vocabulary(monkeypatch):
+    text = PROSE + " " + "longest" * 140
+    before = train_bpe([text], 400).hash
+    monkeypatch.setattr(module, "_LONGEST_WORD", 1_000_000)
+    monkeypatch.setattr(module, "_PART", 1)
+    assert train_bpe([text], 400).hash == before
+
+
+def test_half_a_surrogate_pair_is_encoded_as_a_replacement(trained):
+    ids = trained.encode("a\udce9b")
+    assert ids == trained.encode("a\ufffdb") == trained.encode_array("a\udce9b").tolist()
+    assert train_bpe(["a\udce9b"], 300).hash == train_bpe(["a\ufffdb"], 300).hash
 
 
 def test_half_a_character_is_shown_as_a_replacement():
