@@ -11,6 +11,14 @@ import torch
 # this is no folder. Those that want one name another (tests/gpt/conftest.py).
 os.environ["GPT_PIPELINE_CACHE"] = os.devnull
 
+# Git is set up in another way on each machine, and some know no user: here none does, and none is
+# guessed from the host's name.
+os.environ["GIT_CONFIG_GLOBAL"] = os.devnull
+os.environ["GIT_CONFIG_NOSYSTEM"] = "1"
+os.environ["GIT_CONFIG_COUNT"] = "1"
+os.environ["GIT_CONFIG_KEY_0"] = "user.useConfigOnly"
+os.environ["GIT_CONFIG_VALUE_0"] = "true"
+
 # Started in the background (by a CI, say), this process ignores Ctrl-C, and so would every process
 # that a test starts and interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)

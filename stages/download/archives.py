@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, Literal, cast
+from typing import IO, Any, Literal, Self, cast
 
 import zstandard
 
@@ -33,7 +33,7 @@ EXPANSION, EXPANSION_FLOOR = 200, 1 << 26
 """An archive may become so many times its size, or so many bytes, whichever is more."""
 
 MEMBERS_LIMIT = 200_000
-_EXTENSION_LIMIT = 1 << 20  # bytes of a tar's extended header, which is read into memory
+_HEADERS_LIMIT = 1 << 20  # bytes of the headers of one of a tar's members, held in memory
 _XZ_MEMORY = 1 << 29
 _LINK_LIMIT = 4096  # bytes of a link's target
 _ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2)
@@ -234,53 +234,83 @@ def _from_root(name: str, target: str) -> str:
 
 
 class _Member(tarfile.TarInfo):
-    """A tar's header, read with suspicion."""
+    """A member whose damaged header is told; tarfile takes it for the end of the archive."""
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:
-        """A header from its 512 bytes; tarfile takes a damaged one for the end of the archive."""
+    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> Self:
+        """The next member.
+
+        Raises:
+            tarfile.EOFHeaderError: a block of zeros, the end.
+            tarfile.ReadError: there is neither a member nor the end.
+        """
         try:
-            header = super().frombuf(buf, encoding, errors)
+            return super().fromtarfile(tarfile_)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # in none of its docs
+            raise
         except tarfile.HeaderError as error:
-            if len(buf) == tarfile.BLOCKSIZE and not any(buf):
-                raise  # the end
             raise tarfile.ReadError(str(error)) from None
-        if header.type in _EXTENSIONS and header.size > _EXTENSION_LIMIT:
-            raise NotHadError(f"a header of the archive has {header.size} bytes")
-        return header
 
 
-_EXTENSIONS = (
-    tarfile.XHDTYPE,
-    tarfile.XGLTYPE,
-    tarfile.SOLARIS_XHDTYPE,
-    tarfile.GNUTYPE_LONGNAME,
-    tarfile.GNUTYPE_LONGLINK,
-)
+class _Forwards:
+    """Blocks as the file that tarfile reads, forwards only.
 
-
-class _Blocks:
-    """What tarfile reads from: it is content with fewer or more bytes than it asks for."""
+    `allowance`, where it is set, is how many bytes may still be read. What tarfile reads to find a
+    member it keeps in memory, in pieces that differ between versions of Python: so the bound is
+    here, below all of them.
+    """
 
     def __init__(self, blocks: Iterator[bytes]) -> None:
         self._blocks = blocks
+        self._held = memoryview(b"")
+        self._position = 0
+        self.allowance: int | None = None
 
-    def read(self, _: int = -1) -> bytes:
-        """Some bytes; none at the end."""
-        return next(self._blocks, b"")
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, position: int) -> None:
+        if position < self._position:
+            raise tarfile.StreamError("its members are not one after the other")
+        for _ in self._parts(position - self._position):
+            pass
+
+    def read(self, size: int) -> bytes:
+        """At most `size` bytes, fewer at the end."""
+        if self.allowance is not None:
+            self.allowance -= size
+            if self.allowance < 0:
+                raise NotHadError(
+                    f"a member's headers in the archive have more than {_HEADERS_LIMIT} bytes"
+                )
+        return b"".join(self._parts(size))
+
+    def _parts(self, size: int) -> Iterator[memoryview]:
+        while size > 0:
+            self._held = self._held or memoryview(next(self._blocks, b""))
+            if not self._held:
+                return
+            part, self._held = self._held[:size], self._held[size:]
+            size -= len(part)
+            self._position += len(part)
+            yield part
 
 
 def _tar_entries(archive: Path, limit: int) -> Iterator[_Entry]:
     blocks = _within(_expanded(archive), limit, limit)
-    with tarfile.open(
-        fileobj=cast(Any, _Blocks(blocks)), mode="r|", tarinfo=_Member, errors="surrogateescape"
+    file = _Forwards(blocks)
+    file.allowance = _HEADERS_LIMIT
+    with tarfile.TarFile(
+        fileobj=cast(Any, file), tarinfo=_Member, errors="surrogateescape"
     ) as opened:
         for info in opened:
 
             def stream(info: tarfile.TarInfo = info) -> IO[bytes]:
                 return cast(IO[bytes], opened.extractfile(info))
 
+            file.allowance = None
             yield _tar_entry(info, stream)
+            file.allowance = _HEADERS_LIMIT
         for _ in blocks:  # the checksum of what it is packed in comes last
             pass
 

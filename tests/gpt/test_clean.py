@@ -1,4 +1,3 @@
-import pydoc_data.topics
 import re
 import subprocess
 import sys
@@ -450,14 +449,7 @@ def windows(passage):
 def english_passages():
     yield from ENGLISH
     for story in STORIES:
-        for paragraph in story.split("\n\n"):
-            if len(paragraph) >= 200:
-                yield paragraph
-    for topic in pydoc_data.topics.topics.values():
-        for paragraph in topic.split("\n\n"):
-            prose = paragraph and all(line[:1].isalpha() for line in paragraph.split("\n"))
-            if prose and len(paragraph) >= 200:
-                yield paragraph
+        yield from windows(story.replace("\n", " "))
 
 
 def test_the_language_filter_keeps_english_and_drops_ten_other_languages():

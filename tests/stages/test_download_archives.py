@@ -213,13 +213,47 @@ def test_a_bomb_beside_the_member_that_is_wanted_is_found_too(tmp_path, local, m
     refused(tmp_path, params(corpus=corpus), f"more than {1 << 20} bytes")
 
 
-def test_a_bomb_in_a_tars_own_headers_is_refused(tmp_path, local):
-    header = link("x", "", tarfile.XHDTYPE)
-    header.size = 1 << 26
-    content = header.tobuf() + bytes(1 << 26)
-    (local / "all.tar.gz").write_bytes(gzip.compress(content))
+def extended(kind=tarfile.XHDTYPE, size=1 << 26):
+    """A header that says that so many bytes of headers follow."""
+    header = link("x", "", kind)
+    header.size = size
+    return header.tobuf()
+
+
+def endless_sparse_map():
+    """A header in GNU's form for files with holes, whose list of holes goes on and on."""
+    header = bytearray(tarfile.TarInfo("a.txt").tobuf(tarfile.GNU_FORMAT))
+    header[156:157], header[482] = tarfile.GNUTYPE_SPARSE, 1
+    header[148:156] = b"%06o\0 " % tarfile.calc_chksums(bytes(header))[0]
+    more = bytearray(tarfile.BLOCKSIZE)
+    more[504] = 1
+    return bytes(header) + bytes(more) * 5000
+
+
+@pytest.mark.parametrize(
+    "bomb",
+    [
+        extended() + bytes(1 << 26),
+        extended(tarfile.XGLTYPE) + bytes(1 << 26),
+        extended(tarfile.GNUTYPE_LONGNAME) + bytes(1 << 26),
+        (extended(tarfile.GNUTYPE_LONGNAME, 1 << 19) + bytes(1 << 19)) * 3,
+        endless_sparse_map(),
+    ],
+    ids=["one file's", "all files'", "a name", "three names", "a sparse file's"],
+)
+def test_a_bomb_in_a_tars_own_headers_is_refused(tmp_path, local, bomb):
+    (local / "all.tar.gz").write_bytes(gzip.compress(bomb))
     corpus = story(file="all.tar.gz", member="a.txt")
-    refused(tmp_path, params(corpus=corpus), "a header of the archive has 67108864 bytes")
+    refused(tmp_path, params(corpus=corpus), "headers in the archive have more than 1048576 bytes")
+
+
+def test_a_tar_whose_later_header_is_damaged_is_not_read_as_if_it_ended_there(tmp_path, local):
+    path = make_archive(local / "all.tar", [("a.txt", STORY), ("b.txt", STORY)], "tar")
+    content = bytearray(path.read_bytes())
+    content[content.index(b"b.txt")] = ord("c")  # its checksum is another now
+    path.write_bytes(content)
+    source = {"name": "x", "file": "all.tar", "members": "*"}
+    refused(tmp_path, params(corpus=[source]), "not an archive that can be read")
 
 
 def test_too_many_members_are_refused(tmp_path, local, monkeypatch):
