@@ -54,13 +54,22 @@ def whole_file(path: Path) -> Iterator[Path]:
 def whole_directory(path: Path) -> Iterator[Path]:
     """Yield a new directory beside `path`; it becomes `path` if the block ends well, else goes.
 
-    What stood at `path` before is replaced as a whole. A directory left behind by a killed
-    process is cleared on the next call.
+    What stood at `path` before is replaced as a whole: a directory of the project's own, or one
+    that the caller knows to hold nothing else. A link to a directory stays, and what it leads to
+    is replaced. What a killed process left behind is cleared on the next call.
+
+    Raises:
+        InputError: something stands at `path` that is no directory.
     """
+    path = path.resolve()
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path}: is there and no directory; move it away or choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = _partial(path)
-    if partial.exists():
-        shutil.rmtree(partial)
+    partial, replaced = _partial(path), path.with_name(f".{path.name}.replaced.partial")
+    if replaced.is_dir() and not path.exists():  # killed between the two renames below
+        replaced.replace(path)
+    for left in (partial, replaced):
+        remove(left)
     partial.mkdir()
     try:
         yield partial
@@ -68,12 +77,25 @@ def whole_directory(path: Path) -> Iterator[Path]:
             if file.is_file():
                 _sync_file(file)
         if path.exists():
-            shutil.rmtree(path)
+            path.replace(replaced)
         partial.replace(path)
         sync_directory(path.parent)
     finally:
-        if partial.exists():
-            shutil.rmtree(partial, ignore_errors=True)
+        for left in (partial, replaced):
+            with contextlib.suppress(OSError):
+                remove(left)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link (not what it leads to) or a directory with all that it holds, if any.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

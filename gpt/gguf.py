@@ -33,6 +33,7 @@ _FILE_TYPES = {
     "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
 }
 _QUANTIZATION_VERSION = 2
+_WRITER = "gpt-pipeline"
 _HIGHEST = float(np.finfo(np.float16).max)
 # what a type can hold: of q8_0 it is the scale, a 127th of the greatest of its block
 _LIMITS = {
@@ -65,7 +66,7 @@ def write_gguf(
 
     Args:
         model: a language model, in any precision.
-        path: the file to write; one that is there is replaced.
+        path: the file to write; one that is there is replaced, whatever it is.
         tokenizer: the model's own.
         type: of the matrices; one whose rows are no multiple of 32 is `f16` in a `q8_0` file.
         name: what the file says it holds; by default its own name.
@@ -104,6 +105,15 @@ def write_gguf(
             writer.close()
 
 
+def is_ours(path: Path) -> bool:
+    """Whether a file is one that `write_gguf` wrote."""
+    try:
+        field = gguf.GGUFReader(path).fields[gguf.Keys.General.QUANTIZED_BY]
+        return bool(field.contents() == _WRITER)
+    except Exception:  # whatever it is, it says that the file is none
+        return False
+
+
 @torch.no_grad()
 def read_back(path: Path, model: GPT) -> None:
     """Put the weights of a file that `write_gguf` wrote in the place of the model's own.
@@ -138,6 +148,7 @@ def _describe(writer: gguf.GGUFWriter, model: GPT, type: GGUFType, name: str) ->
     config = model.config
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)
+    writer.add_quantized_by(_WRITER)
     writer.add_file_type(_FILE_TYPES[type])
     writer.add_quantization_version(_QUANTIZATION_VERSION)
     writer.add_vocab_size(config.vocab_size)

@@ -34,6 +34,11 @@ _CONV1D = re.compile(r"h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)
 # causal masks that old files carry along; the architecture implies them
 IGNORED = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 _HEADS = ("lm_head.weight", "score.weight")
+_WRITTEN = {
+    *("config.json", "model.safetensors", "generation_config.json", "vocab.json", "merges.txt"),
+    *("prompt.json", "tokenizer_config.json", "training.json"),
+}
+"""Every name that a model directory of ours may hold."""
 
 # config.json's name -> the only value under which the architecture is the one in gpt.model
 _FIXED = {
@@ -58,19 +63,25 @@ def save_model(
 
     Args:
         model: weights are written in their own precision.
-        directory: replaced as a whole if it exists.
+        directory: replaced as a whole if it is one that this function wrote.
         tokenizer: saved beside the weights.
         extra: further files, name to JSON value: `prompt.json` for an assistant,
             `training.json` for what was held out of its training.
 
     Raises:
-        InputError: the tokenizer's vocabulary is not the model's.
+        InputError: the tokenizer's vocabulary is not the model's, or something else stands at
+            `directory`.
     """
     config = model.config
     if tokenizer.vocab_size != config.vocab_size:
         raise InputError(
             f"{directory}: the model has {config.vocab_size} tokens, its tokenizer "
             f"{tokenizer.vocab_size}; use the tokenizer that the model was trained with"
+        )
+    if not _is_ours(directory):
+        raise InputError(
+            f"{directory}: is there and no model directory that was written here, or holds more; "
+            "choose another name, or move it away"
         )
     with whole_directory(directory) as partial:
         weights = partial / "model.safetensors"
@@ -88,6 +99,19 @@ def save_model(
         tokenizer.save(partial)
         for name, value in (extra or {}).items():
             write_json(partial / name, value)
+
+
+def _is_ours(directory: Path) -> bool:
+    """Whether nothing but an empty directory, or one that `save_model` wrote, would be lost."""
+    if not directory.is_dir():
+        return not directory.exists()
+    if not (names := {path.name for path in directory.iterdir()}):
+        return True
+    try:
+        config = read_json(directory / "config.json", missing="", remedy="")
+    except InputError:
+        return False
+    return names <= _WRITTEN and config.get("model_type") == "gpt2" and "qkv_bias" in config
 
 
 def load_model(

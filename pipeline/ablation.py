@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import shutil
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from typing import Any
 
 from gpt.errors import InputError, RunError
 from gpt.events import Event, Log, Message, Progress, Text
-from gpt.files import whole_file, write_json
+from gpt.files import remove, whole_file, write_json
 from pipeline.experiments import check_git, save_experiment
 from pipeline.markdown import NOTHING
 from pipeline.markdown import table as in_markdown
@@ -226,7 +225,7 @@ def _row(root: Path, table: str, row: Row, log: Log) -> dict[str, Any]:
     write_json(done, record)
     for each in folder.iterdir():  # the model is in DVC's cache
         if each != done:
-            shutil.rmtree(each) if each.is_dir() else each.unlink()
+            remove(each)
     return record
 
 

@@ -12,7 +12,7 @@ import torch
 from gpt.data import Batch
 from gpt.errors import InputError
 from gpt.formats import texts_in
-from gpt.gguf import GGUFType, read_back, write_gguf
+from gpt.gguf import GGUFType, is_ours, read_back, write_gguf
 from gpt.int8 import quantize
 from gpt.metrics import mean_loss, perplexity
 from gpt.model import GPT
@@ -23,7 +23,6 @@ DTYPES = ("float32", "float16", "bfloat16")
 SAMPLE_TOKENS = 8192
 """Of a text, the most that perplexity is measured on: half a minute for GPT-2 124M on two cores."""
 _EXTRA = ("prompt.json", "tokenizer_config.json", "training.json")
-_MAGIC = b"GGUF"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +56,7 @@ def export(source: Path, target: Path, dtype: str) -> int:
 
     Args:
         source: a model directory.
-        target: the directory to write; it is replaced as a whole if it is a model directory.
+        target: the directory to write; replaced as a whole if it is one that was written here.
         dtype: of the weights: `float32`, `float16` or `bfloat16`.
 
     Returns:
@@ -68,8 +67,6 @@ def export(source: Path, target: Path, dtype: str) -> int:
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype: {dtype!r} is not known; use one of {', '.join(DTYPES)}")
-    if target.exists() and not (target / "config.json").is_file():
-        raise InputError(f"{target}: is there and no model directory; choose another target")
     model = load_model(source, dtype=getattr(torch, dtype))
     extra = {
         name: json.loads((source / name).read_text(encoding="utf-8"))
@@ -87,7 +84,7 @@ def export_gguf(
 
     Args:
         source: a model directory.
-        target: the file to write; one that is there is replaced if it is GGUF.
+        target: the file to write; one that is there is replaced if this function wrote it.
         type: of the matrices.
         text: what the loss is measured on: plain text, documents separated by `<|endoftext|>`.
 
@@ -97,8 +94,11 @@ def export_gguf(
     Raises:
         InputError: `source` holds no language model, `target` something else, `text` no text.
     """
-    if target.exists() and not _is_gguf(target):
-        raise InputError(f"{target}: is there and no GGUF file; choose another target")
+    if target.exists() and not is_ours(target):
+        raise InputError(
+            f"{target}: is there and no GGUF file that was written here; choose another name, or "
+            "move it away"
+        )
     model, tokenizer = load_base(source)
     # before anything is written: a text that cannot be read should not cost a wait
     rows = list(_rows(tokenizer, text, model.config.context_length)) if text else []
@@ -112,13 +112,6 @@ def export_gguf(
     int8 = _perplexity(quantize(load_base(source)[0]), rows)
     tokens = sum(row.n_targets for row in rows)
     return size, Loss(tokens=tokens, before=before, after=after, int8=int8)
-
-
-def _is_gguf(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(len(_MAGIC)) == _MAGIC
 
 
 def _perplexity(model: GPT, rows: list[Batch]) -> float:

@@ -28,7 +28,7 @@ from pydantic.dataclasses import dataclass
 from gpt.device import pick_device
 from gpt.errors import InputError
 from gpt.events import Log, Message, discard
-from gpt.files import sha256_of, whole_file, write_json
+from gpt.files import read_json, sha256_of, whole_file, write_json
 from gpt.prompts import read_template
 from gpt.weights import load_base
 from pipeline.markdown import Cell, table
@@ -80,10 +80,12 @@ def measure(params: HarnessParams, *, model: Path, out: Path, log: Log = discard
 
     Raises:
         InputError: the harness is not installed, `model` holds no language model (or, for `chat`,
-            no template), a task is not known, or its data is not there.
+            no template), a task is not known, its data is not there, or `out` holds files of these
+            names that were not written here.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise InputError("lm-eval is not installed: pip install '.[lm-eval]'")
+    _refuse_other_files(out)
     template = read_template(model) if params.chat else None
     network, tokenizer = load_base(model)
     with _network(params.online):
@@ -123,6 +125,16 @@ def measure(params: HarnessParams, *, model: Path, out: Path, log: Log = discard
         partial.write_text(markdown(results), encoding="utf-8")
     write_json(out / RESULTS, results)
     return results
+
+
+def _refuse_other_files(out: Path) -> None:
+    there = [name for name in (RESULTS, TABLE, SAMPLES) if (out / name).exists()]
+    if not there:
+        return
+    with contextlib.suppress(InputError):
+        if "harness" in read_json(out / RESULTS, missing="", remedy=""):
+            return
+    raise InputError(f"{out}: holds a {there[0]} that was not written here; choose another --out")
 
 
 @contextlib.contextmanager

@@ -34,8 +34,10 @@ def make_workspace(
 
     Raises:
         InputError: the project is no git repository, or has no such commit.
-        RunError: git or the disk cannot do it; nothing is left of the folder then.
+        RunError: git or the disk cannot do it, and nothing is left of the folder; or there was one.
     """
+    if folder.exists():  # before anything that would be removed when it fails
+        raise RunError(f"{folder}: is there already; move it away")
     project = project.resolve()
     sha = commit_of(project, commit)
     try:

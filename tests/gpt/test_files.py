@@ -3,7 +3,7 @@
 import pytest
 
 from gpt.errors import InputError
-from gpt.files import read_json, sha256_of, whole_directory, whole_file, write_json
+from gpt.files import read_json, remove, sha256_of, whole_directory, whole_file, write_json
 
 
 def test_a_file_appears_only_when_it_is_whole(tmp_path):
@@ -63,6 +63,42 @@ def test_what_a_killed_process_left_behind_is_cleared(tmp_path):
     with whole_directory(tmp_path / "d") as partial:
         assert not list(partial.iterdir())
     assert not list((tmp_path / "d").iterdir())
+
+
+def test_a_link_to_a_directory_stays_and_leads_to_the_new_one(tmp_path):
+    (tmp_path / "disk" / "d").mkdir(parents=True)
+    (tmp_path / "d").symlink_to(tmp_path / "disk" / "d")
+    with whole_directory(tmp_path / "d") as partial:
+        (partial / "a").write_text("1")
+    assert (tmp_path / "d").is_symlink()
+    assert [path.name for path in (tmp_path / "disk").rglob("*")] == ["d", "a"]
+
+
+def test_a_file_is_not_replaced_by_a_directory(tmp_path):
+    (tmp_path / "d").write_text("dear")
+    with (
+        pytest.raises(InputError, match="no directory; move it away"),
+        whole_directory(tmp_path / "d"),
+    ):
+        pass
+    assert (tmp_path / "d").read_text() == "dear"
+
+
+def test_a_directory_whose_replacement_was_killed_is_there_until_the_next_is_whole(tmp_path):
+    (tmp_path / ".d.replaced.partial").mkdir()
+    (tmp_path / ".d.replaced.partial" / "old").touch()
+    with whole_directory(tmp_path / "d"):
+        assert (tmp_path / "d" / "old").exists()
+    assert not list((tmp_path / "d").iterdir())
+    assert list(tmp_path.iterdir()) == [tmp_path / "d"]
+
+
+def test_of_a_link_only_the_link_is_removed(tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "precious")
+    for path in (tmp_path / "link", tmp_path / "nothing"):
+        remove(path)
+    assert list(tmp_path.iterdir()) == [tmp_path / "precious"]
 
 
 def test_equal_values_give_equal_json_bytes(tmp_path):

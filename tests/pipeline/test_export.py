@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -41,13 +42,26 @@ def test_half_precision_halves_the_file_and_keeps_the_model(source, tmp_path):
     ).read_bytes()
 
 
-def test_nothing_but_a_model_is_written_over(source, tmp_path):
-    other = tmp_path / "letters"
-    other.mkdir()
-    (other / "letter.txt").write_text("dear")
-    with pytest.raises(InputError, match="no model directory; choose another target"):
-        export(source, other, "float16")
-    assert (other / "letter.txt").read_text() == "dear"
+@pytest.mark.parametrize("config", [None, {"port": 8080}, {"model_type": "gpt2"}, "ours"])
+def test_only_what_was_written_here_is_replaced(config, source, tmp_path):
+    target = tmp_path / "letters"
+    target.mkdir()
+    if config == "ours":
+        export(source, target, "float32")
+        export(source, target, "float32")
+        (target / "letter.txt").write_text("dear")
+    elif config:
+        (target / "config.json").write_text(json.dumps(config))
+        (target / "vocab.json").touch()
+    else:
+        (target / "model.safetensors").touch()
+    before = sorted(target.iterdir())
+    with pytest.raises(InputError, match="choose another name, or move it away"):
+        export(source, target, "float16")
+    assert sorted(target.iterdir()) == before
+
+
+def test_an_unknown_precision_is_named(source, tmp_path):
     with pytest.raises(InputError, match="dtype: 'int3' is not known; use one of float32"):
         export(source, tmp_path / "new", "int3")
 
@@ -85,8 +99,12 @@ def test_half_precision_of_a_half_precision_model_costs_nothing(source, tmp_path
 
 def test_a_gguf_goes_neither_over_other_files_nor_from_a_classifier(source, tmp_path):
     (tmp_path / "letter.txt").write_text("dear")
-    for other in (tmp_path / "letter.txt", source):
-        with pytest.raises(InputError, match="no GGUF file; choose another target"):
+    write_foreign = gguf.GGUFWriter(tmp_path / "llama.gguf", "gpt2")
+    write_foreign.write_header_to_file()
+    write_foreign.write_kv_data_to_file()
+    write_foreign.close()
+    for other in (tmp_path / "letter.txt", tmp_path / "llama.gguf", source):
+        with pytest.raises(InputError, match="no GGUF file that was written here; choose another"):
             export_gguf(source, other, "f16")
     assert (tmp_path / "letter.txt").read_text() == "dear"
     for _ in range(2):  # over its like it does

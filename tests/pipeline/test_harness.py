@@ -3,6 +3,7 @@
 Needs the extra `lm-eval`; without it only the line that says so is tested.
 """
 
+import importlib.util
 import json
 import math
 import socket
@@ -424,6 +425,14 @@ def test_only_language_models_are_measured(installed, refused, directory, tmp_pa
     no_template = "prompt.json: not there, so this model follows no instructions"
     refused(no_template, "hellaswag", model=tmp_path / "base", chat=True)
     refused("no such file; .* is no model directory", "hellaswag", model=tmp_path / "none")
+
+
+def test_files_of_someone_else_are_not_written_over(directory, monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)  # it is not needed yet
+    (tmp_path / "results.json").write_text('{"my": "results"}')
+    with pytest.raises(InputError, match=r"holds a results\.json that was not written here"):
+        measure(HarnessParams(tasks=("hellaswag",)), model=directory, out=tmp_path)
+    assert (tmp_path / "results.json").read_text() == '{"my": "results"}'
 
 
 def test_what_the_context_cannot_hold_is_refused(installed, refused, choices, writing):
