@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 from gpt.errors import InputError
 
 _LONGEST_JSON = 16 << 20
+_DEEPEST_JSON = 64
 
 
 def sync_directory(path: Path) -> None:
@@ -115,22 +118,91 @@ def read_json(path: Path, *, missing: str, remedy: str) -> dict[str, Any]:
         remedy: what to do about a file that holds something else.
 
     Raises:
-        InputError: there is no such file, or it holds no JSON object.
+        InputError: there is no such file, or as `parse_json`.
     """
     try:
         size = path.stat().st_size
         if size > _LONGEST_JSON:
             raise InputError(f"{path}: {size:,} bytes are no such file's size; {remedy}")
-        value = json.loads(path.read_bytes())
+        content = path.read_bytes()
     except FileNotFoundError:
         raise InputError(f"{path}: {missing}") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error}); {remedy}") from None
+    return parse_json(content, str(path), remedy)
+
+
+def parse_json(content: bytes, name: str, remedy: str) -> dict[str, Any]:
+    """The JSON object that a file's content says.
+
+    Args:
+        content: of the file.
+        name: what messages call it.
+        remedy: what to do about other content.
+
+    Raises:
+        InputError: it is no JSON object, git left it with a conflict, or it holds what only some
+            readers take, or each in its own way: a key twice, a number that is not finite or of
+            thousands of digits, half a surrogate pair, lists in lists in lists.
+    """
+    refuse_conflict(content, name)
+    try:
+        value = json.loads(content, object_pairs_hook=_unique)
+        if not isinstance(value, dict):
+            raise InputError(f"{name}: not a JSON object; {remedy}")
+        _check_plain(value)
     except InputError:
         raise
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({error}); {remedy}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: not a JSON object; {remedy}")
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{name}: not JSON ({error}); {remedy}") from None
     return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice[:60]!r} is given twice")
+    return value
+
+
+def _check_plain(value: Any) -> None:
+    layer, depth = [value], 0
+    while layer:
+        depth += 1
+        if depth > _DEEPEST_JSON:
+            raise ValueError(f"nested more than {_DEEPEST_JSON} deep")
+        below: list[Any] = []
+        for each in layer:
+            if isinstance(each, dict):
+                below += each.keys()
+                below += each.values()
+            elif isinstance(each, list):
+                below += each
+            elif isinstance(each, str):
+                each.encode()  # half a surrogate pair cannot be
+            elif isinstance(each, float) and not math.isfinite(each):
+                raise ValueError(f"{each} is no number of JSON's")
+        layer = below
+
+
+_CONFLICT = re.compile(rb"^(?:<{7}|>{7})(?: .{0,60}|$)", re.MULTILINE)
+
+
+def refuse_conflict(content: bytes, name: str) -> None:
+    """Refuse a file that `git merge` left to a person.
+
+    Raises:
+        InputError: naming the line of the first marker, and how to go on.
+    """
+    if found := _CONFLICT.search(content):
+        line = content.count(b"\n", 0, found.start()) + 1
+        marker = found[0].decode("utf-8", "replace").strip()
+        raise InputError(
+            f"{name}: line {line}: an unresolved merge conflict ({marker!r}); keep one of the two "
+            "versions, remove the lines <<<<<<<, ======= and >>>>>>>, and `git add` the file"
+        )
 
 
 def sha256_of(path: Path) -> str:

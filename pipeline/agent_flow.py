@@ -38,7 +38,7 @@ from pipeline.dvc_process import Processes, StageError
 from pipeline.flow import run_stages
 from pipeline.flow_params import FlowParams
 from pipeline.overrides import params_with, text_with, write_params
-from pipeline.params import PARAMS_FILE, SECTIONS, load_params
+from pipeline.params import PARAMS_FILE, SECTIONS, load_params, read_params
 from pipeline.tracking import dvc_md5
 
 NEW_DATA = "gpt-pipeline.new-data"
@@ -110,8 +110,6 @@ def set_params(
         InputError: there is no such stage, preset or parameter, or a value is impossible: as
             `params.yaml` would be told.
     """
-    import yaml
-
     for name in targets:
         if name not in SECTIONS:
             raise InputError(f"{name}: no such stage; use one of {', '.join(SECTIONS)}")
@@ -125,7 +123,7 @@ def set_params(
     load_params(file)
     if overrides:
         try:
-            params_with(yaml.safe_load(content), overrides)
+            params_with(read_params(file), overrides)
         except InputError as error:
             raise InputError(f"overrides: {error}") from None
         content = text_with(content, overrides)

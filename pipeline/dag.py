@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from gpt.errors import InputError
 from gpt.files import whole_file
+from pipeline.params import PARAMS_FILE, read_params
+from pipeline.yaml_files import read_yaml
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -134,7 +136,7 @@ class Dag:
     lock and waits for it.
 
     Raises:
-        InputError: `dvc.yaml` cannot be read.
+        InputError: `dvc.yaml`, `dvc.lock` or `params.yaml` cannot be read.
     """
 
     def __init__(self, root: Path) -> None:
@@ -142,6 +144,11 @@ class Dag:
         from dvc.lock import make_lock
         from dvc.repo import Repo
 
+        # DVC reads them, too, but says less of what is wrong in them
+        read_params(root / PARAMS_FILE)
+        for file in pipeline_files(root):
+            read_stages(file)
+            read_stages(file.with_name(LOCK_FILE))
         allow_missing_git(root)
         mend_rwlock(root)
         self.root = root
@@ -223,7 +230,7 @@ class Dag:
     def recorded(self) -> list[str]:
         """The stages that have an entry in a `dvc.lock`, in its order."""
         with self._locked():
-            return [name for lock in self._locks() for name in _read_lock(lock)]
+            return [name for lock in self._locks() for name in read_stages(lock)]
 
     def sort_lock(self, recorded: Iterable[str]) -> None:
         """Put the entries of each `dvc.lock` in the order that `dvc repro` gives them.
@@ -236,7 +243,7 @@ class Dag:
         recorded = list(recorded)
         with self._locked():
             for lock in self._locks():
-                now = _read_lock(lock)
+                now = read_stages(lock)
                 order = [name for name in recorded if name in now]
                 order += [name for name in self.stages if name in now and name not in order]
                 if order == list(now) or set(order) != set(now):
@@ -297,12 +304,22 @@ def _in_one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def _read_lock(path: Path) -> Mapping[str, Any]:
-    from dvc.utils.serialize import load_yaml
+def read_stages(path: Path) -> dict[str, dict[str, Any]]:
+    """What a `dvc.yaml` or a `dvc.lock` says of each stage; nothing if there is no such file.
 
+    Raises:
+        InputError: it is no YAML, git left it with a conflict, or it holds something else.
+    """
     if not path.exists():
         return {}
-    stages: Mapping[str, Any] = load_yaml(str(path)).get("stages", {})
+    name = path.relative_to(path.parents[path.parent.name == OPTIONAL]).as_posix()
+    raw = read_yaml(path, name)
+    stages = (raw.get("stages") or {}) if isinstance(raw, dict) else None
+    if not isinstance(stages, dict) or not all(isinstance(each, dict) for each in stages.values()):
+        raise InputError(
+            f"{name}: holds no stages; bring it back (`git checkout {name}`)"
+            f"{', or run `gpt-pipeline run`' if path.name == LOCK_FILE else ''}"
+        )
     return stages
 
 

@@ -13,10 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from gpt.errors import RunError
-from pipeline.dag import LOCK_FILE, pipeline_files
+from gpt.errors import InputError, RunError
+from pipeline.dag import LOCK_FILE, pipeline_files, read_stages
 from pipeline.tracking import (
     EXPERIMENT_PREFIX,
     artifact,
@@ -25,6 +23,7 @@ from pipeline.tracking import (
     tracking_uri,
 )
 from pipeline.workspace import git
+from pipeline.yaml_files import parse_yaml
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -243,9 +242,8 @@ def _recorded(root: Path) -> Iterator[Execution]:
     """What the `dvc.lock` that lies here records, then those of git's commits, the oldest first."""
     locks = [file.with_name(LOCK_FILE) for file in pipeline_files(root)]
     for lock in locks:
-        if lock.is_file():
-            for each in in_lock(lock.read_text("utf-8")):
-                yield replace(each, here=True)
+        for each in _executions(read_stages(lock)):
+            yield replace(each, here=True)
     for commit, blob in _commits_of(root, [each.relative_to(root).as_posix() for each in locks]):
         for each in in_lock(git(root, "cat-file", "blob", blob)):
             yield replace(each, commits=(commit,))
@@ -254,9 +252,13 @@ def _recorded(root: Path) -> Iterator[Execution]:
 def in_lock(text: str) -> Iterator[Execution]:
     """The executions that a `dvc.lock` records; none of what is no such file."""
     try:
-        stages = yaml.load(text, _LOADER).get("stages") or {}
-    except (yaml.YAMLError, AttributeError):
+        found = list(_executions(parse_yaml(text.encode(), LOCK_FILE)["stages"]))
+    except (InputError, KeyError, TypeError, AttributeError):
         return
+    yield from found
+
+
+def _executions(stages: Mapping[str, Any]) -> Iterator[Execution]:
     for name, entry in stages.items():
         deps = {each["path"]: each.get("md5", "") for each in entry.get("deps") or ()}
         code = {path: md5 for path, md5 in deps.items() if path.endswith(".py")}
@@ -267,9 +269,6 @@ def in_lock(text: str) -> Iterator[Execution]:
             params=_params(entry.get("params") or {}),
             code=code,
         )
-
-
-_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def _params(recorded: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,8 +16,9 @@ import yaml
 
 from gpt.errors import InputError
 from gpt.files import whole_file
-from pipeline.params import PARAMS_FILE, Params, load_params
+from pipeline.params import PARAMS_FILE, Params, load_params, read_params
 from pipeline.workspace import git
+from pipeline.yaml_files import parse_yaml, read_yaml
 
 
 def read_beside_params(root: Path, file: Path) -> tuple[Any, Any]:
@@ -26,13 +27,7 @@ def read_beside_params(root: Path, file: Path) -> tuple[Any, Any]:
     Raises:
         InputError: one of them cannot be read.
     """
-    try:
-        named = yaml.safe_load(file.read_text(encoding="utf-8"))
-        params = yaml.safe_load((root / PARAMS_FILE).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{file}: cannot be read ({reason}); correct it") from None
-    return named, params
+    return read_yaml(file), read_params(root / PARAMS_FILE)
 
 
 def set_value(section: Any, path: str, value: Any) -> None:
@@ -69,7 +64,11 @@ def params_with(base: Any, values: Mapping[str, Any]) -> Params:
 
 
 def text_with(params: bytes, values: Mapping[str, Any]) -> bytes:
-    """The bytes of a `params.yaml` under other values; its comments stay."""
+    """The bytes of a `params.yaml` under other values; its comments stay.
+
+    Raises:
+        InputError: a value stands under an anchor, so that others would change with it.
+    """
     from dvc.utils.serialize import modify_yaml  # as `dvc exp run --set-param` does
 
     with tempfile.TemporaryDirectory() as folder:
@@ -78,7 +77,17 @@ def text_with(params: bytes, values: Mapping[str, Any]) -> bytes:
         with modify_yaml(str(file)) as content:
             for path, value in values.items():
                 set_value(content, path, value)
-        return file.read_bytes()
+        changed = file.read_bytes()
+    before, after = (parse_yaml(each, PARAMS_FILE) for each in (params, changed))
+    for path in values:
+        set_value(before, path, None)
+        set_value(after, path, None)
+    if before != after:
+        raise InputError(
+            f"{PARAMS_FILE}: {', '.join(values)}: other parameters would change with it, as the "
+            "file shares values by an anchor and aliases (&, *); write them out there"
+        )
+    return changed
 
 
 def is_kept(root: Path) -> bool:

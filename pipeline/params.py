@@ -9,15 +9,15 @@ from __future__ import annotations
 import difflib
 import importlib
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from gpt.errors import InputError
+from pipeline.yaml_files import read_yaml
 
 if TYPE_CHECKING:
     from pipeline.flow_params import FlowParams
@@ -103,6 +103,21 @@ def section(params: Params, name: str) -> Any:
     return own
 
 
+def read_params(path: Path) -> dict[Any, Any]:
+    """The sections as they stand in the file, unchecked.
+
+    Raises:
+        InputError: the file is missing, no YAML, or holds no sections.
+    """
+    remedy = "put a preset in place (gpt-pipeline preset NAME)"
+    raw = read_yaml(path, path.name, missing=f"not there; {remedy}")
+    if not isinstance(raw, dict):
+        raise InputError(
+            f"{path.name}: must hold the sections {', '.join(SECTIONS)}; write them, or {remedy}"
+        )
+    return raw
+
+
 def load_params(path: Path) -> Params:
     """Read and validate every section.
 
@@ -163,52 +178,13 @@ def _input_error(path: Path, problems: Sequence[str]) -> InputError:
     return InputError(f"{path.name}: {shown}" + (f"; and {more} more" if more > 0 else ""))
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses a key given twice: YAML's own rule, which PyYAML does not hold to."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                continue  # the base class says so, with the place
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is given twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
 def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
     """The file's sections as they stand in it, and what is wrong with their names."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(
-            f"{path}: not there; put a preset in place (gpt-pipeline preset NAME)"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path.name}: byte {error.start} is not UTF-8; save the file as UTF-8"
-        ) from None
-    try:
-        raw = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise InputError(f"{path.name}: {_yaml_problem(error)}") from None
-    if not isinstance(raw, dict):
-        raise InputError(f"{path.name}: must hold the sections {', '.join(SECTIONS)}")
+    raw = read_params(path)
     problems = [_unknown(str(key), _KNOWN) for key in raw if key not in _KNOWN]
     if missing := [name for name in _REQUIRED if name not in raw]:
         problems.append(f"{', '.join(missing)}: missing; each stage has a section")
     return raw, problems
-
-
-def _yaml_problem(error: yaml.YAMLError) -> str:
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        place = f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
-        return f"{place}: {error.problem or error.context}; correct the YAML there"
-    return f"not YAML ({' '.join(str(error).split())}); correct it"
 
 
 def _unknown(path: str, known: Sequence[str]) -> str:

@@ -25,6 +25,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from gpt.bootstrap import Comparison, Score, accuracy, compare, macro_f1, mean, mean_loss
 from gpt.errors import InputError, first_problem
 from gpt.files import read_json, whole_file, write_json
+from pipeline.dag import LOCK_FILE, read_stages
 from pipeline.models import CANDIDATE, version_of
 from pipeline.states import stage_lock
 from pipeline.tracking import connect, named_failure
@@ -284,17 +285,13 @@ class _Evaluated:
 
 
 def _evaluated(root: Path) -> _Evaluated:
-    import yaml
-
     try:
-        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        locked = yaml.load((root / "dvc.lock").read_text(encoding="utf-8"), loader)
-        stage = locked["stages"]["evaluate"]
+        stage = read_stages(root / LOCK_FILE)["evaluate"]
         read = {each["path"]: each["md5"] for each in stage["deps"]}
         models = {name: read.pop(path.as_posix()) for name, path in MODELS.items()}
-    except (OSError, KeyError, TypeError, yaml.YAMLError):
+    except (KeyError, TypeError):
         raise InputError(
-            f"{root / 'dvc.lock'}: holds no run of evaluate, so there is nothing to compare; run "
+            f"{root / LOCK_FILE}: holds no run of evaluate, so there is nothing to compare; run "
             "`gpt-pipeline run`"
         ) from None
     rest = json.dumps([read, stage.get("params")], sort_keys=True)

@@ -7,6 +7,7 @@ as changed code: neither in `git.dirty` nor in the patch.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,12 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from gpt.errors import InputError, RunError
-from pipeline.dag import pipeline_files
+from pipeline.dag import pipeline_files, read_stages
 from pipeline.params import PARAMS_FILE
 from pipeline.tracking import NOT_CODE, dvc_md5, git_state, without_secrets
+from pipeline.yaml_files import parse_yaml
 
 CODE, PATCH = "code.json", "changes.patch"
 """Files below `lineage/` of a run, beside `params.yaml`."""
@@ -117,8 +117,8 @@ def check_unchanged(root: Path, stage: str, made_of: Provenance, inputs: Mapping
 
 def _section(params: bytes, stage: str) -> Any:
     try:
-        return (yaml.safe_load(params) or {}).get(stage)
-    except (yaml.YAMLError, AttributeError):
+        return parse_yaml(params, PARAMS_FILE).get(stage)
+    except (InputError, AttributeError):
         return None
 
 
@@ -147,12 +147,8 @@ def _redacted(content: bytes) -> bytes:
 def _stages(root: Path) -> Iterator[Mapping[str, Any]]:
     """What each of the project's `dvc.yaml` says of stages; nothing where it cannot be read."""
     for file in pipeline_files(root):
-        try:
-            found = yaml.safe_load(file.read_text("utf-8"))["stages"]
-        except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
-            continue
-        if isinstance(found, dict):
-            yield found
+        with contextlib.suppress(InputError):
+            yield read_stages(file)
 
 
 def _patch(root: Path) -> tuple[bytes, int]:

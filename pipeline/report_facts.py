@@ -15,13 +15,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from gpt.errors import InputError, RunError, first_problem
 from gpt.files import sha256_of, write_json
-from pipeline.dag import LOCK_FILE, last_run, pipeline_files
+from pipeline.dag import LOCK_FILE, last_run, pipeline_files, read_stages
 from pipeline.data_facts import RAW, RawSource, raw_sources
 from pipeline.models import MD5_TAG
 from pipeline.promotion import ANSWERS, Decision, read_decisions
@@ -397,17 +396,7 @@ def _sources(root: Path) -> dict[str, list[RawSource]]:
 def _recorded(root: Path) -> dict[str, Recorded]:
     found = {}
     for file in pipeline_files(root):
-        path = file.with_name(LOCK_FILE)
-        if not path.is_file():
-            continue
-        try:
-            stages = dict(yaml.safe_load(path.read_text(encoding="utf-8"))["stages"])
-        except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
-            raise InputError(
-                f"{path}: holds no stages; bring it back (`git checkout {path.name}`), or run "
-                "`gpt-pipeline run`"
-            ) from None
-        for name, stage in stages.items():
+        for name, stage in read_stages(file.with_name(LOCK_FILE)).items():
             deps = {each["path"]: str(each.get("md5", "")) for each in stage.get("deps", ())}
             inputs = {p: md5 for p, md5 in deps.items() if p.split("/")[0] not in _CODE}
             params: dict[str, Any] = next(iter(stage.get("params", {}).values()), {})

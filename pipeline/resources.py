@@ -19,11 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import FileLock, Timeout
 
-from gpt.errors import RunError
-from pipeline.params import PARAMS_FILE
+from gpt.errors import InputError, RunError
+from pipeline.params import PARAMS_FILE, read_params
 
 SLOTS_VARIABLE = "GPT_PIPELINE_SLOTS"
 """The Prefect concurrency limit of the agent's machine; a stage on an accelerator holds slots."""
@@ -58,9 +57,8 @@ def needs(root: Path, name: str, accelerated: bool) -> Need:
     if not accelerated:
         return Need()
     section: Mapping[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError, yaml.YAMLError, AttributeError):
-        params = yaml.safe_load((root / PARAMS_FILE).read_text(encoding="utf-8"))
-        own = params.get(name) or {}
+    with contextlib.suppress(InputError, AttributeError):
+        own = read_params(root / PARAMS_FILE).get(name) or {}
         section = own.get("train", own)
     threads, devices = section.get("threads", 0), section.get("devices", 1)
     if section.get("device") == "cpu":

@@ -24,7 +24,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
@@ -34,15 +33,16 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from gpt.errors import InputError, RunError
 from pipeline.console import Display, seconds_in_words
-from pipeline.dag import LOCK_FILE, Dag, last_run
+from pipeline.dag import LOCK_FILE, Dag, last_run, read_stages
 from pipeline.dvc_process import Processes, failure
 from pipeline.overrides import text_with
-from pipeline.params import PARAMS_FILE
+from pipeline.params import PARAMS_FILE, read_params
 from pipeline.runner import STAGES
 from pipeline.sweep_points import Point, Sweep
 from pipeline.sweep_runs import Outcome, SweepRuns
 from pipeline.tracking import flatten_metrics
 from pipeline.workspace import commit_of, environment, git, make_workspace
+from pipeline.yaml_files import parse_yaml
 
 
 class Snapshot:
@@ -210,7 +210,7 @@ def _make_known(shared: _Shared) -> None:
     """What the project itself has made need not be waited for."""
     dag = Dag(shared.snapshot.root)
     plan = dag.plan(shared.sweep.stages)
-    keys = _keys(dag, plan, yaml.safe_load(shared.snapshot.params))
+    keys = _keys(dag, plan, parse_yaml(shared.snapshot.params, PARAMS_FILE))
     changes = dag.changes(plan)
     for name in plan:
         stage = dag.stages[name]
@@ -289,7 +289,7 @@ def _bring_up_to_date(
     shared: _Shared, point: Point, folder: Path, dag: Dag, plan: Sequence[str]
 ) -> None:
     """Run the stages through DVC; one that another point is making is waited for."""
-    keys = _keys(dag, plan, yaml.safe_load((folder / PARAMS_FILE).read_bytes()))
+    keys = _keys(dag, plan, read_params(folder / PARAMS_FILE))
     ready: list[str] = []
     for name in plan:
         if missing := dag.missing_params(name):
@@ -359,8 +359,7 @@ def _look_up(shared: _Shared, outcome: Outcome, folder: Path, plan: Sequence[str
     """Which runs and versions hold what the point is, and what was executed for it now."""
     locked: dict[str, Any] = {}
     for file in (folder / LOCK_FILE, folder / "optional" / LOCK_FILE):
-        with contextlib.suppress(OSError):
-            locked |= yaml.safe_load(file.read_text(encoding="utf-8")).get("stages") or {}
+        locked |= read_stages(file)
     for name in plan:
         note = last_run(folder, name)  # a workspace is new: only an execution leaves one
         if note:

@@ -226,3 +226,18 @@ def test_a_table_that_can_be_read_is_left_alone(project, dvc):
     before = table.read_bytes()
     Dag(project)
     assert table.read_bytes() == before
+
+
+@pytest.mark.parametrize("file", ["params.yaml", "dvc.yaml", "dvc.lock"])
+def test_a_merge_conflict_is_blamed_on_its_file_and_line(project, file):
+    (project / file).write_text("<<<<<<< HEAD\na: 1\n=======\na: 2\n>>>>>>> other\n")
+    with pytest.raises(InputError, match=rf"^{file}: line 1: an unresolved merge conflict .*$"):
+        Dag(project)
+
+
+@pytest.mark.parametrize(("content", "expected"), [(None, "not there"), ("", "must hold")])
+def test_parameters_that_are_not_there_are_blamed_on_their_own_file(project, content, expected):
+    path = project / "params.yaml"
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(InputError, match=rf"params\.yaml: {expected}.*gpt-pipeline preset NAME"):
+        Dag(project)
