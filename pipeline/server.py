@@ -1,7 +1,12 @@
-"""A Prefect API for the length of one run: on loopback, quiet, gone when its starter is gone.
+"""Prefect's server as this project starts it: on loopback, quiet, and for nobody's web page.
 
-Prefect can start such a server by itself, but only once it is imported, in the same process group
-(so that Ctrl-C ends it before the run could be recorded), and it outlives a killed starter.
+For the length of one run it is gone when its starter is gone. Prefect can start such a server by
+itself, but only once it is imported, in the same process group (so that Ctrl-C ends it before the
+run could be recorded), and it outlives a killed starter.
+
+Prefect answers pages of any origin, and whoever may make a deployment may run commands on an agent.
+Here a browser's request is answered only under a name of this machine and from the server's own
+pages.
 """
 
 from __future__ import annotations
@@ -11,21 +16,27 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-from gpt.errors import RunError
+from gpt.errors import InputError, RunError
 from gpt.files import whole_file
 from pipeline.home import home
 from pipeline.interpreter import collect_seldom
 
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+HOSTS_VARIABLE = "GPT_PIPELINE_ALLOWED_HOSTS"
+"""Names, comma-separated, under which our Prefect server may be reached beside this machine's."""
 _START_SECONDS = 180.0
 """The first start creates the database, which takes a slow machine a while."""
 
@@ -121,7 +132,7 @@ class LocalServer:
                     "PREFECT_SERVER_REGISTER_BLOCKS_ON_START": "false",
                     **os.environ,
                     **environment(root),
-                    "PYTHONPATH": _import_path(),
+                    "PYTHONPATH": import_path(),
                 },
                 start_new_session=True,
             )
@@ -178,7 +189,8 @@ def use_api(root: Path) -> LocalServer | None:
     return server
 
 
-def _import_path() -> str:
+def import_path() -> str:
+    """`PYTHONPATH` of a process that runs modules of this project from any folder."""
     here = str(Path(__file__).resolve().parent.parent)
     return os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
 
@@ -197,12 +209,82 @@ def _tables(database: Path) -> str:
     return f"{prefect.__version__} {revision}"
 
 
-def serve(listener: socket.socket) -> None:
-    """Serve Prefect's API on a bound socket until standard input ends."""
+def named_hosts() -> list[str]:
+    """Names beside this machine's under which our Prefect server may be reached.
+
+    Raises:
+        InputError: the variable holds something else, as a wildcard or an address with a scheme.
+    """
+    names = [
+        name for each in os.environ.get(HOSTS_VARIABLE, "").split(",") if (name := each.strip())
+    ]
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z0-9.-]+", name):
+            raise InputError(
+                f"{HOSTS_VARIABLE}: {name!r} is no host name; give names alone, comma-separated, "
+                "as prefect.example"
+            )
+    return names
+
+
+class _OwnPagesOnly:
+    """Refuse what a page of another origin asks, with a preflight or without, and by a websocket.
+
+    A browser names the page's origin; the server's own pages have that of the request's `Host`.
+    Programs name none. Nor may another page hold ours in a frame, for clicks that it steers.
+    """
+
+    def __init__(self, app: ASGIApp, origins: Collection[str]) -> None:
+        self._app, self._origins = app, origins
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        from starlette.datastructures import Headers, MutableHeaders
+        from starlette.responses import PlainTextResponse
+
+        answer = self._app
+        if scope["type"] in ("http", "websocket"):
+            headers = Headers(scope=scope)
+            own = {f"{scheme}://{headers.get('host', '')}" for scheme in ("http", "https")}
+            if not own.union(self._origins).issuperset(headers.getlist("origin")):
+                answer = PlainTextResponse("only this server's own pages may ask it\n", 403)
+
+        async def send_unframed(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["X-Frame-Options"] = "SAMEORIGIN"
+            await send(message)
+
+        await answer(scope, receive, send_unframed)
+
+
+def guarded(app: ASGIApp, hosts: Collection[str], origins: Collection[str]) -> ASGIApp:
+    """The app under a name of this machine alone, whatever DNS says, and for its own pages alone.
+
+    Args:
+        app: to be guarded.
+        hosts: other names that it may have.
+        origins: of other pages that may ask it, as `https://prefect.example`.
+    """
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    named = ["127.0.0.1", "localhost", *hosts]
+    return TrustedHostMiddleware(_OwnPagesOnly(app, origins), named, www_redirect=False)
+
+
+def serve(listener: socket.socket, *, pages: bool = False) -> None:
+    """Serve Prefect's API on a bound socket until standard input ends, or until SIGTERM.
+
+    Args:
+        listener: on loopback.
+        pages: with Prefect's pages and all its services.
+    """
     collect_seldom()
     import uvicorn
     from prefect.server.api.server import create_app
-    from prefect.settings import get_current_settings, temporary_settings
+    from prefect.settings import (
+        PREFECT_SERVER_CORS_ALLOWED_ORIGINS,
+        get_current_settings,
+        temporary_settings,
+    )
     from sqlalchemy.engine import make_url
 
     address = get_current_settings().server.database.connection_url
@@ -216,7 +298,11 @@ def serve(listener: socket.socket) -> None:
     settings = {"server.database.migrate_on_start": False} if tables and tables == known else {}
 
     config = uvicorn.Config(
-        create_app(ephemeral=True, final=True),
+        guarded(
+            create_app(ephemeral=not pages, final=True),
+            named_hosts(),
+            PREFECT_SERVER_CORS_ALLOWED_ORIGINS.value().split(","),
+        ),
         log_level="error",
         lifespan="on",
         timeout_graceful_shutdown=5,
@@ -237,4 +323,7 @@ def serve(listener: socket.socket) -> None:
 
 
 if __name__ == "__main__":
-    serve(socket.socket(fileno=int(sys.argv[1])))
+    if sys.argv[1] == "--pages":
+        serve(socket.create_server(("127.0.0.1", int(sys.argv[2]))), pages=True)
+    else:
+        serve(socket.socket(fileno=int(sys.argv[1])))

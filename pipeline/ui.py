@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from gpt.errors import RunError
+from gpt.errors import InputError, RunError
 from gpt.files import write_json
 from pipeline import server
 from pipeline.home import home
@@ -85,8 +85,14 @@ def serve(
         say: prints a line.
 
     Raises:
+        InputError: names are given to Prefect's server, and no token.
         RunError: a server does not start, or ends by itself.
     """
+    if server.named_hosts() and not os.environ.get("PREFECT_SERVER_API_AUTH_STRING"):
+        raise InputError(
+            f"{server.HOSTS_VARIABLE}: lets Prefect be reached from elsewhere, and it asks nobody "
+            "who they are; set PREFECT_SERVER_API_AUTH_STRING (docs/servers.md), or unset this"
+        )
     folder = home(root) / ".pipeline"
     addresses = folder / "ui.json"
     services: list[_Service] = []
@@ -156,8 +162,12 @@ def _start_mlflow(root: Path, url: str, folder: Path) -> _Service:
 
 def _start_prefect(root: Path, api: str, folder: Path) -> _Service:
     port = api.removesuffix("/api").rpartition(":")[2]
-    command = ["-m", "prefect", "server", "start", "--host", HOST, "--port", port]
-    settings = {**server.environment(root), "PREFECT_UI_API_URL": api}
+    command = ["-m", "pipeline.server", "--pages", port]
+    settings = {
+        **server.environment(root),
+        "PREFECT_UI_API_URL": "/api",  # under whatever name the pages are looked at
+        "PYTHONPATH": server.import_path(),
+    }
     return _start("Prefect", command, settings, root, folder)
 
 
@@ -171,7 +181,7 @@ def _start(
             [sys.executable, *command],
             cwd=root,
             env={**os.environ, **settings},
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,  # its end tells Prefect's server that we are gone
             stdout=file,
             stderr=file,
             start_new_session=True,

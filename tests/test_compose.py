@@ -119,3 +119,10 @@ def test_prefect_is_told_its_settings_by_names_that_it_knows() -> None:
 
     told = {name for name in SERVICES["prefect"]["environment"] if name.startswith("PREFECT_")}
     assert {name for name in told if not hasattr(settings, name)} == set()
+
+
+def test_prefect_wants_a_token_and_lets_no_other_page_read() -> None:
+    environment = SERVICES["prefect"]["environment"]
+    assert re.fullmatch(rf"gpt-pipeline:{SECRET}", environment["PREFECT_SERVER_API_AUTH_STRING"])
+    assert environment["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"] == "http://127.0.0.1:4200"
+    assert environment["PREFECT_UI_API_URL"] == "/api"

@@ -1,5 +1,6 @@
 """A Prefect API for the length of a run."""
 
+import http.client
 import json
 import sqlite3
 import urllib.request
@@ -7,7 +8,8 @@ from contextlib import closing
 
 import pytest
 
-from pipeline.server import LocalServer
+from gpt.errors import InputError
+from pipeline.server import HOSTS_VARIABLE, LocalServer, named_hosts
 
 
 @pytest.fixture(autouse=True)
@@ -54,3 +56,82 @@ def test_tables_are_migrated_where_they_may_be_old_and_made_where_there_are_none
             file.unlink()
     with LocalServer(tmp_path) as server:
         assert names(server.url) == []
+
+
+@pytest.fixture(scope="module")
+def port(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PREFECT_HOME", raising=False)
+        patch.delenv("PREFECT_SERVER_DATABASE_CONNECTION_URL", raising=False)
+        patch.setenv(HOSTS_VARIABLE, "prefect.example, other.example")
+        patch.setenv("PREFECT_SERVER_CORS_ALLOWED_ORIGINS", "https://pages.example")
+        with LocalServer(tmp_path_factory.mktemp("served")) as server:
+            yield int(server.url.removesuffix("/api").rpartition(":")[2])
+
+
+def ask(port, method, path, body=None, **headers):
+    """Status and headers of an answer; `{port}` in a header is the server's."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    sent = {name.replace("_", "-"): value.format(port=port) for name, value in headers.items()}
+    connection.request(method, path, body, sent)
+    with closing(connection), connection.getresponse() as response:
+        return response.status, response.headers
+
+
+FOREIGN = ["https://evil.example", "http://127.0.0.1:1", "http://evil.localhost:{port}", "null"]
+SOCKET = {
+    "Connection": "Upgrade",
+    "Upgrade": "websocket",
+    "Sec_WebSocket_Version": "13",
+    "Sec_WebSocket_Key": "MDEyMzQ1Njc4OWFiY2RlZg==",
+}
+
+
+@pytest.mark.parametrize("origin", FOREIGN)
+def test_a_page_of_another_origin_is_refused_with_and_without_a_preflight(port, origin):
+    status, headers = ask(
+        port, "OPTIONS", "/api/flows/", Origin=origin, Access_Control_Request_Method="POST"
+    )
+    assert status == 403
+    assert "access-control-allow-origin" not in headers
+    for kind in ("application/json", "text/plain"):
+        assert ask(
+            port, "POST", "/api/flows/", b'{"name": "evil"}', Origin=origin, Content_Type=kind
+        )[0] == (403)
+    assert ask(port, "GET", "/api/events/in", Origin=origin, **SOCKET)[0] == 403
+    assert names(f"http://127.0.0.1:{port}/api") == []
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "127.0.0.1.evil.example:{port}", "localhost.", ""]
+)
+def test_another_name_than_this_machines_is_refused_whatever_the_origin(port, host):
+    for origin in ({}, {"Origin": f"http://{host}"}):
+        assert ask(port, "GET", "/api/health", Host=host, **origin)[0] == 400
+        assert ask(port, "GET", "/api/events/in", Host=host, **origin, **SOCKET)[0] == 400
+
+
+@pytest.mark.parametrize(
+    ("host", "origin"),
+    [
+        ("127.0.0.1:{port}", "http://127.0.0.1:{port}"),
+        ("localhost:{port}", "http://localhost:{port}"),
+        ("prefect.example", "https://prefect.example"),
+        ("other.example:8080", "http://other.example:8080"),
+        ("127.0.0.1:{port}", "https://pages.example"),
+    ],
+)
+def test_own_pages_and_those_that_were_named_are_answered(port, host, origin):
+    status, headers = ask(
+        port, "POST", "/api/flows/count", b"{}", Host=host, Origin=origin, Content_Type="text/json"
+    )
+    assert status == 200
+    assert headers["x-frame-options"] == "SAMEORIGIN"
+    assert ask(port, "GET", "/api/events/in", Host=host, Origin=origin, **SOCKET)[0] == 101
+
+
+@pytest.mark.parametrize("name", ["*", "https://prefect.example", "prefect.example:443"])
+def test_what_is_no_host_name_is_not_taken_for_one(monkeypatch, name):
+    monkeypatch.setenv(HOSTS_VARIABLE, f"good.example,{name}")
+    with pytest.raises(InputError, match="is no host name"):
+        named_hosts()
