@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 
 from gpt.errors import InputError, RunError
 from gpt.files import whole_file
-from pipeline.interpreter import collect_seldom
+from pipeline.interpreter import collect_seldom, end_with_the_terminal, reach_loopback_directly
 
 if TYPE_CHECKING:
     from gpt.generate import Sampling
@@ -56,6 +56,8 @@ app = typer.Typer(
 def main() -> NoReturn:
     """Run the command line; the process ends with its exit code."""
     collect_seldom()
+    reach_loopback_directly()
+    end_with_the_terminal()
     app(prog_name="gpt-pipeline")
     raise AssertionError("typer ends the process")
 

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
+import os
+import signal
+from types import FrameType
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def collect_seldom() -> None:
@@ -15,3 +21,39 @@ def collect_seldom() -> None:
     """
     gc.set_threshold(50_000, 20, 20)
     atexit.register(gc.freeze)
+
+
+def reach_loopback_directly() -> None:
+    """Let no proxy of the environment stand before the servers on this machine.
+
+    A proxy would look for them on its own machine. What the user excepts from it stays excepted;
+    the processes that this one starts inherit it.
+    """
+    names = ("no_proxy", "NO_PROXY")
+    known = {name: os.environ.get(name) for name in names}
+    for name in names:  # both: libraries read the one or the other, mostly the lower-case one first
+        own = known[name] or known[name.swapcase()] or ""
+        listed = [each.strip() for each in own.split(",")]
+        if "*" not in listed:
+            missing = [each for each in _LOOPBACK if each not in listed]
+            os.environ[name] = ",".join(filter(None, [own, *missing]))
+
+
+def end_with_the_terminal() -> None:
+    """Take a terminal that is closed (SIGHUP) for SIGTERM, unless `nohup` has it ignored.
+
+    A shell and the system may both send SIGHUP, and a second SIGTERM kills: the first one counts.
+    """
+    if not hasattr(signal, "SIGHUP") or signal.getsignal(signal.SIGHUP) is not signal.SIG_DFL:
+        return
+    terminals = [number for number in (0, 1, 2) if os.isatty(number)]
+
+    def hung_up(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with contextlib.suppress(OSError):
+            nowhere = os.open(os.devnull, os.O_RDWR)  # what is said now would be an error
+            for each in terminals:
+                os.dup2(nowhere, each)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    signal.signal(signal.SIGHUP, hung_up)

@@ -89,10 +89,18 @@ def prefect_told() -> Iterator[None]:
     """Within the block, a Prefect that cannot be reached or refuses is told in one line.
 
     Raises:
-        RunError: it is so.
+        InputError: the environment names a proxy that no request can be sent through.
+        RunError: Prefect cannot be reached or refuses.
     """
     import httpx
 
+    try:
+        httpx.Client().close()
+    except (ImportError, ValueError, httpx.InvalidURL) as error:
+        raise InputError(
+            f"HTTP_PROXY, HTTPS_PROXY, ALL_PROXY or NO_PROXY: {str(error).strip().rstrip('.')}; "
+            "correct it, or unset it here"
+        ) from None
     try:
         yield
     except (httpx.HTTPError, RuntimeError) as error:

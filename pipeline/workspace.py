@@ -112,13 +112,15 @@ def git(folder: Path, *arguments: str, environment: Mapping[str, str] | None = N
 
 def _share_cache(project: Path, folder: Path) -> None:
     """Use the project's cache, and the settings of DVC that git does not keep, as of remotes."""
-    from dvc.config import Config
+    from configobj import ConfigObj
     from dvc.repo import Repo
 
     with Repo(str(project)) as repo:
         cache = repo.cache.local_cache_dir
     own = project / ".dvc" / "config.local"
-    if own.is_file():
-        shutil.copy(own, folder / ".dvc" / "config.local")
-    with Config(str(folder / ".dvc"), validate=False).edit("local") as config:
-        config.setdefault("cache", {})["dir"] = cache
+    text = own.read_text(encoding="utf-8") if own.is_file() else ""
+    # not through DVC, which writes ASCII only; it reads UTF-8
+    config = ConfigObj(text.splitlines(), encoding="utf-8", interpolation=False)
+    config.setdefault("cache", {})["dir"] = cache
+    with (folder / ".dvc" / "config.local").open("wb") as file:
+        config.write(file)

@@ -9,7 +9,7 @@ from contextlib import closing
 import pytest
 
 from gpt.errors import InputError
-from pipeline.server import HOSTS_VARIABLE, LocalServer, named_hosts
+from pipeline.server import HOSTS_VARIABLE, LocalServer, named_hosts, prefect_told
 
 
 @pytest.fixture(autouse=True)
@@ -135,3 +135,12 @@ def test_what_is_no_host_name_is_not_taken_for_one(monkeypatch, name):
     monkeypatch.setenv(HOSTS_VARIABLE, f"good.example,{name}")
     with pytest.raises(InputError, match="is no host name"):
         named_hosts()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("ALL_PROXY", "socks://127.0.0.1:9"), ("NO_PROXY", "[::1]:80")]
+)
+def test_a_proxy_that_cannot_be_used_is_named(name, value, monkeypatch):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=rf"{name}.*; correct it"), prefect_told():
+        pass
