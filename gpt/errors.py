@@ -22,6 +22,13 @@ class RunError(RuntimeError):
     """
 
 
+NOT_FINITE = (
+    "the model's logits are not finite numbers; its weights are damaged, or their precision is too "
+    "narrow for it: use fp32, or make the model again"
+)
+"""What a `RunError` says of a model that can choose nothing."""
+
+
 def first_problem(error: ValidationError, within: str = "") -> str:
     """The first thing that is wrong with what was read: where it stands, and why it is refused.
 

@@ -16,6 +16,7 @@ Repetition penalty: Keskar et al. (2019), "CTRL", as `transformers` computes it.
 from __future__ import annotations
 
 import codecs
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from gpt import decode
-from gpt.errors import InputError
+from gpt.errors import NOT_FINITE, InputError, RunError
 from gpt.model import GPT, KVCache
 from gpt.tokenizer import Tokenizer
 
@@ -147,7 +148,7 @@ def generate(
 
     Raises:
         InputError: an empty prompt or an impossible setting.
-        RunError: the compiled engine is asked for and cannot be had.
+        RunError: the compiled engine is asked for and cannot be had, or logits are not finite.
     """
     sampling = Sampling(
         max_new_tokens=max_new_tokens,
@@ -229,7 +230,7 @@ def stream(
 
     Raises:
         InputError: an empty prompt, or stop texts.
-        RunError: the compiled engine is asked for and cannot be had.
+        RunError: the compiled engine is asked for and cannot be had, or logits are not finite.
     """
     if sampling.stop_texts:
         raise InputError("stop_texts: tokens have no text; use stream_text or complete_texts")
@@ -268,6 +269,9 @@ def _steps(
             if all(ended):
                 return
             logits = next(logits_after)  # (B, V)
+            highest = logits.amax(dim=1).tolist()
+            if not all(o or math.isfinite(h) for h, o in zip(highest, ended, strict=True)):
+                raise RunError(NOT_FINITE)
             chosen = choose(adjust(logits, n), sampling, generator)  # (B,)
             tokens = chosen.tolist()
             known = _log_probs(logits, chosen) if log_probs else [None] * len(rows)
@@ -419,7 +423,7 @@ def stream_text(
 
     Raises:
         InputError: an empty prompt.
-        RunError: the compiled engine is asked for and cannot be had.
+        RunError: the compiled engine is asked for and cannot be had, or logits are not finite.
     """
     text = _Text(tokenizer, sampling)
     sampling = replace(sampling, stop={*sampling.stop, tokenizer.eot})

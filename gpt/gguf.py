@@ -204,7 +204,7 @@ def _packed(path: Path, name: str, tensor: Tensor, kind: Kind) -> np.ndarray:
     if not highest <= _LIMITS[kind]:  # so is NaN
         raise InputError(
             f"{path}: {name} holds {highest:g}, which {kind.name.lower()} cannot; "
-            "the model is damaged, or no GPT-2"
+            "the model is damaged, or needs the range of a model directory's float32"
         )
     packed: np.ndarray = gguf.quantize(wide.numpy(), kind)
     return packed

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gpt.data import IGNORED, Batch
+from gpt.errors import NOT_FINITE, RunError
 from gpt.loss import linear_cross_entropy
 from gpt.model import GPT, ClassifierTop, GPTClassifier
 from gpt.parallel import add_up, share_out
@@ -122,8 +123,15 @@ def class_logits(model: GPTClassifier | ClassifierTop, batches: Iterable[Batch])
 
 
 def classify(model: GPTClassifier, batches: Iterable[Batch]) -> Tensor:
-    """The probability of each class for every row of `batches`, (rows, classes) on the CPU."""
-    return class_logits(model, batches).softmax(dim=1)
+    """The probability of each class for every row of `batches`, (rows, classes) on the CPU.
+
+    Raises:
+        RunError: the model's logits are not finite.
+    """
+    logits = class_logits(model, batches)
+    if not logits.isfinite().all():
+        raise RunError(NOT_FINITE)
+    return logits.softmax(dim=1)
 
 
 def metric_names(names: Iterable[str]) -> list[str]:

@@ -66,7 +66,7 @@ class Published:
         Tensor by tensor: memory stays near the model's own size.
 
         Raises:
-            InputError: a tensor has another shape, is not of floating point, or cannot be read.
+            InputError: as `fill`.
         """
         model = empty_model(self.path, self.config, None, len(self.tensors))
         assert isinstance(model, GPT)

@@ -132,7 +132,7 @@ def load_model(
 
     Raises:
         InputError: a file is missing or damaged, the configuration is of another architecture,
-            or a tensor is missing, unknown or of another shape; each named.
+            or a tensor is missing, unknown, of another shape or not finite; each named.
     """
     directory = Path(directory)
     config, labels = read_config(directory)
@@ -374,7 +374,8 @@ def fill(
         dtype: of the weights; None for fp32.
 
     Raises:
-        InputError: a tensor has another shape, is not of floating point, or cannot be read.
+        InputError: a tensor has another shape, is not of floating point, cannot be read, or holds
+            what is not finite in `dtype`.
     """
     wanted = {name: tuple(empty.shape) for name, empty in model.state_dict().items()}
     for name, shape in wanted.items():
@@ -391,8 +392,27 @@ def _weight(stored: Stored, device: torch.device | str, dtype: torch.dtype) -> T
     if stored.turned:
         value = value.t()
     if stored.lent:  # one copy that moves, widens and turns
-        return torch.empty(value.shape, device=device, dtype=dtype).copy_(value)
-    return value.to(device=device, dtype=dtype).contiguous()
+        weight = torch.empty(value.shape, device=device, dtype=dtype).copy_(value)
+    else:
+        weight = value.to(device=device, dtype=dtype).contiguous()
+    if not weight.sum(dtype=torch.float32).isfinite():  # the fastest way to see them all
+        _refuse_infinite(stored, value, dtype)
+    return weight
+
+
+def _refuse_infinite(stored: Stored, value: Tensor, dtype: torch.dtype) -> None:
+    highest = value.abs().max().item()
+    if not math.isfinite(highest):
+        raise InputError(
+            f"{stored.path}: {stored.name} holds what is no finite number; the file is damaged or "
+            "its training failed, fetch or make it again"
+        )
+    if highest > torch.finfo(dtype).max:
+        kind = str(dtype).removeprefix("torch.")
+        raise InputError(
+            f"{stored.path}: {stored.name} holds {highest:g}, which {kind} cannot; use bfloat16 "
+            "or float32"
+        )
 
 
 def _assign(model: torch.nn.Module, name: str, value: Tensor) -> None:

@@ -88,7 +88,7 @@ def load_gpt2(
     perplexity = _perplexity(model, held_out)
     if not math.isfinite(perplexity):
         raise InputError(
-            f"{published.path}: the weights are not finite numbers; fetch or make them again"
+            f"{published.path}: the weights give no finite loss; fetch or make them again"
         )
     log(
         Message(

@@ -263,6 +263,16 @@ def test_no_token_outside_the_vocabulary_comes_from_logits_that_are_not_finite()
         assert choose(logits, sampling, torch.Generator()).lt(5).all()
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_whose_logits_are_not_finite_chooses_nothing(make_model, temperature, engine):
+    model = make_model()
+    with torch.no_grad():
+        model.wte.weight[5] = 3e38
+    sampling = Sampling(max_new_tokens=3, temperature=temperature)
+    with pytest.raises(RunError, match="not finite numbers"):
+        complete(model, [[1, 2], [5]], sampling, engine=engine)
+
+
 # --- text -----------------------------------------------------------------------------------------
 
 

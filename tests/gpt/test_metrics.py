@@ -9,6 +9,7 @@ from sklearn.metrics import classification_report
 from torch.nn import functional as F
 
 from gpt.data import IGNORED, Batch
+from gpt.errors import RunError
 from gpt.metrics import (
     WeightedClassLoss,
     bits_per_byte,
@@ -84,6 +85,15 @@ def test_a_classifier_answers_each_row_as_if_it_were_alone(make_model):
     assert mean_loss(model, [batch], class_loss_sum) == pytest.approx(
         -chosen.log().mean().item(), rel=1e-5
     )
+
+
+def test_a_classifier_whose_logits_are_not_finite_gives_no_probabilities(make_model):
+    model = GPTClassifier(make_model().config, LABELS).eval()
+    with torch.no_grad():
+        model.score.weight[0] = torch.nan
+    batch = Batch(ids(2, 8), torch.tensor([0, 1]), torch.tensor([8, 3]))
+    with pytest.raises(RunError, match="not finite numbers"):
+        classify(model, [batch])
 
 
 def test_scores_are_those_of_the_confusion_matrix():

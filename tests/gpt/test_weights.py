@@ -130,14 +130,26 @@ def _change(directory, change):
             lambda t: t.update({"transformer.ln_f.bias": torch.ones(32, dtype=torch.int8)}),
             r"transformer\.ln_f\.bias holds I8",
         ),
+        (
+            lambda t: t["transformer.wte.weight"][3].fill_(-torch.inf),
+            r"transformer\.wte\.weight holds what is no finite number",
+        ),
     ],
-    ids=["missing", "unknown", "shape", "dtype"],
+    ids=["missing", "unknown", "shape", "dtype", "infinite"],
 )
 def test_a_wrong_tensor_is_refused_by_name(saved, change, message):
     _, directory = saved
     _change(directory, change)
     with pytest.raises(InputError, match=message):
         load_model(directory)
+
+
+def test_a_weight_beyond_a_precision_is_refused_with_one_that_holds_it(saved):
+    _, directory = saved
+    _change(directory, lambda t: t["transformer.wte.weight"][0].fill_(1e5))
+    with pytest.raises(InputError, match=r"wte\.weight holds 100000, which float16 cannot; use bf"):
+        load_model(directory, dtype=torch.float16)
+    load_model(directory, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("left", [0, 7, 100, 20_000])

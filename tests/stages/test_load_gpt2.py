@@ -214,7 +214,7 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path, published, refused):
     tensors = load_file(path)
     tensors["transformer.ln_f.bias"][3] = float("nan")
     save_file(tensors, path)
-    with refused(r"model\.safetensors: the weights are not finite numbers"):
+    with refused(r"model\.safetensors: transformer\.ln_f\.bias holds what is no finite number"):
         run(tmp_path / "o", PARAMS, published)
 
 
