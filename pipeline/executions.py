@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpt.errors import InputError, RunError
 from pipeline.dag import LOCK_FILE, pipeline_files, read_stages
+from pipeline.mlflow_database import database_file
 from pipeline.tracking import (
     EXPERIMENT_PREFIX,
     artifact,
@@ -181,9 +182,8 @@ def known(root: Path) -> Known:
     runs: list[Execution] = []
     versions: list[ModelVersion] = []
     aliases: dict[tuple[str, str], list[str]] = {}
-    uri = tracking_uri(root)
-    database = Path(uri.removeprefix("sqlite:///"))
-    if uri.startswith("sqlite:///") and not database.is_file():
+    database = database_file(tracking_uri(root))
+    if database is not None and not database.is_file():
         without = f"there is no {database.name} here, so no run and no registered model is known"
     else:
         try:

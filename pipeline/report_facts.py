@@ -22,6 +22,7 @@ from gpt.errors import InputError, RunError, first_problem
 from gpt.files import sha256_of, write_json
 from pipeline.dag import LOCK_FILE, last_run, pipeline_files, read_stages
 from pipeline.data_facts import RAW, RawSource, raw_sources
+from pipeline.mlflow_database import database_file
 from pipeline.models import MD5_TAG
 from pipeline.promotion import ANSWERS, Decision, read_decisions
 from pipeline.runner import STAGES
@@ -447,8 +448,8 @@ def _asked(
     from mlflow.exceptions import MlflowException
 
     executions = {name: Execution(seconds=note.get("seconds")) for name, note in notes.items()}
-    local = Path(tracking_uri(root).removeprefix("sqlite:///"))
-    if tracking_uri(root).startswith("sqlite:") and not local.is_file():
+    local = database_file(tracking_uri(root))
+    if local is not None and not local.is_file():
         return _Tracked(executions, missing=f"MLflow was not asked: there is no {local.name}")
     gone = []
     try:

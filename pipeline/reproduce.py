@@ -47,6 +47,7 @@ from pipeline.dag import Dag
 from pipeline.dvc_cache import DvcCache
 from pipeline.executions import Execution, Known, known
 from pipeline.home import HOME_VARIABLE, home
+from pipeline.mlflow_database import database_uri
 from pipeline.named import Commit, File, find, version_name
 from pipeline.params import PARAMS_FILE, load_params, section
 from pipeline.provenance import CODE, PATCH
@@ -491,7 +492,7 @@ def _environment(job: _Job, events: Path) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(filter(None, [str(job.folder), others])),
         "PYTHONUNBUFFERED": "1",
         HOME_VARIABLE: str(job.folder),
-        "MLFLOW_TRACKING_URI": f"sqlite:///{job.folder / 'mlflow.db'}",
+        "MLFLOW_TRACKING_URI": database_uri(job.folder / "mlflow.db"),
         EVENTS_VARIABLE: str(events),
     }
 

@@ -19,6 +19,7 @@ from urllib.parse import unquote, urlparse
 from gpt.errors import RunError
 from gpt.events import Message
 from gpt.files import write_json
+from pipeline.mlflow_database import follow_move
 from pipeline.tracking import (
     BATCH_METRICS,
     BATCH_PARAMS,
@@ -137,6 +138,7 @@ def _send(root: Path, server: MlflowClient, unsent: Unsent) -> Sent | None:
     """One run, and what is kept of it goes; None if its process was killed before it had begun."""
     from mlflow import MlflowClient
 
+    follow_move(unsent.database)
     local = MlflowClient(unsent.uri, unsent.uri)
     found = local.search_runs([each.experiment_id for each in local.search_experiments()])
     if not found:

@@ -37,6 +37,7 @@ from gpt.events import Event, Message, Metrics, Text
 from gpt.files import write_json
 from pipeline import unsent
 from pipeline.home import home
+from pipeline.mlflow_database import database_file, database_uri, follow_move, reason_and_remedy
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -139,9 +140,13 @@ class TrackingParams:
 
 def tracking_uri(root: Path) -> str:
     """`MLFLOW_TRACKING_URI` if it is set, else the database `mlflow.db` of the project."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home(root) / 'mlflow.db'}"
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or database_uri(_own_database(root))
     # the driver that the extra `team` brings; SQLAlchemy 2.1 takes another one if none is named
     return re.sub("^postgres(ql)?://", "postgresql+psycopg2://", uri)
+
+
+def _own_database(root: Path) -> Path:
+    return home(root) / "mlflow.db"
 
 
 def artifact_folder(root: Path, name: str) -> str | None:
@@ -170,7 +175,7 @@ def connect(root: Path, uri: str = "") -> MlflowClient:
 
     Args:
         root: the project.
-        uri: another MLflow than the project's.
+        uri: the database of an unsent run, in the place of the project's MLflow.
 
     Raises:
         RunError: MLflow cannot be reached or its database cannot be opened.
@@ -180,13 +185,16 @@ def connect(root: Path, uri: str = "") -> MlflowClient:
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    uri = uri or tracking_uri(root)
+    of_unsent, uri = bool(uri), uri or tracking_uri(root)
     with named_failure(root, "does not answer", uri=uri):
         check_answers(uri)
     with _unchanged_environment("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
         mlflow.set_tracking_uri(uri)
         mlflow.set_registry_uri(uri)
     with named_failure(root, "cannot be opened", uri=uri), FileLock(_lock_file(root)):
+        database = database_file(uri)
+        if database is not None and (of_unsent or database == _own_database(root)):
+            follow_move(database)
         client = mlflow.MlflowClient(uri)
         client.search_experiments(max_results=1)
         client.search_registered_models(max_results=1)  # the registry keeps its own connection
@@ -297,11 +305,10 @@ def named_failure(
     except (InputError, RunError):  # they say by themselves what is wrong
         raise
     except kind as error:  # MLflow passes on its database's and network's own errors
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise RunError(
-            f"MLflow at {without_credentials(f'{uri or tracking_uri(root)} {what}: {reason}')}; "
-            + (_REMEDY if uri in ("", tracking_uri(root)) else "see that the disk has room")
-        ) from error
+        uri = uri or tracking_uri(root)
+        reason, remedy = reason_and_remedy(error, database_file(uri))
+        told = without_credentials(f"{uri} {what}: {reason}")
+        raise RunError(f"MLflow at {told}; {remedy or _REMEDY}") from error
 
 
 def artifact(client: MlflowClient, run_id: str, path: str) -> bytes | None:

@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 
 from gpt.files import write_json
 from pipeline.home import home
+from pipeline.mlflow_database import database_uri
 
 FOLDER = Path(".pipeline") / "unsent"
 _ABOUT = "unsent.json"
@@ -49,9 +50,14 @@ class Unsent:
     begun: float
 
     @property
+    def database(self) -> Path:
+        """The file of its database."""
+        return self.folder / "mlflow.db"
+
+    @property
     def uri(self) -> str:
         """The database, for MLflow."""
-        return f"sqlite:///{self.folder / 'mlflow.db'}"
+        return database_uri(self.database)
 
     @property
     def artifacts(self) -> Path:
@@ -110,7 +116,8 @@ def begin(
         begun=time.time(),
     )
     about = dataclasses.asdict(made) | {"folder": folder.name, "root": str(made.root)}
-    write_json(folder / _ABOUT, about | {"state": str(state) if state else None})
+    about |= {"state": str(state) if state else None, "home": str(home(root))}
+    write_json(folder / _ABOUT, about)
     return made
 
 
@@ -133,5 +140,13 @@ def find(root: Path, name: str) -> Unsent | None:
         about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    state = Path(about["state"]) if about["state"] else None
-    return Unsent(**{**about, "folder": folder, "root": Path(about["root"]), "state": state})
+    made_in, state = Path(about["root"]), Path(about["state"]) if about["state"] else None
+    # a state lies three folders below; of what was made before homes were noted it is the best hint
+    was = Path(about.pop("home", state.parents[2] if state else made_in))
+
+    def here(path: Path) -> Path:
+        """The place since the project was moved or copied."""
+        return home(root) / path.relative_to(was) if path.is_relative_to(was) else path
+
+    places = {"folder": folder, "root": here(made_in), "state": state and here(state)}
+    return Unsent(**{**about, **places})

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pandas as pd
 import pytest
 import torch
@@ -54,6 +55,8 @@ answers = []
 for uri, rows, params in json.loads(sys.stdin.read()):
     answer = mlflow.pyfunc.load_model(uri).predict(pd.DataFrame(rows), params=params)
     answers.append(answer.to_dict(orient="records"))
+mlflow.set_tracking_uri("sqlite:///nothing-here.db")
+exec(os.environ["README"])
 print(json.dumps(answers))
 import gpt
 assert "code" in gpt.__file__, gpt.__file__
@@ -80,6 +83,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for stage, spec in STAGES.items():
             if spec.model:
                 register(root, stage)
+        connect(root).set_registered_model_alias("classifier", "champion", "1")
     return root
 
 
@@ -94,10 +98,14 @@ def register(root: Path, stage: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def answers(project: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    """What the models say to `QUESTIONS` in another process, elsewhere."""
+def printed(project: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What another process prints elsewhere: by README's lines, and last the `answers`."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment["TRACKED"] = f"sqlite:///{project / 'mlflow.db'}"
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    lines = readme.partition("```python\nimport mlflow")[2].partition("```")[0]
+    assert "/home/me/gpt-pipeline" in lines
+    environment["README"] = "import mlflow" + lines.replace("/home/me/gpt-pipeline", str(project))
     done = subprocess.run(
         [sys.executable, "-I", "-c", ELSEWHERE],
         cwd=tmp_path_factory.mktemp("elsewhere"),
@@ -108,7 +116,35 @@ def answers(project: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return done.stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def answers(printed: list[str]) -> list[Any]:
+    """What the models say to `QUESTIONS` in another process, elsewhere."""
+    return json.loads(printed[-1])
+
+
+def test_readme_s_lines_answer_in_any_folder(printed: list[str]) -> None:
+    heading, row = printed[:2]
+    assert heading.split() == ["label", "probability_ham", "probability_spam"]
+    assert row.split()[1] in LABELS
+
+
+def test_a_copied_project_loads_its_own_models_and_leaves_the_original_as_it_was(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    copy = tmp_path / "a copy, 100 % of Jürgen's #1"
+    shutil.copytree(project, copy)
+    before = dvc_md5(project)
+    version = connect(copy).get_model_version_by_alias("classifier", "champion")
+    assert version.tags["md5"] == dvc_md5(copy / "models/classifier")
+    for uri in ("models:/classifier@champion", f"runs:/{version.run_id}"):
+        found = Path(mlflow.artifacts.download_artifacts(uri))
+        assert found.is_relative_to(copy), found
+    StageRun(copy, "finetune_classifier", CONFIG, {}).close("FINISHED")
+    assert dvc_md5(project) == before
 
 
 def test_the_classifier_answers_with_label_and_probabilities(answers: list[Any]) -> None:
