@@ -40,10 +40,10 @@ Format = Literal["text", "jsonl", "parquet", "tsv", "csv", "json", "file"]
 """How a raw file is written. `text` is plain text, one document or several with a separator between
 them; `jsonl` a JSON object a line; `parquet` a table; `tsv` a label, a tab and a text a line,
 without CSV's quoting; `csv` a table with a header (RFC 4180); `json` a list of objects. All but
-`parquet` may be compressed, which the end of the file's name says: `.gz` or `.zst`."""
+`parquet` may be compressed: gzip, zstd, bzip2 or xz."""
 FORMATS: dict[Kind, tuple[Format, ...]] = {
     "documents": ("text", "jsonl", "csv", "parquet"),
-    "messages": ("tsv", "csv", "jsonl", "parquet"),
+    "messages": ("tsv", "csv", "jsonl", "json", "parquet"),
     "instructions": ("json", "jsonl", "parquet"),
     "file": ("file",),
 }
@@ -300,12 +300,13 @@ def _tsv_messages(path: Path) -> Iterator[tuple[str, str]]:
     # Not a reader of CSV: it reads quotes as CSV's and joins lines between them.
     for number, line in lines_in(path):
         line = line.rstrip("\r\n")
-        if not line:
+        if not line.strip(" "):
             continue
         parts = line.split("\t")
         if len(parts) != 2 or not all(part.strip() for part in parts):
             raise InputError(
-                f"{path}: line {number}: not a label, a tab and a text; correct or remove the line"
+                f"{path}: line {number}: not a label, a tab and a text; correct or remove the "
+                "line, or set its source's format if it is none of tsv"
             )
         yield parts[0], parts[1]
 
@@ -401,6 +402,11 @@ def _preference(where: str, record: Any) -> Instruction:
 
 def _record(where: str, record: Any) -> Instruction:
     if isinstance(record, list):
+        if record and not any(isinstance(each, dict) and "role" in each for each in record):
+            raise InputError(
+                f"{where}: a list, but of no messages: none has a role; if the file is one list of "
+                "records, set its source's format: json"
+            )
         return _conversation(where, record)
     if not isinstance(record, dict):
         raise InputError(f"{where}: not an object with fields; correct the record")

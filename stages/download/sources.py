@@ -9,6 +9,7 @@ from urllib.parse import unquote, urlsplit
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
+from gpt.formats import PACKINGS
 from gpt.text import FORMATS, SOURCES, Balance, Format, Kind, Split
 
 _BY_SUFFIX: dict[str, Format] = {
@@ -17,8 +18,8 @@ _BY_SUFFIX: dict[str, Format] = {
     ".json": "json",
     ".parquet": "parquet",
     ".csv": "csv",
+    ".tsv": "tsv",
 }
-_PACKED = (".gz", ".zst")
 _ARCHIVES = (
     *(".zip", ".tar", ".tgz", ".tbz2", ".txz", ".tzst"),
     *(f".tar{suffix}" for suffix in (".gz", ".bz2", ".xz", ".zst")),
@@ -40,15 +41,18 @@ def inside_path(path: str) -> str:
 
 
 def format_of(kind: Kind, name: str) -> Format:
-    """The format that a file's name tells, `.gz` and `.zst` at its end apart."""
+    """The format that a file's name tells, `.gz` and its like at its end apart.
+
+    It may be one that files of the kind cannot have.
+    """
     path = PurePosixPath(name.lower())
-    if path.suffix in _PACKED:
+    if path.suffix in PACKINGS:
         path = path.with_suffix("")
     told = _BY_SUFFIX.get(path.suffix)
-    if told == "json" and kind == "documents":
-        told = "jsonl"
+    if kind == "documents":  # as some write lines of JSON, and whose rows are text like any other
+        told = "jsonl" if told == "json" else None if told == "tsv" else told
     # the first one of a kind is that of a file whose name tells none
-    return told if told in FORMATS[kind] else FORMATS[kind][0]
+    return FORMATS[kind][0] if told is None or kind == "file" else told
 
 
 def _plain_name(name: str) -> str:
@@ -183,9 +187,9 @@ class TextSource(Source):
 
     Attributes:
         format: how they are written; by default what the names say: `.jsonl`, `.ndjson`,
-            `.json`, `.parquet`, `.csv` (`.gz` or `.zst` behind it apart), else plain text, a
+            `.json`, `.parquet`, `.csv` (`.gz` and its like behind it apart), else plain text, a
             `tsv` of messages or a `json` of instructions.
-        text_field: the field (column) of the text, in `jsonl`, `parquet` and `csv`.
+        text_field: the field (column) of the text, in `jsonl`, `json`, `parquet` and `csv`.
         label_field: the field (column) of a message's label, in the same.
     """
 
@@ -196,12 +200,13 @@ class TextSource(Source):
     @model_validator(mode="after")
     def _fitting_format(self) -> TextSource:
         where, kind = f"source {self.name!r}:", self.read_as
-        if self.format and self.format not in FORMATS[kind]:
+        told = self.format or (None if self.gives_several else format_of(kind, self.saved_name))
+        if told and told not in FORMATS[kind]:
             raise ValueError(
                 f"{where} {kind} have one of the formats {', '.join(FORMATS[kind])}, "
-                f"not {self.format}"
+                f"not {told}" + " as its name says; set its format" * (not self.format)
             )
-        fields = self._may_be("jsonl", "parquet", "csv")
+        fields = self._may_be("jsonl", "json", "parquet", "csv")
         if self.text_field and (kind == "instructions" or not fields):
             raise ValueError(
                 f"{where} only documents and messages in jsonl, parquet or csv have a text_field"

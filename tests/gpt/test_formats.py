@@ -1,8 +1,12 @@
 """What comes out of files of all forms, and what becomes of bad ones."""
 
+import bz2
+import datetime
 import gzip
 import io
 import json
+import lzma
+import re
 import tracemalloc
 
 import pyarrow as pa
@@ -34,7 +38,12 @@ def table(path, **columns):
     return path
 
 
-COMPRESS = {"gz": gzip.compress, "zst": zstandard.compress}
+COMPRESS = {
+    "gz": gzip.compress,
+    "zst": zstandard.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+}
 
 
 # --- bytes ----------------------------------------------------------------------------------------
@@ -46,6 +55,13 @@ def test_a_compressed_file_holds_what_was_put_in(tmp_path, end, content):
     path = write(tmp_path / f"a.txt.{end}", COMPRESS[end](content))
     with open_raw(path) as file:
         assert file.read() == content
+
+
+@pytest.mark.parametrize("end", COMPRESS)
+def test_a_compressed_file_is_read_whatever_it_is_called(tmp_path, end):
+    for name in (f"A.TXT.{end.upper()}", "a.txt", "a.gz"):
+        path = write(tmp_path / name, COMPRESS[end](b"one\n"))
+        assert list(texts_in(path, None)) == ["one\n"]
 
 
 @pytest.mark.parametrize("end", COMPRESS)
@@ -115,7 +131,17 @@ def test_a_text_comes_out_alike_however_it_is_read(tmp_path_factory, content, se
     if separator is None:
         assert "".join(texts) == content
     else:
-        assert texts == [text.strip("\r\n") for text in content.split(separator)]
+        either = re.escape(separator).replace("\\\n", "\r?\n")
+        assert texts == [text.strip("\r\n") for text in re.split(either, content)]
+
+
+@pytest.mark.parametrize("separator", ["<|endoftext|>", "\n\n", "\r\n\r\n", "\n==\n"])
+def test_a_separator_is_found_whichever_line_ends_a_file_has(tmp_path, separator):
+    content = f"\ufeffone\nmore{separator}two"
+    content = content.replace("\r\n", "\n")
+    for name, ends in (("lf", content), ("crlf", content.replace("\n", "\r\n"))):
+        texts = list(texts_in(write(tmp_path / name, ends), separator))
+        assert [text.replace("\r\n", "\n") for text in texts] == ["one\nmore", "two"]
 
 
 def test_the_line_of_a_byte_that_is_not_utf8_is_named(tmp_path, small):
@@ -128,6 +154,28 @@ def test_the_line_of_a_byte_that_is_not_utf8_is_named(tmp_path, small):
             list(texts_in(path, "=="))
     with pytest.raises(InputError, match="a: line 2: byte 0xe6 is not UTF-8"):
         list(texts_in(write(tmp_path / "a", b"one\n" + "漢".encode()[:2]), None))
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("Grüße".encode("utf-16"), "UTF-16 or UTF-32; save it as UTF-8"),
+        ("hello, world".encode("utf-16-le"), "UTF-16 without a byte order mark; save it as UTF-8"),
+        ("hello, world".encode("utf-16-be"), "UTF-16 without"),
+        ("Прощай, мир".encode("utf-16-le"), "UTF-16 without"),
+        (b"PK\x03\x04\x14\0\x06\0", "an archive, or a document that is made like one; take"),
+        (b"a.txt" + b"\0" * 252 + b"ustar\0", "an archive"),
+        (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3", "a document of PDF or Office; save it as text"),
+        (b"PAR1\x15\x04", "parquet; set its source's format: parquet"),
+        (b"\x04\x22\x4d\x18\x64\x40", "compressed in a form that is not read; use .gz, .zst"),
+        (gzip.compress(gzip.compress(b"text")), "compressed twice; decompress it once"),
+    ],
+)
+def test_what_is_no_text_in_utf8_is_named(tmp_path, content, complaint):
+    path = write(tmp_path / "a", content)
+    for read in (lambda: texts_in(path, None), lambda: fields_in(path, "csv", ["text"])):
+        with pytest.raises(InputError, match=rf"a: not a text in UTF-8 but {complaint}"):
+            list(read())
 
 
 def test_the_parts_of_a_document_have_its_tokens(tmp_path, monkeypatch, small):
@@ -219,6 +267,8 @@ def test_a_field_of_csv_may_be_long(tmp_path):
     [
         ("", "empty; the first line names the columns"),
         ("a,b\n1,2\n", "no column 'text'; there are 'a', 'b'"),
+        ("text;b\n1;2\n", "no column 'text'; there are 'text;b'; commas separate fields, not ';'"),
+        ("b,text,text\n1,2,3\n", "2 columns are called 'text'; rename or remove all but one"),
         ("text,b\n1,2\n1\n", "line 3: 1 fields where the header has 2"),
         ("text,b\n1,2\n\n1,2,3\n", "line 4: 3 fields where the header has 2"),
         ('text,b\n"x\ny",2\n"1"2,3\n', "line 4: not valid CSV .*correct the row that begins there"),
@@ -251,6 +301,32 @@ def test_bad_parquet_is_refused(tmp_path, monkeypatch):
             assert "\n" not in str(caught.value)
 
 
+def test_a_value_of_parquet_that_python_does_not_know_is_named(tmp_path):
+    """Whichever exception it brings out: of Arrow, of dates or of text."""
+    offsets = pa.py_buffer(b"\0\0\0\0\x02\0\0\0\x04\0\0\0")
+    columns = {
+        "date": pa.array([0, 2**31 - 1], pa.int32()).cast(pa.date32()),
+        "stamp": pa.array([0, 2**62], pa.int64()).cast(pa.timestamp("ms")),
+        "zone": pa.array([0, 1], pa.timestamp("s", "No/Where")),
+        "text": pa.Array.from_buffers(pa.string(), 2, [None, offsets, pa.py_buffer(b"ok\xff\xfe")]),
+    }
+    path = table(tmp_path / "a.parquet", **columns)
+    for name in columns:
+        with pytest.raises(InputError, match=rf"row [12]: the column '{name}' .*cannot be read"):
+            list(fields_in(path, "parquet", [name]))
+    dated = table(tmp_path / "b.parquet", text=["a"], day=[datetime.date(2024, 2, 29)])
+    assert list(fields_in(dated, "parquet", ["text"])) == [(1, ("a",))]
+
+
+def test_columns_of_parquet_that_have_one_name_are_refused(tmp_path):
+    path = tmp_path / "a.parquet"
+    twice = pa.Table.from_arrays([pa.array(["a"])] * 3, names=["text", "text", "b"])
+    parquet.write_table(twice, path)
+    with pytest.raises(InputError, match=r"a\.parquet: 2 columns are called 'text'"):
+        list(fields_in(path, "parquet", ["text"]))
+    assert list(fields_in(path, "parquet", ["b"])) == [(1, ("a",))]
+
+
 def _objects(path, column):
     return objects_in(path, "parquet", [column])
 
@@ -273,6 +349,57 @@ def test_objects_are_a_list_or_lines_of_json(tmp_path):
     assert list(objects_in(path, "json", [])) == [(1, {"a": 1}), (2, [2])]
     path = write(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"a": 1}\n\n[2]')
     assert list(objects_in(path, "jsonl", [])) == [(1, {"a": 1}), (3, [2])]
+
+
+@pytest.mark.parametrize(
+    ("bad", "fault"),
+    [
+        ('{"a": 1, "b": 2, "a": 3}', "the key 'a' is given twice"),
+        ('{"b": {"a": 1, "a": 1}}', "the key 'a' is given twice"),
+        ("7" * 5000, "Exceeds the limit .* value has 5000 digits"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"a": ', "Expecting value"),
+        ("1 2", "Ex"),
+        ("", "Expecting value"),
+    ],
+)
+def test_bad_json_is_refused_with_its_place(tmp_path, bad, fault):
+    lines = write(tmp_path / "a.jsonl", f'{{"a": 1}}\n\n{bad or "x"}\n')
+    with pytest.raises(InputError, match=rf"a\.jsonl: line 3: not valid JSON \({fault}") as caught:
+        list(objects_in(lines, "jsonl", []))
+    assert len(str(caught.value)) < 300
+    of_list = write(tmp_path / "a.json", f'[{{"a": 1}},\n\n{bad}]\n')
+    with pytest.raises(InputError, match=rf"a\.json: line 3: not valid JSON \({fault}.*2\)"):
+        list(objects_in(of_list, "json", []))
+
+
+@pytest.mark.parametrize("content", ["[]", " [ ] ", "[1]", '[{"a": [1, {}]},\r\n\t"]" , null]\n'])
+def test_a_list_is_read_as_json_has_it(tmp_path, content):
+    path = write(tmp_path / "a.json", content)
+    assert [value for _, value in objects_in(path, "json", [])] == json.loads(content)
+    for more in ("]", ",", "[]"):
+        with pytest.raises(InputError, match="not valid JSON"):
+            list(objects_in(write(path, content + more), "json", []))
+
+
+def test_a_file_of_another_form_than_its_name_tells_says_which_format_to_set(tmp_path):
+    lines = write(tmp_path / "a.json", '{"a": 1}\n{"a": 2}\n')
+    with pytest.raises(InputError, match=r"not a JSON list; .*format: jsonl"):
+        list(objects_in(lines, "json", []))
+    for content in ("[\n1]", '[{"text": "a"}]'):
+        path = write(tmp_path / "a.jsonl", content)
+        with pytest.raises(InputError, match=r"line 1: .*if the file is one list.*jq -c"):
+            list(fields_in(path, "jsonl", ["text"]))
+    plain = write(tmp_path / "a.txt.gz", "plain")
+    with pytest.raises(InputError, match=r"not compressed, take \.gz off its name"):
+        list(texts_in(plain, None))
+
+
+def test_a_list_that_is_too_long_to_hold_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "LONGEST_LIST", 1 << 20)
+    path = write(tmp_path / "a.json", "[" + "1," * (1 << 20) + "1]")
+    with pytest.raises(InputError, match=r"longer than 1 MiB, .* a record a line"):
+        list(objects_in(path, "json", []))
 
 
 def test_a_generator_that_is_left_early_closes_its_file(tmp_path):

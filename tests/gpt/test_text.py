@@ -500,6 +500,12 @@ def test_a_conversation_out_of_order_names_record_and_message(tmp_path, messages
             json.dumps([{"instruction": "a", "input": "", "output": "\ud800"}]),
             "record 1: field 'output' holds half a character",
         ),
+        (
+            read_instructions,
+            "jsonl",
+            json.dumps(RECORDS[:2]),
+            "line 1: a list, but of no messages.*set its source's format: json",
+        ),
         (documents, "text", b"one\n\xc3(\n", "line 2: byte 0xc3 is not UTF-8"),
         (documents, "jsonl", '{"text": "a"}\n{"text"\n', "line 2: not valid JSON"),
         (documents, "jsonl", '{"text": 1}\n', "line 1: not an object with a text"),

@@ -289,8 +289,8 @@ def test_kinds_formats_and_fields_reach_the_readers(tmp_path, local):
     [
         ("documents", {"a.txt": "text", "a": "text", "a.json": "jsonl", "A.JSONL.gz": "jsonl"}),
         ("documents", {"a.parquet": "parquet", "a.ndjson.zst": "jsonl", "a.md.gz": "text"}),
-        ("messages", {"a": "tsv", "a.csv.gz": "csv", "a.json": "tsv", "a.parquet": "parquet"}),
-        ("instructions", {"a": "json", "a.json.zst": "json", "a.jsonl": "jsonl"}),
+        ("messages", {"a": "tsv", "a.CSV.GZ": "csv", "a.json": "json", "a.parquet": "parquet"}),
+        ("instructions", {"a": "json", "a.json.xz": "json", "a.jsonl": "jsonl", "a.csv": "csv"}),
         ("file", {"a.json": "file"}),
     ],
 )
