@@ -24,7 +24,7 @@ import psutil
 
 from gpt.errors import InputError, RunError
 from gpt.files import write_json
-from pipeline.agent_run import AGENT_VARIABLE, agent_folder, run_note
+from pipeline.agent_run import AGENT_VARIABLE, COMMAND, agent_folder, run_note
 from pipeline.console import n_of
 from pipeline.home import HOME_VARIABLE, home
 from pipeline.resources import SLOTS_VARIABLE, cards, cores
@@ -246,7 +246,7 @@ class _Agent:
         except ObjectNotFound:
             template = ProcessWorker.get_default_base_job_template()
             variables = template["variables"]["properties"]
-            variables["command"]["default"] = "gpt-pipeline flow-run"
+            variables["command"]["default"] = COMMAND
             client.create_work_pool(
                 WorkPoolCreate(
                     name=self.pool,
@@ -265,8 +265,7 @@ class _Agent:
     def _start_worker(self) -> subprocess.Popen[bytes]:
         folder = agent_folder(self.root)
         folder.mkdir(parents=True, exist_ok=True)
-        command = ["-m", "prefect", "worker", "start", "--pool", self.pool, "--type", "process"]
-        command += ["--name", socket.gethostname(), "--limit", str(self.runs)]
+        command = ["-m", "pipeline.agent_worker", self.pool, socket.gethostname(), str(self.runs)]
         with (folder / "worker.log").open("ab") as log:
             worker = subprocess.Popen(
                 [sys.executable, *command],
@@ -340,7 +339,7 @@ class _Agent:
         for run_id, note in self._notes():
             if self._alive(note):
                 self._gone.pop(run_id, None)
-            elif at_once or self._long_gone(run_id):
+            elif at_once or "refused" in note or self._long_gone(run_id):
                 self._conclude(client, run_id, note, at_once=at_once)
 
     def _long_gone(self, run_id: str) -> bool:
@@ -360,6 +359,8 @@ class _Agent:
         with contextlib.suppress(ObjectNotFound):
             run = client.read_flow_run(run_id)  # type: ignore[arg-type]
             state = run.state
+            if "refused" in note:
+                self.say(f"flow run {run_id}: {note['refused']}")
             if dict(self._notes()).get(run_id) != note:
                 return  # a worker has started it again meanwhile
             if state is not None and state.is_pending() and not at_once and _is_new(state):

@@ -117,7 +117,7 @@ def set_params(
     if preset is not None:
         file = root / "presets" / f"{preset}.yaml"
         if Path(preset).name != preset or not file.is_file():
-            known = ", ".join(sorted(path.stem for path in file.parent.glob("*.yaml")))
+            known = ", ".join(sorted(path.stem for path in (root / "presets").glob("*.yaml")))
             raise InputError(f"{preset}: no such preset; there are {known}")
     content = file.read_bytes()
     load_params(file)

@@ -1,8 +1,12 @@
 """One flow run on an agent, from its worker's command to the workspace that it works in.
 
-Prefect's process worker starts `gpt-pipeline flow-run`. That makes the workspace of the commit, and
-becomes Prefect's engine there: the same process, which the worker watches, stops and hears of. The
-note of it under `.pipeline/agent/runs` tells an agent that starts later what was lost.
+The worker starts `gpt-pipeline flow-run`. That makes the workspace of the commit, and becomes
+Prefect's engine there: the same process, which the worker watches, stops and hears of. The note of
+it under `.pipeline/agent/runs` tells an agent that starts later what was lost.
+
+What is run, and under which variables, is what `prefect.yaml` says at the commit. The server is
+asked for the parameters of the flow run alone; a flow run for which it says something else of the
+rest is refused.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -20,7 +24,14 @@ from gpt.errors import InputError, RunError
 from gpt.files import write_json
 from pipeline.home import home
 from pipeline.workspace import commit_of, environment, git, make_workspace
+from pipeline.yaml_files import read_yaml
 
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas.objects import FlowRun
+
+COMMAND = "gpt-pipeline flow-run"
+"""All that a worker of an agent starts."""
 AGENT_VARIABLE = "GPT_PIPELINE_AGENT"
 """The agent's own checkout of the project."""
 WORKER_VARIABLE = "GPT_PIPELINE_WORKER"
@@ -62,27 +73,116 @@ def become_flow_run() -> int:
     from prefect.states import Failed
 
     with get_client(sync_client=True) as client:
-        asked: dict[str, Any] = client.read_flow_run(run_id).parameters
+        run = client.read_flow_run(run_id)  # type: ignore[arg-type]
         try:
             if not workspace.exists():  # else the run was cut off, and goes on in it
                 # one that was killed while it was made has no name yet
                 partial = workspace.with_name(f".{run_id}.partial")
                 shutil.rmtree(partial, ignore_errors=True)
-                make_workspace(root, _commit(root, str(asked.get("commit") or "")), partial)
+                make_workspace(
+                    root, _commit(root, str(run.parameters.get("commit") or "")), partial
+                )
                 partial.rename(workspace)
+            entrypoint, variables = held_by_project(workspace, asked_by_server(client, run))
         except (InputError, RunError) as error:
+            write_json(run_note(root, run_id), {**note, "refused": str(error)})
             client.set_flow_run_state(run_id, Failed(message=str(error)), force=True)
             print(f"error: {error}", file=sys.stderr, flush=True)
             return 0  # told, and nothing that a worker could add to
     os.chdir(workspace)
     settings = {
         **os.environ,
+        **variables,
         **environment(root, workspace),
+        "PREFECT__FLOW_ENTRYPOINT": entrypoint,
         WORKER_VARIABLE: str(worker),
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # the stages show themselves
     }
-    os.execve(sys.executable, [sys.executable, "-m", "prefect.engine"], settings)
+    os.execve(sys.executable, [sys.executable, "-c", _ENGINE], settings)
     raise AssertionError("the engine has taken the place of this")
+
+
+def asked_by_server(client: SyncPrefectClient, run: FlowRun) -> dict[str, Any]:
+    """What a flow run's deployment, the flow run itself and its work pool want to be run.
+
+    Raises:
+        InputError: it has no deployment.
+    """
+    if run.deployment_id is None or run.work_pool_name is None:
+        raise InputError("refused: a flow run without a deployment; schedule one of prefect.yaml's")
+    deployment = client.read_deployment(run.deployment_id)
+    template = client.read_work_pool(run.work_pool_name).base_job_template
+    defaults = {
+        name: each.get("default")
+        for name, each in template.get("variables", {}).get("properties", {}).items()
+    }
+    fixed = {
+        name: value
+        for name, value in template.get("job_configuration", {}).items()
+        if value != f"{{{{ {name} }}}}"
+    }
+    variables = {**defaults, **(deployment.job_variables or {}), **(run.job_variables or {})}
+    return _asked(deployment.entrypoint, deployment.pull_steps, {**variables, **fixed})
+
+
+def _asked(entrypoint: Any, pull: Any, variables: dict[str, Any]) -> dict[str, Any]:
+    """All that decides what is run, by what a line calls it; without what is not set."""
+    unheard = ("labels", "name", "stream_output")  # they change nothing that runs
+    heard = {name: value for name, value in variables.items() if value and name not in unheard}
+    return {"command": COMMAND, **heard, "entrypoint": entrypoint, "pull steps": pull}
+
+
+def held_by_project(folder: Path, asked: dict[str, Any]) -> tuple[str, dict[str, str]]:
+    """The entrypoint and the environment that `prefect.yaml` has for what the server asks.
+
+    Its pull steps are not needed, as the workspace is there.
+
+    Args:
+        folder: the checkout.
+        asked: as `asked_by_server` gives it.
+
+    Raises:
+        InputError: no deployment of `prefect.yaml` is that, or it cannot be read.
+    """
+    file = folder / "prefect.yaml"
+    content = read_yaml(file, "prefect.yaml", missing="is not in this commit")
+    try:
+        held = [
+            _asked(
+                each["entrypoint"],
+                each.get("pull", content.get("pull")),
+                {"env": dict((each["work_pool"].get("job_variables") or {}).get("env") or {})},
+            )
+            for each in content["deployments"]
+        ]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise InputError("prefect.yaml: is not as Prefect describes it; correct it") from None
+    differing: list[set[str]] = [
+        {key for key in asked | its if asked.get(key) != its.get(key)} for its in held
+    ]
+    if set() in differing:
+        environment = asked.get("env", {})
+        return asked["entrypoint"], {name: str(value) for name, value in environment.items()}
+    nearest: set[str] = min(differing, key=len, default={"entrypoint"})
+    shown = ", ".join(f"{key} {str(asked.get(key))[:80]!r}" for key in sorted(nearest))
+    raise InputError(
+        f"refused: {shown}, which prefect.yaml does not say at this commit; an agent runs nothing "
+        "else (`prefect --no-prompt deploy --all` makes its deployments anew)"
+    )
+
+
+_ENGINE = """
+import os, uuid
+from prefect.engine import configure_from_env, handle_engine_signals
+configure_from_env()
+run_id = uuid.UUID(os.environ["PREFECT__FLOW_RUN_ID"])
+with handle_engine_signals(run_id):
+    from prefect.flow_engine import load_flow, load_flow_run, run_flow
+    run = load_flow_run(run_id)
+    run_flow(load_flow(run), flow_run=run, return_type="state")
+"""
+"""`prefect.engine`, but for the result: of a run that is said to have ended, it unpickles one from
+where the server says that it lies."""
 
 
 def _write_to(log: Path) -> None:
@@ -114,5 +214,5 @@ def _commit(root: Path, asked: str) -> str:
         with contextlib.suppress(InputError):
             return commit_of(root, each)
     raise InputError(
-        f"commit {asked}: is not in the agent's project{fault}; push it, or correct it"
+        f"commit {repr(asked)[1:-1]}: is not in the agent's project{fault}; push it, or correct it"
     )

@@ -79,7 +79,9 @@ def commit_of(project: Path, commit: str) -> str:
             f"{project}: is no git repository, and commits are git's; clone the project"
         )
     try:
-        return git(project, "rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}")
+        return git(
+            project, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{commit}^{{commit}}"
+        )
     except RunError:
         raise InputError(
             f"{commit}: no such commit in {project}; fetch it, or name another"
