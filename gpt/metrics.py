@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -14,12 +14,12 @@ from torch.nn import functional as F
 
 from gpt.data import IGNORED, Batch
 from gpt.errors import NOT_FINITE, RunError
+from gpt.labels import class_key
 from gpt.loss import linear_cross_entropy
 from gpt.model import GPT, ClassifierTop, GPTClassifier
 from gpt.parallel import add_up, share_out
 
-_LONGEST_NAME = 200
-"""Of a part of a metric's name; MLflow takes 250 characters in all."""
+_LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 
 def lm_loss_sum(model: GPT, batch: Batch) -> tuple[Tensor, int]:
@@ -134,25 +134,9 @@ def classify(model: GPTClassifier, batches: Iterable[Batch]) -> Tensor:
     return logits.softmax(dim=1)
 
 
-def metric_names(names: Iterable[str]) -> list[str]:
-    """Names from outside as parts of a metric's name, in their order, no two of them equal.
-
-    MLflow takes letters, digits and `_.- ` there.
-    """
-    taken: list[str] = []
-    for each in names:
-        name = re.sub(r"[^\w.\- ]", "_", each)[:_LONGEST_NAME]
-        if name in ("", ".", ".."):  # names that are no path's either
-            name += "_"
-        while name in taken:
-            name += "_"
-        taken.append(name)
-    return taken
-
-
 def perplexity(loss: float) -> float:
     """exp of a mean loss in nats: as uncertain as a choice among so many equal tokens."""
-    return math.exp(loss)
+    return math.inf if loss > _LARGEST_EXPONENT else math.exp(loss)
 
 
 def bits_per_byte(loss: float, tokens: int, n_bytes: int) -> float:
@@ -165,7 +149,8 @@ def classification_scores(
 ) -> dict[str, float]:
     """Accuracy, and precision, recall and F1 of each class and in the mean over the classes.
 
-    All in 0..1. A class that was never predicted has a precision of 0.
+    All in 0..1, a class's under its `class_key`. A class that was never predicted has a precision
+    of 0.
     """
     from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
@@ -173,10 +158,10 @@ def classification_scores(
         actual, predicted, labels=list(labels), zero_division=0
     )
     scores = {"accuracy": float(accuracy_score(actual, predicted)), "f1_macro": float(f1.mean())}
-    for i, label in enumerate(labels):
-        scores[f"precision_{label}"] = float(precision[i])
-        scores[f"recall_{label}"] = float(recall[i])
-        scores[f"f1_{label}"] = float(f1[i])
+    for i, key in enumerate(map(class_key, labels)):
+        scores[f"precision_{key}"] = float(precision[i])
+        scores[f"recall_{key}"] = float(recall[i])
+        scores[f"f1_{key}"] = float(f1[i])
     scores["precision_macro"] = float(precision.mean())
     scores["recall_macro"] = float(recall.mean())
     return scores

@@ -26,6 +26,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from gpt.errors import InputError, first_problem
 from gpt.files import write_json
 from gpt.formats import PLACES, fields_in, lines_in, objects_in, parts_of, texts_in
+from gpt.labels import plain_label
 
 if TYPE_CHECKING:  # imported where a table is made: whoever reads documents should not wait for it
     import pandas as pd
@@ -51,6 +52,9 @@ FORMATS: dict[Kind, tuple[Format, ...]] = {
 
 SOURCES = "sources.json"
 T = TypeVar("T")
+
+MOST_CLASSES = 1000
+"""Of messages: each has a probability for every message, and figures of its own."""
 
 
 def _inside(path: str) -> str:
@@ -267,18 +271,24 @@ def read_messages(folder: Path) -> pd.DataFrame:
     """The labelled messages of a raw folder: string columns `label` and `text`, in file order.
 
     Raises:
-        InputError: a file is not what its format says, a message lacks its label or text, or all
-            messages have one label.
+        InputError: a file is not what its format says, a message lacks its label or text, all
+            messages have one label, or there are more than `MOST_CLASSES`.
     """
     import pandas as pd
 
     frames = [messages_in(folder / file.file, file) for file in read_sources(folder)]
     frame = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame({"label": []})
-    if frame["label"].nunique() < 2:
+    n = frame["label"].nunique()
+    if n < 2:
         found = ", ".join(map(repr, frame["label"].unique())) or "none"
         raise InputError(
-            f"{folder}: the messages have {frame['label'].nunique()} class ({found}); "
-            "a classifier needs two or more"
+            f"{folder}: the messages have {n} class ({found}); a classifier needs two or more"
+        )
+    if n > MOST_CLASSES:
+        raise InputError(
+            f"{folder}: {len(frame):,} messages have {n:,} classes "
+            f"({frame['label'].iloc[0]!r:.60}, …), and a classifier takes {MOST_CLASSES:,} at "
+            "most; see that label and text are not mixed up, or put rare classes together"
         )
     return frame
 
@@ -303,12 +313,13 @@ def _tsv_messages(path: Path) -> Iterator[tuple[str, str]]:
         if not line.strip(" "):
             continue
         parts = line.split("\t")
-        if len(parts) != 2 or not all(part.strip() for part in parts):
+        label = plain_label(parts[0])
+        if len(parts) != 2 or not label or not parts[1].strip():
             raise InputError(
                 f"{path}: line {number}: not a label, a tab and a text; correct or remove the "
                 "line, or set its source's format if it is none of tsv"
             )
-        yield parts[0], parts[1]
+        yield label, parts[1]
 
 
 def _field_messages(path: Path, file: RawFile) -> Iterator[tuple[str, str]]:
@@ -317,6 +328,8 @@ def _field_messages(path: Path, file: RawFile) -> Iterator[tuple[str, str]]:
     for number, (label, text) in fields_in(path, file.format, names):
         if isinstance(label, int):  # as JSON spells it: bools are ints
             label = json.dumps(label)
+        if isinstance(label, str):
+            label = plain_label(label)
         for name, value in zip(names, (label, text), strict=True):
             if not isinstance(value, str) or not value.strip() or not _is_unicode(value):
                 what = "a label" if name == file.label_field else "a text"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from gpt.labels import class_key
 from pipeline.console import seconds_in_words
 from pipeline.data_facts import RawSource
 from pipeline.markdown import NOTHING, Cell, name_of
@@ -431,7 +432,10 @@ def classes(facts: Facts, most: int = 30) -> Grid:
     rows: list[list[Cell]] = [
         [
             name_of(label),
-            *(percent(scores.get(f"{score}_{label}")) for score in ("precision", "recall", "f1")),
+            *(
+                percent(scores.get(f"{score}_{class_key(label)}"))
+                for score in ("precision", "recall", "f1")
+            ),
         ]
         for label in scores.labels[:most]
     ]

@@ -20,6 +20,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from gpt.errors import InputError, RunError, first_problem
 from gpt.files import sha256_of, write_json
+from gpt.labels import class_of
 from pipeline.dag import LOCK_FILE, last_run, pipeline_files, read_stages
 from pipeline.data_facts import RAW, RawSource, raw_sources
 from pipeline.mlflow_database import database_file
@@ -92,8 +93,8 @@ class Scores:
     @property
     def labels(self) -> list[str]:
         """The classes of a classifier."""
-        found = (key.removeprefix("recall_") for key in self.figures if key.startswith("recall_"))
-        return sorted(label for label in found if label != "macro")
+        keys = (key.removeprefix("recall_") for key in self.figures if key.startswith("recall_"))
+        return sorted(label for label in map(class_of, keys) if label is not None)
 
 
 @checked_dataclass(frozen=True, kw_only=True, slots=True, config=_CONFIG)

@@ -23,6 +23,7 @@ from pipeline.tracking import (
     connect,
     experiment_of,
     git_state,
+    key_of,
     named_failure,
     run_that_made,
     run_url,
@@ -212,7 +213,8 @@ class SweepRuns:
                 tags[f"model.{model}"] = f"models:/{model}/{version}"
             tags["mlflow.note.content"] = "\n\n".join(filter(None, [outcome.error, *links]))
             now = int(time.time() * 1000)
-            values = {**outcome.metrics, "seconds": outcome.seconds}
+            values = {key_of(name): value for name, value in outcome.metrics.items()}
+            values["seconds"] = outcome.seconds
             child = self.client.get_run(run_id)
             before = child.data.metrics
             news = [
@@ -254,7 +256,9 @@ class SweepRuns:
             if best is not None and best.value is not None:
                 tags["best"] = best.point.name
                 now = int(time.time() * 1000)
-                metrics.append(Metric(f"best/{self._sweep.metric.name}", best.value, now, 0))
+                metrics.append(
+                    Metric(key_of(f"best/{self._sweep.metric.name}"), best.value, now, 0)
+                )
             self.client.log_batch(
                 self.id, metrics=metrics, tags=[RunTag(key, value) for key, value in tags.items()]
             )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import getpass
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -79,6 +80,9 @@ _NOTHING = "none"
 OF_MODELS = ("kind",)  # MLflow puts a logged model's settings beside the run's parameters
 NO_RESULTS = ("system", "optimizer", "health", "throughput")  # groups of metrics
 _VALUE_LENGTH = 500  # of a parameter; MLflow takes 6,000, a person reads less
+_KEY = re.compile(r"[/\w.\- :]+")  # of what a key of MLflow's may be made
+_KEY_LENGTH = 250  # characters
+_DIGEST = re.compile(r"__[0-9a-f]{8}\Z")  # at the end of a key that differs from its name
 
 NOT_CODE = (":!params.yaml", ":!dvc.lock", ":!*/dvc.lock", ":!reports")
 """For git: what the pipeline changes while it runs, or records by itself."""
@@ -186,12 +190,13 @@ def connect(root: Path, uri: str = "") -> MlflowClient:
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
     of_unsent, uri = bool(uri), uri or tracking_uri(root)
-    with named_failure(root, "does not answer", uri=uri):
+    with named_failure(root, "does not answer", uri=uri, opens=True):
         check_answers(uri)
     with _unchanged_environment("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
         mlflow.set_tracking_uri(uri)
         mlflow.set_registry_uri(uri)
-    with named_failure(root, "cannot be opened", uri=uri), FileLock(_lock_file(root)):
+    opening = named_failure(root, "cannot be opened", uri=uri, opens=True)
+    with opening, FileLock(_lock_file(root)):
         database = database_file(uri)
         if database is not None and (of_unsent or database == _own_database(root)):
             follow_move(database)
@@ -290,7 +295,12 @@ def _unchanged_environment(*names: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def named_failure(
-    root: Path, what: str, kind: type[Exception] = Exception, uri: str = ""
+    root: Path,
+    what: str,
+    kind: type[Exception] = Exception,
+    uri: str = "",
+    *,
+    opens: bool = False,
 ) -> Iterator[None]:
     """Turn whatever MLflow raises into one line that names the place and the remedy.
 
@@ -299,6 +309,7 @@ def named_failure(
         what: what MLflow did not do.
         kind: of errors; others are none of MLflow's.
         uri: another MLflow than the project's.
+        opens: MLflow is looked for; what it says is of its address.
     """
     try:
         yield
@@ -307,6 +318,8 @@ def named_failure(
     except kind as error:  # MLflow passes on its database's and network's own errors
         uri = uri or tracking_uri(root)
         reason, remedy = reason_and_remedy(error, database_file(uri))
+        if not opens and getattr(error, "error_code", None) == "INVALID_PARAMETER_VALUE":
+            remedy = "it answers, and refuses this name or value: change that one"
         told = without_credentials(f"{uri} {what}: {reason}")
         raise RunError(f"MLflow at {told}; {remedy or _REMEDY}") from error
 
@@ -340,7 +353,7 @@ def run_that_made(
 
     def made(run: Run, *, if_not_told: bool) -> bool:
         tags = run.data.tags
-        told = ((tags.get(f"output.{path}"), md5) for path, md5 in outputs.items())
+        told = ((tags.get(key_of(f"output.{path}")), md5) for path, md5 in outputs.items())
         return all(if_not_told if tag is None else tag == md5 for tag, md5 in told)
 
     if run_id is not None:
@@ -433,6 +446,27 @@ def _summary(item: Any) -> str:
 
 def _short(text: str) -> str:
     return text if len(text) <= _VALUE_LENGTH else text[: _VALUE_LENGTH - 1] + "…"
+
+
+def key_of(name: str) -> str:
+    """The key under which MLflow keeps what has this name: a metric or a tag.
+
+    Labels, sources and paths may hold any character, and have any length. A name that MLflow takes
+    is its own key. Of another one, what MLflow refuses is replaced, and a digest of the name keeps
+    names apart that then look alike: one name has one key, in every run.
+    """
+    taken = _KEY.fullmatch(name) and not _DIGEST.search(name)
+    if taken and len(name) <= _KEY_LENGTH and not any(map(_is_path, name.split("/"))):
+        return name
+    parts = re.sub(r"[^/\w.\- ]", "_", name).split("/")
+    shown = "/".join(f"_{part}" if _is_path(part) else part for part in parts)
+    digest = f"__{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return shown[: _KEY_LENGTH - len(digest)] + digest
+
+
+def _is_path(part: str) -> bool:
+    """Whether a part between slashes leads elsewhere: `a//b`, `./a`, `../a`."""
+    return part in ("", ".") or part.startswith("..")
 
 
 def flatten_metrics(metrics: Mapping[str, Any], path: str = "") -> dict[str, float]:
@@ -672,13 +706,14 @@ class StageRun:
         if self._journal:
             self._journal.close()
             self._journal = None
-        tags = {f"output.{path}": md5 for path, md5 in (outputs or {}).items()}
+        tags = {key_of(f"output.{path}"): md5 for path, md5 in (outputs or {}).items()}
         if torch := sys.modules.get("torch"):
             tags["machine.threads"] = str(torch.get_num_threads())
         if error:
             tags["error"] = tags["mlflow.note.content"] = error
         now = int(time.time() * 1000)
         for name, value in flatten_metrics(metrics or {}).items():
+            name = key_of(name)
             self._last[name] = (value, now, 0)
             if 0 not in self._seen.get(name, ()):  # else logged by one killed right after it
                 self._metrics.append((name, value, now, 0))
@@ -854,7 +889,7 @@ class StageRun:
             "mlflow.user": _user(),
             **self._tags,
             **machine(),
-            **{f"input.{path}": md5 for path, md5 in self.inputs.items()},
+            **{key_of(f"input.{path}"): md5 for path, md5 in self.inputs.items()},
         }
         return self.client.create_run(experiment_id, tags=tags, run_name=differs.name)
 

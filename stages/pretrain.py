@@ -17,7 +17,7 @@ from gpt.errors import InputError
 from gpt.events import Log, discard
 from gpt.files import write_json
 from gpt.generate import Sampling, complete
-from gpt.metrics import bits_per_byte, lm_loss_sum, mean_loss, metric_names, perplexity
+from gpt.metrics import bits_per_byte, lm_loss_sum, mean_loss, perplexity
 from gpt.model import GPT
 from gpt.recipe import TrainParams
 from gpt.token_files import SplitName, open_tokens, read_manifest
@@ -192,8 +192,7 @@ def pretrain(
         "steps": float(result.steps),
         "tokens": result.history[-1]["tokens"],
     }
-    names = [f"validation_loss/{name}" for name in metric_names(sources)]
-    final |= zip(names, losses, strict=True)
+    final |= zip((f"validation_loss/{name}" for name in sources), losses, strict=True)
     save_model(model, out, tokenizer=tokenizer)
     result.write_history(history)
     write_json(metrics, final)

@@ -13,7 +13,7 @@ from gpt.bootstrap import mean_loss
 from gpt.data import WindowDataset, batches
 from gpt.errors import InputError
 from gpt.likelihood import Example, classify_by_likelihood, draw_examples
-from gpt.metrics import bits_per_byte, metric_names, perplexity, target_losses
+from gpt.metrics import bits_per_byte, perplexity, target_losses
 from gpt.metrics import mean_loss as mean_loss_of
 from gpt.model import GPT
 from gpt.token_files import open_tokens, read_manifest
@@ -57,12 +57,11 @@ def measure_base(
     for name in ("", "_low", "_high"):
         value = bits_per_byte(figures[f"loss{name}"], n_tokens, counts.total.bytes)
         figures[f"bits_per_byte{name}"] = value
-    groups = table.groupby("source", sort=False)
-    for name, (source, rows) in zip(metric_names(map(str, groups.groups)), groups, strict=True):
+    for source, rows in table.groupby("source", sort=False):
         own = float(rows["loss"].sum() / rows["tokens"].sum())
         n_bytes = counts.sources[str(source)].bytes
-        figures[f"loss/{name}"] = own
-        figures[f"bits_per_byte/{name}"] = bits_per_byte(own, len(sources[str(source)]), n_bytes)
+        figures[f"loss/{source}"] = own
+        figures[f"bits_per_byte/{source}"] = bits_per_byte(own, len(sources[str(source)]), n_bytes)
     torch.manual_seed(seed)
     untrained = GPT(model.config).to(device).eval()
     # near the logarithm of the vocabulary's size on any text: one batch tells

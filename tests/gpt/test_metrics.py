@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from gpt.data import IGNORED, Batch
 from gpt.errors import RunError
+from gpt.labels import class_key, class_of
 from gpt.metrics import (
     WeightedClassLoss,
     bits_per_byte,
@@ -20,7 +21,6 @@ from gpt.metrics import (
     classify,
     lm_loss_sum,
     mean_loss,
-    metric_names,
     perplexity,
     roc_auc,
     target_losses,
@@ -195,11 +195,17 @@ def test_the_losses_of_the_targets_make_up_the_mean(make_model):
     assert found[1][-1] == pytest.approx(last, abs=1e-5)
 
 
-def test_names_from_outside_make_names_of_metrics_that_mlflow_takes():
-    from mlflow.utils.validation import _validate_metric_name
+def test_a_class_named_as_a_mean_is_told_from_it():
+    labels = ["macro", "class macro", "macro_low", "accuracy"]
+    scores = classification_scores(["macro", "accuracy"], ["macro", "macro_low"], labels)
+    own = [scores[f"f1_{class_key(label)}"] for label in labels]
+    assert scores["f1_macro"] == pytest.approx(sum(own) / 4)
+    keys = [key.removeprefix("recall_") for key in scores if key.startswith("recall_")]
+    assert [each for each in map(class_of, keys) if each is not None] == labels
+    assert scores["recall_class macro"] == 1
+    assert class_key("ham") == "ham"
 
-    names = metric_names(["a", "b/c", "b:c", "..", "", "x" * 500])
-    assert names[:5] == ["a", "b_c", "b_c_", ".._", "_"]
-    assert len(set(names)) == len(names)
-    for name in names:
-        _validate_metric_name(f"bits_per_byte/{name}")
+
+def test_a_loss_beyond_all_bounds_has_an_infinite_perplexity():
+    assert perplexity(1000.0) == math.inf
+    assert math.isnan(perplexity(math.nan))

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from gpt.errors import InputError
 from gpt.text import (
+    MOST_CLASSES,
     Instruction,
     Preference,
     RawFile,
@@ -306,6 +307,27 @@ def test_the_sms_collection_in_every_form_gives_the_same_5574_examples(tmp_path,
 def messages_of(path):
     file = RawFile(name="a", file="a", kind="messages", format="tsv", bytes=0, sha256="")
     return messages_in(path, file)
+
+
+def test_labels_that_look_alike_are_one_class(tmp_path):
+    labels = ["ham ", "\u00a0ham", "ham\u200b", "\ufeffham", "caf\u00e9", "cafe\u0301"]
+    (tmp_path / "a").write_text("".join(f"{label}\ta\n" for label in labels), encoding="utf-8")
+    assert messages_of(tmp_path / "a")["label"].tolist() == ["ham"] * 4 + ["caf\u00e9"] * 2
+    raw(tmp_path, as_csv([(label, "a") for label in labels]), "csv", **FIELDS)
+    assert set(read_messages(tmp_path)["label"]) == {"ham", "caf\u00e9"}
+
+
+def test_a_label_of_which_nothing_is_seen_is_none(tmp_path):
+    (tmp_path / "a").write_text("ham\ta\n\u200b\tb\n", encoding="utf-8")
+    with pytest.raises(InputError, match="line 2: not a label, a tab and a text"):
+        messages_of(tmp_path / "a")
+
+
+def test_more_classes_than_a_classifier_takes_end_in_one_line(tmp_path):
+    raw(tmp_path, "".join(f"{i}\ttext\n" for i in range(MOST_CLASSES + 1)), "tsv")
+    with pytest.raises(InputError, match=r"1,001 messages have 1,001 classes .* mixed up") as error:
+        read_messages(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_a_text_with_line_ends_in_it_is_one_message_of_a_csv(tmp_path):

@@ -16,13 +16,14 @@ import yaml
 from data_project import add_corpus, add_messages, raw_file
 from pydantic import TypeAdapter
 
+from gpt.errors import RunError
 from gpt.events import Metrics
 from gpt.files import sha256_of, write_json
 from gpt.text import read_sources, write_sources
 from gpt.token_files import Counts, Manifest, Shard, SplitManifest
 from pipeline import tracking
 from pipeline.data_sets import input_sets, made_sets
-from pipeline.tracking import StageRun, dvc_md5
+from pipeline.tracking import StageRun, dvc_md5, key_of
 
 
 @pytest.fixture
@@ -135,6 +136,65 @@ def test_a_run_killed_right_after_its_end_was_written_has_its_results_once(proje
         run.close("FINISHED", metrics={"result": {"accuracy": 0.5}})
     for name in ("result/accuracy", "loss/train"):
         assert len(run.client.get_metric_history(run.id, name)) == 1, name
+
+
+# --- names from outside ----------------------------------------------------------------------
+
+ODD_NAMES = [
+    "Society & Culture",
+    "Society _ Culture",
+    "don't know",
+    "Refund (urgent) 100 %",
+    "\N{GRINNING FACE}",
+    "cafe\u0301",
+    "a/../b",
+    "a//b",
+    "..",
+    "a/",
+    "x" * 250,
+    "x" * 260,
+    "x" * 261,
+    "a\n",
+    "nul\0",
+    key_of("don't know"),  # it looks like a key that was made
+]
+
+
+def test_names_from_outside_have_keys_that_mlflow_takes_each_its_own() -> None:
+    from mlflow.utils.validation import _validate_metric
+
+    for prefix in ("", "classifier/f1_"):
+        keys = [key_of(prefix + name) for name in ODD_NAMES]
+        for key in keys:
+            _validate_metric(key, 0.0, 0, 0)
+        assert len(set(keys)) == len(keys)
+    assert key_of("don't know").startswith("don_t know__")
+    for name in ("classifier/f1_ham", "loss/python-docs", "f1_Grüße: 1", "a/b"):
+        assert key_of(name) == name
+
+
+def test_a_run_keeps_figures_of_classes_with_any_name(project: Path, empty_database: Path) -> None:
+    shutil.copy(empty_database, project / "mlflow.db")
+    run = StageRun(project, "learn", stand_in.LearnParams(), {"my data & more": "md5"})
+    metrics = {"classifier": {f"f1_{name}": float(i) for i, name in enumerate(ODD_NAMES)}}
+    run.close("FINISHED", metrics=metrics, outputs={"a (b)": "md5"})
+    logged = run.client.get_run(run.id).data
+    found = [logged.metrics[key_of(f"classifier/f1_{name}")] for name in ODD_NAMES]
+    assert found == [float(i) for i in range(len(ODD_NAMES))]
+    made = tracking.run_that_made(run.client, "learn", None, {"a (b)": "md5"})
+    assert made is not None
+    assert made.info.run_id == run.id
+
+
+def test_what_mlflow_refuses_is_not_blamed_on_its_address(project: Path) -> None:
+    run = StageRun(project, "learn", stand_in.LearnParams(), {})
+    with pytest.raises(RunError) as refused:
+        run.keep("did not take a tag", lambda: run.client.set_tag(run.id, "a&b", "1"))
+    run.close("FINISHED")
+    said = str(refused.value)
+    assert "a&b" in said
+    assert said.endswith("it answers, and refuses this name or value: change that one")
+    assert "MLFLOW_TRACKING_URI" not in said
 
 
 # --- data sets ------------------------------------------------------------------------------------
