@@ -39,6 +39,10 @@ CONTENT_FREE = "N/A"
 Ids = Sequence[int]
 
 
+class NoRoomError(InputError):
+    """The template and the longest label fill the whole context."""
+
+
 class Example(NamedTuple):
     """A text whose class is known."""
 
@@ -125,8 +129,8 @@ def classify_by_likelihood(
         batch_size: texts at once; they are put together by length.
 
     Raises:
-        InputError: the labels or the template cannot be used, an example has another label, or
-            the context has no room for the template and the labels.
+        InputError: the labels or the template cannot be used, or an example has another label.
+        NoRoomError: the context has no room for the template and the labels.
     """
     if len(labels) < 2 or len(set(labels)) < len(labels) or not all(map(str.strip, labels)):
         raise InputError(
@@ -138,13 +142,11 @@ def classify_by_likelihood(
     context = model.config.context_length
     # a label's last token is predicted, not read
     room = context - len(prompt.tail) - (max(map(len, answers)) - 1)
-    openings = [
-        [tokenizer.eot, *(i for shot in shots[dropped:] for i in shot), *prompt.head]
-        for dropped in range(len(shots) + 1)
-    ]
-    rooms = np.array([room - len(opening) for opening in openings])  # for the text
+    # what the examples cost from each on: of none where all are dropped
+    costs = np.cumsum([0, *map(len, reversed(shots))])[::-1]
+    rooms = room - 1 - len(prompt.head) - costs  # for the text, by how many are dropped
     if rooms[-1] < 1:
-        raise InputError(
+        raise NoRoomError(
             f"template: its words and the longest label leave no room for a text in a context of "
             f"{context} tokens; shorten them or use a model with a longer context"
         )
@@ -157,7 +159,8 @@ def classify_by_likelihood(
         places = np.flatnonzero(dropped == number)
         chosen = [queries[place] for place in places] + ([free] if calibrate else [])
         rows = [[*ids[: rooms[number]], *prompt.tail] for ids in chosen]
-        found = _log_likelihoods(model, openings[number], rows, answers, by_token, batch_size)
+        opening = [tokenizer.eot, *(i for shot in shots[number:] for i in shot), *prompt.head]
+        found = _log_likelihoods(model, opening, rows, answers, by_token, batch_size)
         found = found.log_softmax(1)  # (rows, labels)
         if calibrate:
             found = (found[:-1] - found[-1]).log_softmax(1)

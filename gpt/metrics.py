@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -132,6 +133,20 @@ def classify(model: GPTClassifier, batches: Iterable[Batch]) -> Tensor:
     if not logits.isfinite().all():
         raise RunError(NOT_FINITE)
     return logits.softmax(dim=1)
+
+
+def check_finite(scores: np.ndarray, directory: Path) -> None:
+    """A look at what a model made of some texts, before anything is computed from it.
+
+    Args:
+        scores: losses or probabilities, a row a text.
+        directory: the model's.
+
+    Raises:
+        RunError: some are no finite numbers.
+    """
+    if not np.isfinite(scores).all():
+        raise RunError(f"{directory}: {NOT_FINITE}")
 
 
 def perplexity(loss: float) -> float:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
@@ -51,6 +51,7 @@ FORMATS: dict[Kind, tuple[Format, ...]] = {
 """How a file of each kind may be written."""
 
 SOURCES = "sources.json"
+_NAMED = 3  # classes in a line
 T = TypeVar("T")
 
 MOST_CLASSES = 1000
@@ -528,6 +529,55 @@ def split_messages(frame: pd.DataFrame, split: Split, balance: Balance) -> dict[
         frame = frame.iloc[np.sort(np.concatenate(kept))]
     parts = split_by_hash(frame["text"].tolist(), split)
     return _parts([frame.iloc[part].reset_index(drop=True) for part in parts])
+
+
+def usable_parts(
+    folder: Path, split: Split, balance: Balance
+) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
+    """The labelled messages of a raw folder (`read_messages`), whole and by part.
+
+    Raises:
+        InputError: as `read_messages`, or a part is empty.
+    """
+    frame = read_messages(folder)
+    parts = split_messages(frame, split, balance)
+    for name, part in parts.items():
+        if part.empty:
+            few = undersampled(frame, parts)
+            remedy = few or "add messages or change finetune_classifier.split"
+            raise InputError(
+                f"{folder}: the {name} part of {len(frame)} messages is empty; {remedy}"
+            )
+    return frame, parts
+
+
+def undersampled(frame: pd.DataFrame, parts: Mapping[str, pd.DataFrame]) -> str:
+    """That undersampling left less than half of the messages, and the remedy; else empty."""
+    kept = sum(map(len, parts.values()))
+    if 2 * kept >= len(frame):
+        return ""
+    counts = frame["label"].value_counts()
+    return (
+        f"undersampling leaves {kept} of {len(frame)} messages, of each class as many as "
+        f"{counts.index[-1]!r:.60} has ({counts.iloc[-1]}); add messages of that class or leave it "
+        "out, or set finetune_classifier.balance to class_weights or none"
+    )
+
+
+def missing_classes(parts: Mapping[str, pd.DataFrame], labels: Sequence[str]) -> dict[str, str]:
+    """Which parts lack which classes, in words; a part that holds all of them is not named."""
+    said = {}
+    for name, part in parts.items():
+        found = set(part["label"])
+        lacking = [label for label in labels if label not in found]
+        if lacking:
+            shown = ", ".join(f"{label!r:.60}" for label in lacking[:_NAMED])
+            more = f" and {len(lacking) - _NAMED} more" if len(lacking) > _NAMED else ""
+            said[name] = (
+                f"the {name} part has no message of {len(lacking)} of {len(labels)} classes "
+                f"({shown}{more})"
+            )
+    return said
 
 
 def split_instructions(

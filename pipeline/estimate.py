@@ -31,7 +31,7 @@ from gpt.device import pick_device
 from gpt.errors import InputError
 from gpt.estimate import ACCELERATORS, UTILISATION, Accelerator, Memory, Shape, Tuning
 from gpt.prompts import encode_turns, last_prompt
-from gpt.text import read_instructions, read_messages, split_instructions, split_messages
+from gpt.text import read_instructions, split_instructions, usable_parts
 from gpt.token_files import read_manifest
 from gpt.tokenizer import load_tokenizer
 from gpt.weights import read_config
@@ -319,13 +319,10 @@ def _plan_classifier(params: FinetuneClassifierParams, *, base: Path, messages: 
 
     config, _ = read_config(base)
     tokenizer = load_tokenizer(base)
-    frame = read_messages(messages)
+    frame, parts = usable_parts(messages, params.split, params.balance)
     classes = frame["label"].nunique()
-    parts = split_messages(frame, params.split, params.balance)
     lengths: dict[str, np.ndarray] = {}
     for name in ("train", "validation"):
-        if parts[name].empty:
-            raise InputError(f"{messages}: the {name} part is empty; add messages")
         encoded = tokenizer.encode_batch(parts[name]["text"].tolist())
         lengths[name] = np.array([max(1, len(ids)) for ids in encoded])
     longest = params.max_length or min(int(lengths["train"].max()), config.context_length)

@@ -23,6 +23,7 @@ _SIZE = (7.0, 4.2)  # inches
 _MOST_BARS = 20
 _MOST_PANELS = 12
 _NAME_LENGTH = 24  # of a source or class in a picture
+_MOST_NAMED = 50  # classes whose names and numbers a confusion matrix has room for
 _MOST_LETTERS = 40  # of all classes together, below a confusion matrix
 _TITLES = {
     "pretrain": "Pretraining",
@@ -79,7 +80,8 @@ def draw_confusion(
     """Which classes were taken for which, a picture a part of the data.
 
     Args:
-        confusion: a table of `part`, `actual`, `predicted` and how many `messages`.
+        confusion: a table of `part`, `actual`, `predicted` and how many `messages`; a pair that
+            is not in it never occurred.
         folder: where the pictures go: `confusion_matrix.png` is of the test part.
         parts: those that are drawn.
     """
@@ -89,8 +91,11 @@ def draw_confusion(
     pictures = []
     for part, rows in frame[frame["part"].isin(parts)].groupby("part", sort=False):
         name = "confusion_matrix" if part == "test" else f"confusion_matrix_{part}"
-        labels = list(rows["actual"].drop_duplicates())
-        counts = rows["messages"].to_numpy(int).reshape(len(labels), -1)
+        labels = list(dict.fromkeys([*rows["actual"], *rows["predicted"]]))
+        places = pd.Index(labels)
+        counts = np.zeros((len(labels), len(labels)), int)
+        at = places.get_indexer(rows["actual"]), places.get_indexer(rows["predicted"])
+        counts[at] = rows["messages"].astype(int)
         what = "held-out messages" if part == "test" else f"the {part} part"
         right = f"{counts.trace()} of {counts.sum()} right"
         title = f"Classifier on {what}: {right}"
@@ -103,6 +108,10 @@ def _confusion(picture: Path, title: str, labels: list[str], counts: np.ndarray)
 
     def cells(axes: Axes) -> None:
         axes.imshow(counts, cmap="Blues", vmin=0)
+        axes.set(xlabel="predicted", ylabel="actual")
+        axes.grid(False)
+        if len(labels) > _MOST_NAMED:
+            return
         for row, column in ((i, j) for i in range(len(labels)) for j in range(len(labels))):
             count = counts[row, column]
             colour = "white" if count > counts.max() / 2 else "black"
@@ -114,8 +123,6 @@ def _confusion(picture: Path, title: str, labels: list[str], counts: np.ndarray)
             shown, rotation=30 if long else 0, ha="right" if long else "center", parse_math=False
         )
         axes.set_yticklabels(shown, parse_math=False)
-        axes.set(xlabel="predicted", ylabel="actual")
-        axes.grid(False)
 
     return _draw(picture, title, cells)
 

@@ -23,7 +23,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from gpt.bootstrap import Comparison, Score, accuracy, compare, macro_f1, mean, mean_loss
-from gpt.errors import InputError, first_problem
+from gpt.errors import InputError, RunError, first_problem
 from gpt.files import read_json, whole_file, write_json
 from pipeline.dag import LOCK_FILE, read_stages
 from pipeline.models import CANDIDATE, version_of
@@ -509,7 +509,7 @@ def files_of(version: ModelVersion, whose: str = "its", remedy: str = "") -> Ite
             ) from None
         try:
             yield directory
-        except InputError as error:
+        except (InputError, RunError) as error:
             if folder not in str(error):
                 raise
             why = str(error).replace(str(directory), "").lstrip("/")
@@ -608,6 +608,11 @@ def _classifiers(asked: _Asked, champion: Path) -> tuple[Score, Score] | str:
         return _OTHER_SPLIT
     labels, parts = messages_by_part(root / MODELS["classifier"], root / "data/raw/messages")
     new = _read(root, "classifier")
+    if new["actual"].nunique() < 2:
+        return (
+            f"the test part has messages of one class alone, {new['actual'].iloc[0]!r}, so its "
+            "scores say nothing; add messages, or promote by hand"
+        )
     old, _ = predict_classes(champion, parts["test"], _device(params), params.batch_size)
     # a class that only the champion knows is wrong wherever it says so, and no class of the mean
     number = {label: i for i, label in enumerate(dict.fromkeys([*labels, *old["predicted"]]))}

@@ -423,7 +423,13 @@ def classifier_in_short(facts: Facts) -> str:
         "calibration error": percent(scores.get("calibration_error")),
     }
     said = [f"{name} {figure}" for name, figure in figures.items() if figure]
-    return f"On messages it never saw{_rows(facts)}: {', '.join(said)}."
+    text = f"On messages it never saw{_rows(facts)}: {', '.join(said)}."
+    if missing := _count(scores.get("missing_classes")):
+        text += (
+            f" None of them is of {missing:,} of the {len(scores.labels):,} classes: of those the "
+            "figures say nothing."
+        )
+    return text
 
 
 def classes(facts: Facts, most: int = 30) -> Grid:

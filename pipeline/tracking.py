@@ -425,7 +425,7 @@ def flatten(params: Any) -> dict[str, str]:
     Lists stay one entry: scalars joined by commas, records by their name or their first value.
     """
     flat = _flatten(dataclasses.asdict(params))
-    return {key: _short(without_secrets(text)) for key, text in flat}
+    return {key_of(key): _short(without_secrets(text)) for key, text in flat}
 
 
 def _flatten(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
@@ -449,7 +449,7 @@ def _short(text: str) -> str:
 
 
 def key_of(name: str) -> str:
-    """The key under which MLflow keeps what has this name: a metric or a tag.
+    """The key under which MLflow keeps what has this name: a metric, a parameter or a tag.
 
     Labels, sources and paths may hold any character, and have any length. A name that MLflow takes
     is its own key. Of another one, what MLflow refuses is replaced, and a digest of the name keeps
@@ -1054,7 +1054,9 @@ def what_differs(
         changed = {key: value for key, value in params.items() if last.get(key) != value}
         gone = {key for key in last if key not in params and key not in OF_MODELS}
         for key in (*changed, *sorted(gone)):
-            tags[f"changed.{key}"] = f"{last.get(key, _NOTHING)} → {params.get(key, _NOTHING)}"
+            tags[key_of(f"changed.{key}")] = (
+                f"{last.get(key, _NOTHING)} → {params.get(key, _NOTHING)}"
+            )
     words = [f"{key}={value}" for key, value in changed.items()]
     if not words or len(words) > 3:
         words = [git["git.commit"][:7]] if "git.commit" in git else []

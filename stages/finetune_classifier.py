@@ -26,7 +26,7 @@ from gpt.metrics import WeightedClassLoss, class_logits, class_loss_sum, class_w
 from gpt.model import ClassifierTop, GPTClassifier, Pooling
 from gpt.overlap import count_contaminated
 from gpt.recipe import TrainParams
-from gpt.text import Balance, Split, read_messages, split_messages
+from gpt.text import Balance, Split, missing_classes, undersampled, usable_parts
 from gpt.train import fit
 from gpt.weights import load_base, save_model
 
@@ -35,6 +35,7 @@ Trainable = Literal["all", "last_block", "last_blocks", "head", "lora"]
 _KEPT_BYTES = 2 << 30
 """What a frozen trunk makes of the texts is kept up to this size, else made anew at each step."""
 _TOKENS_AT_ONCE = 4096
+_MORE_MESSAGES = "add messages of them, or try another finetune_classifier.split.seed"
 _ROWS_AT_ONCE = 16
 """Rows that are scored together; it changes no score."""
 
@@ -124,15 +125,15 @@ def finetune_classifier(
             f"finetune_classifier.max_length: {params.max_length} tokens are more than the "
             f"context of {base} holds ({config.context_length}); use at most that"
         )
-    frame = read_messages(messages)
+    frame, parts = usable_parts(messages, params.split, params.balance)
     labels = sorted(frame["label"].unique())
-    parts = split_messages(frame, params.split, params.balance)
-    for name, part in parts.items():
-        if part.empty:
-            raise InputError(
-                f"{messages}: the {name} part of {len(frame)} messages is empty; add messages or "
-                "change finetune_classifier.split"
-            )
+    if few := undersampled(frame, parts):
+        log(Message(f"finetune_classifier: {few}", "warning"))
+    for name, lacking in missing_classes(parts, labels).items():
+        what = (
+            "none of them can be learnt" if name == "train" else "its figures say nothing of them"
+        )
+        log(Message(f"finetune_classifier: {lacking}: {what}; {_MORE_MESSAGES}", "warning"))
     shared = count_contaminated(
         {name: [(text,) for text in part["text"]] for name, part in parts.items()},
         "finetune_classifier",

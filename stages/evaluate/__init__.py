@@ -106,7 +106,7 @@ def evaluate(
                 )
             else:
                 found, tables[name] = measure_untrained_classification(
-                    bases, classifier, messages, device, params.batch_size, params.shots, of
+                    bases, classifier, messages, device, params.batch_size, params.shots, of, log
                 )
                 for base, scores in found.items():
                     figures[base] |= scores

@@ -14,7 +14,7 @@ from gpt.bootstrap import mean, mean_loss
 from gpt.data import InstructionDataset, batches
 from gpt.errors import InputError
 from gpt.generate import Completion, Sampling, completions
-from gpt.metrics import perplexity, target_losses
+from gpt.metrics import check_finite, perplexity, target_losses
 from gpt.prompts import encode_turns, last_prompt, read_template
 from gpt.text import Instruction, read_instructions, split_instructions
 from gpt.text_scores import length_statistics, score_texts
@@ -80,6 +80,7 @@ def answer_records(
             f"{asked_as} was trained with; use a shorter template or a larger "
             "finetune_instruct.max_length"
         )
+    check_finite(np.array([each.sum() for each in losses]), directory)
     prompts = [last_prompt(each, tokenizer.eot) for each in turns]
     sampling = Sampling(max_new_tokens=max_new_tokens, stop=(tokenizer.eot,))
     answers: list[Completion] = []

@@ -12,8 +12,9 @@ import torch
 from gpt.bootstrap import mean_loss
 from gpt.data import WindowDataset, batches
 from gpt.errors import InputError
-from gpt.likelihood import Example, classify_by_likelihood, draw_examples
-from gpt.metrics import bits_per_byte, perplexity, target_losses
+from gpt.events import Log, Message, discard
+from gpt.likelihood import Example, NoRoomError, classify_by_likelihood, draw_examples
+from gpt.metrics import bits_per_byte, check_finite, perplexity, target_losses
 from gpt.metrics import mean_loss as mean_loss_of
 from gpt.model import GPT
 from gpt.token_files import open_tokens, read_manifest
@@ -48,7 +49,7 @@ def measure_base(
     model, tokenizer = load_base(directory)
     sources = _texts(tokens, tokenizer)
     windows = _windows(directory, model, tokens, sources)
-    table = _losses(model.to(device), windows, sources, batch_size)
+    table = _losses(directory, model.to(device), windows, sources, batch_size)
     by_window = table.groupby("window")[["loss", "tokens"]].sum()
     loss = of(mean_loss(by_window["loss"], by_window["tokens"]))
     counts = read_manifest(tokens).splits["validation"]
@@ -76,7 +77,7 @@ def window_losses(
     model, tokenizer = load_base(directory)
     sources = _texts(tokens, tokenizer)
     windows = _windows(directory, model, tokens, sources)
-    return _losses(model.to(device), windows, sources, batch_size)
+    return _losses(directory, model.to(device), windows, sources, batch_size)
 
 
 def _windows(
@@ -94,9 +95,15 @@ def _windows(
 
 
 def _losses(
-    model: GPT, windows: WindowDataset, sources: dict[str, np.ndarray], batch_size: int
+    directory: Path,
+    model: GPT,
+    windows: WindowDataset,
+    sources: dict[str, np.ndarray],
+    batch_size: int,
 ) -> pd.DataFrame:
-    return _by_source(np.stack(target_losses(model, batches(windows, batch_size))), sources)
+    losses = np.stack(target_losses(model, batches(windows, batch_size)))  # (windows, T)
+    check_finite(losses, directory)
+    return _by_source(losses, sources)
 
 
 def _texts(tokens: Path, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
@@ -156,6 +163,7 @@ def measure_untrained_classification(
     batch_size: int,
     shots: int,
     of: Bounds,
+    log: Log = discard,
 ) -> tuple[dict[str, dict[str, float]], pd.DataFrame]:
     """Classes by likelihood alone, on the very messages that the classifier is tested on.
 
@@ -168,6 +176,7 @@ def measure_untrained_classification(
         shots: how many training messages of each class stand before a text in the second try; of
             no class more than the smallest has.
         of: how intervals are drawn.
+        log: told of a base whose context a label fills: nothing is measured of that.
 
     Returns:
         Of each base the accuracy and macro F1 under `zero_shot_` and `few_shot_`, and under
@@ -191,23 +200,40 @@ def measure_untrained_classification(
         model.to(device)
         figures[name] = {}
         for method, shown in zip(METHODS, ([], examples), strict=True):
-            found = classify_by_likelihood(
-                model,
-                tokenizer,
-                test["text"].tolist(),
-                labels,
-                examples=shown,
-                calibrate=True,
-                batch_size=batch_size,
-            )
+            try:
+                found = classify_by_likelihood(
+                    model,
+                    tokenizer,
+                    test["text"].tolist(),
+                    labels,
+                    examples=shown,
+                    calibrate=True,
+                    batch_size=batch_size,
+                )
+            except NoRoomError:
+                log(Message(_no_room(name, model, labels), "warning"))
+                break
+            check_finite(found.log_probs, directory)
             predicted = found.log_probs.argmax(1)
             scores = class_figures(actual, predicted.tolist(), len(labels), of)
             prefix = method.replace("-", "_")
             figures[name] |= {f"{prefix}_{key}": value for key, value in scores.items()}
             n_shown = len(shown) - found.dropped
             tables.append(_table(name, method, test["label"], labels, n_shown, found.log_probs))
-        figures[name]["few_shot_examples"] = float(n_shown.mean())
-    return figures, pd.concat(tables, ignore_index=True)
+        else:
+            figures[name]["few_shot_examples"] = float(n_shown.mean())
+    none = np.empty((0, len(labels)))
+    return figures, pd.concat(
+        tables or [_table("", "", test["label"][:0], labels, none[:, 0], none)], ignore_index=True
+    )
+
+
+def _no_room(name: str, model: GPT, labels: list[str]) -> str:
+    return (
+        f"evaluate: {name} is not asked for classes without training: the label "
+        f"{max(labels, key=len)!r:.60} leaves no room for a text in its context of "
+        f"{model.config.context_length} tokens; shorter labels would"
+    )
 
 
 def _table(

@@ -11,14 +11,23 @@ import torch
 
 from gpt.data import ClassificationDataset, batches
 from gpt.errors import InputError
-from gpt.metrics import calibration_error, classification_scores, classify, roc_auc
-from gpt.text import read_messages, split_messages
+from gpt.labels import plain_label
+from gpt.metrics import (
+    calibration_error,
+    check_finite,
+    class_logits,
+    classification_scores,
+    roc_auc,
+)
+from gpt.text import usable_parts
 from gpt.weights import load_classifier, read_labels
 from stages.evaluate.intervals import Bounds, class_figures
 from stages.evaluate.training import read_training
 
 _MOST_WRONG = 20
 """Of each part so many messages are listed that a classifier was wrong about."""
+_SQUARE = 50
+"""Classes up to which pairs that never occur are listed, too."""
 
 
 def messages_by_part(directory: Path, messages: Path) -> tuple[list[str], dict[str, pd.DataFrame]]:
@@ -32,22 +41,15 @@ def messages_by_part(directory: Path, messages: Path) -> tuple[list[str], dict[s
         InputError: the directory or the messages cannot be used, or do not belong together; or
             a part is empty.
     """
-    labels = read_labels(directory)
+    labels = [*map(plain_label, read_labels(directory))]  # an old model has them as they stood
     training = read_training(directory)
-    frame = read_messages(messages)
+    frame, parts = usable_parts(messages, training.split, training.balance)
     unknown = sorted(set(frame["label"]) - set(labels))
     if unknown:
         raise InputError(
             f"{messages}: the class {unknown[0]!r} is unknown to {directory} "
             f"({', '.join(labels)}); run finetune_classifier on these messages"
         )
-    parts = split_messages(frame, training.split, training.balance)
-    for name, part in parts.items():
-        if part.empty:
-            raise InputError(
-                f"{messages}: the {name} part of {len(frame)} messages is empty; add messages or "
-                "change finetune_classifier.split"
-            )
     return labels, parts
 
 
@@ -68,17 +70,20 @@ def predict_classes(
 
     Raises:
         InputError: the directory cannot be used, or holds no classifier.
+        RunError: its logits are not finite.
     """
     model, tokenizer = load_classifier(directory)
     model.to(device)
-    labels = model.labels
+    labels = [*map(plain_label, model.labels)]
     data = ClassificationDataset(
         tokenizer.encode_batch(rows["text"].tolist()),
         [0] * len(rows),  # not looked at
         padding=tokenizer.eot,
         max_length=read_training(directory).max_length,
     )
-    found = classify(model, batches(data, batch_size, by_length=True)).double().numpy()
+    logits = class_logits(model, batches(data, batch_size, by_length=True))
+    check_finite(logits.numpy(), directory)
+    found = logits.softmax(1).double().numpy()
     probabilities = np.empty_like(found)  # (n, classes)
     probabilities[np.argsort(-data.lengths, kind="stable")] = found  # as they were, not by length
     table = pd.DataFrame(
@@ -106,7 +111,8 @@ def measure_classifier(
 
     Returns:
         The scores, those of the training and validation parts under `train_` and `validation_`:
-        in 0..1; `majority_accuracy` is that of naming the most frequent class each time. And
+        in 0..1; `majority_accuracy` is that of naming the most frequent class each time,
+        `missing_classes` are those of which a part has no message, if it lacks any. And
         tables: `classifier`, a row a test message; `classifier_confusion`, a row a part and pair
         of classes; `classifier_most_wrong`, of each part the messages whose right class got the
         least.
@@ -125,6 +131,8 @@ def measure_classifier(
             predicted = [labels.index(label) for label in table["predicted"]]
             scores |= class_figures(classes, predicted, len(labels), of)
             scores["majority_accuracy"] = max(Counter(classes).values()) / len(classes)
+        if missing := len(labels) - len(set(classes)):
+            scores["missing_classes"] = float(missing)
         prefix = "" if name == "test" else f"{name}_"
         figures |= {f"{prefix}{key}": value for key, value in scores.items()}
         tables[name] = table
@@ -151,9 +159,11 @@ def _scores(
 
 
 def _confusion(part: str, table: pd.DataFrame, labels: list[str]) -> pd.DataFrame:
-    """How many messages of each class were taken for each."""
+    """How many messages of each class were taken for each; of many classes, what occurs alone."""
     pairs = Counter(zip(table["actual"], table["predicted"], strict=True))
-    rows = [(part, a, p, pairs[a, p]) for a in labels for p in labels]
+    square = ((a, p) for a in labels for p in labels)
+    shown = square if len(labels) <= _SQUARE else sorted(pairs)
+    rows = [(part, a, p, pairs[a, p]) for a, p in shown]
     return pd.DataFrame(rows, columns=["part", "actual", "predicted", "messages"])
 
 

@@ -39,6 +39,18 @@ def test_the_learning_rate_and_other_parts_than_the_test_s_can_be_left_out(tmp_p
     assert [path.name for path in drawn] == ["confusion_matrix.png"]
 
 
+def test_pairs_that_never_occurred_may_be_left_out_of_a_confusion(tmp_path: Path) -> None:
+    pairs = {("a", "a"): 2, ("a", "b"): 0, ("b", "a"): 1, ("b", "b"): 0}
+    drawn = []
+    for name, least in (("square", 0), ("pairs", 1)):
+        rows = [f"test,{a},{p},{n}" for (a, p), n in pairs.items() if n >= least]
+        confusion = tmp_path / "confusion.csv"
+        confusion.write_text("\n".join(["part,actual,predicted,messages", *rows]) + "\n")
+        (picture,) = draw_confusion(confusion, tmp_path / name)
+        drawn.append(picture.read_bytes())
+    assert drawn[0] == drawn[1]
+
+
 def test_scores_are_drawn_with_and_without_intervals_and_baseline(tmp_path: Path) -> None:
     scores = {"zero-shot": (0.51, None, None), "fine-tuned $x$": (0.98, 0.97, 1.0)}
     plain = draw_scores(tmp_path / "plain.png", "Who is right", scores, "accuracy")

@@ -10,11 +10,13 @@ import pandas as pd
 import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
+from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, GPT2LMHeadModel
 
 from gpt.bootstrap import accuracy, macro_f1, mean, mean_loss
+from gpt.errors import RunError
 from gpt.events import Progress
 from gpt.likelihood import classify_by_likelihood
 from gpt.prompts import render_prompt, render_prompts
@@ -615,6 +617,21 @@ def test_examples_stand_before_a_message_as_far_as_the_context_holds_them(
     assert figures["wide"]["few_shot_examples"] == pytest.approx(before.mean()["few-shot"])
 
 
+def test_a_base_whose_context_a_label_fills_is_passed_over_and_that_is_told(tmp_path, paths, raw):
+    rows = [(label, f"{label[0]} text {i}") for i in range(12) for label in ("ham", "s" * 100)]
+    messages = raw("messages", rows)
+    train = {**TRAIN, "steps": 1}
+    classifier = make_classifier(paths["pretrain"], messages, tmp_path / "classifier", train)
+    said = []
+    figures, table = measure_untrained_classification(
+        {"pretrain": paths["pretrain"]}, classifier, messages, CPU, 8, 2, bounds(50, 0), said.append
+    )
+    assert figures == {"pretrain": {}}
+    assert table.empty
+    assert [event.level for event in said] == ["warning"]
+    assert "pretrain is not asked for classes without training: the label 's" in said[0].text
+
+
 def test_a_message_that_stands_in_the_training_part_twice_is_one_example(
     paths, raw, make_base, bpe
 ):
@@ -633,7 +650,7 @@ def test_a_message_that_stands_in_the_training_part_twice_is_one_example(
 
 
 def test_the_loss_is_told_by_source_and_the_sources_make_up_the_whole(tmp_path, copied):
-    """Under names that MLflow takes; the bases read the same text in other tokens."""
+    """Under their own names; the bases read the same text in other tokens."""
     paths = copied("tokens")
     ids = open_tokens(paths["tokens"], "validation")[:].astype("<u2")
     parts = {"a": ids[:150], "b/c": ids[150:]}
@@ -642,10 +659,10 @@ def test_the_loss_is_told_by_source_and_the_sources_make_up_the_whole(tmp_path, 
     for model in ("pretrain", "gpt2"):
         table = pd.read_csv(tmp_path / f"o/predictions/{model}.csv")
         assert table["source"].drop_duplicates().tolist() == list(parts)
-        for source, name in (("a", "a"), ("b/c", "b_c")):
+        for source in parts:
             rows = table[table["source"] == source]
             loss = rows["loss"].sum() / rows["tokens"].sum()
-            assert figures[model][f"loss/{name}"] == pytest.approx(loss)
+            assert figures[model][f"loss/{source}"] == pytest.approx(loss)
         whole = table["loss"].sum() / table["tokens"].sum()
         assert figures[model]["loss"] == pytest.approx(whole)
     # the first of a window of 64 is no target of its own, and what fills no window is left out
@@ -802,6 +819,45 @@ def test_answers_that_begin_behind_the_cut_are_refused(tmp_path, copied, refused
     path.write_text(json.dumps(json.loads(path.read_text()) | {"max_length": 3}))
     with refused("no answer of the test records begins within the 3 tokens that .*assistant was"):
         run(tmp_path / "o", PARAMS, paths)
+
+
+@pytest.mark.parametrize("name", ["pretrain", "classifier", "assistant"])
+def test_a_model_whose_scores_are_not_finite_is_refused(tmp_path, copied, refused, name):
+    """Its weights are finite, and too large for what is computed from them."""
+    paths = copied(name)
+    path = paths[name] / "model.safetensors"
+    tensors = load_file(path)
+    for key in tensors:
+        if "ln_f" in key:
+            tensors[key] = torch.full_like(tensors[key], 3e38)
+    save_file(tensors, path, metadata={"format": "pt"})
+    with refused(rf"{name}: the model's logits are not finite numbers", RunError):
+        run(tmp_path / "o", PARAMS, paths)
+
+
+def test_a_class_that_the_test_part_lacks_is_counted(tmp_path, paths, raw):
+    rows = [("ham", "the same text")] * 25 + [("spam", f"message {i}") for i in range(25)]
+    messages = raw("messages", rows)
+    train = {**TRAIN, "steps": 1}
+    classifier = make_classifier(paths["pretrain"], messages, tmp_path / "classifier", train)
+    figures, tables = measure_classifier(classifier, messages, CPU, 8, bounds(50, 0))
+    for part, prefix in (("test", ""), ("validation", "validation_"), ("train", "train_")):
+        confusion = tables["classifier_confusion"]
+        of = confusion[(confusion["part"] == part) & (confusion["messages"] > 0)]
+        lacking = 2 - of["actual"].nunique()
+        assert figures.get(f"{prefix}missing_classes", 0) == lacking
+    assert "validation_missing_classes" in figures, "nothing is missing: nothing is tested"
+
+
+def test_of_many_classes_only_pairs_that_occur_are_listed(tmp_path, paths, raw):
+    rows = [(f"class {i % 60}", f"text {i}") for i in range(480)]
+    messages = raw("messages", rows)
+    train = {**TRAIN, "steps": 1}
+    classifier = make_classifier(paths["pretrain"], messages, tmp_path / "classifier", train)
+    _, tables = measure_classifier(classifier, messages, CPU, 8, bounds(50, 0))
+    confusion = tables["classifier_confusion"]
+    assert confusion["messages"].min() == 1
+    assert confusion["messages"].sum() == 480
 
 
 @pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"max_new_tokens": "all"}, {"x": 1}])

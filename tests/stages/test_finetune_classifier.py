@@ -478,13 +478,31 @@ def test_texts_longer_than_the_bases_context_are_refused(tmp_path, base, message
         (b"ham\tone\nspam two\n", "line 2: not a label, a tab and a text"),
         (b"ham\tone\nspam\ttw\xff\n", "line 2: byte 0xff is not UTF-8; save the file as UTF-8"),
         ([("ham", "a"), ("spam", "b")], r"the validation part of 2 messages is empty; add mess"),
+        (
+            [("ham", f"text {i}") for i in range(20)] + [("spam", "b")],
+            r"is empty; undersampling leaves 2 of 21 messages, of each class as many as 'spam' has "
+            r"\(1\); add messages of that class or leave it out, or set finetune_classifier",
+        ),
     ],
-    ids=["one class", "malformed", "not utf-8", "too few"],
+    ids=["one class", "malformed", "not utf-8", "too few", "one of a class"],
 )
 def test_messages_that_cannot_be_used_are_refused(tmp_path, base, raw, refused, content, complaint):
     messages = raw("messages", content)
     with refused(complaint):
         run(tmp_path / "o", params(), base, messages)
+
+
+def test_what_a_part_lacks_and_what_undersampling_costs_is_told(tmp_path, base, raw):
+    rows = [("ham", "the same text")] * 25 + [("spam", f"message {i}") for i in range(200)]
+    said = []
+    run(tmp_path, params(train={"steps": 1}), base, raw("messages", rows), log=said.append)
+    warnings = [each.text for each in said if getattr(each, "level", "") == "warning"]
+    assert "undersampling leaves 50 of 225 messages, of each class as many as 'ham'" in warnings[0]
+    parts = parts_of(rows, "undersample")
+    lacking = [name for name, part in parts.items() if part["label"].nunique() < 2]
+    assert lacking, "no part lacks a class: nothing is tested"
+    for name, text in zip(lacking, warnings[1:], strict=True):
+        assert f"the {name} part has no message of 1 of 2 classes (" in text
 
 
 def truncate(base):
