@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import threading
 from collections.abc import Iterable, Iterator
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpt.errors import InputError
 from gpt.files import whole_file
+from pipeline.objects import Objects
 from pipeline.params import PARAMS_FILE, read_params
 from pipeline.yaml_files import read_yaml
 
@@ -59,6 +61,17 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True)
+class Recorded:
+    """An output as `dvc.lock` has it."""
+
+    path: str
+    """Relative to the project's root."""
+    md5: str
+    cached: bool
+    """DVC keeps it; else git does."""
+
+
+@dataclass(frozen=True, slots=True)
 class Change:
     """One reason why a stage is out of date."""
 
@@ -68,6 +81,11 @@ class Change:
 
     def __str__(self) -> str:
         return f"{self.what}: {self.how}"
+
+    @property
+    def not_in_cache(self) -> bool:
+        """The output may be as it was: DVC's cache only has not got it."""
+        return self.how == f"output {_WORDS['not in cache']}"
 
 
 def find_root(start: Path) -> Path:
@@ -99,34 +117,78 @@ def allow_missing_git(root: Path) -> None:
         partial.write_text("[core]\n    no_scm = true\n", encoding="utf-8")
 
 
-def mend_rwlock(root: Path) -> bool:
-    """Remove DVC's table of running commands if it was cut off; whether it was.
+def open_repo(root: Path) -> Repo:
+    """DVC in this process, without the bars that it draws between our lines on a terminal.
 
-    DVC writes it in place, does not start when it cannot read it, and says to no one what to do.
-    Nothing is lost by it: the table only holds what runs at the moment.
+    Raises:
+        InputError: DVC cannot open the project.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    for bars in ("dvc.progress", "dvc_data.callbacks"):
+        logging.getLogger(bars).setLevel(logging.CRITICAL)
+    allow_missing_git(root)
+    try:
+        return Repo(str(root))
+    except (DvcException, OSError, ValueError) as error:
+        raise InputError(
+            f".dvc: DVC cannot open the project ({_in_one_line(error)}); mend it, or take it from "
+            "git: `git checkout .dvc`"
+        ) from None
+
+
+def mend_rwlock(root: Path) -> bool:
+    """Mend DVC's table of running commands where kills left it wrong; whether they did.
+
+    DVC writes it in place and does not start when it is cut off. Of a process that was killed it
+    only asks whether there is one of that number, and after a reboot, or in a container, there is.
     """
     from dvc.lock import LockError, make_lock
 
     path = root / ".dvc" / "tmp" / "rwlock"
-    if _is_json(path):
+    if _mended(path) is None:
         return False
     with contextlib.suppress(LockError):  # a DVC command is writing it now
         with make_lock(f"{path}.lock", tmp_dir=str(path.parent)):
-            if _is_json(path):
+            if (content := _mended(path)) is None:
                 return False
-            path.unlink()
+            path.write_text(content, encoding="utf-8")
         return True
     return False
 
 
-def _is_json(path: Path) -> bool:
+def _mended(path: Path) -> str | None:
+    """What the table should hold; None where it holds that."""
     try:
-        json.loads(path.read_bytes())
+        table = json.loads(path.read_bytes())
+        running = {
+            "write": {file: by for file, by in table.get("write", {}).items() if is_running(**by)},
+            "read": {
+                file: left
+                for file, by in table.get("read", {}).items()
+                if (left := [each for each in by if is_running(**each)])
+            },
+        }
     except FileNotFoundError:
-        return True  # nothing to mend
-    except ValueError:
+        return None
+    except (AttributeError, TypeError, ValueError):
+        return "{}"
+    same = all(running[kind] == table.get(kind, {}) for kind in running)
+    return None if same else json.dumps(running)
+
+
+def is_running(pid: int, cmd: str) -> bool:
+    """Whether a process that DVC noted is there still, and not another one of its number."""
+    import psutil
+
+    try:
+        there = psutil.Process(int(pid)).cmdline()
+    except psutil.NoSuchProcess:
         return False
-    return True
+    except psutil.Error:
+        return True
+    return all(word in there for word in cmd.split()[1:][-1:])
 
 
 class Dag:
@@ -142,19 +204,17 @@ class Dag:
     def __init__(self, root: Path) -> None:
         from dvc.exceptions import DvcException
         from dvc.lock import make_lock
-        from dvc.repo import Repo
 
         # DVC reads them, too, but says less of what is wrong in them
         read_params(root / PARAMS_FILE)
         for file in pipeline_files(root):
             read_stages(file)
             read_stages(file.with_name(LOCK_FILE))
-        allow_missing_git(root)
+        self._repo = open_repo(root)
         mend_rwlock(root)
         self.root = root
         self._thread_lock = threading.RLock()
         try:
-            self._repo: Repo = Repo(str(root))
             # DVC's own lock, but without its message on the terminal, and patient.
             self._repo.lock = make_lock(
                 self._repo.lock.lockfile,
@@ -184,6 +244,16 @@ class Dag:
 
     def changes(self, names: Iterable[str] | None = None) -> dict[str, list[Change]]:
         """Why each stage (by default all) is out of date; an empty list is up to date."""
+        names = names if names is None else list(names)
+        try:
+            return self._changes(names)
+        except (AttributeError, KeyError, TypeError):
+            # DVC does not expect a damaged list of a directory's files that is JSON all the same
+            if not self.objects.drop_damaged_lists():
+                raise
+            return self._changes(names)
+
+    def _changes(self, names: Iterable[str] | None) -> dict[str, list[Change]]:
         with self._held_still() as stages:
             return {name: list(_changes(stages[name], self.root)) for name in names or list(stages)}
 
@@ -219,6 +289,20 @@ class Dag:
             }
         content = json.dumps(entry, sort_keys=True, default=str)
         return hashlib.sha256(content.encode()).hexdigest()
+
+    def recorded_outputs(self, name: str) -> list[Recorded]:
+        """The outputs of a stage as its `dvc.lock` has them; none where it has no entry."""
+        with self._held_still() as stages:
+            return [
+                Recorded(_relative(out, self.root), str(out.hash_info.value), out.use_cache)
+                for out in stages[name].outs
+                if out.hash_info and out.hash_info.name == "md5"
+            ]
+
+    @property
+    def objects(self) -> Objects:
+        """What DVC's cache holds."""
+        return Objects(self._repo.cache.local)
 
     @property
     def cache(self) -> str:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from gpt.errors import InputError, RunError
-from pipeline.dag import allow_missing_git
-
-if TYPE_CHECKING:
-    from dvc.repo import Repo
+from pipeline.dag import Dag, Recorded, open_repo
+from pipeline.objects import Objects, md5_of, remove_damaged
+from pipeline.tracking import dvc_md5
 
 
 def has_remote(root: Path) -> bool:
@@ -52,7 +51,74 @@ def push(root: Path) -> None:
         cache.close()
 
 
-class DvcCache:
+@dataclass(slots=True)
+class Flaws:
+    """What is wrong with outputs that DVC says it made, restored or kept."""
+
+    damaged: list[str] = field(default_factory=list)
+    """Files in place that were not what `dvc.lock` says, and are removed."""
+    lacking: list[str] = field(default_factory=list)
+    """Sound outputs, or files of one, that DVC's cache has not got."""
+    dropped: int = 0
+    """Damaged objects that were removed from the cache."""
+
+
+def mend(dag: Dag, names: Iterable[str]) -> Flaws:
+    """Compare the outputs of stages, byte for byte, with `dvc.lock`, and remove what is damaged.
+
+    DVC does neither: it trusts its cache, and what it could not write there it only logs. What is
+    removed here is missing to DVC, which restores it from elsewhere or runs the stage.
+
+    Args:
+        dag: the project.
+        names: of the stages.
+
+    Raises:
+        RunError: something damaged cannot be removed.
+    """
+    objects, flaws = dag.objects, Flaws()
+    for output in (each for name in names for each in dag.recorded_outputs(name)):
+        _mend(dag.root, output, objects, flaws)
+    return flaws
+
+
+def _mend(root: Path, output: Recorded, objects: Objects, flaws: Flaws) -> None:
+    files: Mapping[str, str] | None = {"": output.md5}
+    if output.md5.endswith(".dir"):
+        flaws.dropped += objects.drop_damaged(output.md5)
+        files = objects.members(output.md5)
+    if files is None:  # which of its files are sound cannot be told without the list
+        place = root / output.path
+        if place.exists() and dvc_md5(place) == output.md5:
+            flaws.lacking.append(output.path)
+        else:
+            flaws.damaged.append(output.path)
+        return
+    for name, md5 in files.items():
+        place, kept = root / output.path / name, objects.path(md5)
+        if md5_of(place) != md5:
+            remove_damaged(place)
+            flaws.damaged.append(place.relative_to(root).as_posix())
+            flaws.dropped += objects.drop_damaged(md5)
+        elif output.cached and not (kept.exists() and _size(kept) == _size(place)):
+            flaws.lacking.append(place.relative_to(root).as_posix())
+            flaws.dropped += objects.drop_damaged(md5)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size
+
+
+def are_in_place(dag: Dag, name: str) -> bool:
+    """Whether the outputs of a stage, byte for byte, are what `dvc.lock` says."""
+    outputs = dag.recorded_outputs(name)
+    places = {dag.root / each.path: each.md5 for each in outputs}
+    return bool(places) and all(
+        path.exists() and dvc_md5(path) == md5 for path, md5 in places.items()
+    )
+
+
+class DvcCache(Objects):
     """The cache of a project, and its default remote.
 
     Raises:
@@ -60,15 +126,8 @@ class DvcCache:
     """
 
     def __init__(self, root: Path) -> None:
-        from dvc.exceptions import DvcException
-        from dvc.repo import Repo
-
-        allow_missing_git(root)
-        try:
-            self._repo: Repo = Repo(str(root))
-        except DvcException as error:
-            raise InputError(f"{root}: DVC cannot open it ({error}); restore .dvc") from None
-        self._odb: Any = self._repo.cache.local
+        self._repo = open_repo(root)
+        super().__init__(self._repo.cache.local)
 
     def close(self) -> None:
         """Let go of what DVC holds open."""
@@ -86,35 +145,6 @@ class DvcCache:
         if result.failed:
             raise RunError(f"dvc push: {len(result.failed)} files of metrics failed; push again")
 
-    def members(self, md5: str) -> dict[str, str] | None:
-        """The files of a directory and their md5; None where the cache has not got it."""
-        from dvc_data.hashfile.hash_info import HashInfo
-        from dvc_data.hashfile.tree import Tree
-        from dvc_objects.errors import ObjectFormatError
-
-        if not md5.endswith(".dir"):
-            return None
-        with contextlib.suppress(FileNotFoundError, ObjectFormatError):
-            tree = Tree.load(self._odb, HashInfo("md5", md5))
-            return {"/".join(key): str(info.value) for key, _, info in tree}
-        return None
-
-    def read(self, md5: str, member: str = "") -> bytes | None:
-        """A file, or one of a directory's; None where the cache has not got it."""
-        if member:
-            md5 = (self.members(md5) or {}).get(member, "")
-        try:
-            return Path(self._odb.oid_to_path(md5)).read_bytes() if md5 else None
-        except OSError:
-            return None
-
-    def has(self, md5: str) -> bool:
-        """Whether all of a file or directory is in the cache."""
-        files = self.members(md5)
-        if files is None:
-            return not md5.endswith(".dir") and bool(md5) and self._odb.exists(md5)
-        return all(self._odb.exists(each) for each in {md5, *files.values()})
-
     @property
     def has_remote(self) -> bool:
         """Whether there is a default remote to fetch from."""
@@ -123,13 +153,15 @@ class DvcCache:
     def fetch(self, md5: str) -> bool:
         """Bring a file or directory from the default remote into the cache; whether it is there.
 
+        What is damaged is removed from the cache, and counts as missing.
+
         Raises:
             RunError: the remote cannot be reached.
         """
         from dvc.exceptions import DvcException
         from dvc_data.hashfile.hash_info import HashInfo
 
-        if self.has(md5):
+        if self._is_whole(md5):
             return True
         if not self.has_remote:
             return False
@@ -138,13 +170,17 @@ class DvcCache:
             if files := self.members(md5):  # of a directory the list alone came
                 self._repo.cloud.pull([HashInfo("md5", each) for each in set(files.values())])
         except (FileNotFoundError, DvcException):
-            return self.has(md5)
+            return self._is_whole(md5)
         except Exception as error:  # each kind of remote has errors of its own
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise RunError(
                 f"DVC's remote cannot be read ({reason}); check `dvc remote list`"
             ) from error
-        return self.has(md5)
+        return self._is_whole(md5)
+
+    def _is_whole(self, md5: str) -> bool:
+        dropped = sum(map(self.drop_damaged, {md5, *(self.members(md5) or {}).values()}))
+        return not dropped and self.has(md5)
 
     def put(self, md5: str, path: Path) -> None:
         """Write what the cache holds to a path, as copies: what is done there changes no cache.

@@ -24,7 +24,8 @@ from gpt.errors import RunError
 from gpt.events import Event
 from gpt.files import whole_file
 from pipeline.console import EVENTS_VARIABLE, EventReader, following
-from pipeline.dvc_cache import has_remote
+from pipeline.dag import LOCK_FILE, Dag, is_running, mend_rwlock
+from pipeline.dvc_cache import has_remote, mend
 
 STOP_SECONDS = 20.0
 """So long a stopped stage may take to save its state before it is killed; who cancels a flow run in
@@ -41,8 +42,16 @@ AFTERWARDS = (
 _EXITED = "exited with "
 """So DVC tells that the command of a stage failed."""
 
+_NOT_TRANSFERRED = "ERROR: failed to transfer "
+"""So it logs what it could not write into its cache, and ends as if all were well."""
+
 _BY_A_SIGNAL = re.compile(r"exited with (-\d+|1(29|[3-9]\d))$")
 """A command that a signal ended: its number as Python gives it or, plus 128, as some shells do."""
+
+_BLOCKERS = re.compile(r"^ *\(PID (\d+)\): (.*)$", re.MULTILINE)
+"""So DVC names the processes that are at work on the same files."""
+
+_LOOKS_SECONDS = 0.5
 
 _LOCKED = ("Unable to acquire lock", "it is being blocked by")
 
@@ -75,12 +84,14 @@ class Ended:
         code: DVC's exit code.
         output: its lines.
         timed_out: it was stopped at its time limit.
+        lacking: what DVC says it keeps and its cache has not got, paths relative to the project.
     """
 
     executed: bool = False
     code: int = 0
     output: list[str] = field(default_factory=list)
     timed_out: bool = False
+    lacking: list[str] = field(default_factory=list)
 
     @property
     def blocked(self) -> bool:
@@ -130,40 +141,81 @@ class Processes:
 
     def repro(
         self,
-        root: Path,
-        addresses: Sequence[str],
+        dag: Dag,
+        names: Sequence[str],
         *,
         show: Callable[[Event], None],
         say: Callable[[str, bool], None],
+        warn: Callable[[str], None],
         environment: Mapping[str, str] | None = None,
         force: bool = False,
         made: bool = False,
         seconds: float | None = None,
     ) -> Ended:
-        """`dvc repro` of stages whose upstream is in place.
+        """`dvc repro` of stages whose upstream is in place; its word is not taken for the outcome.
+
+        What it restores is compared with `dvc.lock`; what is damaged is removed from the cache and
+        restored from the remote or made again. What its cache has not got in the end is a failure.
 
         Args:
-            root: a checkout of the project.
-            addresses: what DVC calls the stages.
+            dag: of a checkout of the project.
+            names: of the stages.
             show: hears the events of the stage.
             say: hears each line of the output, and whether the command of a stage has begun.
+            warn: hears what else there is to tell.
             environment: variables beside this process's own.
             force: execute the stages even if nothing changed.
             made: their outputs are in place, DVC only takes them into its cache (`dvc commit`).
             seconds: the time limit.
+
+        Raises:
+            RunError: something damaged cannot be removed.
         """
+        addresses = [dag.stages[name].address for name in names]
+        commit, again = ["commit", "--force"], ["repro", "--single-item"]
+        pull = ["--pull"] if has_remote(dag.root) else []  # also what only its run cache knows of
+        first = commit if made else [*again, *(["--force"] if force else []), *pull]
+        # a damaged copy of the remote would come back, so the last time it is not asked
+        ways = [first, [*again, *pull], again]
         done = Ended()
-        command = [sys.executable, "-m", "dvc", "--wait-for-lock"]
-        if made:
-            command += ["commit", "--force"]
-        else:
-            command += ["repro", "--single-item", *(["--force"] if force else [])]
-            if has_remote(root):  # what `dvc pull --run-cache` knows of, its bytes still there
-                command.append("--pull")
+        # by a wrong list DVC would restore wrong names, and record them as what the stage made
+        dag.objects.drop_damaged_lists()
+        while True:
+            arguments = [*ways.pop(0), *addresses]
+            self._dvc(dag.root, arguments, done, show, say, environment, seconds)
+            while done.blocked and self._others_end(dag.root, done, warn):
+                done.code, done.output = 0, []
+                self._dvc(dag.root, arguments, done, show, say, environment, seconds)
+            if done.code or done.timed_out or self.stopped_by:
+                return done
+            flaws = mend(dag, names)
+            if flaws.damaged:
+                what = f"{', '.join(flaws.damaged)}: not what {LOCK_FILE} says"
+                if not ways:
+                    raise RunError(f"{what}, however often it is made; check memory and disk")
+                warn(f"{what}: removed, here and from DVC's cache; made again")
+            elif flaws.lacking and flaws.dropped and ways:
+                ways.insert(0, commit)
+            else:
+                done.lacking = flaws.lacking
+                done.code = 1 if flaws.lacking else 0
+                return done
+
+    def _dvc(
+        self,
+        root: Path,
+        arguments: Sequence[str],
+        done: Ended,
+        show: Callable[[Event], None],
+        say: Callable[[str, bool], None],
+        environment: Mapping[str, str] | None,
+        seconds: float | None,
+    ) -> None:
+        """A DVC command; how it ended is added to `done`."""
         with tempfile.TemporaryDirectory(prefix="gpt-pipeline-") as folder:
             events = Path(folder) / "events.jsonl"
             process = subprocess.Popen(
-                [*command, *addresses],
+                [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments],
                 cwd=root,
                 env={
                     **os.environ,
@@ -201,7 +253,22 @@ class Processes:
                     done.code = process.wait()
             finally:
                 self._running.discard(process)
-        return done
+
+    def _others_end(self, root: Path, done: Ended, warn: Callable[[str], None]) -> bool:
+        """Wait for the processes that DVC says are at work on the same files; whether they ended.
+
+        False where it names none, or this run is stopped meanwhile.
+        """
+        if mend_rwlock(root):
+            return True
+        others = {int(pid): cmd for pid, cmd in _BLOCKERS.findall("\n".join(done.output))}
+        if others:
+            who = ", ".join(f"process {pid} ({cmd})" for pid, cmd in others.items())
+            warn(f"waits for {who}, which works on the same files")
+        while any(is_running(pid, cmd) for pid, cmd in others.items()):
+            if self.stopping.wait(_LOOKS_SECONDS):
+                return False
+        return bool(others)
 
     def run(self, root: Path, command: Sequence[str]) -> subprocess.CompletedProcess[str]:
         """A command that is stopped with the stages.
@@ -253,6 +320,13 @@ def failure(root: Path, names: Sequence[str], done: Ended) -> StageError:
             kind = str(said.get("kind") or ("input" if code == 2 else "failed"))
             return StageError(str(said["error"]), code, kind)
     name = ", ".join(names)
+    if done.lacking:
+        reasons = [line for line in done.output if line.startswith(_NOT_TRANSFERRED)]
+        reason = reasons[-1].partition(" - ")[2] if reasons else ""
+        return StageError(reason or f"{', '.join(done.lacking)} is not in it", kind="cache")
+    if blockers := _BLOCKERS.findall("\n".join(done.output)):
+        who = ", ".join(f"process {pid} ({cmd})" for pid, cmd in blockers)
+        return StageError(f"{name}: {who} works on the same files; wait for it or stop it")
     for mark in ("error: ", "ERROR: "):
         if lines := [line for line in done.output if line.startswith(mark)]:
             line = lines[-1].removeprefix(mark)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
@@ -33,6 +34,7 @@ from gpt.errors import InputError, RunError
 from gpt.events import Event
 from pipeline.console import Display, Level, PlainDisplay, make_display, seconds_in_words
 from pipeline.dag import Change, Dag, Stage, find_root, last_run
+from pipeline.dvc_cache import are_in_place
 from pipeline.dvc_process import (
     Ended,
     Processes,
@@ -47,6 +49,7 @@ from pipeline.flow_params import FlowParams
 from pipeline.params import PARAMS_FILE, load_params, load_section
 from pipeline.resources import Resources, needs
 from pipeline.runner import STAGES
+from pipeline.states import size_in_words, size_of
 from pipeline.tracking import TrackingParams, flatten_metrics
 
 _PASSING = ("network", "killed", "busy")
@@ -358,8 +361,14 @@ def _execute(run: _Run, stage: Stage, why: str) -> tuple[bool, StageError | None
 
 
 def _is_made(run: _Run, stage: Stage) -> bool:
-    """Whether the outputs in place are those of a run like this one which DVC could not keep."""
-    if run.force or not (kept := kept_for_commit(run.dag.root, stage.name)):
+    """Whether the outputs in place are those of a run like this one and DVC's cache lacks them: it
+    could not keep them, or was deleted."""
+    if run.force:
+        return False
+    reasons = run.reasons(stage)
+    if reasons and all(each.not_in_cache for each in reasons) and are_in_place(run.dag, stage.name):
+        return True
+    if not (kept := kept_for_commit(run.dag.root, stage.name)):
         return False
     if kept == run.dag.fingerprint(stage.name):
         return True
@@ -371,10 +380,16 @@ def _not_taken(run: _Run, stage: Stage, failed: StageError) -> StageError:
     """What to tell of a stage that ended well and whose outputs DVC could not keep."""
     reason = str(failed).removeprefix(f"failed to reproduce '{stage.name}': ")
     reason = reason.removeprefix("unexpected error - ")
+    remedy = "see that it can be written"
+    with contextlib.suppress(OSError):  # a cache that is not there has no room either
+        free = shutil.disk_usage(run.dag.root / run.dag.cache).free
+        needed = sum(size_of(run.dag.root / path) for path in stage.outputs)
+        if free < needed:
+            remedy = "make room there"
+            reason = f"{size_in_words(free)} free, {size_in_words(needed)} needed: {reason}"
     return StageError(
         f"{stage.name}: is made, but DVC could not take its outputs into {run.dag.cache} "
-        f"({reason}); make room there, and `gpt-pipeline run` takes them in without making them "
-        "again",
+        f"({reason}); {remedy}, and `gpt-pipeline run` takes them in without making them again",
         kind="cache",
     )
 
@@ -398,12 +413,17 @@ def _repro(run: _Run, stage: Stage, environment: Mapping[str, str], made: bool) 
         if executed and not text.startswith(("error: ", "ERROR: ")):  # told at the end
             run.display.line(name, text, "quiet")
 
+    def warn(text: str) -> None:
+        logger.warning("%s", text)
+        run.display.line(name, text, "warning")
+
     minutes = run.params.time_limits.get(name)
     return run.processes.repro(
-        run.dag.root,
-        [stage.address],
+        run.dag,
+        [name],
         show=show,
         say=say,
+        warn=warn,
         environment=environment,
         force=run.force,
         made=made,

@@ -88,7 +88,7 @@ def older_states(root: Path, stage: str, state: Path) -> Message | None:
     if state.is_dir() or not (others := _states(root, stage)):
         return None
     states, are, them = ("states", "are", "them") if len(others) > 1 else ("state", "is", "it")
-    size = size_in_words(sum(map(_size, others)))
+    size = size_in_words(sum(map(size_of, others)))
     return Message(
         f"{stage}: {len(others)} older {states} under {FOLDER}/{stage} ({size}) {are} of other "
         f"parameters, inputs or code; `gpt-pipeline clean` removes {them}"
@@ -118,7 +118,7 @@ def _step(state: Path) -> int | None:
     return max(steps, default=None)
 
 
-def _size(path: Path) -> int:
+def size_of(path: Path) -> int:
     """Bytes of a file, or of all files in a directory."""
     files = [each for each in path.rglob("*") if not each.is_dir()] if _is_folder(path) else [path]
     return sum(each.lstat().st_size for each in files)
@@ -323,7 +323,7 @@ def _left_outputs(root: Path, spec: StageSpec | None) -> Iterator[Path]:
 
 
 def _remove(root: Path, path: Path, what: str) -> Removed:
-    removed = Removed(_shown(root, path), _size(path), what)
+    removed = Removed(_shown(root, path), size_of(path), what)
     try:
         if not _is_folder(path):
             path.unlink()

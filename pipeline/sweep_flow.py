@@ -298,32 +298,32 @@ def _bring_up_to_date(
         with shared.locks[key] if key not in shared.made else contextlib.nullcontext():
             ready.append(name)
             if key not in shared.made:
-                _repro(shared, point, folder, [dag.stages[each].address for each in ready])
+                _repro(shared, point, dag, ready)
                 shared.made.add(key)
                 ready = []
     if ready:
-        _repro(shared, point, folder, [dag.stages[each].address for each in ready])
+        _repro(shared, point, dag, ready)
 
 
-def _repro(shared: _Shared, point: Point, folder: Path, addresses: Sequence[str]) -> None:
+def _repro(shared: _Shared, point: Point, dag: Dag, names: Sequence[str]) -> None:
     """`dvc repro` of stages whose upstream is in place.
 
     Raises:
         StageError: a stage failed.
     """
     logger = get_run_logger()
-    names = [address.rpartition(":")[2] for address in addresses]
     done = shared.processes.repro(
-        folder,
-        addresses,
+        dag,
+        names,
         show=lambda event: shared.display.event(point.name, event),
         say=lambda text, _: logger.info("%s", text),
-        environment=environment(shared.snapshot.root, folder),
+        warn=lambda text: shared.display.line(point.name, text, "warning"),
+        environment=environment(shared.snapshot.root, dag.root),
     )
     if shared.processes.stopped_by:
         raise _StoppedError
     if done.code:
-        raise failure(folder, names, done)
+        raise failure(dag.root, names, done)
 
 
 # --- what a point came to ------------------------------------------------------------------------

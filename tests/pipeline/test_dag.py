@@ -241,3 +241,16 @@ def test_parameters_that_are_not_there_are_blamed_on_their_own_file(project, con
     path.unlink() if content is None else path.write_text(content)
     with pytest.raises(InputError, match=rf"params\.yaml: {expected}.*gpt-pipeline preset NAME"):
         Dag(project)
+
+
+def test_a_process_that_is_gone_blocks_no_run_because_another_has_its_number(project, dvc):
+    """As after a reboot, or in a container."""
+    dvc("repro", "-q")
+    table = project / ".dvc" / "tmp" / "rwlock"
+    here = {"pid": os.getpid(), "cmd": " ".join(sys.argv)}
+    gone = {"pid": os.getpid(), "cmd": "dvc/__main__.py repro that-was-killed"}
+    table.write_text(
+        json.dumps({"write": {"a": gone, "b": here}, "read": {"a": [gone], "b": [gone, here]}})
+    )
+    assert mend_rwlock(project)
+    assert json.loads(table.read_text()) == {"write": {"b": here}, "read": {"b": [here]}}

@@ -339,6 +339,19 @@ def test_what_a_full_disk_kept_out_of_the_cache_is_made_again_if_it_would_be_oth
     assert dvc("status", "--json").strip() == "{}"
 
 
+def test_outputs_in_place_are_taken_into_a_cache_that_was_deleted(project, run, dvc):
+    assert run(project, "left")[0] == 0
+    shutil.rmtree(project / ".dvc" / "cache")
+    overwritten = project / "left.txt"
+    overwritten.write_text("by hand")
+    code, shown = run(project, "left")
+    assert code == 0, shown
+    assert shown.count("made before: DVC takes it in") == 1
+    assert counts(project) == {"first": 1, "left": 2, "right": 0, "last": 0}
+    assert overwritten.read_text() != "by hand"
+    assert dvc("status", "--json", "first", "left").strip() == "{}"
+
+
 def test_bad_input_is_never_tried_again(project, run):
     code, shown = run(project, fail="left")
     assert code == 2
