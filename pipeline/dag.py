@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -290,14 +290,33 @@ class Dag:
         content = json.dumps(entry, sort_keys=True, default=str)
         return hashlib.sha256(content.encode()).hexdigest()
 
-    def recorded_outputs(self, name: str) -> list[Recorded]:
-        """The outputs of a stage as its `dvc.lock` has them; none where it has no entry."""
+    def recorded_outputs(self, names: Iterable[str] | None = None) -> dict[str, list[Recorded]]:
+        """The outputs of each stage (by default of all) as `dvc.lock` has them; none where it has
+        no entry."""
         with self._held_still() as stages:
-            return [
-                Recorded(_relative(out, self.root), str(out.hash_info.value), out.use_cache)
-                for out in stages[name].outs
-                if out.hash_info and out.hash_info.name == "md5"
-            ]
+            return {
+                name: [
+                    Recorded(_relative(out, self.root), str(out.hash_info.value), out.use_cache)
+                    for out in stages[name].outs
+                    if out.hash_info and out.hash_info.name == "md5"
+                ]
+                for name in names or list(stages)
+            }
+
+    def made_by(self, names: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
+        """What is noted of the MLflow run that made what `dvc.lock` records of each stage.
+
+        Of a stage for which no such run is known it is the last run, if nothing says what that one
+        made; else nothing.
+        """
+        notes = {}
+        for name, outputs in self.recorded_outputs(names).items():
+            made = {each.path: each.md5 for each in outputs}
+            last = last_run(self.root, name)
+            notes[name] = _note(note_of_maker(self.root, name, made)) or (
+                {} if last.get("outputs", made) != made else last
+            )
+        return notes
 
     @property
     def objects(self) -> Objects:
@@ -375,10 +394,26 @@ class Dag:
             yield {stage.name: stage for stage in stages}
 
 
+def note_of_run(root: Path, name: str) -> Path:
+    """Where a stage's last MLflow run is noted."""
+    return root / ".pipeline" / "runs" / f"{name}.json"
+
+
+def note_of_maker(root: Path, name: str, outputs: Mapping[str, str]) -> Path:
+    """Where the stage's last MLflow run that made these outputs (path -> md5) is noted."""
+    content = json.dumps(outputs, sort_keys=True)
+    key = hashlib.sha256(content.encode()).hexdigest()
+    return root / ".pipeline" / "runs" / name / f"{key[:16]}.json"
+
+
 def last_run(root: Path, name: str) -> dict[str, Any]:
-    """What `.pipeline/runs` notes of the stage's last MLflow run; empty if there is none."""
+    """What is noted of the stage's last MLflow run; empty if there is none."""
+    return _note(note_of_run(root, name))
+
+
+def _note(path: Path) -> dict[str, Any]:
     try:
-        note = json.loads((root / ".pipeline" / "runs" / f"{name}.json").read_text("utf-8"))
+        note = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         return {}
     return note if isinstance(note, dict) else {}

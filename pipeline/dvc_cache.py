@@ -77,8 +77,9 @@ def mend(dag: Dag, names: Iterable[str]) -> Flaws:
         RunError: something damaged cannot be removed.
     """
     objects, flaws = dag.objects, Flaws()
-    for output in (each for name in names for each in dag.recorded_outputs(name)):
-        _mend(dag.root, output, objects, flaws)
+    for outputs in dag.recorded_outputs(names).values():
+        for output in outputs:
+            _mend(dag.root, output, objects, flaws)
     return flaws
 
 
@@ -111,7 +112,7 @@ def _size(path: Path) -> int:
 
 def are_in_place(dag: Dag, name: str) -> bool:
     """Whether the outputs of a stage, byte for byte, are what `dvc.lock` says."""
-    outputs = dag.recorded_outputs(name)
+    outputs = dag.recorded_outputs([name])[name]
     places = {dag.root / each.path: each.md5 for each in outputs}
     return bool(places) and all(
         path.exists() and dvc_md5(path) == md5 for path, md5 in places.items()

@@ -33,7 +33,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from gpt.errors import InputError, RunError
 from gpt.events import Event
 from pipeline.console import Display, Level, PlainDisplay, make_display, seconds_in_words
-from pipeline.dag import Change, Dag, Stage, find_root, last_run
+from pipeline.dag import Change, Dag, Stage, find_root
 from pipeline.dvc_cache import are_in_place
 from pipeline.dvc_process import (
     Ended,
@@ -442,8 +442,8 @@ def _publish(run: _Run, stage: Stage, headline: str) -> None:
         lines += ["| metric | value |", "|---|---:|"]
         lines += [f"| {key} | {value:.6g} |" for key, value in metrics.items()]
         lines.append("")
-    if url := last_run(run.dag.root, stage.name).get("url"):
-        lines.append(f"[The stage's last run in MLflow]({url})")
+    if url := run.dag.made_by([stage.name])[stage.name].get("url"):
+        lines.append(f"[The run in MLflow that made it]({url})")
     create_markdown_artifact(
         "\n".join(lines),
         key=stage.name.replace("_", "-"),

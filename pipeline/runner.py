@@ -32,6 +32,7 @@ from gpt.events import Event, Log, Message
 from gpt.files import write_json
 from pipeline import launch
 from pipeline.console import EVENTS_VARIABLE, make_log
+from pipeline.dag import note_of_maker, note_of_run
 from pipeline.home import home
 from pipeline.params import PARAMS_FILE, load_params, section
 from pipeline.provenance import check_unchanged, provenance
@@ -425,7 +426,7 @@ def _run_held(name: str, root: Path, held: contextlib.ExitStack) -> None:
                 log=_to_both(log, run),
             )
             check_unchanged(root, name, made_of, input_md5)
-            _finish(root, name, spec, run, outputs, metrics, log)
+            made = _finish(root, name, spec, run, outputs, metrics, log)
             _tell(run, log)
     except BaseException as error:
         killed = isinstance(error, KeyboardInterrupt | SystemExit | _Terminated)
@@ -434,7 +435,7 @@ def _run_held(name: str, root: Path, held: contextlib.ExitStack) -> None:
             run.close(status, error=_one_line(error))
         note.write(status, time.monotonic() - started)
         raise
-    note.write("FINISHED", time.monotonic() - started)
+    note.write("FINISHED", time.monotonic() - started, made)
     if state:
         remove_state(state)
 
@@ -475,8 +476,12 @@ def _finish(
     outputs: Mapping[str, Path],
     metrics: Mapping[str, Any],
     log: Log,
-) -> None:
-    """What the run keeps of a stage that went well: pictures, the model, the data, the figures."""
+) -> dict[str, str]:
+    """What the run keeps of a stage that went well: pictures, the model, the data, the figures.
+
+    Returns:
+        Path of each output, relative to the project -> md5.
+    """
     output_md5 = _md5s(root, outputs)
     with tempfile.TemporaryDirectory() as folder:
         for picture in _pictures(name, outputs, Path(folder)):
@@ -503,6 +508,7 @@ def _finish(
     run.close(
         "FINISHED", metrics={"result": metrics} if spec.trains else metrics, outputs=output_md5
     )
+    return output_md5
 
 
 def _pictures(stage: str, outputs: Mapping[str, Path], folder: Path) -> list[Path]:
@@ -517,7 +523,7 @@ def _pictures(stage: str, outputs: Mapping[str, Path], folder: Path) -> list[Pat
 
 @dataclass(frozen=True, slots=True)
 class _RunNote:
-    """`.pipeline/runs/NAME.json`: a stage's latest MLflow run, for flow, report and status."""
+    """A stage's latest MLflow run, and what made which outputs: for flow, report and status."""
 
     root: Path
     stage: str
@@ -526,31 +532,28 @@ class _RunNote:
     def __post_init__(self) -> None:
         self.write("RUNNING", 0.0)
 
-    def write(self, status: str, seconds: float) -> None:
-        write_json(
-            _note_path(self.root, self.stage),
-            {
-                "run_id": self.run.known_as,
-                "name": self.run.name,
-                "experiment_id": self.run.experiment_id,
-                "experiment": self.run.experiment,
-                "url": self.run.url,
-                "status": status,
-                "seconds": round(seconds, 2),
-                "pid": os.getpid(),
-            },
-        )
-
-
-def _note_path(root: Path, stage: str) -> Path:
-    return root / ".pipeline" / "runs" / f"{stage}.json"
+    def write(self, status: str, seconds: float, outputs: Mapping[str, str] | None = None) -> None:
+        note = {
+            "run_id": self.run.known_as,
+            "name": self.run.name,
+            "experiment_id": self.run.experiment_id,
+            "experiment": self.run.experiment,
+            "url": self.run.url,
+            "status": status,
+            "seconds": round(seconds, 2),
+            "pid": os.getpid(),
+        }
+        if outputs is not None:
+            note["outputs"] = outputs
+            write_json(note_of_maker(self.root, self.stage, outputs), note)
+        write_json(note_of_run(self.root, self.stage), note)
 
 
 def _end_abandoned(root: Path, stage: str, state: Path | None) -> None:
     """A process that was killed hard left its run RUNNING: end it, unless it goes on now."""
     # where MLflow does not answer, what follows says so
     with contextlib.suppress(OSError, ValueError, KeyError, RunError):
-        note = json.loads(_note_path(root, stage).read_text())
+        note = json.loads(note_of_run(root, stage).read_text())
         going_on = state is not None and (state / "run.json").exists()
         if note["status"] == "RUNNING" and not going_on and not psutil.pid_exists(note["pid"]):
             mark_killed(root, note["run_id"])

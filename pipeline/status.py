@@ -54,7 +54,7 @@ _SHORT_ID = 8
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """The last MLflow run of a stage, as `.pipeline/runs` notes it."""
+    """An MLflow run of a stage, as `.pipeline/runs` notes it."""
 
     id: str
     name: str
@@ -75,10 +75,13 @@ class StageStatus:
     after: list[str]
     """The stages before it that would run, so that it may have to."""
     seconds: float | None
-    """So long its last run took; None if none is known."""
+    """So long the run took that made what is there; None if none is known."""
     metrics: dict[str, float]
-    """All that its last run came to, nested names joined by a slash."""
+    """All that it came to, nested names joined by a slash."""
     run: Run | None
+    """The one that made what is there."""
+    last_status: str
+    """How the last run of the stage ended, which may be another."""
 
 
 def stage_statuses(root: Path) -> list[StageStatus]:
@@ -89,6 +92,7 @@ def stage_statuses(root: Path) -> list[StageStatus]:
     """
     dag = Dag(root)
     changes = dag.changes()
+    notes = dag.made_by()
     stale: set[str] = set()
     statuses: list[StageStatus] = []
     for name, stage in dag.stages.items():
@@ -99,7 +103,7 @@ def stage_statuses(root: Path) -> list[StageStatus]:
                 state = "optional"
             else:
                 stale.add(name)
-        note = last_run(root, name)
+        note = notes[name]
         seconds = note.get("seconds")
         statuses.append(
             StageStatus(
@@ -111,6 +115,7 @@ def stage_statuses(root: Path) -> list[StageStatus]:
                 seconds=float(seconds) if isinstance(seconds, int | float) else None,
                 metrics=_metrics(root, stage),
                 run=_run(note),
+                last_status=str(last_run(root, name).get("status") or ""),
             )
         )
     return statuses
@@ -207,8 +212,8 @@ def _notes(status: StageStatus, verbose: bool) -> list[tuple[str, str]]:
             notes.append((f"and {more} more; --verbose shows all", "yellow"))
         if status.after and not status.reasons:
             notes.append((f"after {', '.join(status.after)}", "cyan"))
-    if status.run and status.run.status not in ("FINISHED", ""):
-        notes.append((f"its last run is {status.run.status}", "red"))
+    if status.last_status not in ("FINISHED", ""):
+        notes.append((f"its last run is {status.last_status}", "red"))
     if verbose:
         if status.run:
             notes += [(text, "dim") for text in (status.run.name, status.run.url) if text]

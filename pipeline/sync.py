@@ -19,6 +19,7 @@ from urllib.parse import unquote, urlparse
 from gpt.errors import RunError
 from gpt.events import Message
 from gpt.files import write_json
+from pipeline.dag import note_of_run
 from pipeline.mlflow_database import follow_move
 from pipeline.tracking import (
     BATCH_METRICS,
@@ -388,10 +389,9 @@ def _path(uri: str) -> Path:
 
 def _rename(unsent: Unsent, old: str, new: str, experiment_id: str, url: str) -> None:
     """What names the run by its old id, or waits for its page, has the new one from now on."""
-    note = unsent.root / ".pipeline" / "runs" / f"{unsent.stage}.json"
-    notes: list[tuple[Path, dict[str, str | None]]] = [
-        (note, {"run_id": new, "experiment_id": experiment_id, "url": url})
-    ]
+    note = note_of_run(unsent.root, unsent.stage)
+    named: dict[str, str | None] = {"run_id": new, "experiment_id": experiment_id, "url": url}
+    notes = [(path, named) for path in (note, *note.with_suffix("").glob("*.json"))]
     if unsent.state:
         notes.append((unsent.state / "run.json", {"run_id": new, "unsent": None}))
     for path, values in notes:

@@ -45,7 +45,8 @@ def remove_outputs(root: Path) -> None:
 
 def stored(root: Path, output: str, member: str = "") -> Path:
     """Where DVC's cache keeps an output of `first`, or a file of it."""
-    (md5,) = [each.md5 for each in Dag(root).recorded_outputs("first") if each.path == output]
+    outputs = Dag(root).recorded_outputs(["first"])["first"]
+    (md5,) = [each.md5 for each in outputs if each.path == output]
     objects = root / ".dvc" / "cache" / "files" / "md5"
     if member:
         listed = json.loads((objects / md5[:2] / md5[2:]).read_text())

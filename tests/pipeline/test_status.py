@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import pipeline
+from pipeline.dag import Dag, note_of_maker
 from pipeline.status import print_status, stage_statuses
 
 HERE = Path(pipeline.__file__).parent.parent
@@ -58,6 +59,23 @@ def test_it_tells_what_would_run_why_what_it_costs_and_what_it_came_to(changed, 
     ]
 
 
+def test_what_is_there_is_shown_with_the_run_that_made_it_and_not_with_the_last(
+    project, dvc, capsys
+):
+    dvc("repro", "-q")
+    outputs = {each.path: each.md5 for each in Dag(project).recorded_outputs(["left"])["left"]}
+    made = note_of_maker(project, "left", outputs)
+    made.parent.mkdir(parents=True)
+    made.write_text(json.dumps({"run_id": "0123456789", "name": "#3 a=1", "seconds": 4.0}))
+    other = {"left": "0" * 32}
+    note(project, "left", run_id="76543210", name="#4 a=2", status="FAILED", seconds=9.0)
+    note(project, "right", run_id="76543210", name="#5 a=2", status="FINISHED", outputs=other)
+    lines = [" ".join(line.split()) for line in shown(project, capsys)]
+    assert "left up to date 4.0 s #3 01234567 length 14" in lines
+    assert "its last run is FAILED" in lines
+    assert "right up to date — — length 15" in lines, "by which run is not known"
+
+
 def test_columns_stand_below_each_other(changed, capsys):
     heading, *rows = [line for line in shown(changed, capsys)[:-2] if not line.startswith("  ")]
     at = {len(row[: row.index("length")]) for row in rows}
@@ -90,6 +108,7 @@ def test_json_holds_all_that_is_known(changed, capsys):
         "reasons": [{"what": "left.train.rate", "how": "0.001 → 0.002"}],
         "after": [],
         "seconds": 65.2,
+        "last_status": "FINISHED",
         "metrics": {"length": 14.0, "deep/pi": 3.14159265},
         "run": {
             "id": "0123456789abcdef", "name": "#7 train.rate=0.001", "status": "FINISHED",
