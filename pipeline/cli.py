@@ -29,6 +29,7 @@ class _Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
+            _refuse_other_encodings(ctx.args)
             return super().invoke(ctx)
         except InputError as error:
             code, line = 2, str(error)
@@ -43,6 +44,31 @@ class _Commands(TyperGroup):
         raise typer.Exit(code)
 
 
+def _refuse_other_encodings(arguments: list[str]) -> None:
+    """Only a file that is there may have a name of other bytes: it is not shown or kept as text."""
+    for each in arguments:
+        try:
+            each.encode()
+        except UnicodeEncodeError:  # Python lets such bytes through as halves of surrogate pairs
+            if not os.path.lexists(each):
+                shown = each.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+                raise InputError(
+                    f"argument {shown[:80]}: not UTF-8; convert it, as `iconv -f latin1` does"
+                ) from None
+
+
+def _mend_streams() -> None:
+    """What was closed before the start is empty; what a terminal cannot show is spelled out."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:  # its descriptor, too, else that of the next file to be opened
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(descriptor, True)
+            setattr(sys, name, os.fdopen(descriptor, mode, encoding="utf-8"))
+        else:
+            stream.reconfigure(errors="surrogateescape" if mode == "r" else "backslashreplace")
+
+
 app = typer.Typer(
     cls=_Commands,
     help="A GPT from raw text to a classifier and an assistant, every step reproducible.",
@@ -55,6 +81,7 @@ app = typer.Typer(
 
 def main() -> NoReturn:
     """Run the command line; the process ends with its exit code."""
+    _mend_streams()
     collect_seldom()
     reach_loopback_directly()
     end_with_the_terminal()

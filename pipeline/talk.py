@@ -75,6 +75,26 @@ def generate(
     _say(pieces)
 
 
+def _piped() -> str:
+    """What standard input holds to its end.
+
+    Raises:
+        InputError: it cannot be read, or not as text.
+    """
+    try:
+        text = sys.stdin.read()
+        text.encode()
+    except OSError as error:
+        raise InputError(f"standard input: {error.strerror or error}; pipe in text") from None
+    except UnicodeEncodeError as error:  # the command line reads other bytes as half characters
+        line = text.count("\n", 0, error.start) + 1
+        raise InputError(
+            f"standard input: line {line} is not {sys.stdin.encoding}; convert it, as "
+            "`iconv -f latin1` does"
+        ) from None
+    return text.removeprefix("\ufeff")
+
+
 class Conversation:
     """What was said so far, as the model was taught to read it.
 
@@ -162,7 +182,7 @@ def chat(
     """
     template = read_template(_directory(directory, "finetune_instruct"))
     if instruction is None and not sys.stdin.isatty():
-        instruction = sys.stdin.read().strip()
+        instruction = _piped().strip()
     model, tokenizer = _load_writer(directory, "finetune_instruct", precision)
     turns = turns_learnt(directory) if turns is None else turns
     room = model.config.context_length - sampling.max_new_tokens
@@ -208,13 +228,16 @@ def _remembers(turns: int) -> str:
 def classify_texts(directory: Path, texts: Sequence[str], as_json: bool) -> None:
     """Print the class and the probabilities of each text; without texts, of each line piped in.
 
+    A line of output for a line of input, also where that is blank.
+
     Raises:
         InputError: no classifier there, or nothing to classify.
     """
     if not texts or list(texts) == ["-"]:
         if sys.stdin.isatty():
             raise InputError("text: nothing to classify; give texts, or pipe in one a line")
-        texts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
+        piped = _piped()
+        texts = piped.removesuffix("\n").split("\n") if piped else []
     model, tokenizer = load_classifier(_directory(directory, "finetune_classifier"))
     model.to(pick_device())
     data = ClassificationDataset(
@@ -249,4 +272,5 @@ def _training(directory: Path, name: str, otherwise: int) -> int:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    shows_all = (sys.stdout.encoding or "").lower().startswith("utf")
+    return json.dumps(value, ensure_ascii=not shows_all)

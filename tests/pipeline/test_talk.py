@@ -3,6 +3,10 @@
 import codecs
 import io
 import json
+import os
+import shlex
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -311,13 +315,62 @@ def test_classify_gives_each_text_its_class_and_probabilities(classifier, capsys
     assert shown.endswith("%  win a prize\n")
 
 
-def test_classify_reads_lines_from_a_pipe(classifier, capsys, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("one\n\ntwo\n"))
+@pytest.mark.parametrize(
+    ("piped", "texts"),
+    [
+        ("one\n\n \ntwo\n", ["one", "", " ", "two"]),
+        ("\ufeffone\ntwo", ["one", "two"]),
+        ("\n", [""]),
+        ("", []),
+    ],
+)
+def test_each_line_of_a_pipe_has_its_line_of_classes(classifier, capsys, monkeypatch, piped, texts):
+    monkeypatch.setattr("sys.stdin", io.StringIO(piped))
     talk.classify_texts(classifier, ["-"], as_json=True)
-    assert [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()] == [
-        "one",
-        "two",
-    ]
+    assert [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()] == texts
+
+
+COMMAND = [sys.executable, "-m", "pipeline"]
+
+
+def _run(*arguments, shell="", **settings):
+    """The code and the output of a command line; `shell` follows it, as a redirection."""
+    line = " ".join(map(shlex.quote, [*COMMAND, *map(str, arguments)])) + f" {shell}"
+    root = Path(__file__).resolve().parents[2]
+    return subprocess.run(
+        ["bash", "-c", line], cwd=root, capture_output=True, timeout=100, check=False, **settings
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "shell", "code", "said"),
+    [
+        (["classify"], "<&-", 0, ""),
+        (["classify"], "0> /dev/null", 2, "error: standard input: Bad file descriptor; pipe in"),
+        (
+            ["classify"],
+            r"< <(printf 'plain\ncaf\xe9\n')",
+            2,
+            "error: standard input: line 2 is not",
+        ),
+        (["classify"], r"$'caf\xe9'", 2, r"error: argument caf\xe9: not UTF-8; convert it"),
+        (["classify", "café 🚢"], ">&-", 0, ""),
+        (["classify", ""], r"2>&- $'\xe9'", 2, ""),
+    ],
+)
+def test_odd_streams_and_bytes_end_in_one_line(classifier, command, shell, code, said):
+    done = _run(*command, "--model", classifier, shell=shell)
+    assert done.returncode == code, done.stderr
+    assert done.stderr.decode().startswith(said)
+    assert done.stderr.count(b"\n") == bool(said)
+
+
+def test_a_terminal_of_few_characters_shows_the_others_spelled_out(classifier):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict"}
+    done = _run("classify", "--json", "é🚢", "--model", classifier, env=environment)
+    assert json.loads(done.stdout)["text"] == "é🚢"
+    done = _run("classify", "é🚢", "--model", classifier, env=environment)
+    assert done.stdout.endswith(b"\\xe9\\U0001f6a2\n")
 
 
 def test_classify_cuts_a_text_as_its_training_did(classifier, capsys):
