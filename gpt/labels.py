@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Sequence
 
 _UNSEEN = r"\s\u00ad\u200b-\u200f\u2060-\u2064\ufeff"  # blanks, and what has no width
 _ENDS = re.compile(rf"\A[{_UNSEEN}]+|[{_UNSEEN}]+\Z")
@@ -32,3 +33,11 @@ def class_of(key: str) -> str | None:
     if not _OF_ALL.fullmatch(key):
         return key
     return key.removeprefix("class ") if key.startswith("class ") else None
+
+
+def in_short(labels: Sequence[str], most: int = 3) -> str:
+    """The first of some labels for a line, long ones cut: `'ham', 'spam' and 4 more`."""
+    shown = ", ".join(
+        repr(label if len(label) <= 40 else f"{label[:39]}…") for label in labels[:most]
+    )
+    return shown + (f" and {len(labels) - most:,} more" if len(labels) > most else "")

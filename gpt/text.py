@@ -26,7 +26,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from gpt.errors import InputError, first_problem
 from gpt.files import write_json
 from gpt.formats import PLACES, fields_in, lines_in, objects_in, parts_of, texts_in
-from gpt.labels import plain_label
+from gpt.labels import in_short, plain_label
 
 if TYPE_CHECKING:  # imported where a table is made: whoever reads documents should not wait for it
     import pandas as pd
@@ -51,7 +51,6 @@ FORMATS: dict[Kind, tuple[Format, ...]] = {
 """How a file of each kind may be written."""
 
 SOURCES = "sources.json"
-_NAMED = 3  # classes in a line
 T = TypeVar("T")
 
 MOST_CLASSES = 1000
@@ -281,15 +280,16 @@ def read_messages(folder: Path) -> pd.DataFrame:
     frame = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame({"label": []})
     n = frame["label"].nunique()
     if n < 2:
-        found = ", ".join(map(repr, frame["label"].unique())) or "none"
+        found = in_short(frame["label"].unique().tolist()) or "none"
         raise InputError(
             f"{folder}: the messages have {n} class ({found}); a classifier needs two or more"
         )
     if n > MOST_CLASSES:
         raise InputError(
             f"{folder}: {len(frame):,} messages have {n:,} classes "
-            f"({frame['label'].iloc[0]!r:.60}, …), and a classifier takes {MOST_CLASSES:,} at "
-            "most; see that label and text are not mixed up, or put rare classes together"
+            f"({in_short(frame['label'].unique().tolist())}), and a classifier takes "
+            f"{MOST_CLASSES:,} at most; see that label and text are not mixed up, or put rare "
+            "classes together"
         )
     return frame
 
@@ -559,8 +559,8 @@ def undersampled(frame: pd.DataFrame, parts: Mapping[str, pd.DataFrame]) -> str:
     counts = frame["label"].value_counts()
     return (
         f"undersampling leaves {kept} of {len(frame)} messages, of each class as many as "
-        f"{counts.index[-1]!r:.60} has ({counts.iloc[-1]}); add messages of that class or leave it "
-        "out, or set finetune_classifier.balance to class_weights or none"
+        f"{in_short([str(counts.index[-1])])} has ({counts.iloc[-1]}); add messages of that class "
+        "or leave it out, or set finetune_classifier.balance to class_weights or none"
     )
 
 
@@ -571,11 +571,9 @@ def missing_classes(parts: Mapping[str, pd.DataFrame], labels: Sequence[str]) ->
         found = set(part["label"])
         lacking = [label for label in labels if label not in found]
         if lacking:
-            shown = ", ".join(f"{label!r:.60}" for label in lacking[:_NAMED])
-            more = f" and {len(lacking) - _NAMED} more" if len(lacking) > _NAMED else ""
             said[name] = (
                 f"the {name} part has no message of {len(lacking)} of {len(labels)} classes "
-                f"({shown}{more})"
+                f"({in_short(lacking)})"
             )
     return said
 

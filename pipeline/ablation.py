@@ -33,6 +33,7 @@ TAG = "ablation"
 """`ablation.TABLE` of a run is the row that it is of that table, `ablation.set` what it changes."""
 EVALUATION = Path("reports") / "evaluation" / "metrics.json"
 _MOST_ROWS = 200
+_LONGEST_NAME = 100
 _ROWS_AT_ONCE = 16
 """Messages that are scored together; it changes no score."""
 
@@ -79,10 +80,11 @@ def read_rows(root: Path, table: Path) -> list[Row]:
             raise InputError(f"{table}: row {number}: must hold `name` and `set`, and nothing else")
         choice, changes = str(entry["name"]), entry.get("set") or {}
         taken = {_word(row.choice) for row in rows}
-        if not isinstance(changes, dict) or _word(choice) in {"", *taken}:
+        named = _word(choice) not in {"", *taken} and len(choice) <= _LONGEST_NAME
+        if not isinstance(changes, dict) or not named:
             raise InputError(
-                f"{table}: row {number}: give it a name of its own, of letters or digits, and a "
-                "`set`"
+                f"{table}: row {number}: give it a name of its own, of letters or digits and at "
+                f"most {_LONGEST_NAME} characters, and a `set`"
             )
         for seed in dict.fromkeys(seeds) or [None]:
             name = choice if seed is None else f"{choice}, seed {seed}"

@@ -27,6 +27,7 @@ from pipeline.tracking import (
     named_failure,
     run_that_made,
     run_url,
+    short,
 )
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ class SweepRuns:
             **{f"sweep.candidate.{model}": version for model, version in self._candidates()},
         }
         run = self.client.create_run(
-            self._experiment_id, tags=tags, run_name=f"{sweep.name} #{number}"
+            self._experiment_id, tags=tags, run_name=short(f"{sweep.name} #{number}")
         )
         params = {
             "stages": ", ".join(sweep.stages),
@@ -163,7 +164,9 @@ class SweepRuns:
                 "sweep.point": point.key,
                 **git_state(self._root),
             }
-            created = self.client.create_run(self._experiment_id, tags=tags, run_name=point.name)
+            created = self.client.create_run(
+                self._experiment_id, tags=tags, run_name=short(point.name)
+            )
             run_id = str(created.info.run_id)
             params = [Param(path, str(value)) for path, value in point.values.items()]
             self.client.log_batch(run_id, params=params)

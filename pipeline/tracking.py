@@ -82,6 +82,8 @@ NO_RESULTS = ("system", "optimizer", "health", "throughput")  # groups of metric
 _VALUE_LENGTH = 500  # of a parameter; MLflow takes 6,000, a person reads less
 _KEY = re.compile(r"[/\w.\- :]+")  # of what a key of MLflow's may be made
 _KEY_LENGTH = 250  # characters
+NAME_LENGTH = 250  # of a run; a database on a server takes no longer one
+_SOURCE_LENGTH = 65_535  # of the JSON that says where a data set is
 _DIGEST = re.compile(r"__[0-9a-f]{8}\Z")  # at the end of a key that differs from its name
 
 NOT_CODE = (":!params.yaml", ":!dvc.lock", ":!*/dvc.lock", ":!reports")
@@ -425,7 +427,7 @@ def flatten(params: Any) -> dict[str, str]:
     Lists stay one entry: scalars joined by commas, records by their name or their first value.
     """
     flat = _flatten(dataclasses.asdict(params))
-    return {key_of(key): _short(without_secrets(text)) for key, text in flat}
+    return {key_of(key): short(without_secrets(text), _VALUE_LENGTH) for key, text in flat}
 
 
 def _flatten(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
@@ -444,8 +446,9 @@ def _summary(item: Any) -> str:
     return str(item)
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= _VALUE_LENGTH else text[: _VALUE_LENGTH - 1] + "…"
+def short(text: str, most: int = NAME_LENGTH) -> str:
+    """A text, or of a longer one its beginning; by default as long as a run's name may be."""
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def key_of(name: str) -> str:
@@ -542,6 +545,15 @@ class DataSet:
     source_type: Literal["http", "local"]
     source: Mapping[str, Any]
     profile: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _place_of(data_set: DataSet) -> str:
+    """Where it is, as JSON; of more addresses than MLflow takes, the first."""
+    said = without_secrets(json.dumps(data_set.source))
+    if len(said) <= _SOURCE_LENGTH:
+        return said
+    one = {key: value for key, value in data_set.source.items() if not isinstance(value, list)}
+    return without_secrets(json.dumps(one))
 
 
 # --- the run ---------------------------------------------------------------------------------
@@ -899,10 +911,10 @@ class StageRun:
         inputs = [
             DatasetInput(
                 Dataset(
-                    _short(each.name),
+                    short(each.name, _VALUE_LENGTH),
                     each.digest,
                     each.source_type,
-                    without_secrets(json.dumps(each.source)),
+                    _place_of(each),
                     profile=json.dumps(each.profile) if each.profile else None,
                 ),
                 [InputTag("mlflow.data.context", each.context)],
@@ -1060,7 +1072,7 @@ def what_differs(
     words = [f"{key}={value}" for key, value in changed.items()]
     if not words or len(words) > 3:
         words = [git["git.commit"][:7]] if "git.commit" in git else []
-    return Differs(" ".join((f"#{number}", *map(_short_word, words))), tags)
+    return Differs(" ".join((f"#{number}", *(short(word, 60) for word in words))), tags)
 
 
 def show_on_model(
@@ -1135,10 +1147,6 @@ def mark_killed(root: Path, run_id: str) -> None:
     with contextlib.suppress(MlflowException):
         if client.get_run(run_id).info.status == "RUNNING":
             client.set_terminated(run_id, "KILLED")
-
-
-def _short_word(word: str) -> str:
-    return word if len(word) <= 60 else word[:59] + "…"
 
 
 def _user() -> str:

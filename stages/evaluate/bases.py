@@ -13,6 +13,7 @@ from gpt.bootstrap import mean_loss
 from gpt.data import WindowDataset, batches
 from gpt.errors import InputError
 from gpt.events import Log, Message, discard
+from gpt.labels import in_short
 from gpt.likelihood import Example, NoRoomError, classify_by_likelihood, draw_examples
 from gpt.metrics import bits_per_byte, check_finite, perplexity, target_losses
 from gpt.metrics import mean_loss as mean_loss_of
@@ -231,7 +232,7 @@ def measure_untrained_classification(
 def _no_room(name: str, model: GPT, labels: list[str]) -> str:
     return (
         f"evaluate: {name} is not asked for classes without training: the label "
-        f"{max(labels, key=len)!r:.60} leaves no room for a text in its context of "
+        f"{in_short([max(labels, key=len)])} leaves no room for a text in its context of "
         f"{model.config.context_length} tokens; shorter labels would"
     )
 

@@ -11,7 +11,7 @@ import torch
 
 from gpt.data import ClassificationDataset, batches
 from gpt.errors import InputError
-from gpt.labels import plain_label
+from gpt.labels import in_short, plain_label
 from gpt.metrics import (
     calibration_error,
     check_finite,
@@ -26,6 +26,7 @@ from stages.evaluate.training import read_training
 
 _MOST_WRONG = 20
 """Of each part so many messages are listed that a classifier was wrong about."""
+_NAMED = 10  # labels in a line
 _SQUARE = 50
 """Classes up to which pairs that never occur are listed, too."""
 
@@ -46,9 +47,10 @@ def messages_by_part(directory: Path, messages: Path) -> tuple[list[str], dict[s
     frame, parts = usable_parts(messages, training.split, training.balance)
     unknown = sorted(set(frame["label"]) - set(labels))
     if unknown:
+        known = ", ".join(labels[:_NAMED]) + (", …" if len(labels) > _NAMED else "")
         raise InputError(
-            f"{messages}: the class {unknown[0]!r} is unknown to {directory} "
-            f"({', '.join(labels)}); run finetune_classifier on these messages"
+            f"{messages}: the class {in_short(unknown[:1])} is unknown to {directory} ({known}); "
+            "run finetune_classifier on these messages"
         )
     return labels, parts
 

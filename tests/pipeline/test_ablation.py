@@ -67,6 +67,7 @@ def test_with_seeds_every_row_is_trained_with_each(tmp_path):
         ("- a", "must hold `rows`"),
         ("rows: [{set: {}}]", "row 1: must hold `name` and `set`"),
         ("rows: [{name: a}, {name: A!}]", "row 2: give it a name of its own"),
+        (f"rows: [{{name: {'x' * 101}}}]", "and at most 100 characters"),
         ("rows: [{name: '!'}]", "row 1: give it a name of its own, of letters or digits"),
         ("rows: [{name: a, set: {trainable: some}}]", r"row 'a': .*finetune_classifier\.trainable"),
         ("rows: [{name: a, set: {x: 1}}]", r"row 'a': .*finetune_classifier\.x: unknown parameter"),

@@ -23,7 +23,7 @@ from gpt.text import read_sources, write_sources
 from gpt.token_files import Counts, Manifest, Shard, SplitManifest
 from pipeline import tracking
 from pipeline.data_sets import input_sets, made_sets
-from pipeline.tracking import StageRun, dvc_md5, key_of
+from pipeline.tracking import DataSet, StageRun, dvc_md5, key_of, short
 
 
 @pytest.fixture
@@ -168,6 +168,7 @@ def test_names_from_outside_have_keys_that_mlflow_takes_each_its_own() -> None:
         for key in keys:
             _validate_metric(key, 0.0, 0, 0)
         assert len(set(keys)) == len(keys)
+    assert short("x" * 300) == "x" * 249 + "…"
     assert key_of("don't know").startswith("don_t know__")
     for name in ("classifier/f1_ham", "loss/python-docs", "f1_Grüße: 1", "a/b"):
         assert key_of(name) == name
@@ -175,9 +176,15 @@ def test_names_from_outside_have_keys_that_mlflow_takes_each_its_own() -> None:
 
 def test_a_run_keeps_figures_of_classes_with_any_name(project: Path, empty_database: Path) -> None:
     shutil.copy(empty_database, project / "mlflow.db")
-    run = StageRun(project, "learn", stand_in.LearnParams(), {"my data & more": "md5"})
+    urls = [f"https://example.org/{i:0100}" for i in range(1000)]  # more than MLflow takes
+    source = {"url": urls[0], "urls": urls}
+    many = DataSet(name="x" * 600, digest="1", context="raw", source_type="http", source=source)
+    inputs = {"my data & more": "md5"}
+    run = StageRun(project, "learn", stand_in.LearnParams(), inputs, data_sets=[many])
     metrics = {"classifier": {f"f1_{name}": float(i) for i, name in enumerate(ODD_NAMES)}}
     run.close("FINISHED", metrics=metrics, outputs={"a (b)": "md5"})
+    (listed,) = run.client.get_run(run.id).inputs.dataset_inputs
+    assert json.loads(listed.dataset.source) == {"url": urls[0]}
     logged = run.client.get_run(run.id).data
     found = [logged.metrics[key_of(f"classifier/f1_{name}")] for name in ODD_NAMES]
     assert found == [float(i) for i in range(len(ODD_NAMES))]
