@@ -19,7 +19,7 @@ from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, le=1 << 40)]
 NormalForm = Literal["NFC", "NFKC", "none"]
 
 STEPS = ("mojibake", "control_characters", "unicode", "gutenberg")
@@ -134,7 +134,7 @@ class CleanParams:
     control_characters: bool = False
     gutenberg: bool = False
     min_chars: Count | None = None
-    max_chars: Annotated[int, Field(ge=1)] | None = None
+    max_chars: Annotated[int, Field(ge=1, le=1 << 40)] | None = None
     languages: tuple[str, ...] = ()
     language_confidence: Share = 0.5
     language_min_chars: Count = 100

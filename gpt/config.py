@@ -7,7 +7,18 @@ from typing import Annotated, Self
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
-Positive = Annotated[int, Field(gt=0)]
+# A number beyond these is a slip, or from a damaged file; products of sizes fit 64 bits.
+Positive = Annotated[int, Field(gt=0, le=1 << 31)]
+NotNegative = Annotated[int, Field(ge=0, le=1 << 31)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 64)]
+"""PyTorch takes no larger ones."""
+Threads = Annotated[int, Field(ge=0, le=1024)]
+"""0 is every core."""
+Batch = Annotated[int, Field(gt=0, le=1 << 20)]
+_Layers = Annotated[int, Field(gt=0, le=10_000)]
+_Width = Annotated[int, Field(gt=0, le=1 << 17)]
+_Rows = Annotated[int, Field(gt=0, le=1 << 24)]
+"""Of an embedding: positions or tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid"))
@@ -15,14 +26,14 @@ class Architecture:
     """What of a GPT can be chosen before its vocabulary is known; the defaults are GPT-2 124M.
 
     Raises:
-        pydantic.ValidationError (a ValueError): a size is not positive, or heads do not divide
-            the width.
+        pydantic.ValidationError (a ValueError): a size is not positive, or beyond any model's;
+            or heads do not divide the width.
     """
 
-    context_length: Positive = 1024
-    n_layer: Positive = 12
-    n_head: Positive = 12
-    n_embd: Positive = 768
+    context_length: _Rows = 1024
+    n_layer: _Layers = 12
+    n_head: _Width = 12
+    n_embd: _Width = 768
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     qkv_bias: bool = True
     tie_weights: bool = True
@@ -44,7 +55,7 @@ class GPTConfig(Architecture):
     Radford et al. (2019), "Language Models are Unsupervised Multitask Learners".
     """
 
-    vocab_size: Positive = 50257
+    vocab_size: _Rows = 50257
 
 
 GPT2_SIZES: dict[str, GPTConfig] = {

@@ -29,6 +29,12 @@ NOT_FINITE = (
 """What a `RunError` says of a model that can choose nothing."""
 
 
+def shown(value: object) -> str:
+    """A value as a message shows it: on one line, and cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def first_problem(error: ValidationError, within: str = "") -> str:
     """The first thing that is wrong with what was read: where it stands, and why it is refused.
 

@@ -17,6 +17,8 @@ from gpt.errors import InputError
 
 _LONGEST_JSON = 16 << 20
 _DEEPEST_JSON = 64
+_MOST_BITS = 1023
+"""Of a whole number: with more it is no float."""
 
 
 def sync_directory(path: Path) -> None:
@@ -184,6 +186,8 @@ def _check_plain(value: Any) -> None:
                 each.encode()  # half a surrogate pair cannot be
             elif isinstance(each, float) and not math.isfinite(each):
                 raise ValueError(f"{each} is no number of JSON's")
+            elif isinstance(each, int) and each.bit_length() > _MOST_BITS:
+                raise ValueError(f"a number of {each.bit_length():,} bits")
         layer = below
 
 

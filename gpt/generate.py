@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from gpt import decode
-from gpt.errors import NOT_FINITE, InputError, RunError
+from gpt.errors import NOT_FINITE, InputError, RunError, shown
 from gpt.model import GPT, KVCache
 from gpt.tokenizer import Tokenizer
 
@@ -76,6 +76,8 @@ class Sampling:
             raise InputError(
                 f"temperature: {self.temperature} is negative; 0 is greedy, 1 is the model's own"
             )
+        if self.seed is not None and not -(1 << 63) <= self.seed < 1 << 64:
+            raise InputError(f"seed: {shown(self.seed)} is none; use 0 or more, below 2 ** 64")
         if self.top_k is not None and self.top_k < 1:
             raise InputError(f"top_k: {self.top_k} leaves no token to choose; use 1 or more")
         if self.top_p is not None and not 0 < self.top_p <= 1:

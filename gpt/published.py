@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from gpt.config import GPT2_SIZES, GPTConfig
-from gpt.errors import InputError, first_problem
+from gpt.errors import InputError
 from gpt.files import read_json
 from gpt.model import GPT
 from gpt.safetensors_files import stored_in_safetensors
@@ -34,6 +33,7 @@ from gpt.torch_files import stored_in_torch
 from gpt.weights import (
     IGNORED,
     account_for_every_name,
+    architecture,
     by_plain_name,
     empty_model,
     fill,
@@ -350,20 +350,16 @@ def _first(read: Callable[[], Tensor]) -> Tensor:
 
 
 def _openai_config(path: Path) -> GPTConfig:
-    said = _read_json(path)
-    try:
-        return GPTConfig(
-            vocab_size=said["n_vocab"],
-            context_length=said["n_ctx"],
-            n_layer=said["n_layer"],
-            n_head=said["n_head"],
-            n_embd=said["n_embd"],
-        )
-    except KeyError as error:
-        raise InputError(f"{path}: lacks {error}; get the model's own hparams.json") from None
-    except ValidationError as error:
-        problem = first_problem(error)
-        raise InputError(f"{path}: {problem}; get the model's own hparams.json") from None
+    return architecture(path, _read_json(path), _OPENAI_HPARAMS)
+
+
+_OPENAI_HPARAMS = {
+    "n_vocab": "vocab_size",
+    "n_ctx": "context_length",
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "n_embd",
+}
 
 
 def _wanted(found: _Found, config: GPTConfig) -> list[str]:

@@ -15,10 +15,11 @@ import torch
 from pydantic import ConfigDict, Field, model_validator
 from torch import nn
 
+from gpt.config import Batch, NotNegative, Positive, Seed, Threads
 from gpt.device import DeviceName, Precision
 from gpt.muon import Muon
 
-Devices = Literal["auto"] | Annotated[int, Field(gt=0)]
+Devices = Literal["auto"] | Annotated[int, Field(gt=0, le=64)]
 
 
 @pydantic.dataclasses.dataclass(
@@ -32,12 +33,12 @@ class TrainParams:
             `steps` and `epochs`.
     """
 
-    seed: Annotated[int, Field(ge=0)] = 123
+    seed: Seed = 123
     device: DeviceName = "auto"
     precision: Precision = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
     """Let torch.compile translate the blocks; `auto` does on CUDA."""
-    threads: Annotated[int, Field(ge=0)] = 0
+    threads: Threads = 0
     """CPU threads of a process; 0 is every core, shared among the processes of the machine. Part
     of what makes two runs equal to the byte."""
     devices: Devices = 1
@@ -45,16 +46,16 @@ class TrainParams:
     CUDA device of the machine."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """How several devices hold the model: each all of it, or each a part (FSDP2)."""
-    batch_size: Annotated[int, Field(gt=0)] = 8
+    batch_size: Batch = 8
     """Rows in one pass through the model."""
-    accumulation: Annotated[int, Field(gt=0)] = 1
+    accumulation: Batch = 1
     """Passes to one optimizer step: the step sees batch_size x accumulation rows, on however many
     devices."""
     group_by_length: bool = False
     """Make batches of rows of like length, so that little of them is padding. Not for texts whose
     length tells their class."""
-    steps: Annotated[int, Field(gt=0)] | None = None
-    epochs: Annotated[int, Field(gt=0)] | None = None
+    steps: Positive | None = None
+    epochs: Positive | None = None
     optimizer: Literal["adamw", "muon"] = "adamw"
     """`muon` takes the matrices of the blocks; AdamW keeps embeddings, head, biases and norms."""
     learning_rate: Annotated[float, Field(gt=0)] = 5e-4
@@ -66,7 +67,7 @@ class TrainParams:
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """After the warm-up: half a cosine or a straight line down to `min_learning_rate`, no change,
     or no change and then a straight line over the last `decay_share` of the steps."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: NotNegative = 0
     decay_share: Annotated[float, Field(gt=0, le=1)] = 0.2
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -74,9 +75,9 @@ class TrainParams:
     eps: Annotated[float, Field(gt=0)] = 1e-8
     grad_clip: Annotated[float, Field(ge=0)] = 1.0
     """The largest norm of the gradient; 0 leaves it as it is."""
-    eval_interval: Annotated[int, Field(gt=0)] = 50
+    eval_interval: Positive = 50
     """Steps between two evaluations; the last step always has one."""
-    patience: Annotated[int, Field(gt=0)] | None = None
+    patience: Positive | None = None
     """Stop after so many evaluations in a row without a lower validation loss."""
     keep: Literal["best", "last"] = "best"
     """Which weights the run ends with: those of the lowest validation loss, or the last ones."""

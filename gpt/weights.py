@@ -11,18 +11,18 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from gpt.config import GPTConfig
-from gpt.errors import InputError, first_problem
+from gpt.errors import InputError, shown
 from gpt.files import read_json, whole_directory, write_json
 from gpt.model import GPT, INIT_STD, LAYER_NORM_EPS, GPTClassifier, Pooling
 from gpt.safetensors_files import stored_in_safetensors, write_safetensors
@@ -232,46 +232,97 @@ def read_config(directory: Path) -> tuple[GPTConfig, list[str] | None]:
     Raises:
         InputError: no such file, not JSON, or not GPT-2's architecture.
     """
+    raw = _read_config_file(directory)
     path = directory / "config.json"
-    raw = read_json(
-        path,
-        missing=f"no such file; {directory} is no model directory, run the stage that makes it",
-        remedy="fetch or make it again",
-    )
     for key, allowed in _FIXED.items():
         if raw.get(key, allowed[0]) not in allowed:
             raise InputError(
-                f"{path}: {key} is {raw[key]!r}; this is GPT-2's architecture, with {allowed[0]!r}"
+                f"{path}: {key} is {shown(raw[key])}; this is GPT-2's architecture, with "
+                f"{allowed[0]!r}"
             )
-    if raw.get("n_inner") not in (None, 4 * raw.get("n_embd", 0)):
-        raise InputError(f"{path}: n_inner is {raw['n_inner']}; GPT-2's MLP is 4 x n_embd wide")
-    try:
-        config = GPTConfig(
-            vocab_size=raw["vocab_size"],
-            context_length=raw["n_positions" if "n_positions" in raw else "n_ctx"],
-            n_layer=raw["n_layer"],
-            n_head=raw["n_head"],
-            n_embd=raw["n_embd"],
-            dropout=raw.get("resid_pdrop", 0.0),
-            qkv_bias=raw.get("qkv_bias", True),
-            tie_weights=raw.get("tie_word_embeddings", True),
+    positions = "n_positions" if "n_positions" in raw else "n_ctx"
+    names = _CONFIG_NAMES | {positions: "context_length"}
+    config = architecture(path, raw, names, optional=_CONFIG_DEFAULTS)
+    if raw.get("n_inner") not in (None, 4 * config.n_embd):
+        raise InputError(
+            f"{path}: n_inner is {shown(raw['n_inner'])}; GPT-2's MLP is 4 x n_embd wide"
         )
-    except KeyError as error:
-        raise InputError(f"{path}: lacks {error}; get the model's own config.json") from None
+    return config, _labels(path, raw.get("id2label"))
+
+
+# config.json's names of what GPTConfig has, but for the context, which has two
+_CONFIG_NAMES = {
+    "vocab_size": "vocab_size",
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "n_embd",
+    "resid_pdrop": "dropout",
+    "qkv_bias": "qkv_bias",
+    "tie_word_embeddings": "tie_weights",
+}
+_CONFIG_DEFAULTS = ("resid_pdrop", "qkv_bias", "tie_word_embeddings")
+
+
+def architecture(
+    path: Path, raw: Mapping[str, Any], names: Mapping[str, str], optional: Sequence[str] = ()
+) -> GPTConfig:
+    """The architecture that a file describes.
+
+    Args:
+        path: the file.
+        raw: what it holds.
+        names: the file's name of each field -> `GPTConfig`'s.
+        optional: those of the file's names that it may lack.
+
+    Raises:
+        InputError: a field is missing, of another type, or impossible; by the file's name.
+    """
+    remedy = f"get the model's own {path.name}"
+    if missing := [key for key in names if key not in raw and key not in optional]:
+        raise InputError(f"{path}: lacks {missing[0]!r}; {remedy}")
+    values = {own: raw[key] for key, own in names.items() if key in raw}
+    try:  # as JSON, so that neither `true` nor "12" nor 12.0 is taken for a whole number
+        return TypeAdapter(GPTConfig).validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
-        problem = first_problem(error)
-        raise InputError(f"{path}: {problem}; get the model's own config.json") from None
-    names = raw.get("id2label")
-    return config, [names[str(i)] for i in range(len(names))] if names else None
+        problem = error.errors()[0]
+        field = next(iter(problem["loc"]), None)
+        key = next((f"{key}: " for key, own in names.items() if own == field), "")
+        got = f" (got {shown(problem['input'])})" if key else ""
+        raise InputError(f"{path}: {key}{problem['msg']}{got}; {remedy}") from None
+
+
+def _labels(path: Path, named: Any) -> list[str] | None:
+    """The labels of `id2label`, in the order of the classes; None if it has none."""
+    if not named and (named is None or named == {}):
+        return None
+    labels: list[Any] = []
+    if isinstance(named, dict):
+        labels = [named.get(str(i)) for i in range(len(named))]
+    if not labels or not all(isinstance(label, str) for label in labels):
+        raise InputError(
+            f"{path}: id2label must hold the classes' names under 0, 1, 2 and so on "
+            f"(got {shown(named)}); get the model's own config.json"
+        )
+    if len(set(labels)) < len(labels):
+        raise InputError(f"{path}: id2label gives two classes one name; rename one of them")
+    return labels
+
+
+def _read_config_file(directory: Path) -> dict[str, Any]:
+    return read_json(
+        directory / "config.json",
+        missing=f"no such file; {directory} is no model directory, run the stage that makes it",
+        remedy="fetch or make it again",
+    )
 
 
 def _read_pooling(directory: Path) -> Pooling:
     """What a classifier's head sees, by `config.json`; the layout's own is the last position."""
-    path = directory / "config.json"
-    pooling = json.loads(path.read_text(encoding="utf-8")).get("pooling", "last")
+    pooling = _read_config_file(directory).get("pooling", "last")
     if pooling not in get_args(Pooling):
         raise InputError(
-            f"{path}: pooling is {pooling!r}; it is one of {', '.join(get_args(Pooling))}"
+            f"{directory / 'config.json'}: pooling is {shown(pooling)}; it is one of "
+            f"{', '.join(get_args(Pooling))}"
         )
     return pooling  # type: ignore[no-any-return]
 

@@ -45,7 +45,7 @@ class EndpointParams:
     """Names the environment variable that holds the key; without it none is sent."""
     concurrency: Annotated[int, Field(gt=0, le=64)] = 4
     """So many requests are under way at once."""
-    timeout: Annotated[float, Field(gt=0)] = 60
+    timeout: Annotated[float, Field(gt=0, le=86_400)] = 60
     """Seconds for one request, from its connection to the last byte of its answer."""
     retries: Annotated[int, Field(ge=0, le=20)] = 3
     """So often a request is repeated when the connection fails or the server is busy."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 
 from gpt.data import Batch
 from gpt.errors import InputError
+from gpt.files import read_json
 from gpt.formats import texts_in
 from gpt.gguf import GGUFType, is_ours, read_back, write_gguf
 from gpt.int8 import quantize
@@ -69,7 +69,7 @@ def export(source: Path, target: Path, dtype: str) -> int:
         raise InputError(f"dtype: {dtype!r} is not known; use one of {', '.join(DTYPES)}")
     model = load_model(source, dtype=getattr(torch, dtype))
     extra = {
-        name: json.loads((source / name).read_text(encoding="utf-8"))
+        name: read_json(source / name, missing="no such file", remedy="fetch or make it again")
         for name in _EXTRA
         if (source / name).is_file()
     }

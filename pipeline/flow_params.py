@@ -17,7 +17,9 @@ class FlowParams:
     retries: Annotated[int, Field(ge=0, le=100)] = 3
     """So often a stage is tried again after a fault that may pass: of the network, or a process
     that was killed, whose training goes on from its last state. Bad input never is."""
-    wait: Annotated[float, Field(ge=0)] = 10.0
+    wait: Annotated[float, Field(ge=0, le=86_400)] = 10.0
     """Seconds before the first of these; they double."""
-    time_limits: Mapping[str, Annotated[float, Field(gt=0)]] = field(default_factory=dict)
+    time_limits: Mapping[str, Annotated[float, Field(gt=0, le=1_000_000)]] = field(
+        default_factory=dict
+    )
     """Minutes a stage may run, by its name; it is then stopped, and its state kept."""

@@ -25,6 +25,7 @@ import numpy as np
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from gpt.config import NotNegative, Positive
 from gpt.device import pick_device
 from gpt.errors import InputError
 from gpt.events import Log, Message, discard
@@ -55,9 +56,9 @@ class HarnessParams:
     tasks: Annotated[tuple[str, ...], Field(min_length=1)]
     """Names of the harness (tasks, groups, tags; `*` stands for anything), YAML files of tasks,
     or folders of them."""
-    limit: Annotated[int, Field(gt=0)] | None = None
+    limit: Positive | None = None
     """Documents of each task, the first so many; None is all."""
-    shots: Annotated[int, Field(ge=0)] | None = None
+    shots: NotNegative | None = None
     """Solved examples before each question; None is the task's own number."""
     chat: bool = False
     """Whether questions are put in the words of the model's own template."""

@@ -21,6 +21,7 @@ import pandas as pd
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from gpt.config import Positive
 from gpt.errors import InputError, RunError, first_problem
 from gpt.events import Log, Message, Progress, discard
 from gpt.files import read_json, whole_directory, write_json
@@ -64,9 +65,9 @@ class JudgeParams(EndpointParams):
 
     model: Annotated[str, Field(min_length=1)]
     """As the server calls it."""
-    max_tokens: Annotated[int, Field(gt=0)] = 16
+    max_tokens: Positive = 16
     """Of a reply. A model that reasons before it replies needs hundreds or thousands."""
-    seed: Annotated[int, Field(ge=0)] = 123
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 123
 
 
 @plain_dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ A version is a pyfunc 'model from code': the model directory, the `gpt` package 
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -180,14 +179,14 @@ def _interface(name: str, directory: Path) -> tuple[ModelSignature, Any]:
     from mlflow.models import ModelSignature
     from mlflow.types.schema import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
+    from gpt.weights import read_labels
+
     def text(column: str, required: bool = True) -> ColSpec:
         return ColSpec(DataType.string, column, required)
 
     if name == "classifier":
-        labels = json.loads((directory / "config.json").read_text())["id2label"]
-        probabilities = [
-            ColSpec(DataType.double, f"probability_{label}") for label in labels.values()
-        ]
+        labels = read_labels(directory)
+        probabilities = [ColSpec(DataType.double, f"probability_{label}") for label in labels]
         signature = ModelSignature(Schema([text("text")]), Schema([text("label"), *probabilities]))
         return signature, pd.DataFrame({"text": ["Shall we meet for lunch tomorrow?"]})
 

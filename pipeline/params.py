@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from gpt.errors import InputError
+from gpt.errors import InputError, shown
 from pipeline.yaml_files import read_yaml
 
 if TYPE_CHECKING:
@@ -254,16 +254,11 @@ def _problem(name: str, cls: Any, raw: Any, details: Any) -> str:
     if kind in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{path}: is missing; add it"
     if kind in ("dataclass_type", "dataclass_exact_type"):
-        return f"{path}: must hold parameters, each with its name (got {_shown(at)})"
+        return f"{path}: must hold parameters, each with its name (got {shown(at)})"
     if kind == "value_error":  # a dataclass's own check, which says what would be right
         return f"{path}: {details['ctx']['error']}"
     message = message.removeprefix("Input ")
-    return f"{path}: {message} (got {_shown(at)})"
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return f"{path}: {message} (got {shown(at)})"
 
 
 def _field_class(parent: Any, name: str) -> Any:

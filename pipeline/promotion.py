@@ -23,6 +23,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from gpt.bootstrap import Comparison, Score, accuracy, compare, macro_f1, mean, mean_loss
+from gpt.config import Seed
 from gpt.errors import InputError, RunError, first_problem
 from gpt.files import read_json, whole_file, write_json
 from pipeline.dag import LOCK_FILE, read_stages
@@ -71,8 +72,8 @@ class PromotionParams:
     sure: bool = True
     """The whole interval of the difference must be, not the difference alone."""
     level: Annotated[float, Field(gt=0, lt=1)] = 0.95
-    resamples: Annotated[int, Field(gt=0)] = 2000
-    seed: Annotated[int, Field(ge=0)] = 123
+    resamples: Annotated[int, Field(gt=0, le=1_000_000)] = 2000
+    seed: Seed = 123
 
     def score(self, model: str) -> str:
         """The score that a model is compared by; a base by its loss on the validation text."""

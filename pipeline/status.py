@@ -6,6 +6,7 @@ that the answer comes at once.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +16,8 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.text import Text
 
+from gpt.errors import InputError
+from gpt.files import read_json
 from pipeline.console import seconds_in_words
 from pipeline.dag import Change, Dag, Stage, last_run
 from pipeline.markdown import NOTHING
@@ -124,12 +127,8 @@ def stage_statuses(root: Path) -> list[StageStatus]:
 def _metrics(root: Path, stage: Stage) -> dict[str, float]:
     found: dict[str, float] = {}
     for path in stage.metrics:
-        try:
-            values = json.loads((root / path).read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # not there yet, or being written: then it has none
-            continue
-        if isinstance(values, dict):
-            found |= flatten_metrics(values)
+        with contextlib.suppress(InputError):  # not there yet, or being written: then it has none
+            found |= flatten_metrics(read_json(root / path, missing="", remedy=""))
     return found
 
 

@@ -14,6 +14,7 @@ import torch
 from gpt.data import ClassificationDataset, batches
 from gpt.device import pick_device
 from gpt.errors import InputError
+from gpt.files import read_json
 from gpt.generate import Engine, Sampling, stream_text
 from gpt.int8 import quantize
 from gpt.metrics import classify
@@ -265,10 +266,10 @@ def _longest(directory: Path, model: GPTClassifier) -> int:
 def _training(directory: Path, name: str, otherwise: int) -> int:
     """A number of `training.json`, where it is known."""
     try:
-        training = json.loads((directory / "training.json").read_text(encoding="utf-8"))
-        return int(training[name])
-    except (OSError, ValueError, KeyError, TypeError):
+        value = read_json(directory / "training.json", missing="", remedy="")[name]
+    except (InputError, KeyError):
         return otherwise
+    return value if type(value) is int and value > 0 else otherwise
 
 
 def _json(value: Any) -> str:

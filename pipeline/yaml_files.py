@@ -13,7 +13,7 @@ from yaml.composer import Composer
 from yaml.constructor import ConstructorError
 from yaml.nodes import MappingNode, Node, ScalarNode
 
-from gpt.errors import InputError
+from gpt.errors import InputError, shown
 from gpt.files import refuse_conflict
 
 _LONGEST = 1 << 20
@@ -88,7 +88,7 @@ class _Loader(_Base):
         for key, _ in node.value:
             if isinstance(key, ScalarNode):
                 if (key.tag, key.value) in seen:
-                    raise _problem(f"the key {_shown(key.value)} is given twice", key.start_mark)
+                    raise _problem(f"the key {shown(key.value)} is given twice", key.start_mark)
                 seen.add((key.tag, key.value))
         return node
 
@@ -102,17 +102,13 @@ class _Loader(_Base):
             raise
         except Exception as error:  # of int(), float(), date() and others: `!!int abc`, 2026-02-30
             reason = f" ({error})" if isinstance(error, ValueError) else ""
-            shown = _shown(node.value) if isinstance(node, ScalarNode) else "this"
+            value = shown(node.value) if isinstance(node, ScalarNode) else "this"
             kind = node.tag.rpartition(":")[2]
-            raise _problem(f"{shown} is no {kind}{reason}", node.start_mark) from None
+            raise _problem(f"{value} is no {kind}{reason}", node.start_mark) from None
 
 
 def _problem(what: str, mark: Any) -> ConstructorError:
     return ConstructorError(None, None, what, mark)
-
-
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= 60 else f"{text[:57]}...")
 
 
 def read_yaml(path: Path, name: str = "", *, missing: str = "no such file") -> Any:

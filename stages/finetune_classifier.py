@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
@@ -62,7 +62,7 @@ class FinetuneClassifierParams:
     pooling: Pooling = "last"
     """What the head sees of a text: its last real token, or the mean over all of them, which
     `transformers`' class does not know."""
-    max_length: Annotated[int, Field(gt=0)] | None = None
+    max_length: Positive | None = None
     """Tokens a text is cut to; None is the longest training text, the context at most."""
     train: TrainParams
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
+from gpt.config import Positive
 from gpt.data import InstructionDataset, batches
 from gpt.device import autocast, prepare
 from gpt.errors import InputError
@@ -41,9 +42,9 @@ class FinetuneInstructParams(LanguageModelTuning):
     """How the records of a pass lie: one behind the other in rows as long as the base's context,
     none of which sees another, or each in a row of its own, padded to the longest. The losses are
     the same; of packed ones nothing is computed in vain (docs/assistant.md: what that gains)."""
-    max_length: Annotated[int, Field(gt=0)] | None = None
+    max_length: Positive | None = None
     """Tokens a record is cut to; None is the base's context."""
-    sample_tokens: Annotated[int, Field(gt=0)] = 40
+    sample_tokens: Positive = 40
     train: TrainParams
 
 

@@ -11,7 +11,7 @@ import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from gpt.config import GPT2_SIZES, GPTConfig
+from gpt.config import GPT2_SIZES, GPTConfig, Positive
 from gpt.errors import InputError
 from gpt.events import Log, Message, Text, discard
 from gpt.files import write_json
@@ -47,7 +47,7 @@ class LoadGPT2Params:
     size: Literal["any", "124M", "355M", "774M", "1558M"] = "any"
     """Refuse files of another size; `any` takes what their configuration says."""
     sample_prompt: Annotated[str, Field(min_length=1)] = "Every effort moves you"
-    sample_tokens: Annotated[int, Field(gt=0)] = 40
+    sample_tokens: Positive = 40
 
 
 def load_gpt2(

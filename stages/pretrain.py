@@ -10,7 +10,7 @@ import torch
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from gpt.config import Architecture, GPTConfig
+from gpt.config import Architecture, GPTConfig, Positive
 from gpt.data import RandomWindowDataset, WindowDataset, batches, spread
 from gpt.device import autocast, prepare
 from gpt.errors import InputError
@@ -36,16 +36,16 @@ class PretrainParams:
     windows: Literal["sliding", "random"] = "sliding"
     """Where the training windows start: every `stride` tokens, each epoch in a new order; or
     anywhere, each drawn by itself, an epoch being as many tokens as the split has."""
-    stride: Annotated[int, Field(gt=0)] | None = None
+    stride: Positive | None = None
     """Tokens from the start of one window to the next; None is the context: no overlap."""
     separate_documents: bool = False
     """A token sees no other document in its window, in training and in validation, and positions
     are counted from where the document begins there."""
-    eval_windows: Annotated[int, Field(gt=0)] | None = None
+    eval_windows: Positive | None = None
     """Validation windows that each evaluation during training looks at, spread evenly over the
     split; None is all of them. The final figures are always over all."""
     sample_prompt: Annotated[str, Field(min_length=1)] = "Every effort moves you"
-    sample_tokens: Annotated[int, Field(gt=0)] = 40
+    sample_tokens: Positive = 40
     train: TrainParams
 
     @model_validator(mode="after")

@@ -10,6 +10,7 @@ import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from gpt.config import Positive
 from gpt.data import InstructionDataset, batches
 from gpt.device import autocast, prepare
 from gpt.errors import InputError, first_problem
@@ -53,9 +54,9 @@ class TunePreferencesParams(LanguageModelTuning):
     by_token: bool = False
     """Compare the answers' mean log-probabilities and not their sums, so that length does not
     count; `beta` is about as many times larger as an answer has tokens."""
-    max_length: Annotated[int, Field(gt=0)] | None = None
+    max_length: Positive | None = None
     """Tokens a prompt and its answer are cut to; None is the assistant's context."""
-    sample_tokens: Annotated[int, Field(gt=0)] = 40
+    sample_tokens: Positive = 40
     train: TrainParams
 
 

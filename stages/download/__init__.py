@@ -62,7 +62,7 @@ class DownloadParams:
     mirror: str | None = None
     offline: bool = False
     parallel: Annotated[int, Field(ge=1, le=64)] = 4
-    timeout_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3600.0
+    timeout_seconds: Annotated[float, Field(gt=0, le=1_000_000)] = 3600.0
     corpus: Annotated[tuple[CorpusSource, ...], Field(min_length=1)]
     messages: Annotated[tuple[MessagesSource, ...], Field(min_length=1)]
     instructions: Annotated[tuple[InstructionsSource, ...], Field(min_length=1)]

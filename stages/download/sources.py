@@ -106,14 +106,14 @@ class Source:
         mirror_names: other names (or paths) that a mirror may keep it under.
     """
 
-    name: Annotated[str, Field(min_length=1)]
+    name: Annotated[str, Field(min_length=1, max_length=200)]
     file: InsidePath | None = None
     folder: InsidePath | None = None
     glob: Pattern | None = None
     urls: tuple[Url, ...] = ()
     builtin: Literal["python-docs"] | None = None
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
-    bytes: Annotated[int, Field(gt=0)] | None = None
+    bytes: Annotated[int, Field(gt=0, le=1 << 50)] | None = None
     member: InsidePath | None = None
     members: Pattern | None = None
     save_as: PlainName | None = None

@@ -9,6 +9,7 @@ import pandas as pd
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from gpt.config import Batch, Positive, Seed, Threads
 from gpt.device import DeviceName, prepare
 from gpt.events import Log, Message, Progress, discard
 from gpt.files import whole_directory, write_json
@@ -23,16 +24,16 @@ class EvaluateParams:
     """Where and how much."""
 
     device: DeviceName = "auto"
-    threads: Annotated[int, Field(ge=0)] = 0
-    batch_size: Annotated[int, Field(gt=0)] = 16
-    max_new_tokens: Annotated[int, Field(gt=0)] = 60
+    threads: Threads = 0
+    batch_size: Batch = 16
+    max_new_tokens: Positive = 60
     """The longest answer the assistant may give."""
-    seed: Annotated[int, Field(ge=0)] = 123
+    seed: Seed = 123
     """Of the untrained model that the bases are compared with, and of the resamples."""
-    shots: Annotated[int, Field(gt=0)] = 2
+    shots: Positive = 2
     """With so many training messages of each class before it, a base classifies in the few-shot
     way."""
-    resamples: Annotated[int, Field(gt=0)] = 2000
+    resamples: Annotated[int, Field(gt=0, le=1_000_000)] = 2000
     """Bootstrap resamples that an interval comes from."""
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from gpt.config import Positive
 from gpt.errors import InputError, first_problem
 from gpt.files import read_json
 from gpt.model import Pooling
@@ -21,10 +22,10 @@ class Training:
     base: Literal["pretrain", "gpt2"]
     split: Split
     balance: Balance = "none"
-    max_length: Annotated[int, Field(gt=0)]
+    max_length: Positive
     pooling: Pooling = "last"
     """Of a classifier; its model says the same."""
-    turns: Annotated[int, Field(gt=0)] = 1
+    turns: Positive = 1
     """Of an assistant: those of the longest conversation that it learnt from."""
 
 

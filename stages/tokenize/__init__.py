@@ -71,15 +71,15 @@ class TokenizeParams:
     """
 
     tokenizer: Literal["gpt2", "bpe", "bytes"] = "gpt2"
-    vocab_size: Annotated[int, Field(ge=257, lt=1 << 32)] = 4096
-    bpe_sample: Annotated[int, Field(gt=0)] = 100_000_000
+    vocab_size: Annotated[int, Field(ge=257, le=1 << 24)] = 4096
+    bpe_sample: Annotated[int, Field(gt=0, le=1 << 50)] = 100_000_000
     clean: CleanParams = CleanParams()
     validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
     split: Literal["documents", "tail"] = "documents"
     seed: Annotated[int, Field(ge=0, lt=1 << 64)] = 123
     mixture: Mixture | None = None
     contamination_ngram: Annotated[int, Field(ge=0, le=1000)] | None = None
-    shard_tokens: Annotated[int, Field(ge=1024)] = 1 << 26
+    shard_tokens: Annotated[int, Field(ge=1024, le=1 << 40)] = 1 << 26
     workers: Annotated[int, Field(ge=0, le=1024)] = 0
 
     @model_validator(mode="after")

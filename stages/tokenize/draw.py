@@ -31,7 +31,7 @@ class Mixture:
     """
 
     weights: Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)]
-    tokens: Annotated[int, Field(gt=0)] | None = None
+    tokens: Annotated[int, Field(gt=0, le=1 << 50)] | None = None
     max_epochs: Annotated[float, Field(gt=0)] = 4.0
 
 

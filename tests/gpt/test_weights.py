@@ -179,6 +179,67 @@ def test_another_architecture_is_refused(saved, key, value, message):
     assert "\n" not in str(error.value)
 
 
+ODD = [
+    None,
+    True,
+    0,
+    -1,
+    1.5,
+    1e300,
+    1 << 63,
+    10**40,
+    "",
+    "32",
+    "a" * 5000,
+    [],
+    [[1]],
+    {},
+    {"0": 1},
+]
+
+
+@pytest.mark.parametrize(
+    ("key", "fine"),
+    [
+        ("vocab_size", []),
+        ("n_positions", []),
+        ("n_layer", []),
+        ("n_head", []),
+        ("n_embd", []),
+        ("resid_pdrop", [0]),
+        ("qkv_bias", [True]),
+        ("tie_word_embeddings", [True]),
+        ("n_inner", [None]),
+        ("model_type", []),
+        ("layer_norm_epsilon", []),
+        ("scale_attn_weights", [True]),
+        ("add_cross_attention", [0]),
+        ("id2label", [None, {}]),
+        ("pooling", []),
+    ],
+)
+def test_an_odd_value_of_config_json_is_refused_by_its_name(make_model, tmp_path, key, fine):
+    model = GPTClassifier(make_model().config, ["ham", "spam"])
+    save_model(model, tmp_path, tokenizer=byte_tokenizer())
+    path = tmp_path / "config.json"
+    good = json.loads(path.read_text())
+    for value in ODD:
+        if value in fine:
+            continue
+        path.write_text(json.dumps(good | {key: value}))
+        with pytest.raises(InputError, match=rf"config\.json: [^\n]*{key}[^\n]*$") as error:
+            load_model(tmp_path)
+        assert len(str(error.value)) < 200 + len(str(path))
+
+
+def test_two_classes_of_one_name_are_refused(make_model, tmp_path):
+    save_model(
+        GPTClassifier(make_model().config, ["ham", "ham"]), tmp_path, tokenizer=byte_tokenizer()
+    )
+    with pytest.raises(InputError, match=r"id2label gives two classes one name; rename one"):
+        load_model(tmp_path)
+
+
 def test_a_missing_directory_is_named(tmp_path):
     with pytest.raises(InputError, match=r"nowhere/config\.json: no such file"):
         load_model(tmp_path / "nowhere")

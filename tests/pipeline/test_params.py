@@ -1,12 +1,14 @@
 """Whatever is wrong in params.yaml is named by its path, in one line, before any work."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import TypeAdapter
 
 from gpt.errors import InputError
-from pipeline.params import SECTIONS, load_params, load_section, params_class, section
+from pipeline.params import SECTIONS, Params, load_params, load_section, params_class, section
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PRESETS = [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))]
@@ -211,3 +213,20 @@ def test_a_file_that_is_no_params_file_is_refused_with_the_place(refuse, content
 def test_a_missing_file_is_answered_with_the_remedy(tmp_path):
     with pytest.raises(InputError, match=r"params\.yaml: not there; .*gpt-pipeline preset NAME"):
         load_params(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(Params)])
+def test_every_whole_number_has_an_upper_bound(name):
+    def unbounded(schema, path):
+        if isinstance(schema, dict):
+            if schema.get("type") == "integer" and not {"maximum", "exclusiveMaximum"} & set(
+                schema
+            ):
+                yield path
+            for key, below in schema.items():
+                yield from unbounded(below, f"{path}.{key}")
+        elif isinstance(schema, list):
+            for below in schema:
+                yield from unbounded(below, path)
+
+    assert list(unbounded(TypeAdapter(params_class(name)).json_schema(), name)) == []
