@@ -205,7 +205,8 @@ def refuse_conflict(content: bytes, name: str) -> None:
         marker = found[0].decode("utf-8", "replace").strip()
         raise InputError(
             f"{name}: line {line}: an unresolved merge conflict ({marker!r}); keep one of the two "
-            "versions, remove the lines <<<<<<<, ======= and >>>>>>>, and `git add` the file"
+            f"versions (`git checkout --ours {name}`, or --theirs) or join them without the lines "
+            "<<<<<<<, ======= and >>>>>>>, and `git add` the file"
         )
 
 

@@ -32,8 +32,8 @@ from prefect.variables import Variable
 
 from gpt.errors import InputError, RunError
 from pipeline.agent_run import AGENT_VARIABLE, WORKER_VARIABLE, run_note
-from pipeline.dag import find_root
-from pipeline.dvc_cache import has_remote
+from pipeline.dag import LOCK_FILE, Dag, find_root
+from pipeline.dvc_cache import has_remote, mend
 from pipeline.dvc_process import Processes, StageError
 from pipeline.flow import run_stages
 from pipeline.flow_params import FlowParams
@@ -90,7 +90,8 @@ def gpt_pipeline_on_agent(
     with _worker_watched(processes) as lost, processes.stopped_by_signals():
         state = _share(root, processes, "dvc pull", "dvc", "pull", "--run-cache", "--allow-missing")
         if state.is_completed():
-            state = run_stages(root, targets or [], force, jobs, processes)
+            dag = _with_sound_outputs(root)
+            state = run_stages(root, targets or [], force, jobs, processes, dag=dag)
             if not processes.stopped_by:
                 pushed = _share(root, processes, "dvc push", "pipeline", "push")
                 if state.is_completed() and not pushed.is_completed():
@@ -99,6 +100,15 @@ def gpt_pipeline_on_agent(
         if lost.is_set():
             _hand_back()
     return state
+
+
+def _with_sound_outputs(root: Path) -> Dag:
+    """The DAG, once what was pulled is compared with `dvc.lock`: DVC believes its remote."""
+    dag = Dag(root)
+    in_place = [name for name, changes in dag.changes().items() if not changes]
+    if damaged := mend(dag, in_place).damaged:
+        get_run_logger().warning("%s: not what %s says, and removed", ", ".join(damaged), LOCK_FILE)
+    return dag
 
 
 def set_params(

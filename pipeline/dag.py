@@ -230,7 +230,7 @@ class Dag:
         """The targets and all that they depend on, in order; without targets all but the optional.
 
         Raises:
-            InputError: a target is no stage.
+            InputError: a target is no stage, or a folder that outputs go to is a link.
         """
         targets = list(targets)
         for target in targets:
@@ -240,7 +240,21 @@ class Dag:
         for name in reversed(self.stages):
             if name in wanted:
                 wanted.update(self.stages[name].upstream)
-        return [name for name in self.stages if name in wanted]
+        plan = [name for name in self.stages if name in wanted]
+        for path in dict.fromkeys(path for name in plan for path in self.stages[name].outputs):
+            self._refuse_links(path)
+        return plan
+
+    def _refuse_links(self, output: str) -> None:
+        """DVC takes no output from behind a link, and says so when it has been made."""
+        for folder in list(Path(output).parents)[:-1]:
+            path = self.root / folder
+            if path.is_symlink():
+                raise InputError(
+                    f"{folder}: a link to {path.readlink()}, and DVC keeps no outputs behind a "
+                    "link; make it a folder, and have DVC's cache on the other disk: `dvc cache "
+                    "dir --local FOLDER`, then `dvc config --local cache.type symlink`"
+                )
 
     def changes(self, names: Iterable[str] | None = None) -> dict[str, list[Change]]:
         """Why each stage (by default all) is out of date; an empty list is up to date."""

@@ -59,8 +59,8 @@ class Flaws:
     """Files in place that were not what `dvc.lock` says, and are removed."""
     lacking: list[str] = field(default_factory=list)
     """Sound outputs, or files of one, that DVC's cache has not got."""
-    dropped: int = 0
-    """Damaged objects that were removed from the cache."""
+    dropped: list[str] = field(default_factory=list)
+    """The md5 of damaged objects that were removed from the cache."""
 
 
 def mend(dag: Dag, names: Iterable[str]) -> Flaws:
@@ -86,7 +86,7 @@ def mend(dag: Dag, names: Iterable[str]) -> Flaws:
 def _mend(root: Path, output: Recorded, objects: Objects, flaws: Flaws) -> None:
     files: Mapping[str, str] | None = {"": output.md5}
     if output.md5.endswith(".dir"):
-        flaws.dropped += objects.drop_damaged(output.md5)
+        flaws.dropped += [output.md5] * objects.drop_damaged(output.md5)
         files = objects.members(output.md5)
     if files is None:  # which of its files are sound cannot be told without the list
         place = root / output.path
@@ -100,10 +100,10 @@ def _mend(root: Path, output: Recorded, objects: Objects, flaws: Flaws) -> None:
         if md5_of(place) != md5:
             remove_damaged(place)
             flaws.damaged.append(place.relative_to(root).as_posix())
-            flaws.dropped += objects.drop_damaged(md5)
+            flaws.dropped += [md5] * objects.drop_damaged(md5)
         elif output.cached and not (kept.exists() and _size(kept) == _size(place)):
             flaws.lacking.append(place.relative_to(root).as_posix())
-            flaws.dropped += objects.drop_damaged(md5)
+            flaws.dropped += [md5] * objects.drop_damaged(md5)
 
 
 def _size(path: Path) -> int:

@@ -193,7 +193,14 @@ class Processes:
                 what = f"{', '.join(flaws.damaged)}: not what {LOCK_FILE} says"
                 if not ways:
                     raise RunError(f"{what}, however often it is made; check memory and disk")
-                warn(f"{what}: removed, here and from DVC's cache; made again")
+                if pull and len(ways) == 1:
+                    places = ", ".join(f"files/md5/{md5[:2]}/{md5[2:]}" for md5 in flaws.dropped)
+                    warn(
+                        f"{what}, nor is what the remote has: made again; remove {places} there, "
+                        "and `gpt-pipeline push` replaces it"
+                    )
+                else:
+                    warn(f"{what}: removed, here and from DVC's cache; made again")
             elif flaws.lacking and flaws.dropped and ways:
                 ways.insert(0, commit)
             else:

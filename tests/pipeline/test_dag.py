@@ -254,3 +254,16 @@ def test_a_process_that_is_gone_blocks_no_run_because_another_has_its_number(pro
     )
     assert mend_rwlock(project)
     assert json.loads(table.read_text()) == {"write": {"b": here}, "read": {"b": [here]}}
+
+
+def test_a_folder_of_outputs_that_is_a_link_is_refused_before_any_work(project, dvc, tmp_path):
+    pipeline = project / "dvc.yaml"
+    pipeline.write_text(pipeline.read_text().replace("first.txt", "made/here/first.txt"))
+    (tmp_path / "disk").mkdir()
+    (project / "made").symlink_to(tmp_path / "disk")
+    dag = Dag(project)
+    with pytest.raises(InputError, match=rf"^made: a link to {tmp_path}/disk, .*dvc cache dir"):
+        dag.plan(["left"])
+    (project / "made").unlink()
+    (project / "made").mkdir()
+    assert dag.plan(["left"]) == ["first", "left"]

@@ -97,6 +97,23 @@ def test_what_dvc_restores_from_a_damaged_cache_is_made_again_and_said(project, 
     assert contents(project) == made
 
 
+def test_what_a_remote_brings_damaged_is_made_again_and_its_copy_there_named(
+    project, repro, dvc, tmp_path
+):
+    repro()
+    made, object = contents(project), stored(project, "first.txt")
+    dvc("remote", "add", "-q", "-d", "there", str(tmp_path / "remote"))
+    dvc("push", "-q")
+    objects = object.parent.parent
+    flip(tmp_path / "remote" / "files" / "md5" / object.relative_to(objects))
+    shutil.rmtree(project / ".dvc" / "cache")
+    remove_outputs(project)
+    done, told = repro()
+    assert (done.executed, done.code) == (True, 0)
+    assert contents(project) == made
+    assert f"remove files/md5/{object.relative_to(objects)} there, and `gpt-pip" in told[-1]
+
+
 def test_all_that_can_be_damaged_is_found_and_removed(project, dvc):
     dvc("repro", "-q", "first")
     dag = Dag(project)
@@ -115,12 +132,13 @@ def test_all_that_can_be_damaged_is_found_and_removed(project, dvc):
     ]:
         object = stored(project, output, member)
         place = project / output / member
+        dropped = [] if damage is Path.unlink else [object.parent.name + object.name]
         damage(object)
         if place.is_file():
             damage(place)
-            expected = Flaws([f"{output}/{member}".rstrip("/")], [], damage is not Path.unlink)
+            expected = Flaws([f"{output}/{member}".rstrip("/")], [], dropped)
         else:  # the outputs are sound, so DVC can take them in
-            expected = Flaws([], [output], damage is not Path.unlink)
+            expected = Flaws([], [output], dropped)
         assert mend(dag, ["first"]) == expected, (output, member, damage)
         assert not object.exists()
         assert place.is_dir() or not place.exists()
