@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from browser import EVIL, needs_chromium, visit
 from local_servers import end_server, free_port
 from story import STAGES, call_api
 
@@ -223,6 +224,50 @@ def test_parameters_of_a_run_are_checked_as_params_yaml_is(site, parameters, lin
     ended = site.ended(site.schedule(**parameters))
     assert ended["state"]["type"] == "FAILED"
     assert ended["state"]["message"].startswith(line)
+
+
+@needs_chromium
+def test_an_attackers_page_has_an_agent_run_nothing_through_any_door(site, tmp_path):
+    """Where the server answers every page, as Prefect's own command starts it."""
+    for name in ("evil.py", "sitecustomize.py"):
+        (tmp_path / name).write_text(f"open({str(tmp_path / 'loaded')!r}, 'w')\n")
+    touch = f"touch {tmp_path}/touched"
+    ours = {"command": "gpt-pipeline flow-run"}
+    doors = {
+        "command": {"job_variables": {"command": touch}},
+        "env": {"job_variables": {**ours, "env": {"PYTHONPATH": str(tmp_path)}}},
+        "working_dir": {"job_variables": {**ours, "working_dir": str(tmp_path)}},
+        "pull steps": {
+            "pull_steps": [{"prefect.deployments.steps.run_shell_script": {"script": touch}}]
+        },
+        "entrypoint": {"entrypoint": f"{tmp_path}/evil.py:flow"},
+    }
+    on_demand = site.ask("deployments/name/gpt-pipeline/on-demand")
+    kept = ("flow_id", "entrypoint", "pull_steps", "job_variables", "work_pool_name")
+    bodies = {
+        name: {**{key: on_demand[key] for key in kept}, "name": f"evil {name}", **changed}
+        for name, changed in doors.items()
+    }
+    script = f"""
+      const ask = async (path, body) => (await fetch({json.dumps(site.api)} + '/' + path, {{
+        method: 'POST', body: JSON.stringify(body),
+        headers: {{ 'content-type': 'application/json' }},
+      }})).json();
+      const runs = {{}};
+      for (const [name, body] of Object.entries({json.dumps(bodies)})) {{
+        const deployment = await ask('deployments/', body);
+        const state = {{ state: {{ type: 'SCHEDULED' }} }};
+        runs[name] = (await ask(`deployments/${{deployment.id}}/create_flow_run`, state)).id;
+      }}
+      return runs;"""
+    runs = visit(script, tmp_path / "profile", host=EVIL)
+    for name, run in runs.items():
+        state = site.ended(run)["state"]
+        assert state["type"] == "FAILED"
+        assert state["message"].startswith(f"refused: {name} ")
+        log = site.folder / "gpt-pipeline-agent.log"
+        site.until(lambda run=run, log=log: f"flow run {run}: refused: " in log.read_text(), 30)
+    assert {path.name for path in tmp_path.iterdir()} == {"evil.py", "sitecustomize.py", "profile"}
 
 
 def test_a_run_that_fails_is_told_to_a_notification_block(site):
