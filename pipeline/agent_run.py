@@ -23,6 +23,7 @@ import psutil
 from gpt.errors import InputError, RunError
 from gpt.files import write_json
 from pipeline.home import home
+from pipeline.terminal import say
 from pipeline.workspace import commit_of, environment, git, make_workspace
 from pipeline.yaml_files import read_yaml
 
@@ -87,7 +88,7 @@ def become_flow_run() -> int:
         except (InputError, RunError) as error:
             write_json(run_note(root, run_id), {**note, "refused": str(error)})
             client.set_flow_run_state(run_id, Failed(message=str(error)), force=True)
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            say(f"error: {error}", file=sys.stderr)
             return 0  # told, and nothing that a worker could add to
     os.chdir(workspace)
     settings = {
@@ -206,7 +207,7 @@ def _commit(root: Path, asked: str) -> str:
             git(root, "fetch", "--quiet", "--all", "--tags")
     except RunError as error:  # what is here may do
         fault = f" ({error})"
-        print(f"warning: {error}; the newest commit that is here is taken", file=sys.stderr)
+        say(f"warning: {error}; the newest commit that is here is taken", file=sys.stderr)
     remotes = git(root, "remote").split() if (root / ".git").exists() else []
     theirs = [f"{each}/{asked}" for each in remotes]
     candidates = [*theirs, asked] if asked else ["@{upstream}", "HEAD"]

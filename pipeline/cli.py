@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 from gpt.errors import InputError, RunError
 from gpt.files import whole_file
 from pipeline.interpreter import collect_seldom, end_with_the_terminal, reach_loopback_directly
+from pipeline.terminal import say
 
 if TYPE_CHECKING:
     from gpt.generate import Sampling
@@ -40,7 +41,7 @@ class _Commands(TyperGroup):
         except BrokenPipeError:  # `gpt-pipeline status | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
-        print(f"error: {line}", file=sys.stderr)
+        say(f"error: {line}", file=sys.stderr)
         raise typer.Exit(code)
 
 
@@ -130,7 +131,7 @@ def _run_flow(root: Path, stages: list[str], force: bool, jobs: int) -> int:
         from pipeline.sync import send_quietly
 
         for each in send_quietly(root):
-            print(each.text, flush=True)
+            say(each.text)
 
     from pipeline.dag import Dag
 
@@ -195,7 +196,7 @@ def preset(
         width = max(map(len, presets), default=0)
         for each, path in presets.items():
             mark = "*" if path.read_bytes() == now else " "
-            print(f"{mark} {each:<{width}}  {_description(path)}")
+            say(f"{mark} {each:<{width}}  {_description(path)}")
         return
     if name not in presets:
         raise InputError(f"{name}: no such preset; there are {', '.join(presets)}")
@@ -204,7 +205,7 @@ def preset(
         _keep(root, now)
     with whole_file(current) as partial:
         partial.write_bytes(chosen)
-    print(f"params.yaml is now presets/{name}.yaml; `gpt-pipeline status` says what would run")
+    say(f"params.yaml is now presets/{name}.yaml; `gpt-pipeline status` says what would run")
 
 
 def _keep(root: Path, params: bytes) -> None:
@@ -220,7 +221,7 @@ def _keep(root: Path, params: bytes) -> None:
         )
     with whole_file(kept) as partial:
         partial.write_bytes(params)
-    print("what was in params.yaml is now the preset `replaced`")
+    say("what was in params.yaml is now the preset `replaced`")
 
 
 def _description(path: Path) -> str:
@@ -277,7 +278,7 @@ def ablate(
     root = _root()
     with make_log("ablation") as log:
         records = train(root, table.resolve(), log)
-    print(markdown(records), end="")
+    say(markdown(records), end="")
 
 
 @app.command()
@@ -306,7 +307,7 @@ def promote(
 
     root = _root()
     if model is not None:
-        print(f"{model} version {promote_by_hand(root, model, version)} is the champion")
+        say(f"{model} version {promote_by_hand(root, model, version)} is the champion")
         return
     if version is not None:
         raise InputError("--version: of which model? name it: gpt-pipeline promote MODEL")
@@ -317,7 +318,7 @@ def promote(
     params = load_params(root / PARAMS_FILE)
     rule = params.promotion or PromotionParams()
     for decision in promote_the_better(root, rule, params.evaluate):
-        print(decision)
+        say(decision)
 
 
 @app.command()
@@ -332,8 +333,8 @@ def judge() -> None:
     params = section(load_params(root / PARAMS_FILE), "judge")
     with stage_lock(root, "judge"), make_log("judge") as log:
         judged = judge_assistant(params, root, log)
-    print(markdown(judged.summaries), end="")
-    print(f"{judged.requests.sent} requests sent, {judged.requests.cached} replies from the cache")
+    say(markdown(judged.summaries), end="")
+    say(f"{judged.requests.sent} requests sent, {judged.requests.cached} replies from the cache")
     if failed := sum(each.failed for each in judged.summaries.values()):
         raise RunError(
             f"{failed} answers got no judgement, and {REPORT}/scores.csv says why; "
@@ -376,7 +377,7 @@ def lm_eval(
     params = HarnessParams(tasks=tuple(tasks), limit=limit, shots=shots, chat=chat, online=online)
     with make_log("lm-eval") as log:
         results = measure(params, model=directory, out=out, log=log)
-    print(markdown(results), end="")
+    say(markdown(results), end="")
 
 
 @app.command()
@@ -410,13 +411,13 @@ def clean(
     root = _root()
     sizes = []
     if mend_rwlock(root):
-        print(".dvc/tmp/rwlock: cut off when DVC was killed", flush=True)
+        say(".dvc/tmp/rwlock: cut off when DVC was killed")
         sizes.append(0)
     for each in remove(root, STAGES, None if everything else next_states(root)):
-        print(each, flush=True)
+        say(each)
         if isinstance(each, Removed):
             sizes.append(each.size)
-    print(f"{size_in_words(sum(sizes))} freed" if sizes else "nothing to remove")
+    say(f"{size_in_words(sum(sizes))} freed" if sizes else "nothing to remove")
 
 
 @app.command()
@@ -447,15 +448,15 @@ def export(
         if type is not None or text is not None:
             raise InputError("type, text: are GGUF's; add --format gguf, or use --dtype")
         dtype = dtype or "float32"
-        print(f"{target}: {write(source, target, dtype) / 1e6:.1f} MB of {dtype} weights")
+        say(f"{target}: {write(source, target, dtype) / 1e6:.1f} MB of {dtype} weights")
         return
     if dtype is not None:
         raise InputError("dtype: is a model directory's; of GGUF, --type says the precision")
     type = type or "q8_0"
     size, loss = export_gguf(source, target, type, text or _sample_text())
-    print(f"{target}: {size / 1e6:.1f} MB, {type}")
+    say(f"{target}: {size / 1e6:.1f} MB, {type}")
     if loss is not None:
-        print(loss)
+        say(loss)
 
 
 def _sample_text() -> Path | None:
@@ -615,8 +616,8 @@ def sync() -> None:
     """Send the runs to MLflow that it did not take when they were made, because it was gone."""
     from pipeline.sync import send_all
 
-    if not send_all(_root(), lambda line: print(line, flush=True)):
-        print("nothing to send: MLflow has every run")
+    if not send_all(_root(), say):
+        say("nothing to send: MLflow has every run")
 
 
 @app.command()
@@ -657,7 +658,7 @@ def agent(
     if check:
         checks = check_machine(root, api)
         for each in checks:
-            print(each)
+            say(each)
         if any(each.state == "error" for each in checks):
             raise typer.Exit(2)
         return
@@ -702,7 +703,7 @@ def notify(
 
     with prefect_told():
         done = "made" if tell(block) else "changed"
-    print(f"automation {NAME!r} {done}: {block} hears of runs that fail")
+    say(f"automation {NAME!r} {done}: {block} hears of runs that fail")
 
 
 @app.command("flow-run", hidden=True)
@@ -779,4 +780,4 @@ def rollback(
     from pipeline.promotion import roll_back
 
     champion, previous = roll_back(_root(), model)
-    print(f"{model}: version {champion} is the champion again, version {previous} is `previous`")
+    say(f"{model}: version {champion} is the champion again, version {previous} is `previous`")

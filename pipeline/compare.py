@@ -34,6 +34,7 @@ from pipeline.params import PARAMS_FILE, load_section
 from pipeline.promotion import CHAMPION, files_of
 from pipeline.provenance import CODE, PATCH, code_of
 from pipeline.runner import STAGES
+from pipeline.terminal import say_json
 from pipeline.tracking import NO_RESULTS, OF_MODELS, PAGES, named_failure, packages_of, run_url
 from pipeline.version_page import profile
 from pipeline.workspace import git
@@ -674,7 +675,7 @@ def print_comparison(
     """Print what differs, or all of it as JSON. Arguments and errors are those of `compare`."""
     found = compare(root, one, other, answers=answers)
     if as_json:
-        print(json.dumps(as_dict(found), indent=2, ensure_ascii=False))
+        say_json(as_dict(found))
         return
     console = report_console(console)
     for side in found.sides:

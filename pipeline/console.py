@@ -20,12 +20,20 @@ from contextvars import copy_context
 from pathlib import Path
 from typing import Literal, Protocol, TextIO
 
-from rich.console import Console
+from rich.console import (
+    Console,
+    ConsoleOptions,
+    ConsoleRenderable,
+    RenderableType,
+    RenderHook,
+)
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bars
+from rich.segment import Segment
 from rich.text import Text as Styled
 
 from gpt.events import Event, Log, Message, Metrics, Progress, Text
+from pipeline.terminal import safe, say
 
 EVENTS_VARIABLE = "GPT_PIPELINE_EVENTS"
 """Names the file to which a stage inside the flow appends its events."""
@@ -64,9 +72,32 @@ def event_from_json(line: str) -> Event:
         raise ValueError(f"not an event: {line[:80]!r}") from error
 
 
+class _Shown:
+    """Something that rich draws, its texts `safe`."""
+
+    def __init__(self, inner: RenderableType) -> None:
+        self._inner = inner
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        for text, style, control in console.render(self._inner, options):
+            yield Segment(text if control else safe(text), style, control)
+
+
+class _SafeHook(RenderHook):
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [_Shown(each) for each in renderables]
+
+
+def safe_console(console: Console | None = None, *, soft_wrap: bool = False) -> Console:
+    """A console that shows text from outside and does not obey it; by default standard output."""
+    console = console or Console(highlight=False, markup=False, emoji=False, soft_wrap=soft_wrap)
+    console.push_render_hook(_SafeHook())
+    return console
+
+
 def report_console(console: Console | None = None) -> Console:
     """Where a report is printed: on a terminal as wide as it is, else no line is broken."""
-    console = console or Console(highlight=False)
+    console = safe_console(console)
     if not console.is_terminal:
         console.width = 10_000
     return console
@@ -175,7 +206,7 @@ def _print_line(stage: str, text: str, level: Level) -> None:
     """Flushed, so that a log file grows as the work goes on."""
     prefix = f"{stage} | " if stage else ""
     mark = f"{level}: " if level in ("warning", "error") else ""
-    print(f"{prefix}{mark}{text}", flush=True)
+    say(f"{prefix}{mark}{text}")
 
 
 class PlainDisplay:
@@ -205,7 +236,7 @@ class PlainDisplay:
     def line(self, stage: str, text: str, level: Level = "info") -> None:
         """Write one line."""
         with self._lock:
-            self._write(stage, text, level)
+            self._write(stage, safe(text), level)
 
     def done(self, stage: str) -> None:
         """Forget the pace of a stage's tasks."""
@@ -239,10 +270,10 @@ class LiveDisplay:
 
     def __init__(self, console: Console | None = None) -> None:
         self._bars = Bars(
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=24),
-            TextColumn("{task.fields[amount]}", style="green"),
-            TextColumn("{task.fields[pace]}", style="cyan"),
+            TextColumn("{task.fields[amount]}", style="green", markup=False),
+            TextColumn("{task.fields[pace]}", style="cyan", markup=False),
             TextColumn("{task.fields[info]}", style="dim", markup=False),
             console=console or Console(highlight=False),
             transient=True,
@@ -269,7 +300,7 @@ class LiveDisplay:
     def line(self, stage: str, text: str, level: Level = "info") -> None:
         """Print one line above the bars."""
         prefix = Styled(f"{stage:<20} " if stage else "", style="bold")
-        self._bars.console.print(prefix + Styled(text, style=_STYLES[level]))
+        self._bars.console.print(prefix + Styled(safe(text), style=_STYLES[level]))
 
     def done(self, stage: str) -> None:
         """Take the stage's bars away."""
@@ -280,7 +311,7 @@ class LiveDisplay:
 
     def _progress(self, stage: str, event: Progress) -> None:
         key = (stage, event.task)
-        name = f"{stage} {_task_name(stage, event)}"
+        name = safe(f"{stage} {_task_name(stage, event)}")
         with self._lock:
             if key not in self._tasks:
                 self._tasks[key] = self._bars.add_task(
@@ -290,9 +321,9 @@ class LiveDisplay:
                 self._tasks[key],
                 total=event.total,
                 completed=event.done,
-                amount=_amount(event),
-                pace=self._paces.words(stage, event),
-                info=_figures(event.info),
+                amount=safe(_amount(event)),
+                pace=safe(self._paces.words(stage, event)),
+                info=safe(_figures(event.info)),
             )
             if event.done >= event.total:
                 self._bars.remove_task(self._tasks.pop(key))

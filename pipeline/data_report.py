@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gpt.files import whole_directory, whole_file
+from pipeline.console import safe_console
 from pipeline.data_facts import (
     Corpus,
     CorpusSource,
@@ -64,7 +65,7 @@ def print_data(root: Path, console: Console | None = None) -> None:
     Raises:
         InputError: nothing was downloaded yet, or what there is cannot be read.
     """
-    console = console or Console(highlight=False)
+    console = safe_console(console)
     facts = data_facts(root)
     _write(root, facts)
     columns, rows = _summary(facts)

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -35,10 +34,11 @@ from gpt.text import read_instructions, split_instructions, usable_parts
 from gpt.token_files import read_manifest
 from gpt.tokenizer import load_tokenizer
 from gpt.weights import read_config
-from pipeline.console import seconds_in_words
+from pipeline.console import safe_console, seconds_in_words
 from pipeline.params import PARAMS_FILE, Params, load_params, section
 from pipeline.probe import WARM_UP, Probe, probe_stage
 from pipeline.runner import STAGES
+from pipeline.terminal import say_json
 
 if TYPE_CHECKING:
     from gpt.config import GPTConfig
@@ -690,7 +690,7 @@ def estimate(
         raise InputError(f"--device {device}: not known; use one of {', '.join(ACCELERATORS)}")
     file = _params_file(root, preset)
     params = load_params(file)
-    console = console or Console(highlight=False)
+    console = safe_console(console)
     results: dict[str, Estimate] = {}
     missing: dict[str, str] = {}
     busy = None if device else _busy()
@@ -710,7 +710,7 @@ def estimate(
     if as_json:
         data = {name: each.as_json() for name, each in results.items()}
         whole = {"preset": preset, "device": device, "stages": data, "missing": missing}
-        print(json.dumps(whole, indent=2))
+        say_json(whole)
         return results
     notes = [f"{name}: {why}." for name, why in missing.items()]
     notes += [

@@ -50,6 +50,7 @@ from pipeline.params import PARAMS_FILE, load_params, load_section
 from pipeline.resources import Resources, needs
 from pipeline.runner import STAGES
 from pipeline.states import size_in_words, size_of
+from pipeline.terminal import safe
 from pipeline.tracking import TrackingParams, flatten_metrics
 
 _PASSING = ("network", "killed", "busy")
@@ -280,7 +281,7 @@ def _bring_up_to_date(run: _Run, stage: Stage) -> State[Any]:
         run.display.line(name, f"stopped after {took}", "warning")
         return Cancelled(message="stopped by the user")
     if failed:
-        logger.error("%s", failed)
+        logger.error("%s", safe(str(failed)))
         run.display.line(name, str(failed), "error")
         return Failed(message=str(failed), data=failed)
     run.touched.add(name)
@@ -319,7 +320,7 @@ def _execute(run: _Run, stage: Stage, why: str) -> tuple[bool, StageError | None
     logger = get_run_logger()
 
     def say(text: str) -> None:
-        logger.info("%s", text)
+        logger.info("%s", safe(text))
         run.display.line(stage.name, text, "quiet")
 
     wait = run.params.wait
@@ -409,7 +410,7 @@ def _repro(run: _Run, stage: Stage, environment: Mapping[str, str], made: bool) 
         in_log.event("", event)
 
     def say(text: str, executed: bool) -> None:
-        logger.info("%s", text)
+        logger.info("%s", safe(text))
         if executed and not text.startswith(("error: ", "ERROR: ")):  # told at the end
             run.display.line(name, text, "quiet")
 

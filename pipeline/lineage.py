@@ -25,6 +25,7 @@ from pipeline.executions import Execution, Known, commit_of_path, in_lock, is_ch
 from pipeline.models import MD5_TAG
 from pipeline.named import Commit, File, find, version_name
 from pipeline.provenance import CODE
+from pipeline.terminal import say_json
 from pipeline.tracking import dvc_md5, without_secrets
 from pipeline.workspace import git
 
@@ -639,7 +640,7 @@ def print_lineage(
     """Print the chain as trees, or as JSON. Arguments and errors are those of `lineage`."""
     chain = lineage(root, what, up=up, down=down, folder=Path.cwd())
     if as_json:
-        print(json.dumps(as_dict(chain), indent=2, ensure_ascii=False))
+        say_json(as_dict(chain))
         return
     console = report_console(console)
     asked = chain.nodes[chain.asked]

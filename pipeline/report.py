@@ -20,6 +20,7 @@ from rich.text import Text
 
 from gpt.errors import RunError
 from gpt.files import write_json
+from pipeline.console import safe_console
 from pipeline.markdown import shown, visible
 from pipeline.model_card import model_card
 from pipeline.report_content import (
@@ -66,7 +67,7 @@ def print_report(root: Path, console: Console | None = None, *, always: bool = T
     Raises:
         InputError: the pipeline has not been run to its end.
     """
-    console = console or Console(highlight=False)
+    console = safe_console(console)
     facts = report_facts(root, ask=always)
     if always or not _is_told(root, facts):
         report = write_report(root, facts)

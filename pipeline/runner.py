@@ -46,6 +46,7 @@ from pipeline.states import (
     state_lock,
 )
 from pipeline.sync import send_quietly
+from pipeline.terminal import say
 from pipeline.tracking import (
     StageRun,
     Status,
@@ -222,7 +223,7 @@ def run_stage(name: str, root: Path) -> int:
             if not launch.is_launched():  # else who launched this holds it
                 held.enter_context(stage_lock(root, name))
         except InputError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            say(f"error: {error}", file=sys.stderr)
             return EXIT_INPUT
         return _run_alone(name, root)
 
@@ -254,7 +255,7 @@ def _run_alone(name: str, root: Path) -> int:
         error = str(caught) or f"{name} was interrupted"
     except Exception as caught:
         if launch.is_worker() and launch.is_lost(caught):
-            print(f"{name}: another process of the training is gone", file=sys.stderr, flush=True)
+            say(f"{name}: another process of the training is gone", file=sys.stderr)
             return EXIT_FAILED  # no verdict: all are started again
         code, error = EXIT_FAILED, _of_the_disk(name, caught)
         if not error:  # a mistake of ours: nothing is hidden
@@ -267,7 +268,7 @@ def _run_alone(name: str, root: Path) -> int:
     if code:
         # that they were stopped is told once, by the process that launched the workers
         if not told and not (launch.is_launched() and code >= EXIT_SIGNAL):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            say(f"error: {error}", file=sys.stderr)
         write_json(verdict, {"code": code, "error": error, **({"kind": kind} if kind else {})})
     return code
 

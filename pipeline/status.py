@@ -7,20 +7,19 @@ that the answer comes at once.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
 from rich.text import Text
 
 from gpt.errors import InputError
 from gpt.files import read_json
-from pipeline.console import seconds_in_words
+from pipeline.console import safe_console, seconds_in_words
 from pipeline.dag import Change, Dag, Stage, last_run
 from pipeline.markdown import NOTHING
+from pipeline.terminal import say_json
 from pipeline.tracking import flatten_metrics
 
 State = Literal["up to date", "would run", "may run", "optional"]
@@ -149,9 +148,9 @@ def print_status(root: Path, *, verbose: bool = False, as_json: bool = False) ->
     """
     statuses = stage_statuses(root)
     if as_json:
-        print(json.dumps({"stages": [asdict(each) for each in statuses]}, indent=2))
+        say_json({"stages": [asdict(each) for each in statuses]})
         return
-    console = Console(highlight=False, soft_wrap=True)
+    console = safe_console(soft_wrap=True)
     lines = [_cells(each) for each in statuses]
     columns = ("stage", "state", "took", "run", "metrics")
     widths = [max(map(len, cells)) for cells in zip(columns, *lines, strict=True)]

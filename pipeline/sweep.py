@@ -21,6 +21,7 @@ from pipeline.markdown import NOTHING, table
 from pipeline.overrides import is_kept, text_with, write_params
 from pipeline.params import PARAMS_FILE, check_sections
 from pipeline.sweep_points import Sweep, read_sweep
+from pipeline.terminal import say
 from pipeline.workspace import commit_of
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def run_sweep(
             finally:
                 runs.close(status, best_of(sweep, outcomes), page(outcomes))
     if stopped:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        say("stopped; the same command goes on from here", file=sys.stderr)
         return 128 + stopped
     _tell(root, sweep, outcomes, runs, model, apply, snapshot.params)
     return 0
@@ -181,10 +182,10 @@ def _tell(
     path = PAGES / f"{sweep.name}.md"
     with whole_file(root / path) as partial_file:
         partial_file.write_text(page, encoding="utf-8")
-    print(f"\n{page}")
+    say(f"\n{page}")
     executed = sum(len(each.executed) for each in outcomes)
     number = n_of(executed, "stage")
-    print(f"{number} executed; the table is in {path}, the runs are\n{runs.url}")
+    say(f"{number} executed; the table is in {path}, the runs are\n{runs.url}")
     best = best_of(sweep, outcomes)
     if best is not None and model:
         _promote(root, model, best)
@@ -195,7 +196,7 @@ def _tell(
                 "run the same command again"
             )
         write_params(root, text_with(params, best.point.values))
-        print(f"{PARAMS_FILE} now has {best.point.name}; `gpt-pipeline run` takes up what is there")
+        say(f"{PARAMS_FILE} now has {best.point.name}; `gpt-pipeline run` takes up what is there")
     if failed := [each.point.name for each in outcomes if each.error]:
         raise RunError(
             f"{len(failed)} of {len(outcomes)} points failed ({'; '.join(failed)}), as was said "
@@ -212,4 +213,4 @@ def _promote(root: Path, model: str, best: Outcome) -> None:
             "`gpt-pipeline run` registers one once params.yaml has its values (--apply)"
         )
     version = promote_by_hand(root, model, best.versions[model])
-    print(f"{model} version {version} is the champion")
+    say(f"{model} version {version} is the champion")

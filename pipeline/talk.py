@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -23,6 +22,7 @@ from gpt.prompts import Template, encode_turns, last_prompt, read_template
 from gpt.text import Instruction, Turn
 from gpt.tokenizer import Tokenizer
 from gpt.weights import load_base, load_classifier
+from pipeline.terminal import say, say_json, say_result
 
 _BATCH = 16
 BEGIN_ANEW = "/new"
@@ -51,8 +51,8 @@ def _load_writer(path: Path, stage: str, precision: Precision) -> tuple[GPT, Tok
 
 def _say(pieces: Iterable[str]) -> None:
     for piece in pieces:
-        print(piece, end="", flush=True)
-    print()
+        say_result(piece, end="")
+    say()
 
 
 def generate(
@@ -72,7 +72,7 @@ def generate(
     model, tokenizer = _load_writer(directory, "pretrain", precision)
     pieces = stream_text(model, tokenizer, prompt, sampling, engine=engine)
     first = next(pieces, "")  # what cannot be continued is refused before anything is printed
-    print(prompt + first, end="", flush=True)
+    say_result(prompt + first, end="")
     _say(pieces)
 
 
@@ -193,7 +193,7 @@ def chat(
         prompt = conversation.prompt(text, context)
         if conversation.forgotten:
             note = f"(no room for the first {conversation.forgotten} of what was said before)"
-            print(note, file=sys.stderr)
+            say(note, file=sys.stderr)
         said = ""
         for piece in stream_text(model, tokenizer, prompt, sampling, engine=engine):
             shown = piece if said else piece.lstrip()
@@ -208,7 +208,7 @@ def chat(
         return
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # the arrow keys work in input()
-    print(f"Type an instruction; an empty line or Ctrl-D ends. {_remembers(turns)}")
+    say(f"Type an instruction; an empty line or Ctrl-D ends. {_remembers(turns)}")
     with contextlib.suppress(EOFError):
         while text := input("\n> ").strip():
             if text == BEGIN_ANEW:
@@ -217,7 +217,7 @@ def chat(
             try:
                 _say(answer(text, context))
             except KeyboardInterrupt:  # ends the answer, not the conversation
-                print(" …")
+                say(" …")
 
 
 def _remembers(turns: int) -> str:
@@ -252,10 +252,10 @@ def classify_texts(directory: Path, texts: Sequence[str], as_json: bool) -> None
         result = dict(sorted(zip(model.labels, row, strict=True), key=lambda item: -item[1]))
         label = next(iter(result))
         if as_json:
-            print(_json({"text": text, "label": label, "probabilities": result}))
+            say_json({"text": text, "label": label, "probabilities": result}, indent=None)
         else:
             shares = "  ".join(f"{name} {share:.1%}" for name, share in result.items())
-            print(f"{label:<8} {shares}  {text}")
+            say_result(f"{label:<8} {shares}  {text}")
 
 
 def _longest(directory: Path, model: GPTClassifier) -> int:
@@ -270,8 +270,3 @@ def _training(directory: Path, name: str, otherwise: int) -> int:
     except (InputError, KeyError):
         return otherwise
     return value if type(value) is int and value > 0 else otherwise
-
-
-def _json(value: Any) -> str:
-    shows_all = (sys.stdout.encoding or "").lower().startswith("utf")
-    return json.dumps(value, ensure_ascii=not shows_all)

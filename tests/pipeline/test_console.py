@@ -5,6 +5,8 @@ import time
 
 import pytest
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text as RichText
 
 from gpt.events import Message, Metrics, Progress, Text
 from pipeline.console import (
@@ -15,6 +17,7 @@ from pipeline.console import (
     event_from_json,
     event_to_json,
     make_log,
+    report_console,
     seconds_in_words,
 )
 
@@ -103,6 +106,43 @@ def test_a_terminal_gets_a_bar_with_rate_and_lines_above_it():
     assert "step/s" in shown
     assert "loss 3.21" in shown
     assert "[not markup]" in shown
+
+
+HOSTILE = "[/x] \x1b]0;title\x07 \x9b2J \u202etxt\r\x7f"
+OBEYED = ("\x1b]", "\x07", "\x9b", "\u202e", "\x7f")
+HARMLESS = "[/x] ⟨U+001B⟩]0;title⟨U+0007⟩ ⟨U+009B⟩2J ⟨U+202E⟩txt⟨U+000D⟩⟨U+007F⟩"
+
+
+@pytest.mark.parametrize("live", [True, False], ids=["terminal", "log"])
+def test_what_a_stage_says_is_shown_and_not_obeyed(live, capsys):
+    console = Console(file=io.StringIO(), force_terminal=True, width=200, highlight=False)
+    events = [Message(HOSTILE), Text(HOSTILE, "a sample"), Progress(HOSTILE, 1, 10, HOSTILE)]
+    if live:
+        with LiveDisplay(console) as display:
+            for event in events:
+                display.event("pretrain", event)
+            display._bars.refresh()
+        shown = console.file.getvalue()
+    else:
+        ticks = iter(range(0, 1000, 10))
+        display = PlainDisplay(clock=lambda: next(ticks))
+        for event in (*events, events[-1]):
+            display.event("pretrain", event)
+        shown = capsys.readouterr().out
+    assert shown.count(HARMLESS) >= 3
+    assert not any(bad in shown for bad in OBEYED)
+
+
+def test_a_report_s_names_are_shown_and_not_obeyed():
+    console = report_console(Console(file=io.StringIO(), force_terminal=True, width=200))
+    table = Table("name")
+    table.add_row(RichText(HOSTILE))
+    console.print(table)
+    console.print(RichText(HOSTILE, style="bold"), soft_wrap=True)
+    shown = console.file.getvalue()
+    assert shown.count("[/x] ⟨U+001B⟩]0;title") == 2
+    assert not any(bad in shown for bad in OBEYED)
+    assert "\x1b[1m" in shown  # its own escapes are
 
 
 @pytest.mark.parametrize(
