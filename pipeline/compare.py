@@ -203,7 +203,7 @@ def compare(
 
     everything = known(root)
     if everything.client is None:
-        raise RunError(f"nothing can be compared: {everything.without}")
+        raise everything.not_known("nothing can be compared")
     with named_failure(root, "does not tell what is compared", MlflowException):
         if other is None:
             one, other = _against_champion(everything, one)

@@ -106,6 +106,7 @@ class Known:
         root: the project.
         client: of MLflow; None where there is none to ask.
         without: why there is none; empty where there is.
+        is_asked: MLflow answered, or there is none yet; else it may know more.
         executions: the runs of MLflow, the newest first, then what only a `dvc.lock` records.
         versions: of registered models, the newest first.
         aliases: (model, version) -> what stands there.
@@ -117,6 +118,12 @@ class Known:
     executions: list[Execution]
     versions: list[ModelVersion]
     aliases: dict[tuple[str, str], list[str]]
+    is_asked: bool = True
+
+    def not_known(self, line: str) -> InputError | RunError:
+        """That something is not known `without` MLflow; a mistake only if there is none yet."""
+        kind = InputError if self.is_asked else RunError
+        return kind(f"{line}: {self.without}")
 
     def makers(self, path: str, md5: str) -> list[Execution]:
         """What wrote these bytes to the path, the newest first."""
@@ -182,7 +189,7 @@ def known(root: Path) -> Known:
     runs: list[Execution] = []
     versions: list[ModelVersion] = []
     aliases: dict[tuple[str, str], list[str]] = {}
-    database = database_file(tracking_uri(root))
+    database, is_asked = database_file(tracking_uri(root)), True
     if database is not None and not database.is_file():
         without = f"there is no {database.name} here, so no run and no registered model is known"
     else:
@@ -195,10 +202,11 @@ def known(root: Path) -> Known:
                     for alias, version in model.aliases.items():
                         aliases.setdefault((model.name, str(version)), []).append(alias)
         except RunError as error:
-            client, without = None, f"no run and no registered model is known: {error}"
+            client, is_asked = None, False
+            without = f"no run and no registered model is known: {error}"
     versions.sort(key=lambda each: int(each.version), reverse=True)
     executions = _joined(runs, _recorded(root))
-    return Known(root, client, without, executions, versions, aliases)
+    return Known(root, client, without, executions, versions, aliases, is_asked)
 
 
 def _versions(client: MlflowClient) -> Iterator[ModelVersion]:

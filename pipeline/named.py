@@ -58,6 +58,7 @@ def find(
 
     Raises:
         InputError: there is no such thing, or there are several.
+        RunError: there is none here, and MLflow cannot be asked.
     """
     if version := _version(everything, what):
         return version
@@ -76,6 +77,8 @@ def find(
         return runs[0]
     if commit:
         return Commit(commit)
+    if everything.without:
+        raise everything.not_known(f"{what}: not found")
     raise InputError(f"{what}: {_possible(everything, what)}")
 
 
@@ -91,9 +94,10 @@ def _version(everything: Known, what: str) -> ModelVersion | None:
     if not asked or asked["name"] not in names:
         if not explicit:
             return None
+        if everything.without:
+            raise everything.not_known(f"{what}: not found")
         told = f"registered are {', '.join(names)}" if names else "no model is registered here"
-        more = f" ({everything.without})" if everything.without else ""
-        raise InputError(f"{what}: no such model; {told}{more}")
+        raise InputError(f"{what}: no such model; {told}")
     versions = [each for each in everything.versions if each.name == asked["name"]]
     if asked["version"]:
         found = [each for each in versions if str(each.version) == asked["version"]]

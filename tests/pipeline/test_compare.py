@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from gpt.config import GPTConfig
-from gpt.errors import InputError, RunError
+from gpt.errors import InputError
 from gpt.model import GPT, GPTClassifier
 from gpt.tokenizer import byte_tokenizer
 from gpt.weights import save_model
@@ -353,7 +353,7 @@ def test_errors_are_one_line(two, tmp_path):
             compare(two, what)
         assert said in str(caught.value)
         assert "\n" not in str(caught.value)
-    with pytest.raises(RunError, match=r"nothing can be compared: there is no mlflow\.db here"):
+    with pytest.raises(InputError, match=r"nothing can be compared: there is no mlflow\.db here"):
         compare(tmp_path, "classifier/1", "classifier/2")
 
 

@@ -153,7 +153,19 @@ def test_a_fresh_clone_without_mlflow_leads_back_to_the_source_and_says_that_no_
     assert "no run and no registered model is known" in shown
     assert "its run is not known here" in shown
     assert "these bytes are neither here nor in DVC's cache" in shown
+    assert "assistant: not found: there is no mlflow.db here" in said("assistant", code=2)
     assert not (tmp_path / "clone" / "mlflow.db").exists(), "asking makes no database"
+
+
+@pytest.mark.parametrize("what", ["assistant@champion", "models:/assistant/1", "0123abcd"])
+def test_mlflow_that_cannot_be_asked_is_the_reason_and_not_that_nothing_is_there(
+    built, what, monkeypatch
+):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    shown = said(what, code=1)
+    assert f"error: {what}: not found: " in shown
+    assert "MLflow at http://127.0.0.1:9 does not answer: Connection refused" in shown
+    assert "none is registered" not in shown
 
 
 def test_a_deleted_run_is_told_in_its_place(built):
