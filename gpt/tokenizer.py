@@ -15,13 +15,13 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 import tiktoken
 
 from gpt.errors import InputError
-from gpt.files import whole_file
+from gpt.files import read_json, whole_file
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -149,40 +149,112 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
     Args:
         directory: holds `vocab.json` and `merges.txt`, or the same files under the names of
-            their first publication, `encoder.json` and `vocab.bpe`.
+            their first publication, `encoder.json` and `vocab.bpe`; or all of it in the
+            `tokenizer.json` of Hugging Face's library.
 
     Raises:
-        InputError: a file is missing, unreadable, or does not fit the other.
+        InputError: a file is missing, unreadable, of another kind of tokenizer, or does not fit
+            the other.
     """
-    vocab_file = _find(directory, "vocab.json", "encoder.json")
-    merges_file = _find(directory, "merges.txt", "vocab.bpe")
-    try:
-        vocab = json.loads(vocab_file.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{vocab_file}: not valid JSON ({error}); fetch the file again") from None
-    if not isinstance(vocab, dict) or not all(type(rank) is int for rank in vocab.values()):
-        raise InputError(f"{vocab_file}: not a table of tokens and their ids; fetch the file again")
-
-    try:
-        lines = merges_file.read_text("utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{merges_file}: not UTF-8 ({error}); fetch the file again") from None
-    merges = []
+    whole = directory / "tokenizer.json"
+    if whole.is_file() and not any((directory / each).is_file() for each in _VOCABULARIES):
+        vocab_file, (vocab, merges) = whole, _read_whole(whole)
+    else:
+        vocab_file = _find(directory, *_VOCABULARIES)
+        vocab = _checked_vocab(vocab_file, _read_json(vocab_file))
+        merges = _read_merges(_find(directory, "merges.txt", "vocab.bpe"))
     kept = {token: token for token in vocab}  # a token's text is held once, not in each merge
+    pairs = [(kept.get(left, left), kept.get(right, right)) for left, right in merges]
+    try:
+        return Tokenizer(vocab, pairs)
+    except InputError as error:
+        raise InputError(f"{vocab_file}: {error}") from None
+
+
+_VOCABULARIES = ("vocab.json", "encoder.json")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return read_json(path, missing="no such file", remedy="fetch the file again")
+
+
+def _checked_vocab(path: Path, vocab: Any) -> dict[str, int]:
+    if not isinstance(vocab, dict) or not all(type(rank) is int for rank in vocab.values()):
+        raise InputError(f"{path}: not a table of tokens and their ids; fetch the file again")
+    return vocab
+
+
+def _read_merges(path: Path) -> list[tuple[str, str]]:
+    merges = []
+    try:
+        lines = path.read_text("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 ({error}); fetch the file again") from None
     for number, line in enumerate(lines, start=1):
         if not line or (number == 1 and line.startswith("#version")):
             continue
         left, _, right = line.partition(" ")
         if not left or not right or " " in right:
             raise InputError(
-                f"{merges_file}: line {number}: {line!r} is not a pair of tokens; "
-                "fetch the file again"
+                f"{path}: line {number}: {line!r} is not a pair of tokens; fetch the file again"
             )
-        merges.append((kept.get(left, left), kept.get(right, right)))
-    try:
-        return Tokenizer(vocab, merges)
-    except InputError as error:
-        raise InputError(f"{vocab_file}: {error}") from None
+        merges.append((left, right))
+    return merges
+
+
+# what tokenizer.json says beside vocabulary and merges -> what it may, in GPT-2's form
+_PRE_TOKENIZER = {"type": ("ByteLevel",), "add_prefix_space": (False,), "use_regex": (True, None)}
+_MODEL = {
+    "type": ("BPE", None),
+    "dropout": (None, 0.0),
+    "continuing_subword_prefix": (None, ""),
+    "end_of_word_suffix": (None, ""),
+    "byte_fallback": (False, None),
+    "ignore_merges": (False, None),
+}
+
+
+def _read_whole(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Vocabulary and merges of a `tokenizer.json`, if it encodes as GPT-2's does."""
+    read = _read_json(path)
+    for name, allowed in (("pre_tokenizer", _PRE_TOKENIZER), ("model", _MODEL)):
+        part = read.get(name)
+        if not isinstance(part, dict):
+            raise InputError(f"{path}: has no {name}; only a byte-level BPE as GPT-2's can be used")
+        for key, values in allowed.items():
+            if part.get(key) not in values:
+                raise InputError(
+                    f"{path}: {name}.{key} is {str(part.get(key))[:40]!r}; only a byte-level BPE "
+                    f"as GPT-2's can be used, with {values[0]!r} there"
+                )
+    if read.get("normalizer") is not None:
+        raise InputError(
+            f"{path}: changes a text before it is encoded (normalizer); GPT-2's do not"
+        )
+    vocab = dict(_checked_vocab(path, read["model"].get("vocab")))
+    for added in _list_of(path, read, "added_tokens"):
+        content = added.get("content") if isinstance(added, dict) else None
+        if content != END_OF_TEXT:
+            raise InputError(
+                f"{path}: adds the token {str(content)[:40]!r}; only {END_OF_TEXT} can be added"
+            )
+        if type(added.get("id")) is not int:
+            raise InputError(f"{path}: {content} has no id; fetch the file again")
+        vocab[content] = added["id"]
+    merges = []
+    for each in _list_of(path, read["model"], "merges"):
+        pair = each.split(" ") if isinstance(each, str) else each
+        if not isinstance(pair, list) or [type(one) for one in pair] != [str, str]:
+            raise InputError(f"{path}: {str(each)[:40]!r} is not a pair of tokens")
+        merges.append((pair[0], pair[1]))
+    return vocab, merges
+
+
+def _list_of(path: Path, table: dict[str, Any], name: str) -> list[Any]:
+    value = table.get(name) or []
+    if not isinstance(value, list):
+        raise InputError(f"{path}: {name} is no list; fetch the file again")
+    return value
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -33,6 +33,7 @@ _PREFIX = "transformer."
 _CONV1D = re.compile(r"h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
 # causal masks that old files carry along; the architecture implies them
 IGNORED = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
+_PADDED_TO = tuple(8 << n for n in range(8))  # 8 … 1,024
 _HEADS = ("lm_head.weight", "score.weight")
 _WRITTEN = {
     *("config.json", "model.safetensors", "generation_config.json", "vocab.json", "merges.txt"),
@@ -165,7 +166,7 @@ def load_base(directory: Path) -> tuple[GPT, Tokenizer]:
         InputError: as `load_model` and `load_tokenizer`; or the directory holds a classifier, or
             a tokenizer of another vocabulary than the model's.
     """
-    model, tokenizer = _load_pair(directory)
+    model, tokenizer = load_pair(directory)
     if not isinstance(model, GPT):
         raise InputError(
             f"{directory}: holds a classifier; a language model is needed, from the stages "
@@ -181,7 +182,7 @@ def load_classifier(directory: Path) -> tuple[GPTClassifier, Tokenizer]:
         InputError: as `load_model` and `load_tokenizer`; or the directory holds no classification
             head, or a tokenizer of another vocabulary than the model's.
     """
-    model, tokenizer = _load_pair(directory)
+    model, tokenizer = load_pair(directory)
     if not isinstance(model, GPTClassifier):
         raise _no_classifier(directory)
     return model, tokenizer
@@ -206,19 +207,46 @@ def _no_classifier(directory: Path) -> InputError:
     )
 
 
-def _load_pair(directory: Path) -> tuple[GPT | GPTClassifier, Tokenizer]:
-    model = load_model(directory)
-    return model, load_tokenizer_of(directory, model.config)
+def load_pair(
+    directory: Path, dtype: torch.dtype | None = None
+) -> tuple[GPT | GPTClassifier, Tokenizer]:
+    """Read a model, on the CPU, and its own tokenizer; without rows that only pad a vocabulary.
+
+    Raises:
+        InputError: as `load_model` and `load_tokenizer_of`.
+    """
+    model = load_model(directory, dtype=dtype)
+    tokenizer = load_tokenizer_of(directory, model.config)
+    cut_vocabulary(model, tokenizer.vocab_size)
+    return model, tokenizer
+
+
+def cut_vocabulary(model: GPT | GPTClassifier, n: int) -> None:
+    """Drop the rows of a model's tables beyond the n of its tokenizer: they stand for no text."""
+    if model.config.vocab_size == n:
+        return
+    model.config = replace(model.config, vocab_size=n)
+    model.wte.num_embeddings = n
+    for name, table in model.state_dict().items():
+        if name in ("wte.weight", "lm_head.weight"):
+            _assign(model, name, table[:n].clone())
+
+
+def _is_padded(rows: int, tokens: int) -> bool:
+    """Whether that many tokens were given that many rows by rounding up, as is done for speed."""
+    return any(-(-tokens // step) * step == rows for step in _PADDED_TO)
 
 
 def load_tokenizer_of(directory: Path, config: GPTConfig) -> Tokenizer:
     """Read the tokenizer that lies beside a model.
 
     Raises:
-        InputError: as `load_tokenizer`; or it has another vocabulary than the model.
+        InputError: as `load_tokenizer`; or it has another vocabulary than the model, which is not
+            its own padded to a round number.
     """
     tokenizer = load_tokenizer(directory)
-    if tokenizer.vocab_size != config.vocab_size:
+    padded = _is_padded(config.vocab_size, tokenizer.vocab_size)
+    if tokenizer.vocab_size != config.vocab_size and not padded:
         raise InputError(
             f"{directory}: the model has {config.vocab_size} tokens, its vocab.json "
             f"{tokenizer.vocab_size}; take both from the same place"

@@ -16,8 +16,8 @@ from gpt.gguf import GGUFType, is_ours, read_back, write_gguf
 from gpt.int8 import quantize
 from gpt.metrics import mean_loss, perplexity
 from gpt.model import GPT
-from gpt.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
-from gpt.weights import load_base, load_model, save_model
+from gpt.tokenizer import END_OF_TEXT, Tokenizer
+from gpt.weights import load_base, load_pair, save_model
 
 DTYPES = ("float32", "float16", "bfloat16")
 SAMPLE_TOKENS = 8192
@@ -67,13 +67,13 @@ def export(source: Path, target: Path, dtype: str) -> int:
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype: {dtype!r} is not known; use one of {', '.join(DTYPES)}")
-    model = load_model(source, dtype=getattr(torch, dtype))
+    model, tokenizer = load_pair(source, getattr(torch, dtype))
     extra = {
         name: read_json(source / name, missing="no such file", remedy="fetch or make it again")
         for name in _EXTRA
         if (source / name).is_file()
     }
-    save_model(model, target, tokenizer=load_tokenizer(source), extra=extra)
+    save_model(model, target, tokenizer=tokenizer, extra=extra)
     return (target / "model.safetensors").stat().st_size
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,7 +20,7 @@ from gpt.generate import Sampling, complete
 from gpt.loss import linear_cross_entropy
 from gpt.model import GPT
 from gpt.published import Published, open_published
-from gpt.weights import load_tokenizer_of, save_model
+from gpt.weights import cut_vocabulary, load_tokenizer_of, save_model
 
 HELD_OUT = """\
 The ferry to the island leaves twice a day, at eight in the morning and again at half past four. \
@@ -79,12 +80,14 @@ def load_gpt2(
     config = published.config
     _check_size(params, weights, config)
     tokenizer = load_tokenizer_of(weights, config)
+    config = replace(config, vocab_size=tokenizer.vocab_size)  # without rows that pad it
     _say_what_was_found(published, log)
 
     held_out = [tokenizer.eot, *tokenizer.encode(HELD_OUT)]
     # before the other is loaded: there is never more than one model in memory
     at_random = _perplexity(_random_model(config), held_out)
     model = published.load()
+    cut_vocabulary(model, config.vocab_size)
     perplexity = _perplexity(model, held_out)
     if not math.isfinite(perplexity):
         raise InputError(

@@ -197,6 +197,62 @@ def test_a_vocabulary_without_room_for_bytes_is_refused():
         train_bpe([PROSE], 256)
 
 
+def test_files_with_a_byte_order_mark_and_windows_line_ends_are_read(trained, tmp_path):
+    trained.save(tmp_path)
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert load_tokenizer(tmp_path).hash == trained.hash
+
+
+@pytest.fixture
+def whole(trained, tmp_path):
+    """The trained tokenizer as `transformers` saves it: one file."""
+    trained.save(tmp_path / "gpt2")
+    theirs = transformers.GPT2TokenizerFast(
+        vocab=str(tmp_path / "gpt2/vocab.json"), merges=str(tmp_path / "gpt2/merges.txt")
+    )
+    theirs.save_pretrained(tmp_path / "whole")
+    assert not (tmp_path / "whole/vocab.json").exists()
+    return tmp_path / "whole/tokenizer.json"
+
+
+def test_a_tokenizer_in_one_file_is_read(trained, whole):
+    assert load_tokenizer(whole.parent).hash == trained.hash
+    said = json.loads(whole.read_text("utf-8"))
+    said["model"]["merges"] = [" ".join(pair) for pair in said["model"]["merges"]]  # as before 0.20
+    del said["model"]["vocab"][END_OF_TEXT]  # an added token need not be in both places
+    whole.write_text(json.dumps(said))
+    assert load_tokenizer(whole.parent).hash == trained.hash
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "complaint"),
+    [
+        ("model.type", "WordPiece", "model.type is 'WordPiece'; only a byte-level BPE"),
+        ("model.byte_fallback", True, "model.byte_fallback is 'True'"),
+        ("pre_tokenizer.add_prefix_space", True, "pre_tokenizer.add_prefix_space is 'True'"),
+        ("pre_tokenizer", {"type": "Metaspace"}, "pre_tokenizer.type is 'Metaspace'"),
+        ("pre_tokenizer", None, "has no pre_tokenizer"),
+        ("normalizer", {"type": "NFC"}, "normalizer"),
+        ("added_tokens", [{"content": "<pad>", "id": 9}], "adds the token '<pad>'"),
+        ("added_tokens", [{"content": END_OF_TEXT, "id": None}], "has no id"),
+        ("added_tokens", [None], "adds the token"),
+        ("added_tokens", {"a": 1}, "added_tokens is no list"),
+        ("model.merges", [["a"]], "is not a pair of tokens"),
+        ("model.merges", 7, "merges is no list"),
+        ("model.vocab", [], "not a table of tokens"),
+    ],
+)
+def test_a_tokenizer_of_another_kind_is_named(whole, place, value, complaint):
+    said = json.loads(whole.read_text("utf-8"))
+    *above, key = place.split(".")
+    (said[above[0]] if above else said)[key] = value
+    whole.write_text(json.dumps(said))
+    with pytest.raises(InputError, match=complaint) as caught:
+        load_tokenizer(whole.parent)
+    assert str(caught.value).startswith(f"{whole}: ")
+
+
 def _edit_vocab(folder, change):
     path = folder / "vocab.json"
     vocab = json.loads(path.read_text("utf-8"))
@@ -216,9 +272,9 @@ def _edit_merges(folder, change):
     [
         (lambda f: (f / "merges.txt").unlink(), "no merges.txt or vocab.bpe"),
         (lambda f: shutil.rmtree(f), "no vocab.json or encoder.json"),
-        (lambda f: (f / "vocab.json").write_bytes(b'{"a": 1'), "not valid JSON"),
-        (lambda f: (f / "vocab.json").write_bytes(b"\xff"), "not valid JSON"),
-        (lambda f: (f / "vocab.json").write_text("[1]"), "not a table"),
+        (lambda f: (f / "vocab.json").write_bytes(b'{"a": 1'), "not JSON"),
+        (lambda f: (f / "vocab.json").write_bytes(b"\xff"), "not JSON"),
+        (lambda f: (f / "vocab.json").write_text("[1]"), "not a JSON object"),
         (lambda f: (f / "vocab.json").write_text('{"a": "b"}'), "not a table"),
         (lambda f: (f / "merges.txt").write_bytes(b"\xff \xfe"), "not UTF-8"),
         (lambda f: _edit_merges(f, lambda lines: lines.insert(3, "a b c")), "line 4"),

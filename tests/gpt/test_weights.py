@@ -255,6 +255,20 @@ def test_a_base_with_another_vocabulary_than_its_tokenizer_is_refused(saved, tmp
         load_base(directory)
 
 
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_rows_that_pad_a_vocabulary_are_cut_and_the_others_stay(make_model, tmp_path, changes):
+    model = make_model(**{**changes, "vocab_size": 257})
+    save_model(model, tmp_path, tokenizer=byte_tokenizer())
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    theirs.resize_token_embeddings(257, pad_to_multiple_of=64)
+    theirs.save_pretrained(tmp_path)
+    assert load_model(tmp_path).config.vocab_size == 320
+    again, _ = load_base(tmp_path)
+    idx = torch.randint(0, 257, (2, 8))
+    assert again(idx).shape[-1] == again.config.vocab_size == 257
+    assert torch.allclose(again(idx), theirs(idx).logits[..., :257], atol=1e-4)
+
+
 def test_a_classifier_is_no_base(make_model, tmp_path):
     model = GPTClassifier(make_model().config, ["a", "b"])
     save_model(model, tmp_path / "m", tokenizer=byte_tokenizer())

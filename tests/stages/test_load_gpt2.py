@@ -12,6 +12,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt.config import GPT2_SIZES, GPTConfig
@@ -207,6 +208,16 @@ def test_damaged_files_are_refused(tmp_path, published, refused, damage, complai
     damage(published)
     with refused(complaint):
         run(tmp_path / "o", PARAMS, published)
+
+
+def test_rows_that_pad_the_vocabulary_are_left_out(tmp_path, published):
+    path = published / "model.safetensors"
+    tensors = load_file(path)
+    padded = F.pad(tensors["transformer.wte.weight"], (0, 0, 0, 320 - 257))
+    save_file(tensors | {"transformer.wte.weight": padded.contiguous()}, path)
+    config = json.loads((published / "config.json").read_text())
+    (published / "config.json").write_text(json.dumps(config | {"vocab_size": 320}))
+    assert run(tmp_path / "o", PARAMS, published)["vocab_size"] == 257
 
 
 def test_weights_that_are_no_numbers_are_refused(tmp_path, published, refused):
