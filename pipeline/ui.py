@@ -156,6 +156,10 @@ def _start_mlflow(root: Path, url: str, folder: Path) -> _Service:
         "MLFLOW_BACKEND_STORE_URI": tracking_uri(root),
         # runs evaluations that are started on its pages; none are, and it takes four processes
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        # by default also `10.*`, meant for addresses, which a name like 10.example is, too
+        "MLFLOW_SERVER_ALLOWED_HOSTS": os.environ.get(
+            "MLFLOW_SERVER_ALLOWED_HOSTS", "127.0.0.1:*,localhost:*"
+        ),
     }
     return _start("MLflow", command, settings, root, folder)
 

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,10 @@ def test_both_pages_are_served_and_ctrl_c_leaves_nothing_behind(
         assert b"<title>Prefect" in page
         assert post(f"{told['prefect']}/flows/count", {}) == 0
         assert (tmp_path / ".prefect" / "prefect.db").exists()
+        for name in ("mlflow", "prefect"):
+            asking = {"Host": "10.evil.example"}  # MLflow takes it for a private address
+            with pytest.raises(urllib.error.HTTPError, match=r"40[03]"):
+                urllib.request.urlopen(urllib.request.Request(told[name], headers=asking))
         children = [psutil.Process(pid) for pid in told["pids"].values()]
         children += [each for child in children for each in child.children(recursive=True)]
         process.send_signal(signal.SIGINT)
