@@ -32,8 +32,8 @@ from prefect.variables import Variable
 
 from gpt.errors import InputError, RunError
 from pipeline.agent_run import AGENT_VARIABLE, WORKER_VARIABLE, run_note
-from pipeline.dag import LOCK_FILE, Dag, find_root
-from pipeline.dvc_cache import has_remote, mend
+from pipeline.dag import LOCK_FILE, Dag, find_root, has_remote
+from pipeline.dvc_cache import mend
 from pipeline.dvc_process import Processes, StageError
 from pipeline.flow import run_stages
 from pipeline.flow_params import FlowParams

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt.errors import InputError
+from gpt.errors import InputError, RunError
 from gpt.files import whole_file
 from pipeline.objects import Objects
 from pipeline.params import PARAMS_FILE, read_params
@@ -123,18 +124,39 @@ def open_repo(root: Path) -> Repo:
     Raises:
         InputError: DVC cannot open the project.
     """
-    from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
     for bars in ("dvc.progress", "dvc_data.callbacks"):
         logging.getLogger(bars).setLevel(logging.CRITICAL)
     allow_missing_git(root)
-    try:
+    with _opening():
         return Repo(str(root))
-    except (DvcException, OSError, ValueError) as error:
+
+
+def has_remote(root: Path) -> bool:
+    """Whether DVC has a remote to push to and pull from by default.
+
+    Raises:
+        InputError: its settings cannot be read.
+    """
+    from dvc.config import Config
+
+    with _opening():
+        return bool(Config(str(root / ".dvc"), validate=False)["core"].get("remote"))
+
+
+@contextmanager
+def _opening() -> Iterator[None]:
+    from dvc.exceptions import DvcException
+
+    try:
+        yield
+    except (DvcException, OSError) as error:
+        what = "make it a folder that can be written"
+        if isinstance(error, DvcException):
+            what = "mend it, or take it from git: `git checkout .dvc`"
         raise InputError(
-            f".dvc: DVC cannot open the project ({_in_one_line(error)}); mend it, or take it from "
-            "git: `git checkout .dvc`"
+            f".dvc: DVC cannot open the project ({_in_one_line(error)}); {what}"
         ) from None
 
 
@@ -224,7 +246,11 @@ class Dag:
             )
             self.stages: dict[str, Stage] = self._load()
         except DvcException as error:
-            raise InputError(f"dvc.yaml: {_in_one_line(error)}") from None
+            reason = _in_one_line(error)
+            wrong = LOCK_FILE if LOCK_FILE in reason else PIPELINE_FILE
+            remedy = f"bring it back (`git checkout {wrong}`)"
+            remedy += ", or remove it" if wrong == LOCK_FILE else ""
+            raise InputError(f"{wrong}: {reason}; {remedy}") from None
 
     def plan(self, targets: Iterable[str] = ()) -> list[str]:
         """The targets and all that they depend on, in order; without targets all but the optional.
@@ -261,6 +287,11 @@ class Dag:
         names = names if names is None else list(names)
         try:
             return self._changes(names)
+        except NotADirectoryError as error:
+            raise InputError(
+                f"{self.cache}: DVC's cache is no folder ({error.strerror}); remove it, or name "
+                "another: `dvc cache dir --local FOLDER`"
+            ) from None
         except (AttributeError, KeyError, TypeError):
             # DVC does not expect a damaged list of a directory's files that is JSON all the same
             if not self.objects.drop_damaged_lists():
@@ -331,6 +362,23 @@ class Dag:
                 {} if last.get("outputs", made) != made else last
             )
         return notes
+
+    def check_cache(self) -> None:
+        """Whether DVC's cache can be written is known before there is something to keep.
+
+        Raises:
+            RunError: it cannot.
+        """
+        objects = Path(self._repo.cache.local.path)
+        try:
+            objects.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=objects):
+                pass
+        except OSError as error:
+            raise RunError(
+                f"{self.cache}: DVC's cache cannot be written ({error.strerror}); make it a folder "
+                "that can be written, or name another: `dvc cache dir --local FOLDER`"
+            ) from None
 
     @property
     def objects(self) -> Objects:
@@ -451,7 +499,7 @@ def read_stages(path: Path) -> dict[str, dict[str, Any]]:
     if not isinstance(stages, dict) or not all(isinstance(each, dict) for each in stages.values()):
         raise InputError(
             f"{name}: holds no stages; bring it back (`git checkout {name}`)"
-            f"{', or run `gpt-pipeline run`' if path.name == LOCK_FILE else ''}"
+            f"{', or remove it' if path.name == LOCK_FILE else ''}"
         )
     return stages
 

@@ -11,16 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gpt.errors import InputError, RunError
-from pipeline.dag import Dag, Recorded, open_repo
+from pipeline.dag import Dag, Recorded, has_remote, open_repo
 from pipeline.objects import Objects, md5_of, remove_damaged
 from pipeline.tracking import dvc_md5
-
-
-def has_remote(root: Path) -> bool:
-    """Whether DVC has a remote to push to and pull from by default."""
-    from dvc.config import Config
-
-    return bool(Config(str(root / ".dvc"), validate=False)["core"].get("remote"))
 
 
 def push(root: Path) -> None:

@@ -24,8 +24,8 @@ from gpt.errors import RunError
 from gpt.events import Event
 from gpt.files import whole_file
 from pipeline.console import EVENTS_VARIABLE, EventReader, following
-from pipeline.dag import LOCK_FILE, Dag, is_running, mend_rwlock
-from pipeline.dvc_cache import has_remote, mend
+from pipeline.dag import LOCK_FILE, Dag, has_remote, is_running, mend_rwlock
+from pipeline.dvc_cache import mend
 
 STOP_SECONDS = 20.0
 """So long a stopped stage may take to save its state before it is killed; who cancels a flow run in
@@ -169,7 +169,7 @@ class Processes:
             seconds: the time limit.
 
         Raises:
-            RunError: something damaged cannot be removed.
+            RunError: the cache cannot be written, or something damaged cannot be removed.
         """
         addresses = [dag.stages[name].address for name in names]
         commit, again = ["commit", "--force"], ["repro", "--single-item"]
@@ -178,6 +178,7 @@ class Processes:
         # a damaged copy of the remote would come back, so the last time it is not asked
         ways = [first, [*again, *pull], again]
         done = Ended()
+        dag.check_cache()
         # by a wrong list DVC would restore wrong names, and record them as what the stage made
         dag.objects.drop_damaged_lists()
         while True:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import pipeline
-from gpt.errors import InputError
+from gpt.errors import InputError, RunError
 from pipeline.dag import Change, Dag, find_root, mend_rwlock
 
 
@@ -267,3 +268,38 @@ def test_a_folder_of_outputs_that_is_a_link_is_refused_before_any_work(project, 
     (project / "made").unlink()
     (project / "made").mkdir()
     assert dag.plan(["left"]) == ["first", "left"]
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "expected"),
+    [
+        (".dvc/config", b"[core", r"\.dvc: DVC cannot open .*; mend it, or take it from git"),
+        (".dvc/config", b"\xff\xfe", r"\.dvc: DVC cannot open .*; mend it, or take it from git"),
+        (".dvc/tmp", b"", r"\.dvc: DVC cannot open .*make it a folder that can be written"),
+        ("dvc.lock", b"", r"dvc\.lock: holds no stages; bring it back .*, or remove it"),
+        ("dvc.lock", b"stages: {}", r"dvc\.lock: .*; bring it back .*, or remove it"),
+        ("dvc.yaml", b"stages: {a: {cmdd: b}}", r"dvc\.yaml: .*; bring it back"),
+    ],
+)
+def test_what_dvc_cannot_read_is_one_line_that_names_it_and_what_to_do(
+    project, path, content, expected
+):
+    (project / path).write_bytes(content)
+    with pytest.raises(InputError, match=rf"^{expected}") as raised:
+        Dag(project)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_cache_that_cannot_be_written_is_told_before_there_is_something_to_keep(project, dvc):
+    dvc("repro", "-q", "first")
+    cache = project / ".dvc" / "cache"
+    shutil.rmtree(cache)
+    Dag(project).check_cache()
+    shutil.rmtree(cache)
+    cache.symlink_to("/nowhere/at/all")
+    with pytest.raises(RunError, match=r"^\.dvc/cache: DVC's cache cannot be written "):
+        Dag(project).check_cache()
+    cache.unlink()
+    cache.touch()
+    with pytest.raises(InputError, match=r"^\.dvc/cache: DVC's cache is no folder "):
+        Dag(project).changes()
