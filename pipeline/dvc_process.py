@@ -13,7 +13,6 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from gpt.files import whole_file
 from pipeline.console import EVENTS_VARIABLE, EventReader, following
 from pipeline.dag import LOCK_FILE, Dag, has_remote, is_running, mend_rwlock
 from pipeline.dvc_cache import mend
+from pipeline.lifetime import scratch
 
 STOP_SECONDS = 20.0
 """So long a stopped stage may take to save its state before it is killed; who cancels a flow run in
@@ -220,8 +220,8 @@ class Processes:
         seconds: float | None,
     ) -> None:
         """A DVC command; how it ended is added to `done`."""
-        with tempfile.TemporaryDirectory(prefix="gpt-pipeline-") as folder:
-            events = Path(folder) / "events.jsonl"
+        with scratch(root) as folder:
+            events = folder / "events.jsonl"
             process = subprocess.Popen(
                 [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments],
                 cwd=root,

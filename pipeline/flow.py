@@ -27,6 +27,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
+from prefect.settings import PREFECT_API_URL
 from prefect.states import Cancelled, Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
@@ -46,9 +47,10 @@ from pipeline.dvc_process import (
     kept_for_commit,
 )
 from pipeline.flow_params import FlowParams
+from pipeline.lifetime import note_flow_run
 from pipeline.params import PARAMS_FILE, load_params, load_section
 from pipeline.resources import Resources, needs
-from pipeline.runner import STAGES
+from pipeline.runner import STAGES, end_killed
 from pipeline.states import size_in_words, size_of
 from pipeline.terminal import safe
 from pipeline.tracking import TrackingParams, flatten_metrics
@@ -107,6 +109,7 @@ def gpt_pipeline(targets: Sequence[str] = (), force: bool = False, jobs: int = 3
         A completed, failed or cancelled state; `exit_code` tells them apart.
     """
     root = find_root(Path.cwd())
+    note_flow_run(root, str(flow_run.id), PREFECT_API_URL.value())
     return run_stages(root, targets, force, jobs, Processes(), dag=READ.get())
 
 
@@ -336,6 +339,7 @@ def _execute(run: _Run, stage: Stage, why: str) -> tuple[bool, StageError | None
         if not done.code:
             forget_for_commit(run.dag.root, stage.name)
             return done.executed or made, None
+        end_killed(run.dag.root, stage.name, run.dag.root)
         if run.processes.stopped_by:
             return done.executed, None
         if done.timed_out:

@@ -25,8 +25,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import psutil
-
 from gpt.errors import InputError, RunError
 from gpt.events import Event, Log, Message
 from gpt.files import write_json
@@ -398,7 +396,7 @@ def _run_held(name: str, root: Path, held: contextlib.ExitStack) -> None:
     started = time.monotonic()
     notices = [notice] if notice else []
     notices += send_quietly(root)
-    _end_abandoned(root, name, state)
+    _end_abandoned(root, name, root, state)
     description = (sys.modules[function.__module__].__doc__ or "").partition("\n")[0]
     run = StageRun(
         root,
@@ -550,14 +548,30 @@ class _RunNote:
         write_json(note_of_run(self.root, self.stage), note)
 
 
-def _end_abandoned(root: Path, stage: str, state: Path | None) -> None:
-    """A process that was killed hard left its run RUNNING: end it, unless it goes on now."""
+def end_killed(root: Path, stage: str, project: Path) -> None:
+    """End the run in MLflow of a stage whose process was killed hard, unless another one is at it.
+
+    Args:
+        root: the checkout that it ran in.
+        stage: its name.
+        project: whose MLflow has the run.
+    """
+    with contextlib.suppress(InputError), stage_lock(root, stage):
+        _end_abandoned(root, stage, project)
+
+
+def _end_abandoned(root: Path, stage: str, project: Path, state: Path | None = None) -> None:
+    """A process that was killed hard left its run RUNNING: end it, unless it goes on now.
+
+    Whoever calls this holds the stage's lock, so that the process is gone.
+    """
     # where MLflow does not answer, what follows says so
-    with contextlib.suppress(OSError, ValueError, KeyError, RunError):
-        note = json.loads(note_of_run(root, stage).read_text())
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RunError):
+        note = json.loads(note_of_run(root, stage).read_text(encoding="utf-8"))
         going_on = state is not None and (state / "run.json").exists()
-        if note["status"] == "RUNNING" and not going_on and not psutil.pid_exists(note["pid"]):
-            mark_killed(root, note["run_id"])
+        if note["status"] == "RUNNING" and not going_on:
+            mark_killed(project, note["run_id"])
+            write_json(note_of_run(root, stage), {**note, "status": "KILLED"})
 
 
 def _to_both(console: Log, run: StageRun) -> Log:

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import http.client
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -31,6 +33,8 @@ from gpt.errors import InputError, RunError
 from gpt.files import whole_file
 from pipeline.home import home
 from pipeline.interpreter import collect_seldom
+from pipeline.lifetime import settle
+from pipeline.tracking import without_secrets
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -39,6 +43,18 @@ HOSTS_VARIABLE = "GPT_PIPELINE_ALLOWED_HOSTS"
 """Names, comma-separated, under which our Prefect server may be reached beside this machine's."""
 _START_SECONDS = 180.0
 """The first start creates the database, which takes a slow machine a while."""
+_PATIENCE_SECONDS = 10.0
+"""Who waits longer is told for what."""
+
+_DATABASE_VARIABLES = (
+    "PREFECT_SERVER_DATABASE_CONNECTION_URL",
+    "PREFECT_API_DATABASE_CONNECTION_URL",
+)
+_ERROR = re.compile(r"[\w.]*(?:Error|Exception)[\w.]*: (.+)")
+"""The line of a traceback that says what happened."""
+_DAMAGED = re.compile(r"not a database|malformed")
+"""What SQLite says of a file that is damaged."""
+_NO_ROOM = 1 << 16
 
 
 def environment(root: Path) -> dict[str, str]:
@@ -122,14 +138,22 @@ class LocalServer:
     """
 
     def __init__(self, root: Path) -> None:
-        self._log = home(root) / ".prefect" / "server.log"
-        self._log.parent.mkdir(parents=True, exist_ok=True)
+        settings = environment(root)
+        self._log = Path(settings["PREFECT_HOME"]).expanduser() / "server.log"
+        try:
+            self._log.parent.mkdir(parents=True, exist_ok=True)
+            opened = self._log.open("wb")
+        except OSError as error:
+            raise RunError(
+                f"PREFECT_HOME {self._log.parent}: cannot be written ({error.strerror}); make it "
+                "writable, make room there, or set PREFECT_HOME to another folder"
+            ) from None
         # handed on with its port: one that is only looked up may be another's by then
-        with self._log.open("wb") as log, socket.socket() as listener:
+        with opened as log, socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             self.url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "pipeline.server", str(listener.fileno())],
+                [sys.executable, "-m", "pipeline.server", str(listener.fileno()), str(root)],
                 pass_fds=[listener.fileno()],
                 # Its end tells the server that we are gone, however we went.
                 stdin=subprocess.PIPE,
@@ -139,7 +163,7 @@ class LocalServer:
                     # the kinds of blocks are for who makes one, at a server that stays
                     "PREFECT_SERVER_REGISTER_BLOCKS_ON_START": "false",
                     **os.environ,
-                    **environment(root),
+                    **settings,
                     "PYTHONPATH": import_path(),
                 },
                 start_new_session=True,
@@ -151,15 +175,35 @@ class LocalServer:
         Raises:
             RunError: it does not start.
         """
-        until = time.monotonic() + _START_SECONDS
+        began, told = time.monotonic(), False
         while not answers(self.url):
-            if self._process.poll() is not None or time.monotonic() > until:
+            waited = time.monotonic() - began
+            if self._process.poll() is not None or waited > _START_SECONDS:
                 self.stop()
-                raise RunError(
-                    f"Prefect's API did not start; see {self._log}, or remove "
-                    f"{self._log.parent} to begin a new history"
-                )
+                raise RunError(self._fault())
+            if waited > _PATIENCE_SECONDS and not told:
+                told = True
+                line = f"waiting for Prefect's server to start; its log is {self._log}"
+                print(line, file=sys.stderr, flush=True)
             time.sleep(0.05)
+
+    def _fault(self) -> str:
+        """Why the server did not start, as far as its log tells, and what to do."""
+        folder, said = self._log.parent, []
+        with contextlib.suppress(OSError):
+            said = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
+        errors = [match[1] for line in said if (match := _ERROR.match(line))]
+        reason = errors[-1] if errors else "it gave no reason"
+        if not errors and shutil.disk_usage(folder).free < _NO_ROOM:
+            reason = os.strerror(errno.ENOSPC)  # for its log, too
+        named = next(filter(os.environ.get, _DATABASE_VARIABLES), "")
+        where = f"the database that {named} names" if named else str(folder)
+        remedy = f"see that {where} can be reached and written, and has room"
+        if not named and _DAMAGED.search(reason):
+            remedy = f"move {folder / 'prefect.db'} away, and a new history begins"
+        return without_secrets(
+            f"Prefect's server did not start: {reason}; {remedy} (its log: {self._log})"
+        )
 
     def __enter__(self) -> Self:
         self.wait()  # which ends what does not start
@@ -278,11 +322,12 @@ def guarded(app: ASGIApp, hosts: Collection[str], origins: Collection[str]) -> A
     return TrustedHostMiddleware(_OwnPagesOnly(app, origins), named, www_redirect=False)
 
 
-def serve(listener: socket.socket, *, pages: bool = False) -> None:
+def serve(listener: socket.socket, root: Path, *, pages: bool = False) -> None:
     """Serve Prefect's API on a bound socket until standard input ends, or until SIGTERM.
 
     Args:
         listener: on loopback.
+        root: the project; flow runs of its killed processes are settled at the end.
         pages: with Prefect's pages and all its services.
     """
     collect_seldom()
@@ -320,6 +365,7 @@ def serve(listener: socket.socket, *, pages: bool = False) -> None:
     def watch() -> None:
         while os.read(0, 1024):  # not through sys.stdin, whose lock would outlive this thread
             pass
+        settle(root, f"http://127.0.0.1:{listener.getsockname()[1]}/api")
         server.should_exit = True
 
     threading.Thread(target=watch, daemon=True).start()
@@ -332,6 +378,6 @@ def serve(listener: socket.socket, *, pages: bool = False) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "--pages":
-        serve(socket.create_server(("127.0.0.1", int(sys.argv[2]))), pages=True)
+        serve(socket.create_server(("127.0.0.1", int(sys.argv[2]))), Path.cwd(), pages=True)
     else:
-        serve(socket.socket(fileno=int(sys.argv[1])))
+        serve(socket.socket(fileno=int(sys.argv[1])), Path(sys.argv[2]))

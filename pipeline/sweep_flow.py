@@ -28,6 +28,8 @@ from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
+from prefect.settings import PREFECT_API_URL
 from prefect.states import Cancelled, Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
@@ -35,9 +37,10 @@ from gpt.errors import InputError, RunError
 from pipeline.console import Display, seconds_in_words
 from pipeline.dag import LOCK_FILE, Dag, last_run, read_stages
 from pipeline.dvc_process import Processes, failure
+from pipeline.lifetime import note_flow_run
 from pipeline.overrides import text_with
 from pipeline.params import PARAMS_FILE, read_params
-from pipeline.runner import STAGES
+from pipeline.runner import STAGES, end_killed
 from pipeline.sweep_points import Point, Sweep
 from pipeline.sweep_runs import Outcome, SweepRuns
 from pipeline.tracking import flatten_metrics
@@ -156,6 +159,7 @@ def run_points(
     source = sweep.source(jobs)
 
     def body() -> State[Any]:
+        note_flow_run(snapshot.root, str(flow_run.id), PREFECT_API_URL.value())
         with shared.processes.stopped_by_signals():
             _make_known(shared)
             while not shared.processes.stopped_by and (points := source.ask()):
@@ -320,6 +324,9 @@ def _repro(shared: _Shared, point: Point, dag: Dag, names: Sequence[str]) -> Non
         warn=lambda text: shared.display.line(point.name, text, "warning"),
         environment=environment(shared.snapshot.root, dag.root),
     )
+    if done.code:
+        for name in names:
+            end_killed(folder, name, shared.snapshot.root)
     if shared.processes.stopped_by:
         raise _StoppedError
     if done.code:

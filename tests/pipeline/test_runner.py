@@ -255,6 +255,27 @@ def test_a_stage_ends_with_the_flow_that_started_it(project: Path) -> None:
     assert run_of(project, "learn").info.status == "KILLED"
 
 
+def test_whoever_sees_that_a_stage_was_killed_ends_its_run_and_the_stage_goes_on_with_it(
+    project: Path,
+) -> None:
+    runner.run_stage("prepare", project)
+    stand_in.set_params(project, learn={"pause": 0.05, "train": {"steps": 60}})
+    process = start("learn", project)
+    wait_for(lambda: checkpoint(project) is not None)
+    runner.end_killed(project, "learn", project)
+    assert run_of(project, "learn").info.status == "RUNNING"
+    process.kill()
+    process.communicate()
+    killed = note(project, "learn")["run_id"]
+    runner.end_killed(project, "learn", project)
+    assert run_of(project, "learn").info.status == note(project, "learn")["status"] == "KILLED"
+    process = start("learn", project)
+    _, error = process.communicate()
+    assert process.returncode == 0, error
+    assert note(project, "learn")["run_id"] == killed
+    assert run_of(project, "learn").info.status == "FINISHED"
+
+
 def test_other_parameters_start_anew_and_end_the_run_that_was_left_behind(project: Path) -> None:
     runner.run_stage("prepare", project)
     stand_in.set_params(project, learn={"pause": 0.05, "train": {"steps": 1000}})

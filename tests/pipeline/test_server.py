@@ -3,12 +3,13 @@
 import http.client
 import json
 import sqlite3
+import time
 import urllib.request
 from contextlib import closing
 
 import pytest
 
-from gpt.errors import InputError
+from gpt.errors import InputError, RunError
 from pipeline.server import HOSTS_VARIABLE, LocalServer, named_hosts, prefect_told
 
 
@@ -144,3 +145,28 @@ def test_a_proxy_that_cannot_be_used_is_named(name, value, monkeypatch):
     monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=rf"{name}.*; correct it"), prefect_told():
         pass
+
+
+def test_a_server_that_cannot_start_says_why_at_once_and_advises_to_remove_nothing(
+    tmp_path, monkeypatch
+):
+    def fault():
+        with pytest.raises(RunError) as caught, LocalServer(tmp_path):
+            pass
+        assert "remove" not in str(caught.value)
+        return str(caught.value)
+
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "file" / "below"))
+    assert fault().startswith(f"PREFECT_HOME {tmp_path}/file/below: cannot be written (Not a dir")
+    monkeypatch.delenv("PREFECT_HOME")
+
+    began = time.monotonic()
+    name = "PREFECT_SERVER_DATABASE_CONNECTION_URL"
+    monkeypatch.setenv(name, f"sqlite+aiosqlite:///{tmp_path}/none/prefect.db")
+    assert f"unable to open database file; see that the database that {name} names" in fault()
+    monkeypatch.delenv(name)
+
+    (tmp_path / ".prefect" / "prefect.db").write_bytes(b"no database" * 1000)
+    assert "file is not a database; move" in fault()
+    assert time.monotonic() - began < 100

@@ -1,0 +1,128 @@
+"""What lasts as long as its process: scratch folders, and flow runs in Prefect.
+
+Each has a folder under `.pipeline/tmp` and a lock beside it, which the system frees when the
+process is gone, however it went. Whoever finds one free cleans up: the server that the process had
+started, else the next run. Folders of other machines, which may share the disk, are left alone.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import shutil
+import socket
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from filelock import FileLock, Timeout
+
+from gpt.files import write_json
+from pipeline.home import home
+
+_FLOW_RUN = "flow-run.json"
+
+
+def _place(root: Path) -> Path:
+    machine = "".join(each if each.isalnum() else "-" for each in socket.gethostname())
+    return home(root) / ".pipeline" / "tmp" / machine
+
+
+@contextlib.contextmanager
+def scratch(root: Path) -> Iterator[Path]:
+    """A new folder that goes after the block; that of a killed process goes with `settle`.
+
+    Args:
+        root: the project.
+    """
+    place = _place(root)
+    place.mkdir(parents=True, exist_ok=True)
+    folder = place / uuid.uuid4().hex
+    lock = folder.with_suffix(".lock")
+    with FileLock(lock):  # before the folder is there: one that is not locked is nobody's
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            lock.unlink(missing_ok=True)
+
+
+def _abandoned(root: Path) -> Iterator[Path]:
+    """Folders of killed processes, each locked while it is looked at."""
+    for folder in sorted(_place(root).glob("*/")):
+        lock = FileLock(folder.with_suffix(".lock"))
+        with contextlib.suppress(Timeout, OSError), lock.acquire(blocking=False):
+            if folder.exists():
+                yield folder
+            if not folder.exists():
+                Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def note_flow_run(root: Path, run_id: str, api: str) -> None:
+    """Let others know of a flow run that goes on as long as this process, and settle earlier ones.
+
+    Args:
+        root: the project.
+        run_id: Prefect's.
+        api: the address of its API.
+    """
+    settle(root, api)
+    held = contextlib.ExitStack()
+    with contextlib.suppress(OSError):  # it serves only a run that is killed
+        folder = held.enter_context(scratch(root))
+        write_json(folder / _FLOW_RUN, {"id": run_id, "api": api})
+    atexit.register(held.close)  # not sooner: Prefect hears how it ended after all is done
+
+
+def settle(root: Path, api: str) -> None:
+    """End the flow runs of killed processes in Prefect, and remove what the processes left.
+
+    What Prefect cannot be told now is left for the next time.
+
+    Args:
+        root: the project.
+        api: the address of Prefect's API.
+    """
+    for folder in _abandoned(root):
+        try:
+            note = json.loads((folder / _FLOW_RUN).read_text(encoding="utf-8"))
+            settled = _end(note["id"], api) if _same_server(note["api"], api) else False
+        except (OSError, ValueError, KeyError, TypeError):  # no flow run's
+            settled = True
+        if settled:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _same_server(one: str, other: str) -> bool:
+    """The project's own server has another port each time."""
+    return urlsplit(one).hostname == urlsplit(other).hostname
+
+
+def _end(run_id: str, api: str) -> bool:
+    """Let a flow run and its tasks that have no final state crash; whether Prefect took it."""
+    import httpx
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter
+    from prefect.exceptions import ObjectNotFound
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+    from prefect.states import Crashed
+
+    crashed = Crashed(message="the process that ran it was killed")
+    try:
+        with temporary_settings({PREFECT_API_URL: api}), get_client(sync_client=True) as client:
+            flow_run = client.read_flow_run(uuid.UUID(run_id))
+            if flow_run.state and flow_run.state.is_final():
+                return True
+            of_it = FlowRunFilter.model_validate({"id": {"any_": [flow_run.id]}})
+            for each in client.read_task_runs(flow_run_filter=of_it):
+                if each.state and not each.state.is_final():
+                    client.set_task_run_state(each.id, crashed, force=True)
+            client.set_flow_run_state(flow_run.id, crashed, force=True)
+    except ObjectNotFound:  # its history was removed
+        return True
+    except (httpx.HTTPError, RuntimeError):
+        return False
+    return True
