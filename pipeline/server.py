@@ -34,6 +34,7 @@ from gpt.files import whole_file
 from pipeline.home import home
 from pipeline.interpreter import collect_seldom
 from pipeline.lifetime import settle
+from pipeline.terminal import say
 from pipeline.tracking import without_secrets
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ class LocalServer:
             if waited > _PATIENCE_SECONDS and not told:
                 told = True
                 line = f"waiting for Prefect's server to start; its log is {self._log}"
-                print(line, file=sys.stderr, flush=True)
+                say(line, file=sys.stderr, flush=True)
             time.sleep(0.05)
 
     def _fault(self) -> str:

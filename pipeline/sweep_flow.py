@@ -326,7 +326,7 @@ def _repro(shared: _Shared, point: Point, dag: Dag, names: Sequence[str]) -> Non
     )
     if done.code:
         for name in names:
-            end_killed(folder, name, shared.snapshot.root)
+            end_killed(dag.root, name, shared.snapshot.root)
     if shared.processes.stopped_by:
         raise _StoppedError
     if done.code:
