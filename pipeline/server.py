@@ -185,7 +185,7 @@ class LocalServer:
             if waited > _PATIENCE_SECONDS and not told:
                 told = True
                 line = f"waiting for Prefect's server to start; its log is {self._log}"
-                say(line, file=sys.stderr, flush=True)
+                say(line, file=sys.stderr)
             time.sleep(0.05)
 
     def _fault(self) -> str:
