@@ -8,27 +8,33 @@ vocabulary allows it (as nanoGPT's `.bin` files).
 from __future__ import annotations
 
 import bisect
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from gpt.errors import InputError, first_problem
+from gpt.files import read_json
 
 SplitName = Literal["train", "validation"]
+_Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 _CONFIG = ConfigDict(extra="forbid")
+_CHUNK = 1 << 20
+"""Bytes that are verified at a time; whole ids."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_CONFIG)
 class Counts:
     """How much text something holds."""
 
-    documents: int = 0
-    bytes: int = 0
-    tokens: int = 0
+    documents: _Count = 0
+    bytes: _Count = 0
+    tokens: _Count = 0
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(
@@ -49,9 +55,9 @@ class Shard:
         counts: of its documents (or parts of one), their bytes of text and its tokens.
     """
 
-    file: str
+    file: Annotated[str, Field(pattern=r"^[^/\\\x00]{1,255}$")]
     source: str
-    sha256: str
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     counts: Counts
 
 
@@ -80,7 +86,7 @@ class Manifest:
     """`manifest.json` of a folder of tokens; the tokenizer lies beside it."""
 
     dtype: Literal["uint16", "uint32"]
-    vocab_size: int
+    vocab_size: Annotated[int, Field(gt=0, le=1 << 32)]
     tokenizer: str
     """The tokenizer's hash."""
     splits: dict[SplitName, SplitManifest]
@@ -98,12 +104,12 @@ def read_manifest(directory: Path) -> Manifest:
         InputError: it is missing or not a manifest.
     """
     path = directory / "manifest.json"
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; run the stage tokenize first")
+    remedy = "run the stage tokenize again"
+    raw = read_json(path, missing="no such file; run the stage tokenize first", remedy=remedy)
     try:
-        return TypeAdapter(Manifest).validate_json(path.read_bytes())
+        return TypeAdapter(Manifest).validate_json(json.dumps(raw), strict=True)
     except ValidationError as error:
-        raise InputError(f"{path}: {first_problem(error)}; run the stage tokenize again") from None
+        raise InputError(f"{path}: {first_problem(error)}; {remedy}") from None
 
 
 def map_ids(path: Path, dtype: str) -> np.ndarray:
@@ -159,8 +165,8 @@ def open_tokens(directory: Path, split: SplitName, source: str | None = None) ->
         source: only what is from this source.
 
     Raises:
-        InputError: the split or a shard is missing, or a shard's size is not what the manifest
-            says.
+        InputError: the split or a shard is missing, or a shard is not what the manifest says: its
+            size, its bytes, an id beyond the vocabulary. Every byte is read for it: a second a GB.
     """
     manifest = read_manifest(directory)
     if split not in manifest.splits:
@@ -175,5 +181,25 @@ def open_tokens(directory: Path, split: SplitName, source: str | None = None) ->
                 f"{directory / shard.file}: {len(ids)} tokens where the manifest has "
                 f"{shard.counts.tokens}; run the stage tokenize again"
             )
+        _verify(directory / shard.file, shard, ids, manifest.vocab_size)
         parts.append(ids)
     return Tokens(parts)
+
+
+def _verify(path: Path, shard: Shard, ids: np.ndarray, vocab_size: int) -> None:
+    """Refuse a shard whose bytes are not those that the stage tokenize wrote."""
+    found, largest = hashlib.sha256(), 0
+    with path.open("rb") as file:  # what is read by way of the map would count as our memory
+        while chunk := file.read(_CHUNK):
+            found.update(chunk)
+            largest = max(largest, int(np.frombuffer(chunk, ids.dtype).max()))
+    if found.hexdigest() != shard.sha256:
+        raise InputError(
+            f"{path}: damaged or of another run (its sha256 is not the manifest's); run the stage "
+            "tokenize again"
+        )
+    if largest >= vocab_size:
+        raise InputError(
+            f"{path}: holds the token {largest}, and the vocabulary ends at {vocab_size - 1}; run "
+            "the stage tokenize again"
+        )

@@ -4,6 +4,7 @@ import os
 import signal
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -18,6 +19,9 @@ os.environ["GIT_CONFIG_NOSYSTEM"] = "1"
 os.environ["GIT_CONFIG_COUNT"] = "1"
 os.environ["GIT_CONFIG_KEY_0"] = "user.useConfigOnly"
 os.environ["GIT_CONFIG_VALUE_0"] = "true"
+
+# `pytest --hypothesis-profile=thorough tests/test_hostile_*.py`: minutes, and no two runs alike.
+hypothesis.settings.register_profile("thorough", max_examples=10_000, print_blob=True)
 
 # Started in the background (by a CI, say), this process ignores Ctrl-C, and so would every process
 # that a test starts and interrupts.

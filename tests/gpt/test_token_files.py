@@ -2,15 +2,16 @@
 
 import json
 import os
+import tracemalloc
 
 import numpy as np
-import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt.data import WindowDataset, take
 from gpt.errors import InputError
+from gpt.files import sha256_of
 from gpt.token_files import Counts, Tokens, map_ids, open_tokens, read_manifest, token_dtype
 
 
@@ -57,9 +58,17 @@ def write_folder(folder, **splits):
         for file, source, ids in shards:
             np.array(ids, dtype="<u2").tofile(folder / file)
             counts = {"documents": 1, "bytes": 3 * len(ids), "tokens": len(ids)}
-            shard = {"file": file, "source": source, "sha256": "0" * 64, "counts": counts}
+            sha256 = sha256_of(folder / file)
+            shard = {"file": file, "source": source, "sha256": sha256, "counts": counts}
             entries[split]["shards"].append(shard)
     manifest = {"dtype": "uint16", "vocab_size": 257, "tokenizer": "0" * 64, "splits": entries}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def change(folder, **fields):
+    """Other fields for the first shard of the manifest."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["splits"]["train"]["shards"][0] |= fields
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -102,15 +111,17 @@ def test_a_large_folder_is_opened_and_read_at_a_few_places_without_its_memory(tm
     for shard in manifest["splits"]["train"]["shards"]:
         os.truncate(tmp_path / shard["file"], each)
         shard["counts"]["tokens"] = each // 2
+        shard["sha256"] = "20492a4d0d84f8beb1767f6616229f85d44c2827b64bdbfb260ee12fa1109e0e"
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    memory = psutil.Process().memory_info
-    before = memory().rss
+    # the process's resident memory would count pages of the system's cache, which it may take back
+    tracemalloc.start()
     windows = WindowDataset(open_tokens(tmp_path, "train"), 1024, 1024)
     assert len(windows) == 4 * each // 2 // 1024 - 1
     batch = take(windows, list(range(0, len(windows), len(windows) // 8)))
-    grown = memory().rss - before
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
     assert batch.inputs.shape == (9, 1024)
-    assert grown < 20 << 20
+    assert peak < 20 << 20
 
 
 @pytest.mark.parametrize(
@@ -122,6 +133,15 @@ def test_a_large_folder_is_opened_and_read_at_a_few_places_without_its_memory(tm
         (lambda f: (f / "b-0.bin").unlink(), "b-0.bin: no such file"),
         (lambda f: (f / "b-0.bin").write_bytes(b"123"), "b-0.bin: truncated"),
         (lambda f: (f / "b-0.bin").write_bytes(b"12"), "1 tokens where the manifest has 2"),
+        (lambda f: (f / "b-0.bin").write_bytes(b"\3\0\5\0"), r"b-0.bin: damaged .*tokenize again"),
+        (
+            lambda f: write_folder(f, train=[("b-0.bin", "b", [3, 257])]),
+            r"b-0.bin: holds the token 257, and the vocabulary ends at 256",
+        ),
+        (lambda f: change(f, counts={"tokens": -1}), r"manifest.json: .*tokens"),
+        (lambda f: change(f, counts={"tokens": "3"}), r"manifest.json: .*tokens"),
+        (lambda f: change(f, file="../b-0.bin"), r"manifest.json: .*file"),
+        (lambda f: change(f, sha256=None), r"manifest.json: .*sha256"),
     ],
 )
 def test_damaged_token_folders_are_refused_in_one_line(tmp_path, damage, complaint):

@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification, GPT2LMHeadModel
 from gpt.bootstrap import accuracy, macro_f1, mean, mean_loss
 from gpt.errors import RunError
 from gpt.events import Progress
+from gpt.files import sha256_of
 from gpt.likelihood import classify_by_likelihood
 from gpt.prompts import render_prompt, render_prompts
 from gpt.text import (
@@ -680,9 +681,10 @@ def write_shards(folder, parts):
     manifest = json.loads((folder / "manifest.json").read_text())
     shards = []
     for number, (source, ids) in enumerate(parts.items()):
-        ids.tofile(folder / f"part-{number}.bin")
+        path = folder / f"part-{number}.bin"
+        ids.tofile(path)
         counts = {"documents": 1, "bytes": len(ids), "tokens": len(ids)}
-        shard = {"file": f"part-{number}.bin", "source": source, "sha256": "0" * 64}
+        shard = {"file": path.name, "source": source, "sha256": sha256_of(path)}
         shards.append({**shard, "counts": counts})
     manifest["splits"]["validation"]["shards"] = shards
     (folder / "manifest.json").write_text(json.dumps(manifest))

@@ -16,6 +16,7 @@ from transformers import GPT2LMHeadModel
 from gpt.data import batch_indices
 from gpt.errors import RunError
 from gpt.events import Message, Text
+from gpt.files import sha256_of
 from gpt.text import RawFile, write_sources
 from gpt.token_files import open_tokens, read_manifest
 from stages.pretrain import PretrainParams, open_windows, pretrain
@@ -68,7 +69,8 @@ def of_sources(folder, tokens, parts):
         part = ids[start : start + size]
         part.tofile(folder / file)
         counts = {"documents": 1, "bytes": len(part), "tokens": len(part)}
-        shards.append({"file": file, "source": source, "sha256": "0" * 64, "counts": counts})
+        sha256 = sha256_of(folder / file)
+        shards.append({"file": file, "source": source, "sha256": sha256, "counts": counts})
         start += size
     manifest["splits"]["validation"]["shards"] = shards
     (folder / "manifest.json").write_text(json.dumps(manifest))
