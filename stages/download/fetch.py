@@ -12,7 +12,7 @@ from typing import Literal
 from urllib.parse import quote
 
 from gpt.errors import InputError
-from gpt.events import Log, Message
+from gpt.events import Log, Message, Progress
 from gpt.files import sha256_of
 from stages.download.archives import is_archive, is_hidden, matches, unpack
 from stages.download.blocks import GENERAL_LIMIT, blocks_of, shown, write_blocks
@@ -154,12 +154,14 @@ class _Fetch:
             and not is_hidden(relative)
         ]
         fetched = []
-        for path, relative in sorted(files, key=lambda file: file[1]):
+        for n, (path, relative) in enumerate(sorted(files, key=lambda file: file[1])):
+            self.log(Progress(self.task, n, len(files), "file"))
             try:  # first, for no line of ours may have two
                 saved = f"{name}/{inside_path(relative)}"
             except ValueError as error:
                 raise InputError(f"{root}: {error} (source {name!r}); rename it") from None
-            self._refuse_outside(path)
+            if path.is_symlink():  # no folder is one, so nothing else leads out
+                self._refuse_outside(path)
             if not path.is_file():
                 continue  # a device or a pipe
             try:
@@ -171,6 +173,7 @@ class _Fetch:
             raise InputError(
                 f"{root}: {wanted} (source {name!r}); put files there or correct the source"
             )
+        self.log(Progress(self.task, len(files), len(files), "file"))
         return fetched
 
     def _walk(self, start: Path) -> Iterator[Path]:
@@ -364,7 +367,9 @@ class _Fetch:
                 raise NotHadError(f"cannot be read: {error.strerror}") from None
             with file:
                 total = os.fstat(file.fileno()).st_size
-                blocks = shown(blocks_of(file, self.places.stop), self.task, total, self.log)
+                blocks = blocks_of(file, self.places.stop)
+                if not self.source.gives_several:  # of several it is the files that are counted
+                    blocks = shown(blocks, self.task, total, self.log)
                 size, sha256 = write_blocks(target, blocks)
         return Fetched(saved, size, sha256, found.origin, found.via, pin=sha256)
 

@@ -208,6 +208,23 @@ def test_a_glob_gives_the_files_that_fit_it(tmp_path, local):
         assert list(corpus_files(tmp_path)) == [f"g/{name}" for name in expected]
 
 
+def test_many_files_are_counted_and_synced_together(tmp_path, local, monkeypatch):
+    """Their sizes say nothing, and a disk is asked once for all of them."""
+    (local / "many").mkdir()
+    for i in range(300):
+        (local / "many" / f"{i}.txt").write_text(str(i))
+    asked, heard = [], []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: asked.append(fsync(descriptor)))
+    monkeypatch.setattr(os, "sync", lambda: asked.append("all"))
+    run(tmp_path, params(corpus=[{"name": "mine", "folder": "many"}]), log=heard.append)
+    assert asked.count("all") == 1
+    assert len(asked) < 50
+    progress = [each for each in heard if getattr(each, "task", "") == "download mine"]
+    assert {(each.total, each.unit) for each in progress} == {(300, "file")}
+    assert [each.done for each in progress] == list(range(301))
+
+
 @pytest.mark.parametrize(
     ("source", "complaint"),
     [
