@@ -48,6 +48,7 @@ from pipeline.dvc_process import (
 )
 from pipeline.flow_params import FlowParams
 from pipeline.lifetime import note_flow_run
+from pipeline.markdown import escaped, table
 from pipeline.params import PARAMS_FILE, load_params, load_section
 from pipeline.resources import Resources, needs
 from pipeline.runner import STAGES, end_killed
@@ -441,12 +442,11 @@ def _repro(run: _Run, stage: Stage, environment: Mapping[str, str], made: bool) 
 
 def _publish(run: _Run, stage: Stage, headline: str) -> None:
     """A short page in Prefect: what happened, the metrics, the way to the MLflow run."""
-    lines = [f"# {stage.name}", "", headline, ""]
+    lines = [f"# {escaped(stage.name)}", "", escaped(headline), ""]
     for path in stage.metrics:
         metrics = flatten_metrics(json.loads((run.dag.root / path).read_text(encoding="utf-8")))
-        lines += ["| metric | value |", "|---|---:|"]
-        lines += [f"| {key} | {value:.6g} |" for key, value in metrics.items()]
-        lines.append("")
+        rows = [(key, f"{value:.6g}") for key, value in metrics.items()]
+        lines += [table(["metric", "value"], rows), ""]
     if url := run.dag.made_by([stage.name])[stage.name].get("url"):
         lines.append(f"[The run in MLflow that made it]({url})")
     create_markdown_artifact(

@@ -32,7 +32,7 @@ from gpt.events import Log, Message, discard
 from gpt.files import read_json, sha256_of, whole_file, write_json
 from gpt.prompts import read_template
 from gpt.weights import load_base
-from pipeline.markdown import Cell, table
+from pipeline.markdown import Cell, escaped, table
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -279,7 +279,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     columns = ["task", "version", "shots", "samples", "metric", "filter", "value", "stderr"]
     rows = [[_cell(score[column]) for column in columns] for score in results["scores"]]
     lines = [
-        f"`{results['model']}` (sha256 `{results['model_sha256'][:12]}…`), "
+        f"{escaped(str(results['model']))} (sha256 `{results['model_sha256'][:12]}…`), "
         f"lm-evaluation-harness {results['harness']}"
         + (", in the model's own template" if results["chat"] else "")
         + (f", the first {results['limit']:,} documents of a task" if results["limit"] else "")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt.errors import RunError
+from pipeline.markdown import escaped
 from pipeline.models import CANDIDATE, version_of
 from pipeline.sweep_points import Choices, Point, Sweep
 from pipeline.tracking import (
@@ -208,13 +209,14 @@ class SweepRuns:
                 run = self.client.get_run(stage_run)
                 url = run_url(self._root, run.info.experiment_id, stage_run)
                 tags |= {f"run.{stage}": stage_run, f"url.{stage}": url}
-                links.append(f"[{stage}: {run.info.run_name}]({url})")
+                links.append(f"[{escaped(f'{stage}: {run.info.run_name}')}]({url})")
                 known = [each for each in run.data.tags.get(TAG, "").split(", ") if each]
                 if self.name not in known:
                     self.client.set_tag(stage_run, TAG, ", ".join([*known, self.name]))
             for model, version in outcome.versions.items():
                 tags[f"model.{model}"] = f"models:/{model}/{version}"
-            tags["mlflow.note.content"] = "\n\n".join(filter(None, [outcome.error, *links]))
+            words = filter(None, [escaped(outcome.error), *links])
+            tags["mlflow.note.content"] = "\n\n".join(words)
             now = int(time.time() * 1000)
             values = {key_of(name): value for name, value in outcome.metrics.items()}
             values["seconds"] = outcome.seconds

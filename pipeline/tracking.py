@@ -38,6 +38,7 @@ from gpt.events import Event, Message, Metrics, Text
 from gpt.files import write_json
 from pipeline import unsent
 from pipeline.home import home
+from pipeline.markdown import escaped
 from pipeline.mlflow_database import database_file, database_uri, follow_move, reason_and_remedy
 
 if TYPE_CHECKING:
@@ -722,7 +723,7 @@ class StageRun:
         if torch := sys.modules.get("torch"):
             tags["machine.threads"] = str(torch.get_num_threads())
         if error:
-            tags["error"] = tags["mlflow.note.content"] = error
+            tags |= {"error": error, "mlflow.note.content": escaped(error)}
         now = int(time.time() * 1000)
         for name, value in flatten_metrics(metrics or {}).items():
             name = key_of(name)

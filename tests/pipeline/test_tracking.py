@@ -98,6 +98,18 @@ def test_another_project_in_the_same_process_has_its_own_database(
     assert (other / "mlflow.db").exists()
 
 
+def test_an_error_is_shown_on_a_run_s_page_as_text(project: Path, empty_database: Path) -> None:
+    shutil.copy(empty_database, project)
+    run = StageRun(project, "learn", stand_in.LearnParams(), {})
+    error = "data/<img src=x>: [click](http://example.org) | no file"
+    run.close("FAILED", error=error)
+    tags = run.client.get_run(run.id).data.tags
+    assert tags["error"] == error
+    assert not any(
+        each in tags["mlflow.note.content"] for each in ("<img", "[click]", "://", " | ")
+    )
+
+
 def test_long_lists_of_records_are_summarised() -> None:
     sources = tuple({"name": f"source-{i}", "sha256": "0" * 64} for i in range(200))
     flat = tracking.flatten(stand_in.LearnParams(sources=sources))
