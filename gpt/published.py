@@ -5,6 +5,7 @@
 | `model.safetensors`, or several and `model.safetensors.index.json` | Hugging Face's, the book's |
 | `pytorch_model.bin`, or several and `pytorch_model.bin.index.json` | Hugging Face's, the book's |
 | one `.safetensors`, `.pth`, `.pt` or `.bin` of any name | Hugging Face's, the book's |
+| nanoGPT's `ckpt.pt` | Hugging Face's, matrices output-major |
 | `model.ckpt.index` and `.data-…`, with `hparams.json` | OpenAI's (TensorFlow) |
 
 The book is Raschka's "Build a Large Language Model (From Scratch)".
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from gpt.model import GPT
 from gpt.safetensors_files import stored_in_safetensors
 from gpt.stored import Stored
 from gpt.tensorflow_files import stored_in_tensorflow
-from gpt.torch_files import stored_in_torch
+from gpt.torch_files import stored_in_torch, table_in_torch
 from gpt.weights import (
     IGNORED,
     account_for_every_name,
@@ -92,6 +93,8 @@ def open_published(folder: Path) -> Published:
         return _openai(folder, found)
     if any(name.startswith(("tok_emb.", "trf_blocks.")) for name in found.tensors):
         return _book(folder, found)
+    if (args := _nanogpt_args(found)) is not None:
+        return _nanogpt(found, args)
     return _hugging_face(folder, found)
 
 
@@ -179,9 +182,14 @@ def _hugging_face(folder: Path, found: _Found) -> Published:
             "weights"
         )
     config, _ = read_config(folder)
-    tensors = by_plain_name(found.path, found.tensors)
+    return _by_plain_names(found, config, by_plain_name(found.path, found.tensors))
+
+
+def _by_plain_names(
+    found: _Found, config: GPTConfig, tensors: dict[str, Stored], owner: str = "Hugging Face"
+) -> Published:
     if "score.weight" in tensors:
-        raise InputError(f"{folder}: holds a classifier; a language model is needed")
+        raise InputError(f"{found.path}: holds a classifier; a language model is needed")
     wanted = _wanted(found, config)
     skipped = {name for name in tensors if IGNORED.fullmatch(name)}
     if config.tie_weights and (head := tensors.get("lm_head.weight")) is not None:
@@ -196,11 +204,41 @@ def _hugging_face(folder: Path, found: _Found) -> Published:
     account_for_every_name(found.path, tensors, wanted, skipped)
     return Published(
         found.path,
-        f"{found.form}, Hugging Face's names",
+        f"{found.form}, {owner}'s names",
         config,
         tuple(sorted(tensors[name].name for name in skipped)),
         {name: tensors[name] for name in wanted},
     )
+
+
+_NANOGPT_ARGS = {
+    "vocab_size": "vocab_size",
+    "block_size": "context_length",
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "n_embd",
+}
+
+
+def _nanogpt_args(found: _Found) -> Mapping[Any, Any] | None:
+    """What nanoGPT's `ckpt.pt` says of the architecture; None for any other file."""
+    torch_file = _READERS.get(found.path.suffix) is stored_in_torch
+    return table_in_torch(found.path, "model_args") if torch_file else None
+
+
+def _nanogpt(found: _Found, args: Mapping[Any, Any]) -> Published:
+    """nanoGPT's matrices are those of `nn.Linear`, and it may do without all biases."""
+    config = architecture(found.path, args, _NANOGPT_ARGS)
+    tensors = {
+        name: replace(stored, turned=False)
+        for name, stored in by_plain_name(found.path, found.tensors).items()
+    }
+    if args.get("bias") is False:
+        for name, shape in _shapes(found, config).items():
+            if name.endswith(".bias"):
+                zeros = functools.partial(torch.zeros, shape)
+                tensors[name] = Stored(found.path, name, shape, torch.float32, zeros)
+    return _by_plain_names(found, config, tensors, "nanoGPT")
 
 
 _BOOK = {
@@ -363,7 +401,12 @@ _OPENAI_HPARAMS = {
 
 
 def _wanted(found: _Found, config: GPTConfig) -> list[str]:
-    return list(empty_model(found.path, config, None, len(found.tensors)).state_dict())
+    return list(_shapes(found, config))
+
+
+def _shapes(found: _Found, config: GPTConfig) -> dict[str, tuple[int, ...]]:
+    empty = empty_model(found.path, config, None, len(found.tensors))
+    return {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
 
 
 def _equal(one: Stored, other: Stored) -> bool:

@@ -62,6 +62,19 @@ def stored_in_torch(path: Path) -> dict[str, Stored]:
     }
 
 
+def table_in_torch(path: Path, name: str) -> Mapping[Any, Any] | None:
+    """A table that a training script put beside the weights in a zip file; None if it did not.
+
+    Raises:
+        InputError: the file is damaged, or holds anything but tensors and containers.
+    """
+    if not zipfile.is_zipfile(path):
+        return None
+    value = _load(path, path, mapped=True)
+    table = value.get(name) if isinstance(value, Mapping) else None
+    return table if isinstance(table, Mapping) else None
+
+
 def _check_records(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Refuse a tensor whose record in the zip file is shorter than it is.
 

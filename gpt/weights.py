@@ -30,6 +30,8 @@ from gpt.stored import Stored
 from gpt.tokenizer import Tokenizer, load_tokenizer
 
 _PREFIX = "transformer."
+# torch.compile and DistributedDataParallel put their own before it
+_PREFIXES = re.compile(r"(?:_orig_mod\.|module\.)*(?:transformer\.)?")
 _CONV1D = re.compile(r"h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
 # causal masks that old files carry along; the architecture implies them
 IGNORED = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
@@ -310,7 +312,7 @@ def architecture(
         raise InputError(f"{path}: lacks {missing[0]!r}; {remedy}")
     values = {own: raw[key] for key, own in names.items() if key in raw}
     try:  # as JSON, so that neither `true` nor "12" nor 12.0 is taken for a whole number
-        return TypeAdapter(GPTConfig).validate_json(json.dumps(values), strict=True)
+        return TypeAdapter(GPTConfig).validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
         problem = error.errors()[0]
         field = next(iter(problem["loc"]), None)
@@ -380,7 +382,7 @@ def by_plain_name(path: Path, tensors: Mapping[str, Stored]) -> dict[str, Stored
     """
     plain: dict[str, Stored] = {}
     for name, stored in tensors.items():
-        short = name.removeprefix(_PREFIX)
+        short = _PREFIXES.sub("", name, count=1)
         if short in plain:
             raise InputError(
                 f"{path}: holds {short} with and without {_PREFIX!r}; get a file with one of them"

@@ -92,6 +92,30 @@ def test_a_model_goes_to_transformers_and_back_with_identical_tensors(make_model
             assert one[each].numpy().tobytes() == other[each].numpy().tobytes(), each
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_checkpoint_of_nanogpt_is_read(make_model, tmp_path, bias):
+    model = make_model(vocab_size=320)
+    for name, tensor in model.state_dict().items():
+        if name.endswith(".bias") and not bias:
+            tensor.zero_()
+    theirs = {
+        f"_orig_mod.{'' if name == 'lm_head.weight' else 'transformer.'}{name}": tensor
+        for name, tensor in [*model.state_dict().items(), ("lm_head.weight", model.wte.weight)]
+        if bias or not name.endswith(".bias")
+    }
+    sizes = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 48, "vocab_size": 320}
+    args = {**sizes, "bias": bias, "dropout": 0.0}
+    state = {"model": theirs, "model_args": args, "optimizer": {"state": {}}, "iter_num": 7}
+    torch.save(state, tmp_path / "ckpt.pt")
+    again = open_published(tmp_path).load()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    for n_head in (None, torch.ones(2)):
+        torch.save(state | {"model_args": {**args, "n_head": n_head}}, tmp_path / "ckpt.pt")
+        with pytest.raises(InputError, match=r"ckpt\.pt: n_head: .*; get the model's own ckpt\.pt"):
+            open_published(tmp_path)
+
+
 def test_half_precision_is_widened(tmp_path):
     theirs = hugging_face_model()
     write_config(theirs, tmp_path)
