@@ -568,11 +568,12 @@ def missing_classes(parts: Mapping[str, pd.DataFrame], labels: Sequence[str]) ->
     """Which parts lack which classes, in words; a part that holds all of them is not named."""
     said = {}
     for name, part in parts.items():
-        found = set(part["label"])
+        found = set(part["label"].tolist())
         lacking = [label for label in labels if label not in found]
         if lacking:
+            alone = f"messages of {in_short(sorted(found))} alone, and " if len(found) == 1 else ""
             said[name] = (
-                f"the {name} part has no message of {len(lacking)} of {len(labels)} classes "
+                f"the {name} part has {alone}no message of {len(lacking)} of {len(labels)} classes "
                 f"({in_short(lacking)})"
             )
     return said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -172,7 +173,7 @@ def _confusion(part: str, table: pd.DataFrame, labels: list[str]) -> pd.DataFram
 def _most_wrong(part: str, table: pd.DataFrame) -> pd.DataFrame:
     """The wrong ones, the one first whose right class got the smallest probability."""
     wrong = table[table["actual"] != table["predicted"]]
-    given = [row[f"probability_{row['actual']}"] for _, row in wrong.iterrows()]
+    given: list[Any] = [wrong.at[i, f"probability_{label}"] for i, label in wrong["actual"].items()]
     found = wrong[["text", "actual", "predicted"]].assign(probability_actual=given)
     found.insert(0, "part", part)
     return found.sort_values("probability_actual", kind="stable").head(_MOST_WRONG)

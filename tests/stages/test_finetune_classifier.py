@@ -502,7 +502,10 @@ def test_what_a_part_lacks_and_what_undersampling_costs_is_told(tmp_path, base, 
     lacking = [name for name, part in parts.items() if part["label"].nunique() < 2]
     assert lacking, "no part lacks a class: nothing is tested"
     for name, text in zip(lacking, warnings[1:], strict=True):
-        assert f"the {name} part has no message of 1 of 2 classes (" in text
+        (only,) = parts[name]["label"].unique()
+        other = "spam" if only == "ham" else "ham"
+        told = f"has messages of '{only}' alone, and no message of 1 of 2 classes ('{other}')"
+        assert f"the {name} part {told}" in text
 
 
 def truncate(base):
