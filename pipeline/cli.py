@@ -41,6 +41,13 @@ class _Commands(TyperGroup):
         except BrokenPipeError:  # `gpt-pipeline status | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
+        except OSError as error:
+            from pipeline.runner import system_fault
+            from pipeline.tracking import without_secrets
+
+            code, line = 1, without_secrets(system_fault(error))
+            if not line:  # a mistake of ours: nothing is hidden
+                raise
         say(f"error: {line}", file=sys.stderr)
         raise typer.Exit(code)
 

@@ -56,7 +56,9 @@ from pipeline.tracking import (
 
 MIRROR_VARIABLE = "GPT_PIPELINE_MIRROR"
 
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_DISK_ERRORS = (*_DISK_FULL, errno.EACCES, errno.EPERM)
+_FILES_OPEN = (errno.EMFILE, errno.ENFILE)
 EXIT_OK, EXIT_FAILED, EXIT_INPUT = 0, 1, 2
 EXIT_SIGNAL = 128
 EXIT_TERMINATED = EXIT_SIGNAL + signal.SIGTERM
@@ -255,8 +257,9 @@ def _run_alone(name: str, root: Path) -> int:
         if launch.is_worker() and launch.is_lost(caught):
             say(f"{name}: another process of the training is gone", file=sys.stderr)
             return EXIT_FAILED  # no verdict: all are started again
-        code, error = EXIT_FAILED, _of_the_disk(name, caught)
-        if not error:  # a mistake of ours: nothing is hidden
+        fault = system_fault(caught)
+        code, error = EXIT_FAILED, f"{name}: {fault}"
+        if not fault:  # a mistake of ours: nothing is hidden
             traceback.print_exc()
             error = f"{type(caught).__name__}: {caught}"
     error = without_secrets(error)  # an address that failed may hold some
@@ -343,18 +346,29 @@ def _verdict(root: Path, name: str) -> dict[str, Any] | None:
     return said
 
 
-def _of_the_disk(name: str, error: Exception) -> str:
-    """What to tell where nothing can be written: what, where, what to do; else empty."""
-    full = os.strerror(errno.ENOSPC)
+def system_fault(error: Exception) -> str:
+    """What to tell where the machine refuses, as nothing can be written: what, where, what to do.
+
+    Empty for any other error, which is a mistake of ours.
+    """
     if not isinstance(error, OSError):
         # libraries that write by themselves put the system's words into their own error
-        reason, where = full if full in str(error) else "", ""
+        said = str(error)
+        reason = next((each for each in map(os.strerror, _DISK_FULL) if each in said), "")
+        if "readonly database" in said:
+            reason = "a database cannot be written"
+        where = ""
     else:
-        reason = str(error.strerror) if error.errno in _DISK_ERRORS else ""
-        where = f" ({error.filename})" if error.filename else ""
+        reason, where = error.strerror or "", f" ({error.filename})" if error.filename else ""
+        if error.errno in _FILES_OPEN:
+            return f"{reason}{where}; allow more (`ulimit -n 4096`), and try again"
+        if reason.startswith("No usable temporary directory"):
+            return f"{reason}; set TMPDIR to a folder that can be written"
+        if error.errno not in _DISK_ERRORS:
+            reason = ""
     if not reason:
         return ""
-    return f"{name}: {reason}{where}; make room there or make it writable, and try again"
+    return f"{reason}{where}; make room there or make it writable, and try again"
 
 
 def _run(name: str, root: Path) -> None:

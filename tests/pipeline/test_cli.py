@@ -1,5 +1,6 @@
 """The command line: one line and an exit code for what a person did wrong."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 from data_project import make_data_project
 
 import pipeline
+from pipeline.cli import app
 
 HERE = Path(pipeline.__file__).parent.parent
 
@@ -226,3 +228,32 @@ def test_data_before_anything_was_downloaded_is_one_line(project, command):
     assert (code, shown) == (2, "")
     assert errors.count("\n") == 1
     assert "nothing was downloaded yet; run `gpt-pipeline run tokenize` first" in errors
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            OSError(errno.EROFS, "Read-only file system", "/p/lock"),
+            "Read-only file system (/p/lock)",
+        ),
+        (OSError(errno.EMFILE, "Too many open files"), "Too many open files; allow more"),
+        (
+            FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/none']"),
+            "No usable temporary directory found in ['/none']; set TMPDIR",
+        ),
+    ],
+)
+def test_a_machine_that_refuses_is_told_in_a_line_from_any_command(
+    error, line, project, monkeypatch, capsys
+):
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr("pipeline.status.print_status", refuse)
+    with pytest.raises(SystemExit) as ended:
+        app(["status"])
+    assert ended.value.code == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {line}")
+    assert said.count("\n") == 1
