@@ -6,6 +6,7 @@ say the same. All of it is plain text: a rendering escapes what it shows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -153,10 +154,15 @@ def sections(facts: Facts, pictures: Pictures) -> list[Section]:
 # --- figures in words -----------------------------------------------------------------------------
 
 
+_NOT_FINITE = "not finite"  # an older evaluation may say so of a damaged model
+
+
 def percent(score: Score | None) -> str | None:
     """A share with its interval, `98.8 % (97.3-99.6)`; None where it was not measured."""
     if score is None:
         return None
+    if not math.isfinite(score.value):
+        return _NOT_FINITE
     return f"{score.value * 100:.1f} %{_interval(score, lambda end: f'{end * 100:.1f}')}"
 
 
@@ -164,6 +170,8 @@ def decimal(score: Score | None, digits: int = 3) -> str | None:
     """A figure with its interval, `4.166 (4.102-4.230)`; None where it was not measured."""
     if score is None:
         return None
+    if not math.isfinite(score.value):
+        return _NOT_FINITE
     return f"{score.value:,.{digits}f}{_interval(score, lambda end: f'{end:,.{digits}f}')}"
 
 

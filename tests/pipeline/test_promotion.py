@@ -4,9 +4,11 @@ Real models, a real registry: the versions are a trained one and what is made of
 """
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlflow
 import pandas as pd
@@ -21,10 +23,11 @@ from safetensors.torch import load_file, save_file
 
 from gpt.bootstrap import Comparison
 from gpt.config import GPTConfig
-from gpt.errors import InputError, RunError
+from gpt.errors import NOT_FINITE, InputError, RunError
 from gpt.model import GPT
 from gpt.tokenizer import byte_tokenizer
 from gpt.weights import save_model
+from pipeline import promotion
 from pipeline.models import register, version_of
 from pipeline.promotion import (
     ANSWERS,
@@ -609,3 +612,42 @@ def test_errors_are_one_line(project, tmp_path):
 def test_an_impossible_rule_is_refused(wrong):
     with pytest.raises(ValidationError):
         TypeAdapter(PromotionParams).validate_python(wrong)
+
+
+# --- what cannot be compared ----------------------------------------------------------------------
+
+
+def test_a_test_part_of_one_class_promotes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = pd.DataFrame({"actual": ["ham"] * 3, "predicted": ["ham"] * 3})
+    monkeypatch.setattr(promotion, "_same_split", lambda *_: True)
+    monkeypatch.setattr(promotion, "_read", lambda *_: rows)
+    found = (["ham", "spam"], {"test": rows})
+    monkeypatch.setattr("stages.evaluate.classifier.messages_by_part", lambda *_: found)
+    why = promotion._classifiers(SimpleNamespace(root=tmp_path, params=None), tmp_path)
+    assert isinstance(why, str)
+    assert "messages of one class alone, 'ham', so its scores say nothing" in why
+
+
+def test_a_score_that_is_no_number_is_not_better() -> None:
+    nothing = Comparison(math.nan, math.nan, math.nan, better=False, worse=False)
+    for sure in (True, False):
+        promoted, _ = promotion._judged(nothing, PromotionParams(sure=sure), "accuracy", 1)
+        assert not promoted
+
+
+def test_a_champion_whose_scores_are_not_finite_is_named_with_the_remedy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fetched(uri: str, dst_path: str) -> str:
+        (Path(dst_path) / "artifacts" / "classifier").mkdir(parents=True)
+        return dst_path
+
+    monkeypatch.setattr("mlflow.artifacts.download_artifacts", fetched)
+    version = SimpleNamespace(name="classifier", version="3")
+    refused = pytest.raises(InputError, match=r"^models:/classifier/3: the champion's files are")
+    with refused as caught, promotion.files_of(version, "the champion's", "; name another") as at:
+        raise RunError(f"{at}: {NOT_FINITE}")
+    assert str(caught.value).endswith("; name another")
+    assert "the model's logits are not finite numbers" in str(caught.value)

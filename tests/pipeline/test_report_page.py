@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -26,9 +27,10 @@ from report_project import (
 
 from gpt.errors import InputError
 from gpt.files import write_json
+from pipeline import report_content
 from pipeline.markdown import visible
 from pipeline.report_content import Pictures, sections
-from pipeline.report_facts import report_facts
+from pipeline.report_facts import Score, report_facts
 from pipeline.report_page import as_html, as_markdown, write_report
 from pipeline.tracking import PEAK_MEMORY, connect
 
@@ -506,3 +508,8 @@ def test_pictures_of_an_earlier_report_go(tmp_path):
     facts = dataclasses.replace(report_facts(tmp_path), histories={}, confusion=None)
     assert [path.name for path in write_report(tmp_path, facts).pictures] == ["accuracies.png"]
     assert not old.exists()
+
+
+def test_a_score_that_is_no_number_is_called_that() -> None:
+    for score in (Score(math.nan), Score(math.inf, 1.0, math.inf)):
+        assert report_content.percent(score) == report_content.decimal(score) == "not finite"
