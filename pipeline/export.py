@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 
 from gpt.data import Batch
-from gpt.errors import InputError
+from gpt.errors import InputError, RunError
 from gpt.files import read_json
 from gpt.formats import texts_in
 from gpt.gguf import GGUFType, is_ours, read_back, write_gguf
@@ -64,6 +65,7 @@ def export(source: Path, target: Path, dtype: str) -> int:
 
     Raises:
         InputError: `source` is no model directory, or `target` holds something else.
+        RunError: `target` cannot be written.
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype: {dtype!r} is not known; use one of {', '.join(DTYPES)}")
@@ -73,7 +75,8 @@ def export(source: Path, target: Path, dtype: str) -> int:
         for name in _EXTRA
         if (source / name).is_file()
     }
-    save_model(model, target, tokenizer=tokenizer, extra=extra)
+    with _writing(target):
+        save_model(model, target, tokenizer=tokenizer, extra=extra)
     return (target / "model.safetensors").stat().st_size
 
 
@@ -93,6 +96,7 @@ def export_gguf(
 
     Raises:
         InputError: `source` holds no language model, `target` something else, `text` no text.
+        RunError: `target` cannot be written.
     """
     if target.exists() and not is_ours(target):
         raise InputError(
@@ -102,7 +106,8 @@ def export_gguf(
     model, tokenizer = load_base(source)
     # before anything is written: a text that cannot be read should not cost a wait
     rows = list(_rows(tokenizer, text, model.config.context_length)) if text else []
-    write_gguf(model, target, tokenizer=tokenizer, type=type, name=source.resolve().name)
+    with _writing(target):
+        write_gguf(model, target, tokenizer=tokenizer, type=type, name=source.resolve().name)
     size = target.stat().st_size
     if not rows:
         return size, None
@@ -112,6 +117,16 @@ def export_gguf(
     int8 = _perplexity(quantize(load_base(source)[0]), rows)
     tokens = sum(row.n_targets for row in rows)
     return size, Loss(tokens=tokens, before=before, after=after, int8=int8)
+
+
+@contextlib.contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"{target}: {error.strerror or error}; make room or make it writable, or choose another"
+        ) from None
 
 
 def _perplexity(model: GPT, rows: list[Batch]) -> float:

@@ -1,5 +1,6 @@
 """Exported models are the same models in another precision."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from transformers import GPT2LMHeadModel
 from typer.testing import CliRunner
 
 from gpt.config import GPTConfig
-from gpt.errors import InputError
+from gpt.errors import InputError, RunError
 from gpt.model import GPT, GPTClassifier
 from gpt.tokenizer import byte_tokenizer
 from gpt.weights import load_model, save_model
@@ -59,6 +60,18 @@ def test_only_what_was_written_here_is_replaced(config, source, tmp_path):
     with pytest.raises(InputError, match="choose another name, or move it away"):
         export(source, target, "float16")
     assert sorted(target.iterdir()) == before
+
+
+def test_a_target_that_cannot_be_written_is_one_line(source, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pipeline.export.save_model", full)
+    monkeypatch.setattr("pipeline.export.write_gguf", full)
+    with pytest.raises(RunError, match="No space left on device; make room"):
+        export(source, tmp_path / "new", "float16")
+    with pytest.raises(RunError, match="No space left on device; make room"):
+        export_gguf(source, tmp_path / "new.gguf", "f16")
 
 
 def test_an_unknown_precision_is_named(source, tmp_path):
