@@ -6,6 +6,7 @@ Each command imports what it needs when it runs: `--help` loads no torch, `statu
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from typer.core import TyperGroup
 from gpt.errors import InputError, RunError
 from gpt.files import whole_file
 from pipeline.interpreter import collect_seldom, end_with_the_terminal, reach_loopback_directly
+from pipeline.markdown import name_of
 from pipeline.terminal import say
 
 if TYPE_CHECKING:
@@ -46,6 +48,9 @@ class _Commands(TyperGroup):
             from pipeline.tracking import without_secrets
 
             code, line = 1, without_secrets(system_fault(error))
+            if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):  # a name that somebody gave
+                name = name_of(str(error.filename), 120)
+                code, line = 2, f"{name}: {error.strerror}; name another"
             if not line:  # a mistake of ours: nothing is hidden
                 raise
         say(f"error: {line}", file=sys.stderr)

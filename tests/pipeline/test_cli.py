@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from data_project import make_data_project
+from typer.testing import CliRunner
 
 import pipeline
 from pipeline.cli import app
@@ -257,3 +259,18 @@ def test_a_machine_that_refuses_is_told_in_a_line_from_any_command(
     said = capsys.readouterr().err
     assert said.startswith(f"error: {line}")
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["lineage"],
+        ["generate", "x", "--model"],
+        ["classify", "x", "--model"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_name_that_is_too_long_for_a_file_is_one_line(arguments, project):
+    done = CliRunner().invoke(app, [*arguments, "x" * 5000])
+    assert done.exit_code == 2
+    assert re.fullmatch(r"error: .{,130}: File name too long; name another\n", done.output)
