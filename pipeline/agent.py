@@ -359,8 +359,6 @@ class _Agent:
         with contextlib.suppress(ObjectNotFound):
             run = client.read_flow_run(run_id)  # type: ignore[arg-type]
             state = run.state
-            if "refused" in note:
-                self.say(f"flow run {run_id}: {note['refused']}")
             if dict(self._notes()).get(run_id) != note:
                 return  # a worker has started it again meanwhile
             if state is not None and state.is_pending() and not at_once and _is_new(state):
@@ -380,8 +378,11 @@ class _Agent:
                     many = Crashed(message=f"{said}, and it was started {run.run_count} times")
                     self.say(f"{run.name}: {many.message}: it has failed")
                     client.set_flow_run_state(run.id, many, True)
-        if not again and note.get("workspace"):
-            shutil.rmtree(note["workspace"], ignore_errors=True)
+        if not again:
+            if "refused" in note:
+                self.say(f"flow run {run_id}: {note['refused']}")
+            if note.get("workspace"):
+                shutil.rmtree(note["workspace"], ignore_errors=True)
         self._gone.pop(run_id, None)
         run_note(self.root, run_id).unlink(missing_ok=True)
 
