@@ -35,6 +35,14 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error is that there is not enough memory, which PyTorch and NumPy say apart."""
+    signs = ("out of memory", "DefaultCPUAllocator", "Storage size calculation overflowed")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    )
+
+
 def first_problem(error: ValidationError, within: str = "") -> str:
     """The first thing that is wrong with what was read: where it stands, and why it is refused.
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from gpt.errors import InputError, RunError
+from gpt.errors import InputError, RunError, lacks_memory
 from gpt.files import whole_file
 from pipeline.interpreter import collect_seldom, end_with_the_terminal, reach_loopback_directly
 from pipeline.markdown import name_of
@@ -38,6 +38,10 @@ class _Commands(TyperGroup):
             code, line = 2, str(error)
         except RunError as error:
             code, line = 1, str(error)
+        except (MemoryError, RuntimeError) as error:
+            if not lacks_memory(error):
+                raise
+            code, line = 1, "out of memory; ask for less at once, or take a smaller model"
         except KeyboardInterrupt as error:
             code, line = 128 + getattr(error, "signal", signal.SIGINT), "stopped"
         except BrokenPipeError:  # `gpt-pipeline status | head`

@@ -25,7 +25,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from gpt.errors import InputError, RunError
+from gpt.errors import InputError, RunError, lacks_memory
 from gpt.events import Event, Log, Message
 from gpt.files import write_json
 from pipeline import launch
@@ -351,6 +351,11 @@ def system_fault(error: Exception) -> str:
 
     Empty for any other error, which is a mistake of ours.
     """
+    if lacks_memory(error):
+        return (
+            "out of memory; lower batch_size (a training takes as many rows a step with a higher "
+            "accumulation), lengths or the model's sizes, and run again"
+        )
     if not isinstance(error, OSError):
         # libraries that write by themselves put the system's words into their own error
         said = str(error)

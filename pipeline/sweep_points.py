@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from gpt.errors import InputError
+from gpt.errors import InputError, shown
+from gpt.files import read_json
 from pipeline.dag import Dag
 from pipeline.overrides import params_with, read_beside_params
 from pipeline.params import SECTIONS
@@ -271,6 +272,7 @@ def _check_stages(root: Path, sweep: Sweep) -> None:
             f"metric.file: {sweep.metric.file} is no metrics file of these stages; use one of "
             f"{', '.join(files)}"
         )
+    _check_metric(root, sweep.metric)
     # with `base` swept, which stages are upstream differs from point to point
     edges_differ = any(path.rpartition(".")[2] == "base" for path in sweep.paths)
     for path in sweep.paths:
@@ -279,6 +281,23 @@ def _check_stages(root: Path, sweep: Sweep) -> None:
                 f"{path}: none of the stages reads it ({', '.join(plan)}); add the one that does "
                 "to `stages`"
             )
+
+
+def _check_metric(root: Path, metric: Metric) -> None:
+    """Refuse a name that the stage did not write when it ran last, while nothing is trained yet."""
+    from pipeline.tracking import flatten_metrics
+
+    if not (root / metric.file).is_file():
+        return
+    remedy = "`git checkout` it, or run its stage again"
+    names = list(flatten_metrics(read_json(root / metric.file, missing="", remedy=remedy)))
+    if metric.name not in names:
+        near = difflib.get_close_matches(metric.name, names, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(names[:20])}"
+        raise _FileError(
+            f"metric.name: {metric.file} has no {shown(metric.name)}; {hint} (if it is new with "
+            "the parameters as they are now, run the stage once)"
+        )
 
 
 def _check_section(path: str) -> None:

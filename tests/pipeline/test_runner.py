@@ -169,6 +169,10 @@ def test_a_failure_is_one_line_an_exit_code_and_a_failed_run(
     assert not (project / ".pipeline/exit/prepare.json").exists()
 
 
+def test_out_of_memory_is_told_with_what_to_lower() -> None:
+    assert runner.system_fault(MemoryError()).startswith("out of memory; lower batch_size")
+
+
 def test_a_mistake_of_ours_shows_its_traceback_and_fails_the_run(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

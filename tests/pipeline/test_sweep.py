@@ -110,6 +110,11 @@ def test_a_number_that_yaml_takes_for_text_is_a_number(tmp_path):
         ({"grid": GRID, "metric": {"name": "x"}}, "metric: must hold `file`, `name` and `goal`"),
         ({"grid": GRID, "metric": {**METRIC, "goal": "less"}}, "must be minimize or maximize"),
         ({"grid": GRID, "metric": {**METRIC, "file": "m.json"}}, r"m\.json is no metrics file of"),
+        (
+            {"grid": GRID, "metric": {**METRIC, "name": "validation_los"}},
+            "did you mean validation_",
+        ),
+        ({"grid": GRID, "metric": {**METRIC, "name": "x" * 5000}}, r"has no 'xx.*it has [a-z_]+, "),
         ({"search": SEARCH}, "trials: must be a whole number"),
         ({"search": SEARCH, "trials": 0}, "trials: must be a whole number"),
         ({"search": SEARCH, "trials": 2, "seed": -1}, "seed: must be a whole number"),
@@ -202,7 +207,8 @@ def test_the_best_stands_first_and_what_failed_last(tmp_path):
 
 def test_which_model_is_promoted_is_told_by_the_metric_or_by_what_is_swept(tmp_path):
     assert _promotable(read_sweep(ROOT, write(tmp_path, grid=GRID))) == "classifier"
-    evaluated = {"file": "reports/evaluation/metrics.json", "name": "a", "goal": "maximize"}
+    evaluated = {"file": "reports/evaluation/metrics.json", "name": "classifier/accuracy"}
+    evaluated["goal"] = "maximize"
     of_evaluate = {"stages": ["evaluate"], "metric": evaluated}
     assert _promotable(read_sweep(ROOT, write(tmp_path, grid=GRID, **of_evaluate))) == "classifier"
     both = {RATE: [1], "pretrain.train.learning_rate": [1]}
