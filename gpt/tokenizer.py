@@ -31,6 +31,9 @@ _WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s
 _PART = 1 << 16
 """Characters that are cut into words at once, about: a gap of a million blanks is too long for
 tiktoken's regular expressions, and it panics, which is no `Exception`."""
+_LONGEST_PART = 1 << 20
+"""Characters after which a text is cut even within a word: tiktoken takes some fifty bytes of
+memory for each byte of one."""
 _BLANK = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # tiktoken's `\s`
 _CUT = re.compile(f"[{_BLANK}](?=[^{_BLANK}])")
 _LONGEST_WORD = 1000
@@ -308,6 +311,8 @@ def byte_tokenizer() -> Tokenizer:
 def _parts(text: str) -> Iterator[str]:
     """A text in parts that have the same words together as it has in one.
 
+    Only a word of more than `_LONGEST_PART` characters is cut.
+
     A blank before something else always begins a word (`_WORDS`): the blanks before it are one
     word by themselves, at the end of a part as before it. A half of a surrogate pair, which no
     UTF-8 can hold, becomes U+FFFD, as tiktoken has it.
@@ -315,9 +320,13 @@ def _parts(text: str) -> Iterator[str]:
     if not text.isascii():
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     start = 0
-    while len(text) - start > _PART and (cut := _CUT.search(text, start + _PART)):
-        yield text[start : cut.start()]
-        start = cut.start()
+    while len(text) - start > _PART:
+        cut = _CUT.search(text, start + _PART, start + _LONGEST_PART)
+        if not cut and len(text) - start <= _LONGEST_PART:
+            break
+        end = cut.start() if cut else start + _LONGEST_PART
+        yield text[start:end]
+        start = end
     yield text[start:]
 
 

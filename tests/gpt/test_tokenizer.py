@@ -293,3 +293,13 @@ def test_damaged_files_are_refused_in_one_line(trained, tmp_path, damage, compla
         load_tokenizer(tmp_path / "t")
     assert "\n" not in str(caught.value)
     assert str(tmp_path) in str(caught.value)
+
+
+def test_a_word_without_an_end_is_cut(monkeypatch):
+    """Encoding takes much memory for each of its letters."""
+    monkeypatch.setattr(module, "_PART", 8)
+    monkeypatch.setattr(module, "_LONGEST_PART", 32)
+    for text in ("x" * 100, "one two " + "é" * 70 + " three four five", " " * 33, "a" * 32):
+        parts = list(module._parts(text))
+        assert "".join(parts) == text
+        assert max(map(len, parts)) <= 32
