@@ -323,6 +323,8 @@ def named_failure(
         reason, remedy = reason_and_remedy(error, database_file(uri))
         if not opens and getattr(error, "error_code", None) == "INVALID_PARAMETER_VALUE":
             remedy = "it answers, and refuses this name or value: change that one"
+        if remedy and os.environ.get("MLFLOW_TRACKING_URI") == uri:
+            remedy += ", or name another place in MLFLOW_TRACKING_URI"
         told = without_credentials(f"{uri} {what}: {reason}")
         raise RunError(f"MLflow at {told}; {remedy or _REMEDY}") from error
 

@@ -593,9 +593,9 @@ def test_the_books_files_of_another_size_need_a_config(tmp_path):
 def test_a_configuration_of_endless_layers_is_refused_at_once(tmp_path):
     write("safetensors", hugging_face_model(), tmp_path)
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"n_layer": 10**9}))
-    refused(tmp_path, r"tensors cannot be 1000000000 layers")
-    with pytest.raises(InputError, match="cannot be 1000000000 layers"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"n_layer": 10**4}))
+    refused(tmp_path, r"tensors cannot be 10000 layers")
+    with pytest.raises(InputError, match="cannot be 10000 layers"):
         load_base(tmp_path)
 
 

@@ -75,7 +75,7 @@ def test_with_seeds_every_row_is_trained_with_each(tmp_path):
         ("rows: [{name: a, set: {train.devices: 2}}]", r"row 'a': .* set train\.devices to 1"),
         ("rows: [{name: a}]\nseeds: 3", "seeds: must be a list of whole numbers"),
         ("rows: [{name: a}]\nseed: [3]", "seed is neither `rows` nor `seeds`"),
-        ("rows: [", "cannot be read"),
+        ("rows: [", "line 2, column 1: .*; correct the YAML there"),
     ],
 )
 def test_a_table_that_cannot_be_used_is_refused_in_one_line(tmp_path, text, complaint):

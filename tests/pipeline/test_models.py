@@ -235,7 +235,9 @@ def test_a_versions_page_shows_what_its_run_came_to(
     run.close("FINISHED", metrics={"result": {"perplexity": 9.0}})
     (version,) = run.client.search_model_versions("name = 'base'")
     model = run.client.get_logged_model(version.source.removeprefix("models:/"))
-    assert {metric.key: (metric.value, metric.step) for metric in model.metrics} == {
+    shown = {metric.key: (metric.value, metric.step) for metric in model.metrics}
+    # the machine is looked at when the time for it has come, which it may have
+    assert {key: shown[key] for key in shown if not key.startswith("system/")} == {
         "loss/train": (1.0, 3),
         "loss/validation": (2.5, 2),
         "throughput/tokens": (24.0, 3),

@@ -513,7 +513,7 @@ def test_one_wrong_byte_in_published_data_is_refused_with_both_hashes(
         ({"messages": [{"name": "a", "builtin": "python-docs"}]}, "builtin"),
         ({"corpus": [{"name": "a", "file": "b", "format": "messages"}]}, "format"),
         ({"corpus": [{"name": "a", "file": "b", "format": "tsv"}]}, "documents have one of"),
-        ({"messages": [{"name": "a", "file": "b", "format": "json"}]}, "messages have one of"),
+        ({"messages": [{"name": "a", "file": "b", "format": "text"}]}, "messages have one of"),
         ({"messages": [{"name": "a", "file": "b", "kind": "documents"}]}, "kind"),
         ({"corpus": [{"name": "a", "file": "b", "text_field": "x"}]}, "have a text_field"),
         ({"corpus": [{"name": "a", "file": "b.jsonl", "label_field": "x"}]}, "label_field"),
