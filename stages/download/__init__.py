@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -19,17 +19,19 @@ from pydantic.dataclasses import dataclass
 
 from gpt.errors import InputError
 from gpt.events import Log, Message, discard
-from gpt.files import sha256_of, whole_directory, write_json
+from gpt.files import whole_directory, write_json
 from gpt.text import (
     RawFile,
-    documents_in,
     instructions_in,
     messages_in,
     read_messages,
     write_sources,
 )
+from stages.download.blocks import write_blocks
 from stages.download.cache import Cache
+from stages.download.faults import errors_at
 from stages.download.fetch import Fetched, Places, Via, fetch_source
+from stages.download.joined import line_of, some_documents
 from stages.download.python_docs import python_docs
 from stages.download.sources import (
     CorpusSource,
@@ -192,7 +194,9 @@ def _fetch_all(
         for each, source in pairs
     ]
     fetched = run_together(tasks, parallel, places.stop, log)
-    ways = Counter(file.via for files in fetched for file in files)
+    ways: Counter[Via] = Counter()
+    for file in chain.from_iterable(fetched):
+        ways[file.via] += file.joined or 1
     n = ways.total()
     log(
         Message(
@@ -223,12 +227,8 @@ def _fetch(source: Source, folder: Path, places: Places, task: str, log: Log) ->
 def _write_python_docs(folder: Path, name: str, log: Log) -> Fetched:
     log(Message("download python-docs: reading the documentation inside the running Python"))
     path = folder / name
-    with path.open("w", encoding="utf-8", newline="\n") as file:
-        for text in python_docs():
-            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-    sha256 = sha256_of(path)
-    origin = "the documentation inside Python"
-    return Fetched(name, path.stat().st_size, sha256, origin, "here", pin=sha256)
+    size, sha256 = write_blocks(path, map(line_of, python_docs()))
+    return Fetched(name, size, sha256, "the documentation inside Python", "here", pin=sha256)
 
 
 def _raw_file(source: Source, file: Fetched) -> RawFile:
@@ -237,12 +237,12 @@ def _raw_file(source: Source, file: Fetched) -> RawFile:
         name=source.name,
         file=file.file,
         kind=source.read_as,
-        format=source.format_of(file.file),
+        format="jsonl" if file.joined else source.format_of(file.file),
         bytes=file.bytes,
         sha256=file.sha256,
         url=source.urls[0] if source.urls else None,
     )
-    if isinstance(source, TextSource):
+    if isinstance(source, TextSource) and not file.joined:
         raw = replace(
             raw,
             text_field=source.text_field or raw.text_field,
@@ -262,18 +262,13 @@ def _raw_file(source: Source, file: Fetched) -> RawFile:
 
 
 def _corpus(files: Sequence[_File], folder: Path) -> dict[str, int]:
-    def n_documents(path: Path, file: RawFile) -> int:
-        n = sum(1 for _ in documents_in(path, file))
-        if n == 0:
-            raise InputError(f"{path}: holds no text; a corpus cannot be empty")
-        return n
-
-    return {**_size(files), "documents": _count(files, folder, n_documents)}
+    n = _count(files, folder, lambda path, file: sum(1 for _ in some_documents(path, file)))
+    return {**_size(files), "documents": n}
 
 
 def _messages(files: Sequence[_File], folder: Path) -> dict[str, int]:
     n = _count(files, folder, lambda path, file: len(messages_in(path, file)))
-    with _errors_at(folder, f"download.messages ({_names(files)})"):
+    with errors_at(folder, f"download.messages ({_names(files)})"):
         rows = read_messages(folder)["label"].value_counts()
     classes = {f"rows_{label}": int(n) for label, n in sorted(rows.items())}
     return {**_size(files), "rows": n, **classes}
@@ -299,7 +294,7 @@ def _count(files: Sequence[_File], folder: Path, count: Callable[[Path, RawFile]
     counted = []
     for file in files:
         path = folder / file.raw.file
-        with _errors_at(path, file.origin):
+        with errors_at(path, file.origin):
             counted.append(replace(file.raw, records=count(path, file.raw)))
     write_sources(folder, counted)
     return sum(file.records or 0 for file in counted)
@@ -313,12 +308,3 @@ def _names(files: Sequence[_File]) -> str:
     """The files' names, the first ones of many."""
     names = [file.raw.file for file in files[:5]]
     return ", ".join(names) + (f" and {len(files) - 5} more" if len(files) > 5 else "")
-
-
-@contextlib.contextmanager
-def _errors_at(path: Path, origin: str) -> Iterator[None]:
-    """Let errors name where a file came from: `path` is gone once they are read."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(str(error).replace(str(path), origin)) from None

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from gpt.errors import InputError
+
 
 class NotHadError(Exception):
     """One place does not give the file; others may."""
@@ -25,3 +31,12 @@ class TryAgainError(Exception):
 
 class StoppedError(Exception):
     """Another source has failed, or the run was interrupted: there is no use in going on."""
+
+
+@contextlib.contextmanager
+def errors_at(path: Path, origin: str) -> Iterator[None]:
+    """Let errors name where a file came from: `path` is gone once they are read."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(str(error).replace(str(path), origin)) from None

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Literal, TypeVar
 from urllib.parse import quote
 
 from gpt.errors import InputError
@@ -17,10 +17,18 @@ from gpt.files import sha256_of
 from stages.download.archives import is_archive, is_hidden, matches, unpack
 from stages.download.blocks import GENERAL_LIMIT, blocks_of, shown, write_blocks
 from stages.download.cache import Cache, place
-from stages.download.faults import NotHadError, TryAgainError, WrongFileError
+from stages.download.faults import (
+    NotHadError,
+    StoppedError,
+    TryAgainError,
+    WrongFileError,
+    errors_at,
+)
+from stages.download.joined import JOINED, is_joined, lines_of
 from stages.download.sources import Source, inside_path
 from stages.download.web import Bounds, fetch_web
 
+T = TypeVar("T")
 Via = Literal["here", "mirror", "cache", "web"]
 
 
@@ -56,6 +64,7 @@ class Fetched:
         origin: where from, for messages, never for an output.
         via: through what, likewise.
         pin: the sha256 that tells its source apart: its own, or its archive's.
+        joined: so many plain texts are in it, as lines of JSON; 0 where it is as it came.
     """
 
     file: str
@@ -64,6 +73,7 @@ class Fetched:
     origin: str
     via: Via
     pin: str
+    joined: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,28 +163,56 @@ class _Fetch:
             and (pattern is None or matches(relative, pattern))
             and not is_hidden(relative)
         ]
-        fetched = []
-        for n, (path, relative) in enumerate(sorted(files, key=lambda file: file[1])):
-            self.log(Progress(self.task, n, len(files), "file"))
+        plain = []
+        for path, relative in sorted(files, key=lambda file: file[1]):
             try:  # first, for no line of ours may have two
                 saved = f"{name}/{inside_path(relative)}"
             except ValueError as error:
                 raise InputError(f"{root}: {error} (source {name!r}); rename it") from None
             if path.is_symlink():  # no folder is one, so nothing else leads out
                 self._refuse_outside(path)
-            if not path.is_file():
-                continue  # a device or a pipe
-            try:
-                fetched.append(self._copy(_Found(path, str(path), "here"), saved, None))
-            except NotHadError as error:
-                raise InputError(f"{path}: {error} (source {name!r}); correct it") from None
-        if not fetched:
+            if path.is_file():  # no device or pipe
+                plain.append((path, saved))
+        if not plain:
             wanted = f"no file fits {pattern!r}" if pattern else "no file in it or below it"
             raise InputError(
                 f"{root}: {wanted} (source {name!r}); put files there or correct the source"
             )
-        self.log(Progress(self.task, len(files), len(files), "file"))
+        if is_joined(self.source, [saved for _, saved in plain]):
+            return [self._join([(path, str(path)) for path, _ in plain], "here")]
+        fetched = []
+        for path, saved in self._counted(plain):
+            try:
+                fetched.append(self._copy(_Found(path, str(path), "here"), saved, None))
+            except NotHadError as error:
+                raise InputError(f"{path}: {error} (source {name!r}); correct it") from None
         return fetched
+
+    def _join(self, texts: Sequence[tuple[Path, str]], via: Via, pin: str = "") -> Fetched:
+        """Texts, each with where it is from, as one file."""
+
+        def lines() -> Iterator[bytes]:
+            for path, origin in self._counted(texts):
+                if self.places.stop.is_set():
+                    raise StoppedError
+                with errors_at(path, origin):
+                    try:
+                        yield from lines_of(path, self.source)
+                    except OSError as error:
+                        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+
+        saved = f"{self.source.name}/{JOINED}"
+        target = self.folder / saved
+        target.parent.mkdir(exist_ok=True)
+        size, sha256 = write_blocks(target, lines())
+        return Fetched(saved, size, sha256, saved, via, pin or sha256, joined=len(texts))
+
+    def _counted(self, files: Sequence[T]) -> Iterator[T]:
+        """The files, while the progress is told."""
+        for n, file in enumerate(files):
+            self.log(Progress(self.task, n, len(files), "file"))
+            yield file
+        self.log(Progress(self.task, len(files), len(files), "file"))
 
     def _walk(self, start: Path) -> Iterator[Path]:
         """All that is no folder below `start`, but what is hidden."""
@@ -402,7 +440,7 @@ class _Fetch:
         )
         if not unpacked:
             raise NotHadError(f"no member of the archive fits {pattern!r}")
-        return [
+        members = [
             Fetched(
                 f"{source.name}/{member.name}",
                 member.bytes,
@@ -413,6 +451,15 @@ class _Fetch:
             )
             for member in sorted(unpacked, key=lambda member: member.name)
         ]
+        if not is_joined(source, [member.file for member in members]):
+            return members
+        apart = self.folder / f".{source.name}.members"
+        apart.mkdir()
+        (self.folder / source.name).rename(apart / source.name)
+        texts = [(apart / member.file, member.origin) for member in members]
+        joined = self._join(texts, found.via, sha256)
+        shutil.rmtree(apart)
+        return [joined]
 
     def _check(self, fetched: Fetched) -> None:
         """Refuse another file than the one wanted."""

@@ -87,7 +87,8 @@ _CONFIG = ConfigDict(extra="forbid")
 class Source:
     """One file to fetch, or several that belong together.
 
-    Several files keep their paths, in a folder that is called as the source.
+    Several files keep their paths, in a folder that is called as the source; very many plain texts
+    become one file in it (`stages.download.joined`).
 
     Attributes:
         name: what reports call it.

@@ -1,9 +1,11 @@
 import gzip
+import io
 import json
 import os
 import socket
 import subprocess
 import sys
+import tarfile
 import threading
 
 import pytest
@@ -25,8 +27,9 @@ from downloads import (
 from pydantic import ValidationError
 
 from gpt.errors import InputError
+from gpt.events import Message
 from gpt.text import Split, read_documents, read_instructions, read_messages, split_messages
-from stages.download import web
+from stages.download import joined, web
 from stages.download.python_docs import python_docs
 from stages.download.sources import format_of
 
@@ -223,6 +226,83 @@ def test_many_files_are_counted_and_synced_together(tmp_path, local, monkeypatch
     progress = [each for each in heard if getattr(each, "task", "") == "download mine"]
     assert {(each.total, each.unit) for each in progress} == {(300, "file")}
     assert [each.done for each in progress] == list(range(301))
+
+
+def many_texts(local, monkeypatch, n=300):
+    """A folder `many` of more texts than are kept apart; return their number."""
+    monkeypatch.setattr(joined, "MANY", n - 1)
+    for i in range(n):
+        path = local / "many" / str(i % 7) / f"{i}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(f"\ufeffone {i}\r\n--\r\n \r\n--\n\u2028\x00 two \U0001f600\n".encode())
+    return n
+
+
+@pytest.mark.parametrize("separator", [None, "--\n"])
+def test_very_many_texts_are_one_file_with_the_same_documents(
+    tmp_path, local, monkeypatch, separator
+):
+    n = many_texts(local, monkeypatch, 30)
+    with tarfile.open(local / "all.tar", "w") as pack:
+        pack.add(local / "many", "many")
+    read = {}
+    for source in ({"folder": "many"}, {"glob": "many/**"}, {"file": "all.tar", "members": "**"}):
+        for most in (n, n - 1):
+            monkeypatch.setattr(joined, "MANY", most)
+            corpus = [{"name": "mine", **source, "separator": separator, "format": "text"}]
+            figures = run(tmp_path, params(corpus=corpus))
+            folder = tmp_path / "raw" / "corpus"
+            read[most] = list(read_documents(folder))
+            assert figures["corpus_documents"] == len(read[most]) == n * (1 + bool(separator))
+        assert read[n] == read[n - 1]
+        assert [path.name for path in folder.rglob("*") if path.is_file()] == [
+            "sources.json",
+            "texts.jsonl",
+        ]
+
+
+def test_very_many_texts_are_each_opened_once_and_written_to_one_file(tmp_path, local, monkeypatch):
+    """Nothing else would be in proportion to the work: a disk may take 3 ms to drop one file."""
+    n = many_texts(local, monkeypatch)
+    opened, heard, plain_open = [], [], io.open
+
+    def counting(file, mode="r", *arguments, **options):
+        opened.append(mode)
+        return plain_open(file, mode, *arguments, **options)
+
+    monkeypatch.setattr(io, "open", counting)
+    run(tmp_path, params(corpus=[{"name": "mine", "folder": "many"}]), log=heard.append)
+    assert n < len(opened) < n + 50
+    progress = [each for each in heard if getattr(each, "task", "") == "download mine"]
+    assert [each.done for each in progress] == list(range(n + 1))
+    assert [each.text for each in heard if isinstance(each, Message)] == [
+        f"download: {n + 3} files: {n + 3} from this machine"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [(b"\xff", "line 1: byte 0xff is not UTF-8"), (b" \n", "holds no text")],
+)
+def test_one_bad_text_of_very_many_is_named(tmp_path, local, monkeypatch, content, complaint):
+    many_texts(local, monkeypatch, 30)
+    (local / "many" / "0" / "14.txt").write_bytes(content)
+    with tarfile.open(local / "all.tar", "w") as pack:
+        pack.add(local / "many", "many")
+    for source, place in (
+        ({"folder": "many"}, "samples/many/0/14.txt: "),
+        ({"file": "all.tar", "members": "**"}, "samples/all.tar, member many/0/14.txt: "),
+    ):
+        line = refused(tmp_path, params(corpus=[{"name": "mine", **source}]), complaint)
+        assert place in line
+
+
+def test_a_very_long_text_is_not_written_where_it_could_not_be_read(tmp_path, local, monkeypatch):
+    many_texts(local, monkeypatch, 30)
+    monkeypatch.setattr(joined, "LONGEST_LINE", 1 << 12)
+    (local / "many" / "0" / "14.txt").write_text("x" * (1 << 12))
+    corpus = [{"name": "mine", "folder": "many"}]
+    refused(tmp_path, params(corpus=corpus), r"0/14\.txt: .*a source of its own")
 
 
 @pytest.mark.parametrize(
