@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import sys
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -379,6 +380,35 @@ class Dag:
                 f"{self.cache}: DVC's cache cannot be written ({error.strerror}); make it a folder "
                 "that can be written, or name another: `dvc cache dir --local FOLDER`"
             ) from None
+
+    @contextmanager
+    def unwritten(self, names: Iterable[str]) -> Iterator[None]:
+        """Within the block no DVC command, of any process, makes the outputs of stages.
+
+        Raises:
+            BlockingIOError: one is at it.
+        """
+        from dvc.lock import LockError
+        from dvc.rwlock import rwlock
+
+        with self._held_still() as stages:
+            outputs = [out.fs_path for name in names for out in stages[name].outs]
+        held = contextlib.ExitStack()
+        try:
+            held.enter_context(
+                rwlock(
+                    self._repo.tmp_dir,
+                    self._repo.fs,
+                    " ".join(sys.argv),
+                    outputs,
+                    [],
+                    self._repo.config["core"].get("hardlink_lock", False),
+                )
+            )
+        except LockError as error:
+            raise BlockingIOError(str(error)) from None
+        with held:
+            yield
 
     @property
     def objects(self) -> Objects:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from gpt.errors import RunError
 from gpt.events import Event
@@ -25,6 +26,7 @@ from gpt.files import whole_file
 from pipeline.console import EVENTS_VARIABLE, EventReader, following
 from pipeline.dag import LOCK_FILE, Dag, has_remote, is_running, mend_rwlock
 from pipeline.dvc_cache import mend
+from pipeline.earlier import Earlier
 from pipeline.lifetime import scratch
 
 STOP_SECONDS = 20.0
@@ -85,6 +87,7 @@ class Ended:
         output: its lines.
         timed_out: it was stopped at its time limit.
         lacking: what DVC says it keeps and its cache has not got, paths relative to the project.
+        undone: the outputs are those from before it again.
     """
 
     executed: bool = False
@@ -92,6 +95,7 @@ class Ended:
     output: list[str] = field(default_factory=list)
     timed_out: bool = False
     lacking: list[str] = field(default_factory=list)
+    undone: bool = False
 
     @property
     def blocked(self) -> bool:
@@ -156,6 +160,8 @@ class Processes:
 
         What it restores is compared with `dvc.lock`; what is damaged is removed from the cache and
         restored from the remote or made again. What its cache has not got in the end is a failure.
+        After a failure the outputs are as before, unless they are made and only the cache lacks
+        them.
 
         Args:
             dag: of a checkout of the project.
@@ -169,7 +175,8 @@ class Processes:
             seconds: the time limit.
 
         Raises:
-            RunError: the cache cannot be written, or something damaged cannot be removed.
+            RunError: the cache cannot be written, something damaged cannot be removed, or the
+                earlier outputs cannot be kept.
         """
         addresses = [dag.stages[name].address for name in names]
         commit, again = ["commit", "--force"], ["repro", "--single-item"]
@@ -178,15 +185,16 @@ class Processes:
         # a damaged copy of the remote would come back, so the last time it is not asked
         ways = [first, [*again, *pull], again]
         done = Ended()
+        hears = (done, show, say, environment, seconds)
         dag.check_cache()
         # by a wrong list DVC would restore wrong names, and record them as what the stage made
         dag.objects.drop_damaged_lists()
         while True:
             arguments = [*ways.pop(0), *addresses]
-            self._dvc(dag.root, arguments, done, show, say, environment, seconds)
+            self._dvc_or_as_before(dag, names, arguments, *hears)
             while done.blocked and self._others_end(dag.root, done, warn):
                 done.code, done.output = 0, []
-                self._dvc(dag.root, arguments, done, show, say, environment, seconds)
+                self._dvc_or_as_before(dag, names, arguments, *hears)
             if done.code or done.timed_out or self.stopped_by:
                 return done
             flaws = mend(dag, names)
@@ -208,6 +216,16 @@ class Processes:
                 done.lacking = flaws.lacking
                 done.code = 1 if flaws.lacking else 0
                 return done
+
+    def _dvc_or_as_before(
+        self, dag: Dag, names: Sequence[str], arguments: Sequence[str], done: Ended, *hears: Any
+    ) -> None:
+        """`_dvc`; where it fails the outputs are as they were."""
+        with scratch(dag.root) as folder:
+            earlier = Earlier(dag, names, folder)
+            self._dvc(dag.root, arguments, done, *hears)
+            if done.code and not _only_not_kept(dag, names, done):
+                done.undone = earlier.put_back(replacing=done.executed)
 
     def _dvc(
         self,
@@ -343,6 +361,12 @@ def failure(root: Path, names: Sequence[str], done: Ended) -> StageError:
                 return StageError(line, kind="killed")
             return StageError(line, kind="cache" if of_dvc and _EXITED not in line else "failed")
     return StageError(f"dvc repro {name} failed", kind="killed" if done.executed else "failed")
+
+
+def _only_not_kept(dag: Dag, names: Sequence[str], done: Ended) -> bool:
+    """Whether stages are made and DVC's cache only could not take them in."""
+    outputs = (dag.root / path for name in names for path in dag.stages[name].outputs)
+    return failure(dag.root, names, done).kind == "cache" and all(map(Path.exists, outputs))
 
 
 def keep_for_commit(root: Path, name: str, fingerprint: str) -> None:

@@ -351,7 +351,8 @@ def _execute(run: _Run, stage: Stage, why: str) -> tuple[bool, StageError | None
                 kind="time",
             )
         failed = failure(run.dag.root, [stage.name], done)
-        if _is_all_there(run, stage) and (made or failed.kind == "cache") and not done.blocked:
+        not_taken = (made or failed.kind == "cache") and not (done.blocked or done.undone)
+        if not_taken and _is_all_there(run, stage):
             if not made:
                 keep_for_commit(run.dag.root, stage.name, run.dag.fingerprint(stage.name))
             return done.executed, _not_taken(run, stage, failed)

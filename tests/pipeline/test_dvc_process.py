@@ -12,6 +12,7 @@ import pytest
 from pipeline.dag import Dag
 from pipeline.dvc_cache import Flaws, mend
 from pipeline.dvc_process import Ended, Processes, failure
+from pipeline.earlier import Earlier
 
 
 @pytest.fixture
@@ -203,3 +204,45 @@ def test_a_run_waits_for_the_process_that_dvc_names_and_says_for_which(project, 
     done = processes.repro(Dag(project), ["first"], show=print, say=print, warn=warn)
     assert (done.code, len(tries)) == (0, 2)
     assert told == [f"waits for {who}, which works on the same files"]
+
+
+def test_after_a_failed_stage_the_outputs_are_as_before_it(project, repro, dvc):
+    repro()
+    shutil.rmtree(project / ".dvc" / "cache")  # it need not have them
+    (project / "first.json").write_text("edited")
+    before = contents(project)
+    whole = (project / "dvc.yaml").read_text()
+    (command,) = [line for line in whole.splitlines() if "stage.py first" in line]
+    half = "mkdir first && echo half > first/7.bin && echo half > first.txt"
+    status = dvc("status", "first")
+    # it fails, is stopped, DVC itself is killed, and an output is not there
+    for end in ("exit 2", "exec sleep 60", "kill -9 $PPID", "true"):
+        (project / "dvc.yaml").write_text(whole.replace(command, f"    cmd: {half} && {end}"))
+        done, _ = repro(seconds=2 if "sleep" in end else None)
+        assert (done.executed, done.undone, bool(done.code)) == (True, True, True), end
+        assert contents(project) == before
+        assert before["first.json"] == b"edited"
+    (project / "dvc.yaml").write_text(whole)
+    assert dvc("status", "first") == status
+    done, _ = repro()
+    assert (done.executed, done.undone, done.code) == (True, False, 0)
+    assert contents(project) != before, "what is made anew stays"
+    assert not list(project.glob(".pipeline/tmp/*/*"))
+
+
+def test_outputs_that_another_process_makes_or_made_are_left_alone(project, repro):
+    repro()
+    dag, text = Dag(project), project / "first.txt"
+    earlier = Earlier(dag, ["first"], project.parent / "aside")
+    text.write_text("half of the other's")
+    table = project / ".dvc" / "tmp" / "rwlock"
+    other = {"pid": os.getppid(), "cmd": "dvc repro"}
+    table.write_text(json.dumps({"write": {str(text): other}, "read": {}}))
+    assert not earlier.put_back(replacing=True)
+    assert not Earlier(dag, ["first"], project.parent / "half").put_back(replacing=True)
+    table.write_text("{}")
+    (project / "seed.txt").write_text("another seed")
+    repro()
+    made = contents(project)
+    assert not earlier.put_back(replacing=True)
+    assert contents(project) == made
