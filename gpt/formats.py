@@ -27,7 +27,7 @@ import zstandard
 
 from gpt.errors import InputError
 
-LONGEST_DOCUMENT = 1 << 24
+LONGEST_DOCUMENT = 1 << 22
 """Characters. A longer document comes in parts, so that no more than that is held."""
 LONGEST_LINE = 1 << 26
 """Bytes of a line that is read as one."""
