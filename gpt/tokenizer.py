@@ -38,6 +38,8 @@ _BLANK = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # t
 _CUT = re.compile(f"[{_BLANK}](?=[^{_BLANK}])")
 _LONGEST_WORD = 1000
 """Bytes of a word that are learnt from as one: learning takes a word's length squared."""
+_ENDLESS_TO_LEARN = 1 << 20
+"""Characters of words longer than `_LONGEST_PART` that are learnt from, in all."""
 
 
 def _byte_symbols() -> list[str]:
@@ -264,7 +266,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Learn a byte-level BPE from `texts` (Sennrich et al., 2016; over bytes as in GPT-2).
 
     Args:
-        texts: read once, in order; not kept in memory.
+        texts: read once, in order; not kept in memory. Of words of more than a million characters
+            a million are learnt from in all.
         vocab_size: the number of tokens wanted, `<|endoftext|>` (the last id) among them. A short
             text may not hold that many pairs; the tokenizer is smaller then.
 
@@ -290,7 +293,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    model.train_from_iterator(itertools.chain.from_iterable(map(_parts, texts)), trainer)
+    model.train_from_iterator(_to_learn(texts), trainer)
     vocab = model.get_vocab(with_added_tokens=False)
     # Every way to build a token counts as a merge, because tiktoken knows tokens, not pairs:
     # so a reader of merges.txt joins exactly what tiktoken joins.
@@ -306,6 +309,17 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def byte_tokenizer() -> Tokenizer:
     """The tokenizer whose ids are the bytes of the text, and 256 for `<|endoftext|>`."""
     return Tokenizer({**{s: byte for byte, s in enumerate(_SYMBOL_OF)}, END_OF_TEXT: 256}, [])
+
+
+def _to_learn(texts: Iterable[str]) -> Iterator[str]:
+    """The texts in parts, of endless words only the first: a trainer keeps every word that it sees
+    in fifty times its size, and of those none comes twice."""
+    left = _ENDLESS_TO_LEARN
+    for part in itertools.chain.from_iterable(map(_parts, texts)):
+        if len(part) == _LONGEST_PART:  # cut within a word
+            part = part[:left]
+            left -= len(part)
+        yield part
 
 
 def _parts(text: str) -> Iterator[str]:

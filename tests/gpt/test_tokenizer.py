@@ -303,3 +303,14 @@ def test_a_word_without_an_end_is_cut(monkeypatch):
         parts = list(module._parts(text))
         assert "".join(parts) == text
         assert max(map(len, parts)) <= 32
+
+
+def test_of_endless_words_only_the_first_are_learnt_from(monkeypatch):
+    """A trainer keeps every word: of a gigabyte without a blank it would keep it all."""
+    monkeypatch.setattr(module, "_PART", 1000)
+    monkeypatch.setattr(module, "_LONGEST_PART", 4000)
+    monkeypatch.setattr(module, "_ENDLESS_TO_LEARN", 6000)
+    seen = list(module._to_learn(["a word or two. " * 1000, "a" * 50_000, "b" * 9000, "the end"]))
+    assert "".join(seen).startswith("a word or two. " * 1000)
+    assert sum(part.count("a") for part in seen if " " not in part) == 6000 + 50_000 % 4000
+    assert sum(part.count("b") for part in seen) == 9000 % 4000, "the end of a word is a word"
