@@ -284,7 +284,8 @@ class _OwnPagesOnly:
     """Refuse what a page of another origin asks, with a preflight or without, and by a websocket.
 
     A browser names the page's origin; the server's own pages have that of the request's `Host`.
-    Programs name none. Nor may another page hold ours in a frame, for clicks that it steers.
+    Programs name none. Nor may another page hold ours in a frame, for clicks that it steers, nor
+    ours ask anyone but this server: Prefect's look for settings at who counts its users.
     """
 
     def __init__(self, app: ASGIApp, origins: Collection[str]) -> None:
@@ -301,12 +302,14 @@ class _OwnPagesOnly:
             if not own.union(self._origins).issuperset(headers.getlist("origin")):
                 answer = PlainTextResponse("only this server's own pages may ask it\n", 403)
 
-        async def send_unframed(message: Message) -> None:
+        async def send_kept_here(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["X-Frame-Options"] = "SAMEORIGIN"
+                sent = MutableHeaders(scope=message)
+                sent["X-Frame-Options"] = "SAMEORIGIN"
+                sent["Content-Security-Policy"] = "connect-src 'self'"
             await send(message)
 
-        await answer(scope, receive, send_unframed)
+        await answer(scope, receive, send_kept_here)
 
 
 def guarded(app: ASGIApp, hosts: Collection[str], origins: Collection[str]) -> ASGIApp:

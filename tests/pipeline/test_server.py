@@ -128,6 +128,7 @@ def test_own_pages_and_those_that_were_named_are_answered(port, host, origin):
     )
     assert status == 200
     assert headers["x-frame-options"] == "SAMEORIGIN"
+    assert headers["content-security-policy"] == "connect-src 'self'"
     assert ask(port, "GET", "/api/events/in", Host=host, Origin=origin, **SOCKET)[0] == 101
 
 
