@@ -93,8 +93,10 @@ def whole_directory(path: Path) -> Iterator[Path]:
         partial.replace(path)
         sync_directory(path.parent)
     finally:
-        for left in (partial, replaced):
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            if replaced.is_dir() and not path.exists():  # stopped between the two renames
+                replaced.replace(path)
+            for left in (partial, replaced):
                 remove(left)
 
 

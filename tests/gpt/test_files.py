@@ -1,5 +1,7 @@
 """A file or folder is whole under its name or not there; what is read is what it should be."""
 
+from pathlib import Path
+
 import pytest
 
 from gpt.errors import InputError
@@ -91,6 +93,22 @@ def test_a_directory_whose_replacement_was_killed_is_there_until_the_next_is_who
         assert (tmp_path / "d" / "old").exists()
     assert not list((tmp_path / "d").iterdir())
     assert list(tmp_path.iterdir()) == [tmp_path / "d"]
+
+
+def test_a_directory_is_there_again_when_its_replacement_is_stopped(tmp_path, monkeypatch):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "old").touch()
+    replace = Path.replace
+
+    def stopped(self, target):
+        if self.name == ".d.partial":
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", stopped)
+    with pytest.raises(KeyboardInterrupt), whole_directory(tmp_path / "d"):
+        pass
+    assert list(tmp_path.rglob("*")) == [tmp_path / "d", tmp_path / "d" / "old"]
 
 
 def test_of_a_link_only_the_link_is_removed(tmp_path):
