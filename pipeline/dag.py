@@ -211,7 +211,8 @@ def is_running(pid: int, cmd: str) -> bool:
         return False
     except psutil.Error:
         return True
-    return all(word in there for word in cmd.split()[1:][-1:])
+    words = " ".join(there).split()  # an argument may hold blanks
+    return all(word in words for word in cmd.split()[1:][-1:])
 
 
 class Dag:

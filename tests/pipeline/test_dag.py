@@ -12,7 +12,7 @@ import pytest
 
 import pipeline
 from gpt.errors import InputError, RunError
-from pipeline.dag import Change, Dag, find_root, mend_rwlock
+from pipeline.dag import Change, Dag, find_root, is_running, mend_rwlock
 
 
 def changed(dag, name):
@@ -255,6 +255,14 @@ def test_a_process_that_is_gone_blocks_no_run_because_another_has_its_number(pro
     )
     assert mend_rwlock(project)
     assert json.loads(table.read_text()) == {"write": {"b": here}, "read": {"b": [here]}}
+
+
+def test_a_process_is_still_there_whatever_its_last_argument_holds():
+    code = "input()"
+    with subprocess.Popen([sys.executable, "-c", code, "a b.yaml"], stdin=subprocess.PIPE) as other:
+        assert is_running(other.pid, "-c a b.yaml")
+        assert not is_running(other.pid, "-c another.yaml")
+        other.communicate(b"\n")
 
 
 def test_a_folder_of_outputs_that_is_a_link_is_refused_before_any_work(project, dvc, tmp_path):
