@@ -369,8 +369,10 @@ def serve(listener: socket.socket, root: Path, *, pages: bool = False) -> None:
     def watch() -> None:
         while os.read(0, 1024):  # not through sys.stdin, whose lock would outlive this thread
             pass
-        settle(root, f"http://127.0.0.1:{listener.getsockname()[1]}/api")
-        server.should_exit = True
+        try:
+            settle(root, f"http://127.0.0.1:{listener.getsockname()[1]}/api")
+        finally:
+            server.should_exit = True
 
     threading.Thread(target=watch, daemon=True).start()
     with temporary_settings(settings):
