@@ -210,10 +210,13 @@ class TextSource(Source):
         fields = self._may_be("jsonl", "json", "parquet", "csv")
         if self.text_field and (kind == "instructions" or not fields):
             raise ValueError(
-                f"{where} only documents and messages in jsonl, parquet or csv have a text_field"
+                f"{where} only documents in jsonl, parquet or csv, and messages in these or json, "
+                "have a text_field"
             )
         if self.label_field and (kind != "messages" or not fields):
-            raise ValueError(f"{where} only messages in jsonl, parquet or csv have a label_field")
+            raise ValueError(
+                f"{where} only messages in jsonl, json, parquet or csv have a label_field"
+            )
         return self
 
     def _may_be(self, *formats: Format) -> bool:
