@@ -152,7 +152,11 @@ def held_by_project(folder: Path, asked: dict[str, Any]) -> tuple[str, dict[str,
             _asked(
                 each["entrypoint"],
                 each.get("pull", content.get("pull")),
-                {"env": dict((each["work_pool"].get("job_variables") or {}).get("env") or {})},
+                {
+                    "env": dict(
+                        ((each.get("work_pool") or {}).get("job_variables") or {}).get("env") or {}
+                    )
+                },
             )
             for each in content["deployments"]
         ]

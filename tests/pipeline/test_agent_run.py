@@ -116,6 +116,16 @@ def test_env_is_taken_from_the_file_that_says_the_same(tmp_path: Path) -> None:
     assert held_by_project(tmp_path, same) == (ENTRYPOINT, {"THREADS": "2"})
 
 
+def test_a_deployment_without_a_work_pool_of_its_own_is_run_and_stops_no_other(
+    tmp_path: Path,
+) -> None:
+    content = yaml.safe_load((ROOT / "prefect.yaml").read_text())
+    content["deployments"] = [{"name": "mine", "entrypoint": "mine.py:f"}, *content["deployments"]]
+    (tmp_path / "prefect.yaml").write_text(yaml.safe_dump(content))
+    assert held_by_project(tmp_path, asked()) == (ENTRYPOINT, {})
+    assert held_by_project(tmp_path, asked(entrypoint="mine.py:f")) == ("mine.py:f", {})
+
+
 @pytest.mark.parametrize("content", [None, "[]", "deployments: [1]", "deployments:\n- name: a\n"])
 def test_a_commit_without_a_file_that_can_be_read_runs_nothing(
     tmp_path: Path, content: str | None
