@@ -120,20 +120,24 @@ def write_json(path: Path, value: Any) -> None:
         )
 
 
-def read_json(path: Path, *, missing: str, remedy: str) -> dict[str, Any]:
+def read_json(
+    path: Path, *, missing: str, remedy: str, longest: int = _LONGEST_JSON
+) -> dict[str, Any]:
     """The JSON object that a file holds.
 
     Args:
-        path: the file, of 16 MiB at most: none of a model's small files is nearly as long.
+        path: the file.
         missing: what to say, after the path, where there is no such file.
         remedy: what to do about a file that holds something else.
+        longest: the most bytes it may have; by default 16 MiB, as none of a model's small files is
+            nearly as long.
 
     Raises:
         InputError: there is no such file, or as `parse_json`.
     """
     try:
         size = path.stat().st_size
-        if size > _LONGEST_JSON:
+        if size > longest:
             raise InputError(f"{path}: {size:,} bytes are no such file's size; {remedy}")
         content = path.read_bytes()
     except FileNotFoundError:

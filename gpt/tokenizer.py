@@ -177,10 +177,13 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
 
 _VOCABULARIES = ("vocab.json", "encoder.json")
+_LONGEST_FILE = 1 << 30
+"""Bytes: a vocabulary of a million tokens has some twenty million, the largest a few hundred."""
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return read_json(path, missing="no such file", remedy="fetch the file again")
+    remedy = "fetch the file again"
+    return read_json(path, missing="no such file", remedy=remedy, longest=_LONGEST_FILE)
 
 
 def _checked_vocab(path: Path, vocab: Any) -> dict[str, int]:

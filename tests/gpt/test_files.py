@@ -95,6 +95,12 @@ def test_a_directory_whose_replacement_was_killed_is_there_until_the_next_is_who
     assert list(tmp_path.iterdir()) == [tmp_path / "d"]
 
 
+def test_json_may_be_as_long_as_its_reader_says(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(b" " * (16 << 20) + b'{"a": 1}')
+    assert read_json(path, missing="", remedy="", longest=20 << 20) == {"a": 1}
+
+
 def test_a_directory_is_there_again_when_its_replacement_is_stopped(tmp_path, monkeypatch):
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "old").touch()
