@@ -223,7 +223,11 @@ class Processes:
         """`_dvc`; where it fails the outputs are as they were."""
         with scratch(dag.root) as folder:
             earlier = Earlier(dag, names, folder)
-            self._dvc(dag.root, arguments, done, *hears)
+            try:
+                self._dvc(dag.root, arguments, done, *hears)
+            except BaseException:
+                earlier.put_back(replacing=done.executed)
+                raise
             if done.code and not _only_not_kept(dag, names, done):
                 done.undone = earlier.put_back(replacing=done.executed)
 
@@ -274,9 +278,13 @@ class Processes:
                         if not text:
                             continue
                         done.output.append(text)
-                        say(text, done.executed)
-                        done.executed = done.executed or text.startswith("> ")
+                        begun = done.executed
+                        done.executed = begun or text.startswith("> ")
+                        say(text, begun)
                     done.code = process.wait()
+            except BaseException:  # of a listener, as when its pipe is closed: nobody reads on
+                _end(process)
+                raise
             finally:
                 self._running.discard(process)
 
@@ -408,6 +416,16 @@ def _signal(process: subprocess.Popen[str], number: int) -> None:
     """Send a signal to DVC and the stage under it."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, number)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Stop DVC and the stage under it; kill them when that is not heard."""
+    _signal(process, signal.SIGINT)
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        _signal(process, signal.SIGKILL)
+        process.wait()
 
 
 @contextlib.contextmanager

@@ -230,6 +230,30 @@ def test_after_a_failed_stage_the_outputs_are_as_before_it(project, repro, dvc):
     assert not list(project.glob(".pipeline/tmp/*/*"))
 
 
+def test_after_an_error_of_who_listens_the_stage_is_ended_and_its_outputs_are_as_before(
+    project, repro
+):
+    """As of a pipe that is closed: `gpt-pipeline run | head`."""
+    repro()
+    before = contents(project)
+    whole = (project / "dvc.yaml").read_text()
+    (command,) = [line for line in whole.splitlines() if "stage.py first" in line]
+    half = "mkdir first && echo half > first.txt && echo begun && sleep 60"
+    (project / "dvc.yaml").write_text(whole.replace(command, f"    cmd: {half}"))
+    processes = Processes()
+
+    def say(text: str, executed: bool) -> None:
+        if text == "begun":
+            raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        processes.repro(
+            Dag(project), ["first"], show=lambda event: None, say=say, warn=lambda text: None
+        )
+    assert contents(project) == before
+    assert not processes._running
+
+
 def test_outputs_that_another_process_makes_or_made_are_left_alone(project, repro):
     repro()
     dag, text = Dag(project), project / "first.txt"
