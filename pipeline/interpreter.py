@@ -27,9 +27,13 @@ def reach_loopback_directly() -> None:
     """Let no proxy of the environment stand before the servers on this machine.
 
     A proxy would look for them on its own machine. What the user excepts from it stays excepted;
-    the processes that this one starts inherit it.
+    the processes that this one starts inherit it. Where the environment names no proxy nothing is
+    set: Python asks macOS and Windows for theirs only if there is no such variable at all.
     """
     names = ("no_proxy", "NO_PROXY")
+    given = {name.lower() for name, value in os.environ.items() if value}
+    if not any(name.endswith("_proxy") for name in given - {"no_proxy"}):
+        return
     known = {name: os.environ.get(name) for name in names}
     for name in names:  # both: libraries read the one or the other, mostly the lower-case one first
         own = known[name] or known[name.swapcase()] or ""

@@ -64,6 +64,14 @@ def test_a_proxy_of_the_environment_does_not_stand_before_loopback(excepted, ser
         requests.get("http://other.example/", timeout=5)
 
 
+def test_without_a_proxy_in_the_environment_nothing_is_set(monkeypatch):
+    for name in [each for each in os.environ if each.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    before = dict(os.environ)
+    reach_loopback_directly()
+    assert dict(os.environ) == before
+
+
 _HANGS_UP = """
 import signal, sys, time
 from pipeline.interpreter import end_with_the_terminal
