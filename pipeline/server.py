@@ -300,7 +300,11 @@ class _OwnPagesOnly:
             headers = Headers(scope=scope)
             own = {f"{scheme}://{headers.get('host', '')}" for scheme in ("http", "https")}
             if not own.union(self._origins).issuperset(headers.getlist("origin")):
-                answer = PlainTextResponse("only this server's own pages may ask it\n", 403)
+                answer = PlainTextResponse(
+                    "only this server's own pages may ask it; "
+                    "PREFECT_SERVER_CORS_ALLOWED_ORIGINS names the origins of others\n",
+                    403,
+                )
 
         async def send_kept_here(message: Message) -> None:
             if message["type"] == "http.response.start":

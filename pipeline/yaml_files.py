@@ -128,7 +128,9 @@ def read_yaml(path: Path, name: str = "", *, missing: str = "no such file") -> A
     except FileNotFoundError:
         raise InputError(f"{path}: {missing}") from None
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror or error}); make it a file that can"
+        ) from None
     if size > _LONGEST:
         raise InputError(f"{name or path}: {size:,} bytes are no such file's size; correct it")
     return parse_yaml(content, name or str(path))

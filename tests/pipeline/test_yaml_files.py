@@ -66,5 +66,5 @@ def test_anchors_and_merges_are_read_and_nothing_is_shared():
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(InputError, match=r"none\.yaml: no such file$"):
         read_yaml(tmp_path / "none.yaml")
-    with pytest.raises(InputError, match=r": cannot be read \(Is a directory\)$"):
+    with pytest.raises(InputError, match=r": cannot be read \(Is a directory\); make it a"):
         read_yaml(tmp_path)
