@@ -206,7 +206,10 @@ def is_running(pid: int, cmd: str) -> bool:
     import psutil
 
     try:
-        there = psutil.Process(int(pid)).cmdline()
+        process = psutil.Process(int(pid))
+        there = process.cmdline()
+        if not there:  # it has just been started, or has ended and is not waited for yet
+            return process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
     except psutil.Error:

@@ -15,7 +15,7 @@ if sys.argv[1] == "tuned":
     from gpt.device import prepare
     prepare("cpu", 1)
 torch.set_num_threads(1)
-for _ in range(8):  # until the blocks have found their places
+for _ in range(32):  # until the blocks have found their places, which takes some of them a dozen
     torch.zeros(1 << 24)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(32):

@@ -258,8 +258,11 @@ def test_a_process_that_is_gone_blocks_no_run_because_another_has_its_number(pro
 
 
 def test_a_process_is_still_there_whatever_its_last_argument_holds():
-    code = "input()"
-    with subprocess.Popen([sys.executable, "-c", code, "a b.yaml"], stdin=subprocess.PIPE) as other:
+    code = "print('ready', flush=True); input()"
+    command = [sys.executable, "-c", code, "a b.yaml"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as other:
+        assert other.stdout.readline() == b"ready\n"  # else it may still have our own words
         assert is_running(other.pid, "-c a b.yaml")
         assert not is_running(other.pid, "-c another.yaml")
         other.communicate(b"\n")
