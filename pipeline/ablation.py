@@ -132,8 +132,8 @@ def ablate(root: Path, table: Path, log: Log) -> list[dict[str, Any]]:
         InputError: the table or an input cannot be used, or the project is in no git repository.
         RunError: rows failed; MLflow cannot be reached.
     """
-    from pipeline.states import stage_lock
-    from pipeline.tracking import connect
+    from pipeline.connection import connect
+    from pipeline.locks import stage_lock
 
     rows = read_rows(root, table)
     check_git(root)
@@ -171,10 +171,11 @@ def _one_line(error: BaseException) -> str:
 def _row(root: Path, table: str, row: Row, log: Log) -> dict[str, Any]:
     from mlflow.exceptions import MlflowException
 
+    from pipeline.connection import connect
     from pipeline.data_sets import input_sets
-    from pipeline.runner import STAGES
+    from pipeline.stage_table import STAGES
     from pipeline.states import fingerprint
-    from pipeline.tracking import StageRun, connect, dvc_md5
+    from pipeline.tracking import StageRun, dvc_md5
 
     relative = STAGES[STAGE].input_paths(row.params)
     inputs = {keyword: root / path for keyword, path in relative.items()}
@@ -268,7 +269,7 @@ def _train(
 
 def _outputs(folder: Path) -> dict[str, Path]:
     """Where a row's outputs are until DVC has them, by the stage's keywords."""
-    from pipeline.runner import STAGES
+    from pipeline.stage_table import STAGES
 
     return {keyword: folder / keyword for keyword in STAGES[STAGE].outputs}
 
@@ -281,7 +282,7 @@ def _save(
     inputs: dict[str, str],
     scores: dict[str, float],
 ) -> None:
-    from pipeline.runner import STAGES
+    from pipeline.stage_table import STAGES
 
     try:
         evaluation = json.loads((root / EVALUATION).read_text(encoding="utf-8"))

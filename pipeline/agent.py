@@ -59,7 +59,7 @@ class Check:
 
 def check_machine(root: Path, api: str) -> list[Check]:
     """What an agent on this machine has to work with."""
-    from pipeline.tracking import without_credentials
+    from pipeline.secrets import without_credentials
 
     found, prefect = cards(), without_credentials(api)
     memory, disk = psutil.virtual_memory(), shutil.disk_usage(root)
@@ -98,7 +98,8 @@ def _check_port() -> Check:
 
 
 def _check_mlflow(root: Path) -> Check:
-    from pipeline.tracking import reachable, tracking_uri, without_credentials
+    from pipeline.connection import reachable, tracking_uri
+    from pipeline.secrets import without_credentials
 
     uri = tracking_uri(root)
     place = without_credentials(uri)
@@ -110,7 +111,7 @@ def _check_mlflow(root: Path) -> Check:
 
 
 def _check_git(root: Path) -> Check:
-    from pipeline.tracking import without_credentials
+    from pipeline.secrets import without_credentials
     from pipeline.workspace import commit_of, git
 
     try:
@@ -129,7 +130,7 @@ def _check_git(root: Path) -> Check:
 def _check_remote(root: Path) -> Check:
     from dvc.repo import Repo
 
-    from pipeline.tracking import without_credentials
+    from pipeline.secrets import without_credentials
 
     try:
         with Repo(str(root)) as repo:
@@ -180,7 +181,7 @@ def serve(
     Raises:
         InputError: another agent works in this project, or the machine cannot do the work.
     """
-    from pipeline.states import stage_lock
+    from pipeline.locks import stage_lock
 
     with stage_lock(home(root), "agent"):
         checks = check_machine(root, api)

@@ -22,9 +22,9 @@ import psutil
 
 from gpt.errors import InputError, RunError
 from gpt.files import write_json
-from pipeline.home import home
+from pipeline.home import environment, home
 from pipeline.terminal import say
-from pipeline.workspace import commit_of, environment, git, make_workspace
+from pipeline.workspace import commit_of, git, make_workspace
 from pipeline.yaml_files import read_yaml
 
 if TYPE_CHECKING:

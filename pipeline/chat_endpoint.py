@@ -10,18 +10,16 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass as plain_dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import httpx
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
 
 from gpt.errors import InputError
 from gpt.events import Log, Message, discard
 from pipeline.markdown import visible
+from pipeline.settings import EndpointParams
 from stages.download.web import retry_after
 
 BACK_OFF_SECONDS = 0.5
@@ -32,42 +30,6 @@ CONNECT_SECONDS = 10
 LONGEST_REPLY = 1 << 20
 """Bytes of a server's answer."""
 _BUSY = (408, 425, 429)
-_NAME = re.compile(r"[A-Z_][A-Z0-9_]*")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid"))
-class EndpointParams:
-    """Where the server is, and how it is asked."""
-
-    url: str
-    """The base address: `http://localhost:11434/v1` is Ollama's."""
-    key_env: str | None = None
-    """Names the environment variable that holds the key; without it none is sent."""
-    concurrency: Annotated[int, Field(gt=0, le=64)] = 4
-    """So many requests are under way at once."""
-    timeout: Annotated[float, Field(gt=0, le=86_400)] = 60
-    """Seconds for one request, from its connection to the last byte of its answer."""
-    retries: Annotated[int, Field(ge=0, le=20)] = 3
-    """So often a request is repeated when the connection fails or the server is busy."""
-
-    def __post_init__(self) -> None:
-        # None of these messages shows the value: it may hold a key, put into the wrong place.
-        try:
-            url = httpx.URL(self.url)
-        except httpx.InvalidURL:
-            url = httpx.URL("")
-        if url.scheme not in ("http", "https") or not url.host or (url.port or 0) > 65535:
-            raise ValueError("url must be an address such as http://localhost:11434/v1")
-        if url.userinfo or url.query or url.fragment:
-            raise ValueError(
-                "url must hold no user, password or query, only an address such as "
-                "http://localhost:11434/v1; name the variable that holds the key in key_env"
-            )
-        if self.key_env is not None and not _NAME.fullmatch(self.key_env):
-            raise ValueError(
-                "key_env must be the name of an environment variable, in capitals such as "
-                "OPENAI_API_KEY, and not the key itself"
-            )
 
 
 @plain_dataclass(frozen=True, slots=True)

@@ -49,7 +49,7 @@ class _Commands(TyperGroup):
             raise typer.Exit(1) from None
         except OSError as error:
             from pipeline.runner import system_fault
-            from pipeline.tracking import without_secrets
+            from pipeline.secrets import without_secrets
 
             code, line = 1, without_secrets(system_fault(error))
             if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):  # a name that somebody gave
@@ -319,7 +319,8 @@ def promote(
     make a version the champion whatever its scores."""
     from pipeline.dag import Dag
     from pipeline.params import PARAMS_FILE, load_params
-    from pipeline.promotion import PromotionParams, promote_by_hand, promote_the_better
+    from pipeline.promotion import promote_by_hand, promote_the_better
+    from pipeline.settings import PromotionParams
 
     root = _root()
     if model is not None:
@@ -342,8 +343,8 @@ def judge() -> None:
     """Let another model, which params.yaml names, score the assistant's answers from 0 to 100."""
     from pipeline.console import make_log
     from pipeline.judge import REPORT, judge_assistant, markdown
+    from pipeline.locks import stage_lock
     from pipeline.params import PARAMS_FILE, load_params, section
-    from pipeline.states import stage_lock
 
     root = _root()
     params = section(load_params(root / PARAMS_FILE), "judge")
@@ -419,10 +420,12 @@ def clean(
     ] = False,
 ) -> None:
     """Remove states of stopped trainings that no run goes on from, and say what they took."""
+    from pipeline.clean import Removed
+    from pipeline.clean import clean as remove
     from pipeline.dag import mend_rwlock
-    from pipeline.runner import STAGES, next_states
-    from pipeline.states import Removed, size_in_words
-    from pipeline.states import clean as remove
+    from pipeline.runner import next_states
+    from pipeline.stage_table import STAGES
+    from pipeline.states import size_in_words
 
     root = _root()
     sizes = []

@@ -24,18 +24,18 @@ from rich.table import Table
 from rich.text import Text
 
 from gpt.errors import InputError, RunError
+from pipeline.connection import PAGES, named_failure, run_url
 from pipeline.console import n_of, report_console, some
-from pipeline.differences import Change, changes
+from pipeline.differences import OF_MODELS, Change, changes
 from pipeline.executions import Execution, Known, known
+from pipeline.keys import NO_RESULTS, packages_of
 from pipeline.markdown import NOTHING, visible
-from pipeline.models import CANDIDATE, MD5_TAG
+from pipeline.models import CANDIDATE, CHAMPION, MD5_TAG, files_of
 from pipeline.named import find, version_name
 from pipeline.params import PARAMS_FILE, load_section
-from pipeline.promotion import CHAMPION, files_of
 from pipeline.provenance import CODE, PATCH, code_of
-from pipeline.runner import STAGES
+from pipeline.stage_table import STAGES
 from pipeline.terminal import say_json
-from pipeline.tracking import NO_RESULTS, OF_MODELS, PAGES, named_failure, packages_of, run_url
 from pipeline.version_page import profile
 from pipeline.workspace import git
 

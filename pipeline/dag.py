@@ -15,7 +15,7 @@ import os
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -353,21 +353,6 @@ class Dag:
                 for name in names or list(stages)
             }
 
-    def made_by(self, names: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
-        """What is noted of the MLflow run that made what `dvc.lock` records of each stage.
-
-        Of a stage for which no such run is known it is the last run, if nothing says what that one
-        made; else nothing.
-        """
-        notes = {}
-        for name, outputs in self.recorded_outputs(names).items():
-            made = {each.path: each.md5 for each in outputs}
-            last = last_run(self.root, name)
-            notes[name] = _note(note_of_maker(self.root, name, made)) or (
-                {} if last.get("outputs", made) != made else last
-            )
-        return notes
-
     def check_cache(self) -> None:
         """Whether DVC's cache can be written is known before there is something to keep.
 
@@ -488,31 +473,6 @@ class Dag:
         with self._locked():
             stages = (stage for stage in self._repo.index.stages if hasattr(stage, "name"))
             yield {stage.name: stage for stage in stages}
-
-
-def note_of_run(root: Path, name: str) -> Path:
-    """Where a stage's last MLflow run is noted."""
-    return root / ".pipeline" / "runs" / f"{name}.json"
-
-
-def note_of_maker(root: Path, name: str, outputs: Mapping[str, str]) -> Path:
-    """Where the stage's last MLflow run that made these outputs (path -> md5) is noted."""
-    content = json.dumps(outputs, sort_keys=True)
-    key = hashlib.sha256(content.encode()).hexdigest()
-    return root / ".pipeline" / "runs" / name / f"{key[:16]}.json"
-
-
-def last_run(root: Path, name: str) -> dict[str, Any]:
-    """What is noted of the stage's last MLflow run; empty if there is none."""
-    return _note(note_of_run(root, name))
-
-
-def _note(path: Path) -> dict[str, Any]:
-    try:
-        note = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return note if isinstance(note, dict) else {}
 
 
 def _in_one_line(error: BaseException) -> str:

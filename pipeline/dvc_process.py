@@ -27,7 +27,7 @@ from pipeline.console import EVENTS_VARIABLE, EventReader, following
 from pipeline.dag import LOCK_FILE, Dag, has_remote, is_running, mend_rwlock
 from pipeline.dvc_cache import mend
 from pipeline.earlier import Earlier
-from pipeline.lifetime import scratch
+from pipeline.scratch import scratch
 
 STOP_SECONDS = 20.0
 """So long a stopped stage may take to save its state before it is killed; who cancels a flow run in

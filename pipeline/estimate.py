@@ -37,7 +37,7 @@ from gpt.weights import read_config
 from pipeline.console import safe_console, seconds_in_words
 from pipeline.params import PARAMS_FILE, Params, load_params, section
 from pipeline.probe import WARM_UP, Probe, probe_stage
-from pipeline.runner import STAGES
+from pipeline.stage_table import STAGES
 from pipeline.terminal import say_json
 
 if TYPE_CHECKING:

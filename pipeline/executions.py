@@ -14,15 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt.errors import InputError, RunError
+from pipeline.connection import EXPERIMENT_PREFIX, artifact, connect, named_failure, tracking_uri
 from pipeline.dag import LOCK_FILE, pipeline_files, read_stages
 from pipeline.mlflow_database import database_file
-from pipeline.tracking import (
-    EXPERIMENT_PREFIX,
-    artifact,
-    connect,
-    named_failure,
-    tracking_uri,
-)
 from pipeline.workspace import git
 from pipeline.yaml_files import parse_yaml
 

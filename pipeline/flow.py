@@ -46,15 +46,17 @@ from pipeline.dvc_process import (
     keep_for_commit,
     kept_for_commit,
 )
-from pipeline.flow_params import FlowParams
+from pipeline.keys import flatten_metrics
 from pipeline.lifetime import note_flow_run
 from pipeline.markdown import escaped, table
+from pipeline.notes import made_by
 from pipeline.params import PARAMS_FILE, load_params, load_section
 from pipeline.resources import Resources, needs
-from pipeline.runner import STAGES, end_killed
+from pipeline.runner import end_killed
+from pipeline.settings import FlowParams, TrackingParams
+from pipeline.stage_table import STAGES
 from pipeline.states import size_in_words, size_of
 from pipeline.terminal import safe
-from pipeline.tracking import TrackingParams, flatten_metrics
 
 _PASSING = ("network", "killed", "busy")
 """The kinds of failure that another try may mend."""
@@ -207,7 +209,8 @@ def _verdict(run: _Run, states: dict[str, State[Any]], began: float) -> State[An
 
 def _promotion(run: _Run, evaluated: State[Any], verdict: State[Any]) -> State[Any]:
     """Compare what was evaluated with the champions, in a task of its own if there is news."""
-    from pipeline.promotion import PromotionParams, is_decided, promote_the_better
+    from pipeline.promotion import is_decided, promote_the_better
+    from pipeline.settings import PromotionParams
     from pipeline.sync import ready_for_promotion
 
     root = run.dag.root
@@ -448,7 +451,7 @@ def _publish(run: _Run, stage: Stage, headline: str) -> None:
         metrics = flatten_metrics(json.loads((run.dag.root / path).read_text(encoding="utf-8")))
         rows = [(key, f"{value:.6g}") for key, value in metrics.items()]
         lines += [table(["metric", "value"], rows), ""]
-    if url := run.dag.made_by([stage.name])[stage.name].get("url"):
+    if url := made_by(run.dag, [stage.name])[stage.name].get("url"):
         lines.append(f"[The run in MLflow that made it]({url})")
     create_markdown_artifact(
         "\n".join(lines),

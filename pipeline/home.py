@@ -21,3 +21,12 @@ def home(root: Path) -> Path:
     """
     named = os.environ.get(HOME_VARIABLE) or os.environ.get(_DVC_ROOT)
     return Path(named).resolve() if named else root.resolve()
+
+
+def environment(project: Path, folder: Path) -> dict[str, str]:
+    """Variables for a process that works in a workspace: its code, and what it shares."""
+    others = os.environ.get("PYTHONPATH")
+    return {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(folder), others])),
+        HOME_VARIABLE: str(home(project)),
+    }

@@ -15,21 +15,20 @@ from dataclasses import asdict
 from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import pandas as pd
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass
+from pydantic import TypeAdapter, ValidationError
 
-from gpt.config import Positive
 from gpt.errors import InputError, RunError, first_problem
 from gpt.events import Log, Message, Progress, discard
 from gpt.files import read_json, whole_directory, write_json
-from pipeline.chat_endpoint import EndpointParams, NoReplyError, Reply, ask_all
-from pipeline.dag import last_run
+from pipeline.chat_endpoint import NoReplyError, Reply, ask_all
+from pipeline.connection import connect
 from pipeline.markdown import Cell
 from pipeline.markdown import table as in_markdown
-from pipeline.tracking import connect
+from pipeline.notes import last_run
+from pipeline.settings import JudgeParams
 
 ANSWERS = Path("reports") / "evaluation" / "predictions" / "assistant.csv"
 COLUMNS = {"assistant": "answer", "base": "base_answer"}
@@ -57,17 +56,6 @@ PROMPT_SHA256 = hashlib.sha256(PROMPT.encode()).hexdigest()
 _SCORE = re.compile(r"(?:score\s*:\s*)?(0|[1-9][0-9]?|100)(?:\s*/\s*100)?\.?", re.IGNORECASE)
 
 Status = Literal["judged", "unparsable", "failed"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid"))
-class JudgeParams(EndpointParams):
-    """The judge: the model at an endpoint, asked at temperature 0."""
-
-    model: Annotated[str, Field(min_length=1)]
-    """As the server calls it."""
-    max_tokens: Positive = 16
-    """Of a reply. A model that reasons before it replies needs hundreds or thousands."""
-    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 123
 
 
 @plain_dataclass(frozen=True, slots=True)

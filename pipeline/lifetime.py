@@ -1,8 +1,7 @@
-"""What lasts as long as its process: scratch folders, and flow runs in Prefect.
+"""Flow runs that last as long as their process.
 
-Each has a folder under `.pipeline/tmp` and a lock beside it, which the system frees when the
-process is gone, however it went. Whoever finds one free cleans up: the server that the process had
-started, else the next run. Folders of other machines, which may share the disk, are left alone.
+Each is noted in a scratch folder of its process. Of one that was killed the server that it had
+started, or the next run, ends the flow run in Prefect.
 """
 
 from __future__ import annotations
@@ -11,54 +10,14 @@ import atexit
 import contextlib
 import json
 import shutil
-import socket
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from filelock import FileLock, Timeout
-
 from gpt.files import write_json
-from pipeline.home import home
+from pipeline.scratch import abandoned, scratch
 
 _FLOW_RUN = "flow-run.json"
-
-
-def _place(root: Path) -> Path:
-    machine = "".join(each if each.isalnum() else "-" for each in socket.gethostname())
-    return home(root) / ".pipeline" / "tmp" / machine
-
-
-@contextlib.contextmanager
-def scratch(root: Path) -> Iterator[Path]:
-    """A new folder that goes after the block; that of a killed process goes with `settle`.
-
-    Args:
-        root: the project.
-    """
-    place = _place(root)
-    place.mkdir(parents=True, exist_ok=True)
-    folder = place / uuid.uuid4().hex
-    lock = folder.with_suffix(".lock")
-    with FileLock(lock):  # before the folder is there: one that is not locked is nobody's
-        folder.mkdir()
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-            lock.unlink(missing_ok=True)
-
-
-def _abandoned(root: Path) -> Iterator[Path]:
-    """Folders of killed processes, each locked while it is looked at."""
-    for folder in sorted(_place(root).glob("*/")):
-        lock = FileLock(folder.with_suffix(".lock"))
-        with contextlib.suppress(Timeout, OSError), lock.acquire(blocking=False):
-            if folder.exists():
-                yield folder
-            if not folder.exists():
-                Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def note_flow_run(root: Path, run_id: str, api: str) -> None:
@@ -86,7 +45,7 @@ def settle(root: Path, api: str) -> None:
         root: the project.
         api: the address of Prefect's API.
     """
-    for folder in _abandoned(root):
+    for folder in abandoned(root):
         try:
             note = json.loads((folder / _FLOW_RUN).read_text(encoding="utf-8"))
             settled = _end(note["id"], api) if _same_server(note["api"], api) else False

@@ -25,8 +25,9 @@ from pipeline.executions import Execution, Known, commit_of_path, in_lock, is_ch
 from pipeline.models import MD5_TAG
 from pipeline.named import Commit, File, find, version_name
 from pipeline.provenance import CODE
+from pipeline.secrets import without_secrets
 from pipeline.terminal import say_json
-from pipeline.tracking import dvc_md5, without_secrets
+from pipeline.tracking import dvc_md5
 from pipeline.workspace import git
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from pipeline.report_content import (
     what_fine_tuning_buys,
 )
 from pipeline.report_facts import Facts
-from pipeline.runner import STAGES
+from pipeline.stage_table import STAGES
 from pipeline.version_page import LONGEST
 
 _MOST_ROWS = 8  # of the tables of classes and of sources

@@ -6,15 +6,21 @@ A version is a pyfunc 'model from code': the model directory, the `gpt` package 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gpt
+from gpt.errors import InputError, RunError
 from pipeline.tracking import StageRun
 from pipeline.version_page import CHANGED_TAG, version_page
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -204,3 +210,40 @@ def _interface(name: str, directory: Path) -> tuple[ModelSignature, Any]:
     )
     question = pd.DataFrame({"instruction": ["Name a colour."], "input": [""]})
     return signature, (question, _EXAMPLE_PARAMS)
+
+
+CHAMPION, PREVIOUS = "champion", "previous"
+
+
+@contextlib.contextmanager
+def files_of(version: ModelVersion, whose: str = "its", remedy: str = "") -> Iterator[Path]:
+    """The model directory of a registered version, for as long as the block lasts.
+
+    Args:
+        version: of a model.
+        whose: the files are, in an error.
+        remedy: the end of an error's line.
+
+    Raises:
+        InputError: it cannot be fetched whole; or what is in it was refused within the block.
+    """
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    uri = f"models:/{version.name}/{version.version}"
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            fetched = Path(mlflow.artifacts.download_artifacts(uri, dst_path=folder))
+            (directory,) = (fetched / "artifacts").iterdir()
+        except (MlflowException, OSError, ValueError) as error:
+            why = " ".join(str(error).split())
+            raise InputError(
+                f"{uri}: {whose} files are gone or cannot be fetched ({why}){remedy}"
+            ) from None
+        try:
+            yield directory
+        except (InputError, RunError) as error:
+            if folder not in str(error):
+                raise
+            why = str(error).replace(str(directory), "").lstrip("/")
+            raise InputError(f"{uri}: {whose} files are damaged ({why}){remedy}") from None

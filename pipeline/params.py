@@ -20,10 +20,7 @@ from gpt.errors import InputError, shown
 from pipeline.yaml_files import read_yaml
 
 if TYPE_CHECKING:
-    from pipeline.flow_params import FlowParams
-    from pipeline.judge import JudgeParams
-    from pipeline.promotion import PromotionParams
-    from pipeline.tracking import TrackingParams
+    from pipeline.settings import FlowParams, JudgeParams, PromotionParams, TrackingParams
     from stages.download import DownloadParams
     from stages.download.sources import Source
     from stages.evaluate import EvaluateParams
@@ -64,13 +61,8 @@ class Params:
     flow: FlowParams | None = None
 
 
-_OTHERS = {
-    "flow": "pipeline.flow_params",
-    "promotion": "pipeline.promotion",
-    "judge": "pipeline.judge",
-    "tracking": "pipeline.tracking",
-}
-"""The sections that are no stage's, and the module of each one's dataclass."""
+_OTHERS = ("flow", "promotion", "judge", "tracking")
+"""The sections that are no stage's: `pipeline.settings` has their dataclasses."""
 
 SECTIONS = tuple(field.name for field in fields(Params) if field.name not in _OTHERS)
 """The sections of `params.yaml` that are named after the stages."""
@@ -84,7 +76,7 @@ def params_class(name: str) -> Any:
     """The dataclass of a section; imports the stage's module."""
     # Under `from __future__ import annotations` a field's type is its source text: one table.
     (annotation,) = (field.type for field in fields(Params) if field.name == name)
-    module = importlib.import_module(_OTHERS.get(name, f"stages.{name}"))
+    module = importlib.import_module("pipeline.settings" if name in _OTHERS else f"stages.{name}")
     return getattr(module, str(annotation).split(" | ")[0])
 
 

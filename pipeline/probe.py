@@ -268,12 +268,14 @@ def run_probe(stage: str, root: Path, params_file: Path, scratch: Path, weights:
     """The stage as the runner calls it, in `scratch`, up to where enough was seen."""
     import pipeline.cli  # noqa: F401  the runner's process holds it too
     from pipeline import runner
+    from pipeline.connection import quiet_environment
     from pipeline.params import load_params, section
-    from pipeline.tracking import dvc_md5, quiet_environment
+    from pipeline.stage_table import STAGES
+    from pipeline.tracking import dvc_md5
 
     os.environ.update(quiet_environment())
     watch = _Watch(scratch / "notes.jsonl")
-    spec = runner.STAGES[stage]
+    spec = STAGES[stage]
     try:
         params = section(load_params(params_file), stage)
         inputs = {keyword: root / path for keyword, path in spec.input_paths(params).items()}

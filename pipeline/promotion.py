@@ -12,24 +12,22 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass as checked_dataclass
+from pydantic import TypeAdapter, ValidationError
 
 from gpt.bootstrap import Comparison, Score, accuracy, compare, macro_f1, mean, mean_loss
-from gpt.config import Seed
-from gpt.errors import InputError, RunError, first_problem
+from gpt.errors import InputError, first_problem
 from gpt.files import read_json, whole_file, write_json
+from pipeline.connection import connect, named_failure
 from pipeline.dag import LOCK_FILE, read_stages
-from pipeline.models import CANDIDATE, version_of
-from pipeline.states import stage_lock
-from pipeline.tracking import connect, named_failure
+from pipeline.locks import stage_lock
+from pipeline.models import CANDIDATE, CHAMPION, PREVIOUS, files_of, version_of
+from pipeline.settings import PromotionParams
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,7 +36,6 @@ if TYPE_CHECKING:
 
     from stages.evaluate import EvaluateParams
 
-CHAMPION, PREVIOUS = "champion", "previous"
 BY_HAND = "by_hand"
 """The tag of a registered model that says which version a person chose, and over which."""
 DECISIONS = Path(".pipeline/promotion.json")
@@ -59,25 +56,6 @@ _ROUNDING = 1e-5
 another processor than those of the version at hand."""
 _PREDICTIONS = Path("reports/evaluation/predictions")
 _SMALLER_IS_BETTER = ("loss",)
-
-
-@checked_dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid"))
-class PromotionParams:
-    """The rule: by which score a model is compared, and how much better it must be."""
-
-    classifier: Literal["accuracy", "f1_macro"] = "accuracy"
-    assistant: Literal["loss", "rouge_l", "chrf"] = "loss"
-    at_least: Annotated[float, Field(ge=0)] = 0.0
-    """The difference to the champion must be larger than this, in the score's unit."""
-    sure: bool = True
-    """The whole interval of the difference must be, not the difference alone."""
-    level: Annotated[float, Field(gt=0, lt=1)] = 0.95
-    resamples: Annotated[int, Field(gt=0, le=1_000_000)] = 2000
-    seed: Seed = 123
-
-    def score(self, model: str) -> str:
-        """The score that a model is compared by; a base by its loss on the validation text."""
-        return "loss" if model == "base" else str(getattr(self, model))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -481,40 +459,6 @@ def _crown(client: MlflowClient, name: str, version: int, by_hand: bool) -> None
     if champion is not None:
         client.set_registered_model_alias(name, PREVIOUS, str(champion.version))
     client.set_registered_model_alias(name, CHAMPION, str(version))
-
-
-@contextlib.contextmanager
-def files_of(version: ModelVersion, whose: str = "its", remedy: str = "") -> Iterator[Path]:
-    """The model directory of a registered version, for as long as the block lasts.
-
-    Args:
-        version: of a model.
-        whose: the files are, in an error.
-        remedy: the end of an error's line.
-
-    Raises:
-        InputError: it cannot be fetched whole; or what is in it was refused within the block.
-    """
-    import mlflow
-    from mlflow.exceptions import MlflowException
-
-    uri = f"models:/{version.name}/{version.version}"
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            fetched = Path(mlflow.artifacts.download_artifacts(uri, dst_path=folder))
-            (directory,) = (fetched / "artifacts").iterdir()
-        except (MlflowException, OSError, ValueError) as error:
-            why = " ".join(str(error).split())
-            raise InputError(
-                f"{uri}: {whose} files are gone or cannot be fetched ({why}){remedy}"
-            ) from None
-        try:
-            yield directory
-        except (InputError, RunError) as error:
-            if folder not in str(error):
-                raise
-            why = str(error).replace(str(directory), "").lstrip("/")
-            raise InputError(f"{uri}: {whose} files are damaged ({why}){remedy}") from None
 
 
 # --- what both make of the same examples ----------------------------------------------------------

@@ -20,7 +20,8 @@ from typing import Any
 from gpt.errors import InputError, RunError
 from pipeline.dag import pipeline_files, read_stages
 from pipeline.params import PARAMS_FILE
-from pipeline.tracking import NOT_CODE, dvc_md5, git_state, without_secrets
+from pipeline.secrets import without_secrets
+from pipeline.tracking import NOT_CODE, dvc_md5, git_state
 from pipeline.yaml_files import parse_yaml
 
 CODE, PATCH = "code.json", "changes.patch"

@@ -20,6 +20,7 @@ from rich.text import Text
 
 from gpt.errors import RunError
 from gpt.files import write_json
+from pipeline.connection import connect
 from pipeline.console import safe_console
 from pipeline.markdown import shown, visible
 from pipeline.model_card import model_card
@@ -38,7 +39,6 @@ from pipeline.report_content import (
 )
 from pipeline.report_facts import Answer, Facts, report_facts
 from pipeline.report_page import MARKDOWN, PAGE, PICTURES, Report, write_report
-from pipeline.tracking import connect
 
 SHOWN_ANSWERS = 3
 _TOLD = Path(".pipeline/report.json")

@@ -23,8 +23,8 @@ from pipeline.report_facts import (
     Score,
     Scores,
 )
-from pipeline.runner import STAGES
-from pipeline.tracking import without_credentials
+from pipeline.secrets import without_credentials
+from pipeline.stage_table import STAGES
 
 BASES = ("pretrain", "gpt2")
 MODELS = {"base": "pretrain", "classifier": "classifier", "assistant": "assistant"}

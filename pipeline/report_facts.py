@@ -21,21 +21,17 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from gpt.errors import InputError, RunError, first_problem
 from gpt.files import sha256_of, write_json
 from gpt.labels import class_of
-from pipeline.dag import LOCK_FILE, last_run, pipeline_files, read_stages
+from pipeline.connection import connect, run_that_made, tracking_uri
+from pipeline.dag import LOCK_FILE, pipeline_files, read_stages
 from pipeline.data_facts import RAW, RawSource, raw_sources
+from pipeline.keys import flatten_metrics
 from pipeline.mlflow_database import database_file
 from pipeline.models import MD5_TAG
+from pipeline.notes import last_run
 from pipeline.promotion import ANSWERS, Decision, read_decisions
-from pipeline.runner import STAGES
-from pipeline.tracking import (
-    PEAK_MEMORY,
-    connect,
-    flatten_metrics,
-    git_state,
-    run_that_made,
-    tracking_uri,
-    without_credentials,
-)
+from pipeline.secrets import without_credentials
+from pipeline.stage_table import STAGES
+from pipeline.tracking import PEAK_MEMORY, git_state
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -34,6 +34,7 @@ from rich.text import Text
 
 from gpt.errors import InputError, RunError
 from gpt.events import Event, Message
+from pipeline.connection import connect, named_failure
 from pipeline.console import (
     EVENTS_VARIABLE,
     Display,
@@ -47,11 +48,12 @@ from pipeline.dag import Dag
 from pipeline.dvc_cache import DvcCache
 from pipeline.executions import Execution, Known, known
 from pipeline.home import HOME_VARIABLE, home
+from pipeline.keys import flatten, packages_of
 from pipeline.mlflow_database import database_uri
 from pipeline.named import Commit, File, find, version_name
 from pipeline.params import PARAMS_FILE, load_params, section
 from pipeline.provenance import CODE, PATCH
-from pipeline.tracking import connect, dvc_md5, flatten, machine, named_failure, packages_of
+from pipeline.tracking import dvc_md5, machine
 from pipeline.workspace import commit_of, git, make_workspace
 
 if TYPE_CHECKING:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import importlib
 import json
 import os
 import signal
@@ -20,7 +19,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,29 +28,19 @@ from gpt.events import Event, Log, Message
 from gpt.files import write_json
 from pipeline import launch
 from pipeline.console import EVENTS_VARIABLE, make_log
-from pipeline.dag import note_of_maker, note_of_run
 from pipeline.home import home
+from pipeline.locks import BusyError, stage_lock, state_lock
+from pipeline.notes import RunNote, note_of_run
 from pipeline.params import PARAMS_FILE, load_params, section
 from pipeline.provenance import check_unchanged, provenance
+from pipeline.secrets import without_secrets
+from pipeline.settings import TrackingParams
+from pipeline.stage_table import STAGES, StageSpec
 from pipeline.states import FOLDER as STATES
-from pipeline.states import (
-    BusyError,
-    older_states,
-    remove_state,
-    stage_lock,
-    state_folder,
-    state_lock,
-)
+from pipeline.states import older_states, remove_state, state_folder
 from pipeline.sync import send_quietly
 from pipeline.terminal import say
-from pipeline.tracking import (
-    StageRun,
-    Status,
-    TrackingParams,
-    dvc_md5,
-    mark_killed,
-    without_secrets,
-)
+from pipeline.tracking import StageRun, Status, dvc_md5, mark_killed
 
 MIRROR_VARIABLE = "GPT_PIPELINE_MIRROR"
 
@@ -62,149 +50,6 @@ _FILES_OPEN = (errno.EMFILE, errno.ENFILE)
 EXIT_OK, EXIT_FAILED, EXIT_INPUT = 0, 1, 2
 EXIT_SIGNAL = 128
 EXIT_TERMINATED = EXIT_SIGNAL + signal.SIGTERM
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StageSpec:
-    """What a stage is called with.
-
-    Args:
-        function: `module:function`, imported only when the stage runs.
-        inputs: keyword -> path relative to the project; `{name}` stands for the stage's
-            parameter of that name.
-        outputs: keyword -> path relative to the project.
-        scratch: keyword -> path relative to the project, of what is kept between runs and no
-            output depends on.
-        trains: it has a `train` section, and several processes may share its work.
-        evaluates: it asks models on an accelerator where there is one, as a training does.
-        continues: it can be cut off and continued, and takes a `state` folder for that.
-        model: under which name its model is registered; none if it makes no model to serve.
-        makes_data: the data report is written anew after it.
-    """
-
-    function: str
-    inputs: Mapping[str, str] = field(default_factory=dict)
-    outputs: Mapping[str, str]
-    scratch: Mapping[str, str] = field(default_factory=dict)
-    trains: bool = False
-    evaluates: bool = False
-    continues: bool = False
-    model: str | None = None
-    makes_data: bool = False
-
-    @property
-    def accelerated(self) -> bool:
-        """It works on an accelerator where there is one."""
-        return self.trains or self.evaluates
-
-    def load(self) -> Callable[..., dict[str, Any]]:
-        """The stage's function."""
-        module, _, name = self.function.partition(":")
-        function: Callable[..., dict[str, Any]] = getattr(importlib.import_module(module), name)
-        return function
-
-    def input_paths(self, params: Any) -> dict[str, str]:
-        """The inputs under these parameters."""
-        values = {f.name: getattr(params, f.name) for f in dataclasses.fields(params)}
-        return {keyword: path.format_map(values) for keyword, path in self.inputs.items()}
-
-
-STAGES: dict[str, StageSpec] = {
-    "download": StageSpec(
-        function="stages.download:download",
-        inputs={"local": "{local}"},
-        outputs={
-            "corpus": "data/raw/corpus",
-            "messages": "data/raw/messages",
-            "instructions": "data/raw/instructions",
-            "gpt2": "data/raw/gpt2",
-            "metrics": "reports/download/metrics.json",
-        },
-        scratch={"cache": ".pipeline/downloads"},
-        makes_data=True,
-    ),
-    "tokenize": StageSpec(
-        function="stages.tokenize:tokenize",
-        inputs={"corpus": "data/raw/corpus", "vocabulary": "data/raw/gpt2"},
-        outputs={
-            "out": "data/tokens",
-            "metrics": "reports/tokenize/metrics.json",
-            "report": "reports/tokenize/corpus.json",
-        },
-        continues=True,
-        makes_data=True,
-    ),
-    "pretrain": StageSpec(
-        function="stages.pretrain:pretrain",
-        inputs={"tokens": "data/tokens"},
-        outputs={
-            "out": "models/pretrain",
-            "metrics": "reports/pretrain/metrics.json",
-            "history": "reports/pretrain/history.csv",
-        },
-        trains=True,
-        continues=True,
-        model="base",
-    ),
-    "load_gpt2": StageSpec(
-        function="stages.load_gpt2:load_gpt2",
-        inputs={"weights": "data/raw/gpt2"},
-        outputs={"out": "models/gpt2", "metrics": "reports/load_gpt2/metrics.json"},
-    ),
-    "finetune_classifier": StageSpec(
-        function="stages.finetune_classifier:finetune_classifier",
-        inputs={"base": "models/{base}", "messages": "data/raw/messages"},
-        outputs={
-            "out": "models/classifier",
-            "metrics": "reports/finetune_classifier/metrics.json",
-            "history": "reports/finetune_classifier/history.csv",
-        },
-        trains=True,
-        continues=True,
-        model="classifier",
-    ),
-    "finetune_instruct": StageSpec(
-        function="stages.finetune_instruct:finetune_instruct",
-        inputs={"base": "models/{base}", "instructions": "data/raw/instructions"},
-        outputs={
-            "out": "models/assistant",
-            "metrics": "reports/finetune_instruct/metrics.json",
-            "history": "reports/finetune_instruct/history.csv",
-        },
-        trains=True,
-        continues=True,
-        model="assistant",
-    ),
-    "evaluate": StageSpec(
-        function="stages.evaluate:evaluate",
-        inputs={
-            "pretrain": "models/pretrain",
-            "gpt2": "models/gpt2",
-            "classifier": "models/classifier",
-            "assistant": "models/assistant",
-            "tokens": "data/tokens",
-            "messages": "data/raw/messages",
-            "instructions": "data/raw/instructions",
-        },
-        outputs={
-            "predictions": "reports/evaluation/predictions",
-            "metrics": "reports/evaluation/metrics.json",
-        },
-        evaluates=True,
-    ),
-    "tune_preferences": StageSpec(
-        function="stages.tune_preferences:tune_preferences",
-        inputs={"assistant": "models/assistant", "instructions": "data/raw/instructions"},
-        outputs={
-            "out": "models/preferred",
-            "metrics": "reports/tune_preferences/metrics.json",
-            "history": "reports/tune_preferences/history.csv",
-        },
-        trains=True,
-        continues=True,
-        model="preferred",
-    ),
-}
 
 
 def run_stage(name: str, root: Path) -> int:
@@ -428,7 +273,7 @@ def _run_held(name: str, root: Path, held: contextlib.ExitStack) -> None:
         made_of=made_of,
         unreachable=tracking.unreachable,
     )
-    note = _RunNote(root, name, run)
+    note = RunNote(root, name, run)
     try:
         with make_log(name) as log:
             for each in notices:
@@ -537,34 +382,6 @@ def _pictures(stage: str, outputs: Mapping[str, Path], folder: Path) -> list[Pat
     if "predictions" in outputs:
         return draw_confusion(outputs["predictions"] / "classifier_confusion.csv", folder)
     return []
-
-
-@dataclass(frozen=True, slots=True)
-class _RunNote:
-    """A stage's latest MLflow run, and what made which outputs: for flow, report and status."""
-
-    root: Path
-    stage: str
-    run: StageRun
-
-    def __post_init__(self) -> None:
-        self.write("RUNNING", 0.0)
-
-    def write(self, status: str, seconds: float, outputs: Mapping[str, str] | None = None) -> None:
-        note = {
-            "run_id": self.run.known_as,
-            "name": self.run.name,
-            "experiment_id": self.run.experiment_id,
-            "experiment": self.run.experiment,
-            "url": self.run.url,
-            "status": status,
-            "seconds": round(seconds, 2),
-            "pid": os.getpid(),
-        }
-        if outputs is not None:
-            note["outputs"] = outputs
-            write_json(note_of_maker(self.root, self.stage, outputs), note)
-        write_json(note_of_run(self.root, self.stage), note)
 
 
 def end_killed(root: Path, stage: str, project: Path) -> None:

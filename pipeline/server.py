@@ -34,8 +34,8 @@ from gpt.files import whole_file
 from pipeline.home import home
 from pipeline.interpreter import collect_seldom
 from pipeline.lifetime import settle
+from pipeline.secrets import without_secrets
 from pipeline.terminal import say
-from pipeline.tracking import without_secrets
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send

@@ -17,10 +17,12 @@ from rich.text import Text
 from gpt.errors import InputError
 from gpt.files import read_json
 from pipeline.console import safe_console, seconds_in_words
-from pipeline.dag import Change, Dag, Stage, last_run
+from pipeline.dag import Change, Dag, Stage
+from pipeline.keys import flatten_metrics
 from pipeline.markdown import NOTHING
+from pipeline.notes import last_run, made_by
+from pipeline.stage_table import MAIN_METRICS
 from pipeline.terminal import say_json
-from pipeline.tracking import flatten_metrics
 
 State = Literal["up to date", "would run", "may run", "optional"]
 
@@ -31,24 +33,6 @@ _STYLES: dict[State, str] = {
     "optional": "dim",
 }
 
-MAIN_METRICS: dict[str, dict[str, str]] = {
-    "download": {"corpus_documents": "documents", "messages_rows": "messages"},
-    "tokenize": {"tokens": "tokens", "bytes_per_token": "bytes a token"},
-    "pretrain": {"validation_loss": "validation loss", "perplexity": "perplexity"},
-    "load_gpt2": {"parameters": "parameters", "perplexity": "perplexity"},
-    "finetune_classifier": {
-        "validation_loss": "validation loss",
-        "validation_accuracy": "accuracy",
-    },
-    "finetune_instruct": {"validation_loss": "validation loss", "perplexity": "perplexity"},
-    "evaluate": {"classifier/accuracy": "accuracy", "assistant/loss": "assistant loss"},
-    "tune_preferences": {
-        "validation_loss": "loss",
-        "validation_reward_accuracy": "reward accuracy",
-    },
-}
-"""The metrics that a line has room for, and what they are called there; of other stages, the first.
-"""
 
 _MOST_REASONS = 5
 _SHORT_ID = 8
@@ -94,7 +78,7 @@ def stage_statuses(root: Path) -> list[StageStatus]:
     """
     dag = Dag(root)
     changes = dag.changes()
-    notes = dag.made_by()
+    notes = made_by(dag)
     stale: set[str] = set()
     statuses: list[StageStatus] = []
     for name, stage in dag.stages.items():

@@ -54,8 +54,8 @@ def run_sweep(
         InputError: the file, or what is asked for, cannot be; nothing has been done then.
         RunError: points failed, or MLflow or Prefect cannot be reached.
     """
+    from pipeline.locks import stage_lock
     from pipeline.server import prefect_told, use_api
-    from pipeline.states import stage_lock
 
     commit_of(root, "HEAD")
     check_sections(root / PARAMS_FILE)
@@ -108,7 +108,7 @@ def _size(sweep: Sweep) -> str:
 
 def _promotable(sweep: Sweep) -> str:
     """The registered model that the sweep is about."""
-    from pipeline.runner import STAGES
+    from pipeline.stage_table import STAGES
 
     swept = {path.partition(".")[0] for path in sweep.paths}
     compared = [name for name, spec in STAGES.items() if sweep.metric.file in spec.outputs.values()]
@@ -137,7 +137,7 @@ def _sorted(sweep: Sweep, outcomes: Sequence[Outcome]) -> list[Outcome]:
 
 def markdown(sweep: Sweep, outcomes: Sequence[Outcome]) -> str:
     """The points as a page of Markdown, the best first."""
-    from pipeline.status import MAIN_METRICS
+    from pipeline.stage_table import MAIN_METRICS
 
     titles = {sweep.metric.name: sweep.metric.name.replace("_", " ")}
     for stage in sweep.stages:

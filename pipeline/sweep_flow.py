@@ -35,16 +35,19 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from gpt.errors import InputError, RunError
 from pipeline.console import Display, seconds_in_words
-from pipeline.dag import LOCK_FILE, Dag, last_run, read_stages
+from pipeline.dag import LOCK_FILE, Dag, read_stages
 from pipeline.dvc_process import Processes, failure
+from pipeline.home import environment
+from pipeline.keys import flatten_metrics
 from pipeline.lifetime import note_flow_run
+from pipeline.notes import last_run
 from pipeline.overrides import text_with
 from pipeline.params import PARAMS_FILE, read_params
-from pipeline.runner import STAGES, end_killed
+from pipeline.runner import end_killed
+from pipeline.stage_table import STAGES
 from pipeline.sweep_points import Point, Sweep
 from pipeline.sweep_runs import Outcome, SweepRuns
-from pipeline.tracking import flatten_metrics
-from pipeline.workspace import commit_of, environment, git, make_workspace
+from pipeline.workspace import commit_of, git, make_workspace
 from pipeline.yaml_files import parse_yaml
 
 

@@ -285,7 +285,7 @@ def _check_stages(root: Path, sweep: Sweep) -> None:
 
 def _check_metric(root: Path, metric: Metric) -> None:
     """Refuse a name that the stage did not write when it ran last, while nothing is trained yet."""
-    from pipeline.tracking import flatten_metrics
+    from pipeline.keys import flatten_metrics
 
     if not (root / metric.file).is_file():
         return

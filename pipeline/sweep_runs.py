@@ -16,20 +16,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt.errors import RunError
-from pipeline.markdown import escaped
-from pipeline.models import CANDIDATE, version_of
-from pipeline.sweep_points import Choices, Point, Sweep
-from pipeline.tracking import (
+from pipeline.connection import (
     artifact_folder,
     connect,
     experiment_of,
-    git_state,
-    key_of,
     named_failure,
     run_that_made,
     run_url,
-    short,
 )
+from pipeline.keys import key_of, short
+from pipeline.markdown import escaped
+from pipeline.models import CANDIDATE, version_of
+from pipeline.sweep_points import Choices, Point, Sweep
+from pipeline.tracking import git_state
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

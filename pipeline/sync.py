@@ -19,24 +19,21 @@ from urllib.parse import unquote, urlparse
 from gpt.errors import RunError
 from gpt.events import Message
 from gpt.files import write_json
-from pipeline.dag import note_of_run
-from pipeline.mlflow_database import follow_move
-from pipeline.tracking import (
-    BATCH_METRICS,
-    BATCH_PARAMS,
-    PEAK_MEMORY,
-    TrackingParams,
+from pipeline.connection import (
     artifact_folder,
     connect,
     experiment_of,
     named_failure,
     reachable,
     run_url,
-    show_on_model,
     tracking_uri,
-    what_differs,
-    without_credentials,
 )
+from pipeline.differences import what_differs
+from pipeline.mlflow_database import follow_move
+from pipeline.notes import note_of_run
+from pipeline.secrets import without_credentials
+from pipeline.settings import TrackingParams
+from pipeline.tracking import BATCH_METRICS, BATCH_PARAMS, PEAK_MEMORY, show_on_model
 from pipeline.unsent import Unsent, unsent_runs
 
 if TYPE_CHECKING:

@@ -7,16 +7,12 @@ stage. Metrics are written in batches by a thread of their own, so training neve
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import getpass
-import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import logging
 import os
 import platform
-import re
 import resource
 import subprocess
 import sys
@@ -24,22 +20,41 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO, TypeVar
 
 from filelock import FileLock, Timeout
-from pydantic import ConfigDict
-from pydantic.dataclasses import dataclass as checked_dataclass
 
-from gpt.errors import InputError, RunError
+from gpt.errors import RunError
 from gpt.events import Event, Message, Metrics, Text
 from gpt.files import write_json
 from pipeline import unsent
-from pipeline.home import home
+from pipeline.connection import (
+    _REMEDY,
+    EXPERIMENT_PREFIX,
+    _lock_file,
+    artifact_folder,
+    check_answers,
+    connect,
+    experiment_of,
+    named_failure,
+    run_url,
+    tracking_uri,
+)
+from pipeline.differences import Differs, what_differs
+from pipeline.keys import (
+    _VALUE_LENGTH,
+    NO_RESULTS,
+    STEP_METRICS,
+    flatten,
+    flatten_metrics,
+    key_of,
+    short,
+)
 from pipeline.markdown import escaped
-from pipeline.mlflow_database import database_file, database_uri, follow_move, reason_and_remedy
+from pipeline.secrets import without_credentials, without_secrets
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -52,10 +67,6 @@ _T = TypeVar("_T")
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
-EXPERIMENT_PREFIX = "gpt-pipeline/"
-DEFAULT_UI = "http://127.0.0.1:5000"
-PAGES = "workflowType=machine_learning"
-"""In an address: MLflow's pages for training and models; it would show those for agents."""
 
 PACKAGES = (
     "torch",
@@ -76,335 +87,10 @@ FLUSH_SECONDS = 2.0
 _SEND_SECONDS = 60.0
 """So long another process may take to send a run that goes on here."""
 BATCH_METRICS, BATCH_PARAMS = 1000, 100  # MLflow's limits for one call
-_RECENT = 50  # runs among which the highest number is looked for
-_NOTHING = "none"
-OF_MODELS = ("kind",)  # MLflow puts a logged model's settings beside the run's parameters
-NO_RESULTS = ("system", "optimizer", "health", "throughput")  # groups of metrics
-_VALUE_LENGTH = 500  # of a parameter; MLflow takes 6,000, a person reads less
-_KEY = re.compile(r"[/\w.\- :]+")  # of what a key of MLflow's may be made
-_KEY_LENGTH = 250  # characters
-NAME_LENGTH = 250  # of a run; a database on a server takes no longer one
 _SOURCE_LENGTH = 65_535  # of the JSON that says where a data set is
-_DIGEST = re.compile(r"__[0-9a-f]{8}\Z")  # at the end of a key that differs from its name
 
 NOT_CODE = (":!params.yaml", ":!dvc.lock", ":!*/dvc.lock", ":!reports")
 """For git: what the pipeline changes while it runs, or records by itself."""
-
-# what the loop calls a value -> what MLflow shows: the part before the slash groups the charts
-STEP_METRICS = {
-    "learning_rate": "optimizer/learning_rate",
-    "grad_norm": "optimizer/grad_norm",
-    "param_norm": "optimizer/param_norm",
-    "update_ratio": "optimizer/update_ratio",
-    "loss_spike": "health/loss_spike",
-    "tokens": "throughput/tokens",
-    "tokens_per_second": "throughput/tokens_per_second",
-}
-
-_SECRET = re.compile(
-    r"([?&][\w.-]*(?:token|key|secret|sig|signature|passw|pwd|auth|credential)[\w.-]*=)"
-    r"[^\s&#'\"<>,}\])]+",
-    re.IGNORECASE,
-)
-"""A part of an address behind its `?` that opens a door."""
-
-_ENVIRONMENT = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "DO_NOT_TRACK": "true",
-    "MLFLOW_LOGGING_LEVEL": "ERROR",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "GIT_PYTHON_REFRESH": "quiet",
-    # MLflow's own defaults try for minutes to reach a server that is gone
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-}
-
-_REMEDY = "check that MLFLOW_TRACKING_URI answers, or unset it for the project's own mlflow.db"
-
-_DATABASE_SERVERS = ("postgresql", "mysql")
-"""How addresses begin under which MLflow's client works on a server's database by itself."""
-
-_PROBE_SECONDS = 5.0
-"""A server that says nothing for so long, twice, does not answer."""
-
-
-@checked_dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid"))
-class TrackingParams:
-    """What happens to a stage while MLflow does not answer.
-
-    Attributes:
-        unreachable: `stop`: it does not start, and one that has begun ends as a failure that the
-            same command goes on from. `later`: it runs, and is logged when MLflow answers again.
-    """
-
-    unreachable: Literal["stop", "later"] = "stop"
-
-
-# --- where -----------------------------------------------------------------------------------
-
-
-def tracking_uri(root: Path) -> str:
-    """`MLFLOW_TRACKING_URI` if it is set, else the database `mlflow.db` of the project."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or database_uri(_own_database(root))
-    # the driver that the extra `team` brings; SQLAlchemy 2.1 takes another one if none is named
-    return re.sub("^postgres(ql)?://", "postgresql+psycopg2://", uri)
-
-
-def _own_database(root: Path) -> Path:
-    return home(root) / "mlflow.db"
-
-
-def artifact_folder(root: Path, name: str) -> str | None:
-    """Where a new experiment keeps its files: below `mlartifacts` if MLflow is a database alone.
-
-    A server decides by itself: None.
-
-    Args:
-        root: the project.
-        name: of the folder.
-    """
-    is_server = tracking_uri(root).startswith("http")
-    return None if is_server else (home(root) / "mlartifacts" / name).as_uri()
-
-
-def quiet_environment() -> dict[str, str]:
-    """Variables under which MLflow neither phones home nor chats; what the user set, stays."""
-    return {key: os.environ.get(key, value) for key, value in _ENVIRONMENT.items()}
-
-
-def connect(root: Path, uri: str = "") -> MlflowClient:
-    """A client of the project's MLflow, its database in place.
-
-    Stage processes start side by side, and creating the tables twice at once fails: the first
-    one does it under a lock while the others wait.
-
-    Args:
-        root: the project.
-        uri: the database of an unsent run, in the place of the project's MLflow.
-
-    Raises:
-        RunError: MLflow cannot be reached or its database cannot be opened.
-    """
-    os.environ.update(quiet_environment())
-    import mlflow
-
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    of_unsent, uri = bool(uri), uri or tracking_uri(root)
-    with named_failure(root, "does not answer", uri=uri, opens=True):
-        check_answers(uri)
-    with _unchanged_environment("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
-        mlflow.set_tracking_uri(uri)
-        mlflow.set_registry_uri(uri)
-    opening = named_failure(root, "cannot be opened", uri=uri, opens=True)
-    with opening, FileLock(_lock_file(root)):
-        database = database_file(uri)
-        if database is not None and (of_unsent or database == _own_database(root)):
-            follow_move(database)
-        client = mlflow.MlflowClient(uri)
-        client.search_experiments(max_results=1)
-        client.search_registered_models(max_results=1)  # the registry keeps its own connection
-    return client
-
-
-def _lock_file(root: Path) -> Path:
-    """Held by who changes what the project's processes share in MLflow."""
-    lock = home(root) / ".pipeline" / "mlflow.lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    return lock
-
-
-def reachable(root: Path) -> bool:
-    """Whether the project's MLflow answers; known within some 10 seconds."""
-    try:
-        if tracking_uri(root).startswith("http"):
-            os.environ.update(quiet_environment())
-            check_answers(tracking_uri(root))
-        else:
-            connect(root)
-    except (RunError, OSError):
-        return False
-    return True
-
-
-def check_answers(uri: str) -> None:
-    """Ask a server whether it is there; of a file nothing is asked.
-
-    Raises:
-        ConnectionError: it does not answer; the message says why.
-    """
-    if uri.startswith(_DATABASE_SERVERS):
-        _check_database(uri)
-    if not uri.startswith("http"):
-        return
-    from mlflow.exceptions import MlflowException
-    from mlflow.utils.credentials import get_default_host_creds
-    from mlflow.utils.rest_utils import http_request
-
-    try:
-        answer = http_request(
-            get_default_host_creds(uri),
-            "/api/2.0/mlflow/experiments/search",
-            "GET",
-            max_retries=1,
-            timeout=_PROBE_SECONDS,
-            raise_on_status=False,
-            params={"max_results": 1},
-        )
-    except (MlflowException, OSError) as error:
-        text = str(error)
-        said = re.search(r"\[Errno -?\d+\] ([^\"')]+)", text)
-        slow = f"nothing within {_PROBE_SECONDS:.0f} s" if "timed out" in text.lower() else ""
-        reason = said[1] if said else slow or next(iter(text.splitlines()), "no reason given")
-        raise ConnectionError(reason) from None
-    if answer.status_code >= 500:
-        raise ConnectionError(f"status {answer.status_code}")
-
-
-def _check_database(uri: str) -> None:
-    """Open one connection: MLflow itself tries for 100 seconds, and says nothing meanwhile."""
-    from sqlalchemy import create_engine
-    from sqlalchemy.exc import DBAPIError, SQLAlchemyError
-    from sqlalchemy.pool import NullPool
-
-    try:
-        wait = {"connect_timeout": int(_PROBE_SECONDS)}
-        with create_engine(uri, poolclass=NullPool, connect_args=wait).connect():
-            pass
-    except ImportError as error:
-        what = f"{error.name} is not installed; `pip install 'gpt-pipeline[team]'` brings it"
-        raise ConnectionError(what) from None
-    except (SQLAlchemyError, TypeError) as error:
-        said = error.orig if isinstance(error, DBAPIError) else error
-        reason = next(iter(str(said).strip().splitlines()), "no reason given")
-        raise ConnectionError(reason) from None
-
-
-@contextlib.contextmanager
-def _unchanged_environment(*names: str) -> Iterator[None]:
-    """MLflow writes its setters into the environment, where they would count as the user's wish."""
-    before = {name: os.environ.get(name) for name in names}
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-@contextlib.contextmanager
-def named_failure(
-    root: Path,
-    what: str,
-    kind: type[Exception] = Exception,
-    uri: str = "",
-    *,
-    opens: bool = False,
-) -> Iterator[None]:
-    """Turn whatever MLflow raises into one line that names the place and the remedy.
-
-    Args:
-        root: the project.
-        what: what MLflow did not do.
-        kind: of errors; others are none of MLflow's.
-        uri: another MLflow than the project's.
-        opens: MLflow is looked for; what it says is of its address.
-    """
-    try:
-        yield
-    except (InputError, RunError):  # they say by themselves what is wrong
-        raise
-    except kind as error:  # MLflow passes on its database's and network's own errors
-        uri = uri or tracking_uri(root)
-        reason, remedy = reason_and_remedy(error, database_file(uri))
-        if not opens and getattr(error, "error_code", None) == "INVALID_PARAMETER_VALUE":
-            remedy = "it answers, and refuses this name or value: change that one"
-        if remedy and os.environ.get("MLFLOW_TRACKING_URI") == uri:
-            remedy += ", or name another place in MLFLOW_TRACKING_URI"
-        told = without_credentials(f"{uri} {what}: {reason}")
-        raise RunError(f"MLflow at {told}; {remedy or _REMEDY}") from error
-
-
-def artifact(client: MlflowClient, run_id: str, path: str) -> bytes | None:
-    """A file that MLflow keeps with a run; None where it keeps none of that name."""
-    # asked first: what is not there is another error for each kind of store
-    listed = client.list_artifacts(run_id, path.rpartition("/")[0])
-    if path not in [each.path for each in listed]:
-        return None
-    with tempfile.TemporaryDirectory() as folder:
-        return Path(client.download_artifacts(run_id, path, folder)).read_bytes()
-
-
-def run_that_made(
-    client: MlflowClient, stage: str, run_id: str | None, outputs: Mapping[str, str]
-) -> Run | None:
-    """The run of a stage that wrote what lies there now: the last one, unless DVC brought back what
-    an earlier one wrote.
-
-    Args:
-        client: of the tracking server.
-        stage: its name in `dvc.yaml`.
-        run_id: of its last run, as far as it is known.
-        outputs: path -> md5, as `dvc.lock` has it; empty: whatever was written.
-
-    Returns:
-        The run; None where there is none, or none any more.
-    """
-    from mlflow.exceptions import MlflowException
-
-    def made(run: Run, *, if_not_told: bool) -> bool:
-        tags = run.data.tags
-        told = ((tags.get(key_of(f"output.{path}")), md5) for path, md5 in outputs.items())
-        return all(if_not_told if tag is None else tag == md5 for tag, md5 in told)
-
-    if run_id is not None:
-        try:
-            last = client.get_run(run_id)
-            if made(last, if_not_told=True):
-                return last
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-    experiment = client.get_experiment_by_name(EXPERIMENT_PREFIX + stage)
-    if experiment is None or not outputs:
-        return None
-    found = client.search_runs(
-        [experiment.experiment_id],
-        "attributes.status = 'FINISHED'",
-        order_by=["attributes.start_time DESC"],
-    )
-    return next((run for run in found if made(run, if_not_told=False)), None)
-
-
-def without_credentials(text: str) -> str:
-    """A text in which no address names a user and a password, or what stands behind its `?`."""
-    text = re.sub(r"(?<=://)\S*@(?=[^@\s]*)", "", text)
-    return re.sub(r"(://[^\s?]*)\?\S*", r"\1", text)
-
-
-def without_secrets(text: str) -> str:
-    """A text whose addresses name no user and no password, and no token behind their `?`.
-
-    Unlike `without_credentials` it leaves an address whole that holds none.
-    """
-    return _SECRET.sub(r"\1***", re.sub(r"(?<=://)[^\s/?#@'\"]*@", "", text))
-
-
-def run_url(root: Path, experiment_id: str, run_id: str) -> str:
-    """The page of a run: on the tracking server, else on the one that `make ui` started or will."""
-    uri = tracking_uri(root)
-    if not uri.startswith("http"):
-        uri = DEFAULT_UI
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            uri = json.loads((home(root) / ".pipeline" / "ui.json").read_text())["mlflow"]
-    return f"{without_secrets(uri).rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}?{PAGES}"
-
-
-# --- what ------------------------------------------------------------------------------------
 
 
 def dvc_md5(path: Path) -> str:
@@ -416,75 +102,6 @@ def dvc_md5(path: Path) -> str:
     cache = HashFileDB(localfs, os.devnull)  # never touched: a dry run only computes
     _, _, built = build(cache, str(path.resolve()), localfs, "md5", dry_run=True)
     return str(built.hash_info.value)
-
-
-def packages_of(tags: Mapping[str, str]) -> dict[str, str]:
-    """Package -> version, as the tags of a run say (`machine` makes them)."""
-    pairs = (each.rpartition(" ") for each in tags.get("packages", "").split(", ") if " " in each)
-    return {name: version for name, _, version in pairs}
-
-
-def flatten(params: Any) -> dict[str, str]:
-    """A stage's parameters as MLflow's flat strings: `train.learning_rate` -> `0.0005`.
-
-    Lists stay one entry: scalars joined by commas, records by their name or their first value.
-    """
-    flat = _flatten(dataclasses.asdict(params))
-    return {key_of(key): short(without_secrets(text), _VALUE_LENGTH) for key, text in flat}
-
-
-def _flatten(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(value, Mapping) and value:
-        for key, inner in value.items():
-            yield from _flatten(inner, f"{path}.{key}" if path else str(key))
-    elif isinstance(value, list | tuple):
-        yield path, ", ".join(_summary(item) for item in value)
-    else:
-        yield path, str(value)
-
-
-def _summary(item: Any) -> str:
-    if isinstance(item, Mapping):
-        return str(item.get("name") or next(iter(item.values()), ""))
-    return str(item)
-
-
-def short(text: str, most: int = NAME_LENGTH) -> str:
-    """A text, or of a longer one its beginning; by default as long as a run's name may be."""
-    return text if len(text) <= most else text[: most - 1] + "…"
-
-
-def key_of(name: str) -> str:
-    """The key under which MLflow keeps what has this name: a metric, a parameter or a tag.
-
-    Labels, sources and paths may hold any character, and have any length. A name that MLflow takes
-    is its own key. Of another one, what MLflow refuses is replaced, and a digest of the name keeps
-    names apart that then look alike: one name has one key, in every run.
-    """
-    taken = _KEY.fullmatch(name) and not _DIGEST.search(name)
-    if taken and len(name) <= _KEY_LENGTH and not any(map(_is_path, name.split("/"))):
-        return name
-    parts = re.sub(r"[^/\w.\- ]", "_", name).split("/")
-    shown = "/".join(f"_{part}" if _is_path(part) else part for part in parts)
-    digest = f"__{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-    return shown[: _KEY_LENGTH - len(digest)] + digest
-
-
-def _is_path(part: str) -> bool:
-    """Whether a part between slashes leads elsewhere: `a//b`, `./a`, `../a`."""
-    return part in ("", ".") or part.startswith("..")
-
-
-def flatten_metrics(metrics: Mapping[str, Any], path: str = "") -> dict[str, float]:
-    """Final metrics as flat numbers: nested keys joined by a slash; what is no number, left out."""
-    flat: dict[str, float] = {}
-    for key, value in metrics.items():
-        name = f"{path}/{key}" if path else str(key)
-        if isinstance(value, Mapping):
-            flat |= flatten_metrics(value, name)
-        elif isinstance(value, int | float):  # a truth value counts as 0 or 1
-            flat[name] = float(value)
-    return flat
 
 
 def git_state(root: Path) -> dict[str, str]:
@@ -557,9 +174,6 @@ def _place_of(data_set: DataSet) -> str:
         return said
     one = {key: value for key, value in data_set.source.items() if not isinstance(value, list)}
     return without_secrets(json.dumps(one))
-
-
-# --- the run ---------------------------------------------------------------------------------
 
 
 class StageRun:
@@ -996,86 +610,6 @@ class StageRun:
         from mlflow.entities import RunTag
 
         self.client.log_batch(self.id, tags=[RunTag(key, value) for key, value in tags.items()])
-
-
-def experiment_of(client: MlflowClient, stage: str, folder: str | None, description: str) -> str:
-    """The id of a stage's experiment, which is made if it is not there.
-
-    Args:
-        client: of the tracking server.
-        stage: its name in `dvc.yaml`.
-        folder: where a new one keeps its files; None leaves it to the server.
-        description: what the stage does.
-    """
-    from mlflow.exceptions import MlflowException
-
-    name = EXPERIMENT_PREFIX + stage
-    found = client.get_experiment_by_name(name)
-    if found is not None and found.lifecycle_stage == "deleted":
-        client.restore_experiment(found.experiment_id)
-    if found is not None:
-        return str(found.experiment_id)
-    tags = {
-        "mlflow.experimentKind": "custom_model_development",
-        "mlflow.note.content": description,
-    }
-    try:
-        return str(client.create_experiment(name, folder, tags))
-    except MlflowException as error:  # another process was quicker
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-        return str(client.get_experiment_by_name(name).experiment_id)
-
-
-@dataclass(frozen=True, slots=True)
-class Differs:
-    """What a run is called beside the ones before it, and the tags that say so."""
-
-    name: str
-    tags: Mapping[str, str]
-
-
-def what_differs(
-    client: MlflowClient,
-    experiment_id: str,
-    params: Mapping[str, str],
-    git: Mapping[str, str],
-    begun: int | None = None,
-) -> Differs:
-    """A new run's number, and which parameters differ from the last run that ended well.
-
-    Args:
-        client: of the tracking server.
-        experiment_id: the stage's.
-        params: the run's.
-        git: its `git.commit`, if it has one.
-        begun: when it began, in milliseconds; by default now.
-    """
-    newest = client.search_runs(
-        [experiment_id], order_by=["attributes.start_time DESC"], max_results=_RECENT
-    )
-    number = 1 + max((int(run.data.tags.get("number", 0)) for run in newest), default=0)
-    before = client.search_runs(
-        [experiment_id],
-        "attributes.status = 'FINISHED'"
-        + (f" and attributes.start_time < {begun}" if begun else ""),
-        order_by=["attributes.start_time DESC"],
-        max_results=1,
-    )
-    changed: dict[str, str] = {}
-    tags = {"number": str(number)}
-    if before:
-        last = before[0].data.params
-        changed = {key: value for key, value in params.items() if last.get(key) != value}
-        gone = {key for key in last if key not in params and key not in OF_MODELS}
-        for key in (*changed, *sorted(gone)):
-            tags[key_of(f"changed.{key}")] = (
-                f"{last.get(key, _NOTHING)} → {params.get(key, _NOTHING)}"
-            )
-    words = [f"{key}={value}" for key, value in changed.items()]
-    if not words or len(words) > 3:
-        words = [git["git.commit"][:7]] if "git.commit" in git else []
-    return Differs(" ".join((f"#{number}", *(short(word, 60) for word in words))), tags)
 
 
 def show_on_model(

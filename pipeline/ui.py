@@ -19,14 +19,9 @@ from types import FrameType
 from gpt.errors import InputError, RunError
 from gpt.files import write_json
 from pipeline import server
+from pipeline.connection import PAGES, connect, quiet_environment, tracking_uri
 from pipeline.home import home
-from pipeline.tracking import (
-    PAGES,
-    connect,
-    quiet_environment,
-    tracking_uri,
-    without_secrets,
-)
+from pipeline.secrets import without_secrets
 
 HOST = "127.0.0.1"
 MLFLOW_PORT, PREFECT_PORT = 5000, 4200

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pipeline.differences import Change, changes
+from pipeline.connection import artifact
+from pipeline.differences import OF_MODELS, Change, changes
 from pipeline.markdown import escaped
 from pipeline.provenance import CODE
-from pipeline.tracking import OF_MODELS, artifact
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

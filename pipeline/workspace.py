@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from gpt.errors import InputError, RunError
-from pipeline.home import HOME_VARIABLE, home
 from pipeline.params import PARAMS_FILE
 
 
@@ -57,15 +56,6 @@ def make_workspace(
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return folder
-
-
-def environment(project: Path, folder: Path) -> dict[str, str]:
-    """Variables for a process that works in a workspace: its code, and what it shares."""
-    others = os.environ.get("PYTHONPATH")
-    return {
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(folder), others])),
-        HOME_VARIABLE: str(home(project)),
-    }
 
 
 def commit_of(project: Path, commit: str) -> str:

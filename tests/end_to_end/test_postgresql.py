@@ -20,8 +20,9 @@ from story import *  # noqa: F403
 from story import Servers, prefect_server, serving
 
 from gpt.events import Text
+from pipeline.connection import quiet_environment
 from pipeline.server import answers
-from pipeline.tracking import StageRun, quiet_environment
+from pipeline.tracking import StageRun
 
 # the first setup starts three servers, makes their tables and runs the whole pipeline
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), needs_postgresql]

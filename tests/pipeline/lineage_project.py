@@ -15,8 +15,9 @@ import pytest
 import yaml
 from dvc.repo import Repo
 
+from pipeline.connection import connect
 from pipeline.provenance import provenance
-from pipeline.tracking import StageRun, connect, dvc_md5
+from pipeline.tracking import StageRun, dvc_md5
 
 URL = "https://example.org/books/the-verdict.txt"
 SHA256 = "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f"

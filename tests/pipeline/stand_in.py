@@ -14,8 +14,8 @@ import pytest
 from gpt.errors import InputError, RunError
 from gpt.events import Log, Message, Metrics, Progress, Text, discard
 from gpt.files import whole_directory, write_json
-from pipeline import runner
-from pipeline.tracking import TrackingParams
+from pipeline import runner, stage_table
+from pipeline.settings import TrackingParams
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +172,8 @@ def make_project(root: Path) -> Path:
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "STAGES", STAGES)
+    for module in (stage_table, runner):
+        monkeypatch.setattr(module, "STAGES", STAGES)
     monkeypatch.setattr(runner, "load_params", load_params)
 
 

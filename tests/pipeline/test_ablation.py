@@ -21,7 +21,9 @@ from gpt.text import RawFile, write_sources
 from gpt.tokenizer import byte_tokenizer
 from gpt.weights import load_model, save_model
 from pipeline.ablation import ablate, markdown, read_rows
-from pipeline.tracking import connect, dvc_md5, flatten
+from pipeline.connection import connect
+from pipeline.keys import flatten
+from pipeline.tracking import dvc_md5
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from gpt.errors import InputError
 from gpt.events import Message
 from pipeline import chat_endpoint
-from pipeline.chat_endpoint import EndpointParams, NoReplyError, Reply, ask_all
+from pipeline.chat_endpoint import NoReplyError, Reply, ask_all
+from pipeline.settings import EndpointParams
 
 KEY = "sk-0123456789abcdefSECRET"
 

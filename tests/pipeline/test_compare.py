@@ -20,10 +20,10 @@ from gpt.model import GPT, GPTClassifier
 from gpt.tokenizer import byte_tokenizer
 from gpt.weights import save_model
 from pipeline.compare import compare, print_comparison
-from pipeline.models import register
-from pipeline.promotion import CHAMPION
+from pipeline.connection import connect
+from pipeline.models import CHAMPION, register
 from pipeline.provenance import provenance
-from pipeline.tracking import DataSet, StageRun, connect, dvc_md5
+from pipeline.tracking import DataSet, StageRun, dvc_md5
 
 CONFIG = GPTConfig(vocab_size=257, context_length=32, n_layer=1, n_head=2, n_embd=16)
 DVC_YAML = """\

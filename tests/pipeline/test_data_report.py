@@ -25,10 +25,10 @@ from rich.console import Console
 
 from gpt.errors import InputError
 from pipeline import runner
+from pipeline.connection import connect
 from pipeline.data_facts import data_facts, lengths_of
 from pipeline.data_report import print_data, write_report
 from pipeline.markdown import escaped, table, visible
-from pipeline.tracking import connect
 
 CLEAN = {
     "min_chars": 10,

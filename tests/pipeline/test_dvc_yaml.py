@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from pipeline.params import SECTIONS, load_params
-from pipeline.runner import STAGES
+from pipeline.stage_table import STAGES
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FLOORS = {"gpt": 0, "stages": 1, "pipeline": 2}

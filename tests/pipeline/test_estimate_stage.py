@@ -28,7 +28,7 @@ from pipeline import estimate, probe
 from pipeline.estimate import make_plan
 from pipeline.params import load_params
 from pipeline.probe import Evaluation, Probe, Step
-from pipeline.runner import STAGES
+from pipeline.stage_table import STAGES
 from stages.tokenize import TokenizeParams, tokenize
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -19,18 +19,10 @@ from report_project import add_note, make_report_project
 from gpt.errors import InputError
 from gpt.events import Message, Progress
 from pipeline import chat_endpoint, judge
-from pipeline.chat_endpoint import EndpointParams
-from pipeline.judge import (
-    JudgeParams,
-    Requests,
-    Summary,
-    judge_answers,
-    judge_assistant,
-    markdown,
-    parse_score,
-)
+from pipeline.connection import connect
+from pipeline.judge import Requests, Summary, judge_answers, judge_assistant, markdown, parse_score
 from pipeline.report_facts import report_facts
-from pipeline.tracking import connect
+from pipeline.settings import EndpointParams, JudgeParams
 
 KEY = "sk-0123456789abcdefSECRET"
 REPOSITORY = Path(__file__).resolve().parent.parent.parent

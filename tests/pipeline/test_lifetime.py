@@ -11,7 +11,8 @@ from contextlib import closing
 
 import pytest
 
-from pipeline.lifetime import scratch, settle
+from pipeline.lifetime import settle
+from pipeline.scratch import scratch
 from pipeline.server import LocalServer, environment, import_path
 
 _HOLD = """

@@ -9,8 +9,8 @@ import pytest
 
 from gpt.errors import RunError
 from pipeline import unsent
+from pipeline.connection import artifact, artifact_folder, connect, experiment_of
 from pipeline.mlflow_database import database_file, database_uri, follow_move
-from pipeline.tracking import artifact, artifact_folder, connect, experiment_of
 
 
 @pytest.fixture

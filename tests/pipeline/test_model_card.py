@@ -9,9 +9,9 @@ from markdown_it import MarkdownIt
 from report_project import MD5, add_verdicts, decision, evaluation, make_report_project
 
 from gpt.errors import InputError
+from pipeline.connection import connect
 from pipeline.model_card import model_card
 from pipeline.report_facts import Execution, Scores, report_facts
-from pipeline.tracking import connect
 from pipeline.version_page import LONGEST
 
 MODELS = ("base", "classifier", "assistant", "preferred")

@@ -28,22 +28,21 @@ from gpt.model import GPT
 from gpt.tokenizer import byte_tokenizer
 from gpt.weights import save_model
 from pipeline import promotion
-from pipeline.models import register, version_of
+from pipeline.connection import connect
+from pipeline.locks import stage_lock
+from pipeline.models import CHAMPION, PREVIOUS, register, version_of
 from pipeline.promotion import (
     ANSWERS,
     BY_HAND,
-    CHAMPION,
     DECISIONS,
-    PREVIOUS,
-    PromotionParams,
     is_decided,
     promote_by_hand,
     promote_the_better,
     read_decisions,
     roll_back,
 )
-from pipeline.states import stage_lock
-from pipeline.tracking import StageRun, connect, dvc_md5
+from pipeline.settings import PromotionParams
+from pipeline.tracking import StageRun, dvc_md5
 from stages.evaluate import EvaluateParams, evaluate
 from stages.finetune_classifier import FinetuneClassifierParams, finetune_classifier
 from stages.finetune_instruct import FinetuneInstructParams, finetune_instruct

@@ -11,8 +11,9 @@ import stand_in
 
 from pipeline import provenance as module
 from pipeline import runner
+from pipeline.connection import connect
 from pipeline.provenance import provenance
-from pipeline.tracking import connect, dvc_md5
+from pipeline.tracking import dvc_md5
 
 
 def git(folder: Path, *arguments: str) -> str:

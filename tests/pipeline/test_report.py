@@ -19,11 +19,12 @@ from report_project import (
 from rich.console import Console
 
 from gpt.errors import InputError
+from pipeline.connection import connect
 from pipeline.model_card import model_card
 from pipeline.report import print_report
 from pipeline.report_content import verdicts
 from pipeline.report_facts import report_facts
-from pipeline.tracking import PEAK_MEMORY, connect
+from pipeline.tracking import PEAK_MEMORY
 
 
 def _report(root, **settings):

@@ -28,11 +28,12 @@ from report_project import (
 from gpt.errors import InputError
 from gpt.files import write_json
 from pipeline import report_content
+from pipeline.connection import connect
 from pipeline.markdown import visible
 from pipeline.report_content import Pictures, sections
 from pipeline.report_facts import Score, report_facts
 from pipeline.report_page import as_html, as_markdown, write_report
-from pipeline.tracking import PEAK_MEMORY, connect
+from pipeline.tracking import PEAK_MEMORY
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,8 @@ import stand_in
 import yaml
 
 from pipeline import runner
-from pipeline.tracking import connect, dvc_md5
+from pipeline.connection import connect
+from pipeline.tracking import dvc_md5
 
 HERE = Path(__file__).parent
 

@@ -17,9 +17,11 @@ from gpt.checkpoint import Checkpoints
 from gpt.errors import InputError
 from gpt.files import whole_directory, whole_file
 from pipeline import runner
+from pipeline.clean import clean
 from pipeline.cli import app
-from pipeline.states import HOW, clean, fingerprint, size_in_words, stage_lock
-from pipeline.tracking import connect
+from pipeline.connection import connect
+from pipeline.locks import stage_lock
+from pipeline.states import HOW, fingerprint, size_in_words
 
 
 @pytest.fixture

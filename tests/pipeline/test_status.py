@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import pipeline
-from pipeline.dag import Dag, note_of_maker
+from pipeline.dag import Dag
+from pipeline.notes import note_of_maker
 from pipeline.status import print_status, stage_statuses
 
 HERE = Path(pipeline.__file__).parent.parent

@@ -28,8 +28,10 @@ from gpt.model import GPT
 from gpt.tokenizer import byte_tokenizer
 from gpt.weights import load_model, save_model
 from pipeline import models, runner, sync, tracking
+from pipeline.connection import connect
 from pipeline.provenance import Provenance
-from pipeline.tracking import StageRun, TrackingParams, connect, dvc_md5
+from pipeline.settings import TrackingParams
+from pipeline.tracking import StageRun, dvc_md5
 from pipeline.unsent import begin, unsent_runs
 
 HERE = Path(__file__).parent

@@ -23,7 +23,8 @@ from gpt.text import read_sources, write_sources
 from gpt.token_files import Counts, Manifest, Shard, SplitManifest
 from pipeline import tracking
 from pipeline.data_sets import input_sets, made_sets
-from pipeline.tracking import DataSet, StageRun, dvc_md5, key_of, short
+from pipeline.keys import key_of, short
+from pipeline.tracking import DataSet, StageRun, dvc_md5
 
 
 @pytest.fixture

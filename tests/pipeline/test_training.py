@@ -19,8 +19,8 @@ from mlflow_server import MlflowServer
 
 from gpt.files import sha256_of
 from gpt.text import RawFile, write_sources
+from pipeline.connection import connect
 from pipeline.sync import send_all
-from pipeline.tracking import connect
 from pipeline.unsent import unsent_runs
 from stages.tokenize import TokenizeParams, tokenize
 

@@ -9,8 +9,9 @@ import pytest
 from data_project import HOSTILE
 from markdown_it import MarkdownIt
 
+from pipeline.connection import connect
 from pipeline.provenance import Provenance
-from pipeline.tracking import DataSet, StageRun, connect
+from pipeline.tracking import DataSet, StageRun
 from pipeline.version_page import LONGEST, VersionPage, version_page
 
 WHAT = "A GPT fine-tuned to classify short messages."

@@ -165,7 +165,7 @@ def test_transformers_reads_the_model_and_finds_the_same_loss(tmp_path, tokens):
 
 
 def test_each_source_that_fills_a_window_has_its_loss(tmp_path, tokens):
-    """Under the source's own name; that MLflow takes it, `pipeline.tracking.key_of` sees to."""
+    """Under the source's own name; that MLflow takes it, `pipeline.keys.key_of` sees to."""
     parts = [("a", 40), ("b/c+d", 50), ("short", 20), ("a", 30), ("b/c:d", 34), ("..", 33)]
     folder = of_sources(tmp_path / "tokens", tokens, parts)
     figures = run(tmp_path / "o", params(), folder)
