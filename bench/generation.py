@@ -24,7 +24,7 @@ from bench.worker import Alternative, Job, as_ours
 from gpt.config import GPT2_SIZES, GPTConfig
 from gpt.device import Precision
 from gpt.estimate import n_multiplied
-from gpt.generate import generate
+from gpt.inference import generate
 from gpt.int8 import quantize
 from gpt.model import GPT
 

@@ -1,7 +1,7 @@
 """The compiled decoding step: `decode.cpp`, found or made, and called on a model's own weights.
 
-It is an engine beside the plain one (the model itself, called a token at a time), several times as
-fast for a few rows on a CPU, and the same to rounding: sums are in fp32 in either, in another
+It is an engine (`gpt.generation.Engine`): several times as fast as the model itself, called a token
+at a time, for a few rows on a CPU, and the same to rounding: sums are in fp32 in either, in another
 order. With bf16 weights its activations stay in fp32, where PyTorch rounds each to bf16; weights
 of 8 bits (`gpt.int8`) it reads as they are.
 """
@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from gpt import native
 from gpt.errors import RunError
+from gpt.generation import Engine, NewStep
 from gpt.int8 import Int8Embedding, Int8GPT, Int8Linear
 from gpt.model import GPT, LAYER_NORM_EPS, KVCache, QueryKeyValue
 
@@ -277,3 +280,24 @@ class CompiledStep:
         self._run(ctypes.byref(self._model), ctypes.byref(self._step))
         self._cache.used += 1
         return self.logits
+
+
+# --- the engines, by the name that a user gives ---------------------------------------------------
+
+
+def _auto(model: GPT, n_rows: int) -> NewStep | None:
+    fits = n_rows <= MOST_ROWS and ready(model)
+    return functools.partial(CompiledStep, model) if fits else None
+
+
+def _compiled(model: GPT, n_rows: int) -> NewStep:
+    require(model)
+    return functools.partial(CompiledStep, model)
+
+
+EngineName = Literal["auto", "plain", "compiled"]
+"""`plain` is the model itself. `auto` takes the compiled step where it is at hand, and else has it
+compiled in the background for a later call; `compiled` waits for it, and fails (RunError) where
+there is no way to it."""
+
+ENGINES: Mapping[EngineName, Engine | None] = {"auto": _auto, "plain": None, "compiled": _compiled}

@@ -24,7 +24,7 @@ from pipeline.markdown import name_of
 from pipeline.terminal import say
 
 if TYPE_CHECKING:
-    from gpt.generate import Sampling
+    from gpt.generation import Sampling
 
 
 class _Commands(TyperGroup):
@@ -535,7 +535,7 @@ def _sampling(
     seed: int | None,
     stop: list[str] | None,
 ) -> Sampling:
-    from gpt.generate import Sampling
+    from gpt.generation import Sampling
 
     return Sampling(
         max_new_tokens=max_new_tokens,

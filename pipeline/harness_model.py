@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gpt.errors import InputError
 from gpt.events import Log, Progress, discard
-from gpt.generate import Sampling, stream
+from gpt.generation import Sampling, stream
 from gpt.model import GPT
 from gpt.prompts import TOKENIZER_FILE, Template, render_prompts
 from gpt.tokenizer import END_OF_TEXT, Tokenizer
@@ -273,8 +273,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         texts = [""] * len(rows)
         ended = [False] * len(rows)
         sampling = replace(asked.sampling, seed=seed)
-        # the plain engine: a score must not depend on whether there is a compiler
-        for step in stream(self._model, rows, sampling, engine="plain"):
+        # no engine: a score must not depend on whether there is a compiler
+        for step in stream(self._model, rows, sampling):
             for i, token in enumerate(step):
                 if ended[i]:
                     continue

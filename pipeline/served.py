@@ -57,17 +57,12 @@ class Classifier(_Served):
         params: dict[str, Any] | None = None,
     ) -> pd.DataFrame:
         """Classify each row."""
-        from gpt.data import ClassificationDataset, batches
-        from gpt.metrics import classify
+        import gpt
 
         texts = [str(text) for text in model_input["text"]]
-        data = ClassificationDataset(
-            self._tokenizer.encode_batch(texts),
-            [0] * len(texts),  # unknown, and not looked at
-            padding=self._tokenizer.eot,
-            max_length=self._longest,
-        )
-        rows = classify(self._model, batches(data, BATCH)).tolist() if texts else []
+        rows = gpt.classify(
+            self._model, self._tokenizer, texts, max_length=self._longest, batch_size=BATCH
+        ).tolist()
         labels = self._model.labels
         return pd.DataFrame(
             {
@@ -87,7 +82,8 @@ class _Writer(_Served):
     _model: GPT
 
     def _complete(self, prompts: list[str], params: dict[str, Any] | None) -> list[str]:
-        from gpt.generate import Sampling, complete_texts
+        from gpt.decode import ENGINES
+        from gpt.generation import Sampling, complete_texts
 
         settings = dict(params or {})
         sampling = Sampling(
@@ -101,7 +97,11 @@ class _Writer(_Served):
             text
             for start in range(0, len(prompts), BATCH)
             for text in complete_texts(
-                self._model, self._tokenizer, prompts[start : start + BATCH], sampling
+                self._model,
+                self._tokenizer,
+                prompts[start : start + BATCH],
+                sampling,
+                engine=ENGINES["auto"],
             )
         ]
 

@@ -10,13 +10,13 @@ from typing import Literal
 
 import torch
 
-from gpt.data import ClassificationDataset, batches
+from gpt.decode import ENGINES, EngineName
 from gpt.device import pick_device
 from gpt.errors import InputError
 from gpt.files import read_json
-from gpt.generate import Engine, Sampling, stream_text
+from gpt.generation import Sampling, stream_text
+from gpt.inference import classify
 from gpt.int8 import quantize
-from gpt.metrics import classify
 from gpt.model import GPT, GPTClassifier
 from gpt.prompts import Template, encode_turns, last_prompt, read_template
 from gpt.text import Instruction, Turn
@@ -24,7 +24,6 @@ from gpt.tokenizer import Tokenizer
 from gpt.weights import load_base, load_classifier
 from pipeline.terminal import say, say_json, say_result
 
-_BATCH = 16
 BEGIN_ANEW = "/new"
 """Typed in place of an instruction it ends a conversation and begins another."""
 
@@ -61,7 +60,7 @@ def generate(
     sampling: Sampling,
     *,
     precision: Precision = "fp32",
-    engine: Engine = "auto",
+    engine: EngineName = "auto",
 ) -> None:
     """Print the prompt and what the model goes on with.
 
@@ -70,7 +69,7 @@ def generate(
         RunError: the compiled engine is asked for and cannot be had.
     """
     model, tokenizer = _load_writer(directory, "pretrain", precision)
-    pieces = stream_text(model, tokenizer, prompt, sampling, engine=engine)
+    pieces = stream_text(model, tokenizer, prompt, sampling, engine=ENGINES[engine])
     first = next(pieces, "")  # what cannot be continued is refused before anything is printed
     say_result(prompt + first, end="")
     _say(pieces)
@@ -162,7 +161,7 @@ def chat(
     system: str = "",
     turns: int | None = None,
     precision: Precision = "fp32",
-    engine: Engine = "auto",
+    engine: EngineName = "auto",
 ) -> None:
     """Answer one instruction, from the argument or a pipe; or hold a conversation with a person.
 
@@ -195,7 +194,7 @@ def chat(
             note = f"(no room for the first {conversation.forgotten} of what was said before)"
             say(note, file=sys.stderr)
         said = ""
-        for piece in stream_text(model, tokenizer, prompt, sampling, engine=engine):
+        for piece in stream_text(model, tokenizer, prompt, sampling, engine=ENGINES[engine]):
             shown = piece if said else piece.lstrip()
             said += shown
             yield shown
@@ -241,13 +240,7 @@ def classify_texts(directory: Path, texts: Sequence[str], as_json: bool) -> None
         texts = piped.removesuffix("\n").split("\n") if piped else []
     model, tokenizer = load_classifier(_directory(directory, "finetune_classifier"))
     model.to(pick_device())
-    data = ClassificationDataset(
-        tokenizer.encode_batch(list(texts)),
-        [0] * len(texts),  # unknown, and not looked at
-        padding=tokenizer.eot,
-        max_length=_longest(directory, model),
-    )
-    rows = classify(model, batches(data, _BATCH)).tolist() if texts else []
+    rows = classify(model, tokenizer, texts, max_length=_longest(directory, model)).tolist()
     for text, row in zip(texts, rows, strict=True):
         result = dict(sorted(zip(model.labels, row, strict=True), key=lambda item: -item[1]))
         label = next(iter(result))

@@ -16,7 +16,7 @@ from gpt.config import GPT2_SIZES, GPTConfig, Positive
 from gpt.errors import InputError
 from gpt.events import Log, Message, Text, discard
 from gpt.files import write_json
-from gpt.generate import Sampling, complete
+from gpt.generation import Sampling, complete
 from gpt.loss import linear_cross_entropy
 from gpt.model import GPT
 from gpt.published import Published, open_published
@@ -110,8 +110,8 @@ def load_gpt2(
 
     prompt = tokenizer.encode(params.sample_prompt)
     sampling = Sampling(max_new_tokens=params.sample_tokens, stop=(tokenizer.eot,))
-    # the plain engine: the same text whether or not there is a compiler
-    added = complete(model, [prompt], sampling, engine="plain")[0]
+    # no engine: the same text whether or not there is a compiler
+    added = complete(model, [prompt], sampling)[0]
     log(Text("samples/greedy.txt", tokenizer.decode(prompt + added)))
     final = {
         "parameters": float(model.n_params),

@@ -16,7 +16,7 @@ from gpt.device import autocast, prepare
 from gpt.errors import InputError
 from gpt.events import Log, discard
 from gpt.files import write_json
-from gpt.generate import Sampling, complete
+from gpt.generation import Sampling, complete
 from gpt.metrics import bits_per_byte, lm_loss_sum, mean_loss, perplexity
 from gpt.model import GPT
 from gpt.recipe import TrainParams
@@ -158,8 +158,8 @@ def pretrain(
 
     def sample(model: GPT) -> str:
         sampling = Sampling(max_new_tokens=params.sample_tokens, stop=(tokenizer.eot,))
-        # the plain engine: the same text whether or not there is a compiler
-        added = complete(model, [prompt], sampling, engine="plain")[0]
+        # no engine: the same text whether or not there is a compiler
+        added = complete(model, [prompt], sampling)[0]
         return tokenizer.decode(prompt + added)
 
     result = fit(

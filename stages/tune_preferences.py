@@ -16,7 +16,7 @@ from gpt.device import autocast, prepare
 from gpt.errors import InputError, first_problem
 from gpt.events import Log, Message, Progress, discard
 from gpt.files import read_json, write_json
-from gpt.generate import Sampling, complete
+from gpt.generation import Sampling, complete
 from gpt.lora import LanguageModelTuning, merge, wrap
 from gpt.metrics import mean_loss
 from gpt.model import GPT
@@ -133,8 +133,8 @@ def tune_preferences(
 
     def sample(model: GPT) -> str:
         sampling = Sampling(max_new_tokens=params.sample_tokens, stop=(tokenizer.eot,))
-        # the plain engine: the same text whether or not there is a compiler
-        answers = complete(model, shown_prompts, sampling, engine="plain")
+        # no engine: the same text whether or not there is a compiler
+        answers = complete(model, shown_prompts, sampling)
         return "\n\n".join(
             f"{record.instruction}\n{record.input}".strip() + f"\n-> {tokenizer.decode(ids)}"
             for record, ids in zip(told, answers, strict=False)

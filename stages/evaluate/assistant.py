@@ -13,7 +13,7 @@ import torch
 from gpt.bootstrap import mean, mean_loss
 from gpt.data import InstructionDataset, batches
 from gpt.errors import InputError
-from gpt.generate import Completion, Sampling, completions
+from gpt.generation import Completion, Sampling, completions
 from gpt.metrics import check_finite, perplexity, target_losses
 from gpt.prompts import encode_turns, last_prompt, read_template
 from gpt.text import Instruction, read_instructions, split_instructions
@@ -86,8 +86,8 @@ def answer_records(
     answers: list[Completion] = []
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
-        # the plain engine: what is written must not depend on whether there is a compiler
-        answers += completions(model, batch, sampling, engine="plain")
+        # no engine: what is written must not depend on whether there is a compiler
+        answers += completions(model, batch, sampling)
     table = pd.DataFrame(
         {
             "answer": [tokenizer.decode(each.tokens).strip() for each in answers],

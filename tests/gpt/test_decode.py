@@ -7,10 +7,11 @@ import torch
 
 from gpt import decode, native
 from gpt.errors import RunError
-from gpt.generate import Sampling, complete
+from gpt.generation import Sampling, complete
 from gpt.int8 import quantize
 from gpt.model import GPT
 
+AUTO = decode.ENGINES["auto"]
 SHAPES = [
     # vectors hold 4, 8 or 16 numbers: widths that are a multiple, and widths that are not
     {"n_embd": 32, "n_head": 4},
@@ -101,7 +102,7 @@ def test_auto_decodes_8_bits_with_the_compiled_step(compiled, make_model):
     assert decode.why_not(model) is None
     sampling = Sampling(max_new_tokens=12)
     prompts = [[1, 2, 3], [4]]
-    assert complete(model, prompts, sampling) == complete(model, prompts, sampling, engine="plain")
+    assert complete(model, prompts, sampling, engine=AUTO) == complete(model, prompts, sampling)
 
 
 def test_8_bits_in_another_layout_are_not_read(compiled, make_model):
@@ -210,7 +211,7 @@ def test_auto_serves_what_the_compiled_step_does_not(compiled, make_model):
     model = make_model()
     model.h[0].register_forward_hook(lambda *_: None)
     sampling = Sampling(max_new_tokens=5)
-    assert complete(model, [[1]], sampling) == complete(model, [[1]], sampling, engine="plain")
+    assert complete(model, [[1]], sampling, engine=AUTO) == complete(model, [[1]], sampling)
 
 
 def test_auto_takes_the_library_that_is_there(compiled, make_model, monkeypatch):
@@ -219,9 +220,9 @@ def test_auto_takes_the_library_that_is_there(compiled, make_model, monkeypatch)
     monkeypatch.setattr(
         decode.CompiledStep, "__call__", lambda *args: used.append(1) or real(*args)
     )
-    complete(make_model(), [[1]], Sampling(max_new_tokens=5))
+    complete(make_model(), [[1]], Sampling(max_new_tokens=5), engine=AUTO)
     assert len(used) == 4  # the first token is the prompt's own pass
-    complete(make_model(), [[1]], Sampling(max_new_tokens=5), engine="plain")
+    complete(make_model(), [[1]], Sampling(max_new_tokens=5))
     assert len(used) == 4
 
 
@@ -234,10 +235,10 @@ def test_auto_compiles_in_the_background_and_takes_it_next_time(
     monkeypatch.setattr(native, "compile_in_background", started.append)
     monkeypatch.setenv(native.CACHE_VARIABLE, str(tmp_path / "empty"))
     model, sampling = make_model(), Sampling(max_new_tokens=5)
-    plain = complete(model, [[1]], sampling)
-    complete(model, [[1]], sampling)
+    plain = complete(model, [[1]], sampling, engine=AUTO)
+    complete(model, [[1]], sampling, engine=AUTO)
     assert started == [decode.SOURCE]  # once is enough
     assert decode.why_not(model) == "not compiled yet"
     monkeypatch.setenv(native.CACHE_VARIABLE, str(compiled_cache))
     assert decode.why_not(model) is None
-    assert complete(model, [[1]], sampling) == plain
+    assert complete(model, [[1]], sampling, engine=AUTO) == plain

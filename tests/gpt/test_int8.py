@@ -6,7 +6,7 @@ from torch import nn
 
 from gpt.data import Batch
 from gpt.errors import InputError
-from gpt.generate import Sampling, complete
+from gpt.generation import Sampling, complete
 from gpt.int8 import Int8Embedding, Int8Linear, quantize, widened
 from gpt.metrics import lm_loss_sum
 
@@ -48,9 +48,7 @@ def test_the_model_computes_what_its_rounded_weights_say(make_model, tie_weights
     ours, theirs = (lm_loss_sum(model, batch)[0].item() for model in (small, rounded))
     assert ours == pytest.approx(theirs)
     sampling = Sampling(max_new_tokens=8)
-    assert complete(small, [[1, 2]], sampling, engine="plain") == complete(
-        rounded, [[1, 2]], sampling, engine="plain"
-    )
+    assert complete(small, [[1, 2]], sampling) == complete(rounded, [[1, 2]], sampling)
 
 
 def test_the_weights_take_a_quarter_of_the_memory(make_model):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from gpt import decode, native
 from pipeline.params import SECTIONS, load_params
 from pipeline.stage_table import STAGES
 
@@ -141,6 +142,12 @@ def test_a_stage_is_called_with_the_names_that_it_knows(stage):
         for name, parameter in signature.parameters.items()
         if parameter.kind is parameter.KEYWORD_ONLY
     }
+
+
+def test_the_compiled_engine_makes_no_stage_run_again():
+    """A stage writes the same with a compiler and without: it goes without."""
+    engine = {Path(module.__file__).relative_to(ROOT).as_posix() for module in (decode, native)}
+    assert not engine & {path for name in STAGES for path in deps(name)}
 
 
 def test_a_prompt_template_never_retrains_the_base_model():

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from gpt.config import GPTConfig
 from gpt.errors import InputError
 from gpt.files import sha256_of
-from gpt.generate import generate
+from gpt.inference import generate
 from gpt.model import GPT, GPTClassifier
 from gpt.prompts import TEMPLATES, encode_turns, last_prompt, render_prompt
 from gpt.text import Instruction, Turn

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 
 from gpt.config import GPTConfig
 from gpt.events import Metrics
-from gpt.generate import Sampling, complete
+from gpt.generation import Sampling, complete
 from gpt.model import GPT, GPTClassifier
 from gpt.tokenizer import byte_tokenizer
 from gpt.weights import load_model, save_model

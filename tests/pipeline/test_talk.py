@@ -14,10 +14,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from gpt import generate as decoding
+from gpt import generation as decoding
 from gpt.config import GPTConfig
 from gpt.errors import InputError, RunError
-from gpt.generate import Sampling, Token, complete
+from gpt.generation import Sampling, Token, complete
 from gpt.model import GPT, GPTClassifier
 from gpt.prompts import TEMPLATES, render_prompt, render_prompts
 from gpt.tokenizer import byte_tokenizer

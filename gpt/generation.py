@@ -5,9 +5,10 @@ key-value cache. Past it, the model sees the last `context_length` tokens, compu
 token because GPT-2's positions are absolute: the same sliding window as the book's
 `generate_text_simple`, and the same tokens with the cache and without.
 
-Two engines compute a token: `plain` calls the model; `compiled` calls `gpt.decode`'s C++ step, on
-the CPU several times as fast. Their numbers differ by rounding, so where two tokens are as likely
-as each other they may choose differently; each alone repeats itself exactly.
+The model computes each token itself, unless an `Engine` is handed over that does so in its place
+(`gpt.decode` has one). Their numbers differ by rounding, so where two tokens are as likely as each
+other they may choose differently; each alone repeats itself exactly. What has to be the same on
+every machine, with a compiler and without, is written without an engine.
 
 Top-p (nucleus) sampling: Holtzman et al. (2020), "The Curious Case of Neural Text Degeneration".
 Repetition penalty: Keskar et al. (2019), "CTRL", as `transformers` computes it.
@@ -17,21 +18,23 @@ from __future__ import annotations
 
 import codecs
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gpt import decode
 from gpt.errors import NOT_FINITE, InputError, RunError, shown
 from gpt.model import GPT, KVCache
 from gpt.tokenizer import Tokenizer
 
-Engine = Literal["auto", "plain", "compiled"]
-"""`auto` takes the compiled step where it is at hand, and else has it compiled in the background
-for a later call; `compiled` waits for it, and fails (RunError) where there is no way to it."""
+Step = Callable[[Sequence[int], Sequence[int]], Tensor]
+"""Logits (B, V) after one more token in some rows: which rows, and the token of each."""
+NewStep = Callable[[KVCache, Sequence[int]], Step]
+"""A step on a cache, in which so many positions on the left of each row are padding, (B,)."""
+Engine = Callable[[GPT, int], NewStep | None]
+"""What computes the tokens of so many rows in the model's place; None leaves them to the model."""
 
 _LIKELY = (1024, 8192)  # so many tokens nearly always hold a top_p share
 
@@ -115,69 +118,16 @@ class Completion:
 # --- token ids ------------------------------------------------------------------------------------
 
 
-def generate(
-    model: GPT,
-    idx: Tensor,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    stop: int | Collection[int] | None = None,
-    seed: int | None = None,
-    *,
-    repetition_penalty: float = 1.0,
-    min_new_tokens: int = 0,
-    engine: Engine = "auto",
-) -> Tensor:
-    """Continue each row of `idx`.
-
-    Args:
-        model: a language model; used in evaluation mode, left in the mode it was in.
-        idx: token ids (B, T) int64, T at least 1.
-        max_new_tokens: as the other settings, a field of `Sampling`.
-        temperature: see `Sampling`.
-        top_k: see `Sampling`.
-        top_p: see `Sampling`.
-        stop: token ids that end a row; the one that did is kept.
-        seed: see `Sampling`.
-        repetition_penalty: see `Sampling`.
-        min_new_tokens: see `Sampling`.
-        engine: see `Engine`.
-
-    Returns:
-        (B, T + n) int64 with n <= max_new_tokens: fewer where every row has ended. A row that
-        ended before the others is filled up with the token that ended it.
-
-    Raises:
-        InputError: an empty prompt or an impossible setting.
-        RunError: the compiled engine is asked for and cannot be had, or logits are not finite.
-    """
-    sampling = Sampling(
-        max_new_tokens=max_new_tokens,
-        min_new_tokens=min_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        stop=() if stop is None else (stop,) if isinstance(stop, int) else stop,
-    )
-    prompts = idx.tolist()
-    added = [list[int]() for _ in prompts]
-    for step in stream(model, prompts, sampling, engine=engine):
-        for row, token in zip(added, step, strict=True):
-            row.append(row[-1] if token is None else token.id)
-    return torch.cat(
-        (idx, torch.tensor(added, dtype=idx.dtype, device=idx.device).view(len(added), -1)), 1
-    )
-
-
 def complete(
-    model: GPT, prompts: Sequence[Sequence[int]], sampling: Sampling, *, engine: Engine = "auto"
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    engine: Engine | None = None,
 ) -> list[list[int]]:
     """Only the new tokens of each prompt, without the stop token that ended it.
 
-    Prompts may differ in length; otherwise as `generate`.
+    Prompts may differ in length; otherwise as `stream`.
     """
     return [each.tokens for each in completions(model, prompts, sampling, engine=engine)]
 
@@ -188,7 +138,7 @@ def completions(
     sampling: Sampling,
     *,
     log_probs: bool = False,
-    engine: Engine = "auto",
+    engine: Engine | None = None,
 ) -> list[Completion]:
     """As `complete`, with the log-probability of each token if asked for, and how rows ended."""
     rows = [list[Token]() for _ in prompts]
@@ -216,7 +166,7 @@ def stream(
     sampling: Sampling,
     *,
     log_probs: bool = False,
-    engine: Engine = "auto",
+    engine: Engine | None = None,
     cached: bool = True,
 ) -> Iterator[list[Token | None]]:
     """Yield, step by step, the new token of every row; None for a row that has ended.
@@ -227,12 +177,12 @@ def stream(
         sampling: the settings; its stop texts need text, and are refused here.
         log_probs: whether each token comes with its log-probability.
         engine: see `Engine`.
-        cached: False computes every position at every step, as a check on the cache; that is
-            always the plain engine's work.
+        cached: False computes every position at every step, as a check on the cache; the model
+            always does that itself.
 
     Raises:
         InputError: an empty prompt, or stop texts.
-        RunError: the compiled engine is asked for and cannot be had, or logits are not finite.
+        RunError: the engine cannot serve this model, or logits are not finite.
     """
     if sampling.stop_texts:
         raise InputError("stop_texts: tokens have no text; use stream_text or complete_texts")
@@ -245,7 +195,7 @@ def _steps(
     sampling: Sampling,
     ended: list[bool],
     log_probs: bool = False,
-    engine: Engine = "auto",
+    engine: Engine | None = None,
     cached: bool = True,
 ) -> Iterator[list[Token | None]]:
     """`stream`, for a caller that may end a row by its own judgement, in `ended`."""
@@ -260,13 +210,9 @@ def _steps(
     was_training = model.training
     model.eval()
     try:
-        if engine == "compiled":
-            decode.require(model)
-        compiled = engine == "compiled" or (
-            engine == "auto" and len(rows) <= decode.MOST_ROWS and decode.ready(model)
-        )
+        new_step = engine(model, len(rows)) if engine else None
         adjust = _Adjustment(sampling, rows, model)
-        logits_after = _logits_after(model, rows, ended, sampling.max_new_tokens, compiled, cached)
+        logits_after = _logits_after(model, rows, ended, sampling.max_new_tokens, new_step, cached)
         for n in range(sampling.max_new_tokens):
             if all(ended):
                 return
@@ -295,7 +241,7 @@ def _logits_after(
     rows: list[list[int]],
     ended: list[bool],
     room: int,
-    compiled: bool,
+    new_step: NewStep | None,
     cached: bool,
 ) -> Iterator[Tensor]:
     """Logits (B, V) after each row; the caller appends one token to every row between two.
@@ -306,7 +252,7 @@ def _logits_after(
     context = model.config.context_length
     device = model.device
     cache: KVCache | None = None
-    step: decode.CompiledStep | None = None
+    step: Step | None = None
     while True:
         longest = max(len(row) for row in rows)
         if cache is not None and longest <= context:
@@ -324,7 +270,7 @@ def _logits_after(
             cache = step = None
             if cached and longest < context and room > 1:
                 cache = model.new_cache(len(rows), min(context, longest + room))
-                step = decode.CompiledStep(model, cache, missing) if compiled else None
+                step = new_step(cache, missing) if new_step else None
         hidden = model.hidden(idx, cache=cache, padding=padding)  # (B, T, C)
         yield model.head(hidden[:, -1])
 
@@ -415,7 +361,7 @@ def stream_text(
     prompt: str | Sequence[int],
     sampling: Sampling,
     *,
-    engine: Engine = "auto",
+    engine: Engine | None = None,
 ) -> Iterator[str]:
     """What the model writes after `prompt`, a text or token ids, in pieces as they come.
 
@@ -425,7 +371,7 @@ def stream_text(
 
     Raises:
         InputError: an empty prompt.
-        RunError: the compiled engine is asked for and cannot be had, or logits are not finite.
+        RunError: the engine cannot serve this model, or logits are not finite.
     """
     text = _Text(tokenizer, sampling)
     sampling = replace(sampling, stop={*sampling.stop, tokenizer.eot})
@@ -448,7 +394,7 @@ def complete_texts(
     prompts: Sequence[str],
     sampling: Sampling,
     *,
-    engine: Engine = "auto",
+    engine: Engine | None = None,
 ) -> list[str]:
     """What the model writes after each prompt; each ends by itself, as in `stream_text`.
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
-from gpt import generate as module
+from gpt import generation as module
+from gpt.decode import ENGINES
 from gpt.errors import InputError, RunError
-from gpt.generate import (
+from gpt.generation import (
     Completion,
     Sampling,
     Token,
@@ -19,10 +20,10 @@ from gpt.generate import (
     complete,
     complete_texts,
     completions,
-    generate,
     stream,
     stream_text,
 )
+from gpt.inference import generate
 from gpt.tokenizer import byte_tokenizer
 from gpt.weights import save_model
 
@@ -31,10 +32,15 @@ IDS = {BYTES.decode_bytes([i])[0]: i for i in range(256)}
 
 
 @pytest.fixture(params=["plain", "compiled"])
-def engine(request):
+def engine_name(request):
     if request.param == "compiled":
         request.getfixturevalue("compiled")
     return request.param
+
+
+@pytest.fixture
+def engine(engine_name):
+    return ENGINES[engine_name]
 
 
 def greedy(n, **settings):
@@ -64,12 +70,12 @@ def reference(theirs, prompts, new, **settings):
 # --- the reference's tokens -----------------------------------------------------------------------
 
 
-def test_100_greedy_tokens_equal_the_reference(pair, engine):
+def test_100_greedy_tokens_equal_the_reference(pair, engine_name):
     model, theirs = pair
     idx = torch.randint(0, 256, (3, 20), generator=torch.Generator().manual_seed(1))
     expected = torch.tensor(reference(theirs, idx.tolist(), 100))
-    assert torch.equal(generate(model, idx, 100, engine=engine)[:, 20:], expected)
-    assert torch.equal(generate(model, idx[:1], 100, engine=engine)[:, 20:], expected[:1])
+    assert torch.equal(generate(model, idx, 100, engine=engine_name)[:, 20:], expected)
+    assert torch.equal(generate(model, idx[:1], 100, engine=engine_name)[:, 20:], expected[:1])
 
 
 def test_100_greedy_tokens_after_unequal_prompts_equal_the_reference(pair, engine):
@@ -137,25 +143,25 @@ def test_a_batch_of_unequal_prompts_gives_each_its_own_tokens_past_the_context_t
 def test_the_cache_changes_no_token_past_the_context_too(make_model, engine):
     model = make_model()
     prompts = [[1, 2, 3], list(range(20))]
-    without = list(stream(model, prompts, greedy(70), engine="plain", cached=False))
+    without = list(stream(model, prompts, greedy(70), cached=False))
     assert list(stream(model, prompts, greedy(70), engine=engine)) == without
 
 
-def test_past_the_context_the_model_sees_the_last_tokens_only(make_model, engine):
+def test_past_the_context_the_model_sees_the_last_tokens_only(make_model, engine_name):
     model = make_model()
     context = model.config.context_length
     long = torch.arange(100)[None]
-    new = generate(model, long, 3, engine=engine)[:, 100:]
-    assert torch.equal(new, generate(model, long[:, -context:], 3, engine=engine)[:, -3:])
+    new = generate(model, long, 3, engine=engine_name)[:, 100:]
+    assert torch.equal(new, generate(model, long[:, -context:], 3, engine=engine_name)[:, -3:])
     # what is generated moves the window too: each token is what its own window says
-    rows = generate(model, long[:, :40], 30, engine=engine)[0].tolist()
+    rows = generate(model, long[:, :40], 30, engine=engine_name)[0].tolist()
     for end in range(40, 70):
         window = torch.tensor([rows[max(0, end - context) : end]])
         with torch.no_grad():
             assert rows[end] == model(window)[0, -1].argmax()
 
 
-def test_each_row_ends_at_its_own_stop_token(make_model, engine):
+def test_each_row_ends_at_its_own_stop_token(make_model, engine_name, engine):
     model = make_model()
     prompts = [[1, 2, 3], [9, 8, 7], [50]]
     free = complete(model, prompts, greedy(12), engine=engine)
@@ -164,7 +170,7 @@ def test_each_row_ends_at_its_own_stop_token(make_model, engine):
     done = completions(model, prompts, greedy(12, stop=(stop,)), engine=engine)
     assert [each.tokens for each in done] == cut
     assert [each.stopped for each in done] == [stop in row for row in free]
-    rows = generate(model, torch.tensor(prompts[:2]), 12, stop={stop}, engine=engine)
+    rows = generate(model, torch.tensor(prompts[:2]), 12, stop={stop}, engine=engine_name)
     assert rows[0, 3 + len(cut[0]) :].eq(stop).all()
     assert torch.equal(rows, generate(model, torch.tensor(prompts[:2]), 12, stop=stop))
 
@@ -175,10 +181,10 @@ def test_a_row_that_starts_to_end_stops_the_work(make_model, engine):
     assert len(list(stream(model, [[1, 2]], greedy(50, stop=(first,)), engine=engine))) == 1
 
 
-def test_no_new_tokens_is_a_length_like_any_other(make_model, engine):
+def test_no_new_tokens_is_a_length_like_any_other(make_model, engine_name):
     model = make_model()
     idx = torch.tensor([[1, 2]])
-    assert torch.equal(generate(model, idx, 0, engine=engine), idx)
+    assert torch.equal(generate(model, idx, 0, engine=engine_name), idx)
     assert completions(model, [[1]], greedy(0)) == [
         Completion(tokens=[], log_probs=[], stopped=False)
     ]
@@ -187,25 +193,26 @@ def test_no_new_tokens_is_a_length_like_any_other(make_model, engine):
 # --- sampling -------------------------------------------------------------------------------------
 
 
-def test_a_seed_repeats_a_sample_and_another_gives_another(make_model, engine):
+def test_a_seed_repeats_a_sample_and_another_gives_another(make_model, engine_name):
     model = make_model()
     idx = torch.tensor([[1, 2, 3]])
     one, same, other = (
-        generate(model, idx, 30, temperature=1.0, seed=seed, engine=engine) for seed in (7, 7, 8)
+        generate(model, idx, 30, temperature=1.0, seed=seed, engine=engine_name)
+        for seed in (7, 7, 8)
     )
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
-    unseeded = [generate(model, idx, 30, temperature=1.0, engine=engine) for _ in range(2)]
+    unseeded = [generate(model, idx, 30, temperature=1.0, engine=engine_name) for _ in range(2)]
     assert not torch.equal(*unseeded)
 
 
-def test_top_k_of_one_and_a_tiny_top_p_are_greedy(make_model, engine):
+def test_top_k_of_one_and_a_tiny_top_p_are_greedy(make_model, engine_name):
     model = make_model()
     idx = torch.tensor([[5, 6]])
-    likeliest = generate(model, idx, 20, engine=engine)
+    likeliest = generate(model, idx, 20, engine=engine_name)
     for limits in ({"top_k": 1}, {"top_p": 1e-6}):
         assert torch.equal(
-            generate(model, idx, 20, temperature=2.0, engine=engine, **limits), likeliest
+            generate(model, idx, 20, temperature=2.0, engine=engine_name, **limits), likeliest
         )
 
 
@@ -281,7 +288,7 @@ def scripted(monkeypatch):
     """Makes the model write these texts, a byte a token, one for each prompt."""
 
     def script(*texts: bytes):
-        def steps(model, prompts, sampling, ended, log_probs=False, engine="auto"):
+        def steps(model, prompts, sampling, ended, log_probs=False, engine=None):
             assert len(prompts) == len(texts)
             for n in range(min(sampling.max_new_tokens, max(map(len, texts)))):
                 if all(ended):
@@ -380,11 +387,11 @@ def test_a_stop_text_ends_a_row_of_the_real_model_and_leaves_the_others(make_mod
 # --- what is refused or left alone ----------------------------------------------------------------
 
 
-def test_the_model_is_left_in_the_mode_it_was_in(make_model, engine):
+def test_the_model_is_left_in_the_mode_it_was_in(make_model, engine_name):
     model = make_model(dropout=0.5).train()
     before = torch.get_rng_state()
     idx = torch.tensor([[1]])
-    one, other = (generate(model, idx, 9, engine=engine) for _ in range(2))
+    one, other = (generate(model, idx, 9, engine=engine_name) for _ in range(2))
     assert torch.equal(one, other)
     assert model.training
     assert torch.equal(torch.get_rng_state(), before)  # training goes on as if nothing had been
@@ -426,5 +433,7 @@ def test_an_empty_prompt_is_refused(make_model):
 def test_without_the_library_the_compiled_engine_is_an_error_and_auto_is_not(make_model):
     model = make_model()
     with pytest.raises(RunError, match=r"decode\.cpp: cannot be compiled here: .*engine at auto"):
-        complete(model, [[1]], greedy(3), engine="compiled")
-    assert complete(model, [[1]], greedy(3)) == complete(model, [[1]], greedy(3), engine="plain")
+        complete(model, [[1]], greedy(3), engine=ENGINES["compiled"])
+    assert complete(model, [[1]], greedy(3), engine=ENGINES["auto"]) == complete(
+        model, [[1]], greedy(3)
+    )
