@@ -53,6 +53,9 @@ class GPTConfig(Architecture):
     """A GPT-2 decoder.
 
     Radford et al. (2019), "Language Models are Unsupervised Multitask Learners".
+
+    >>> gpt.GPTConfig().n_embd  # without arguments it is GPT-2 124M
+    768
     """
 
     vocab_size: _Rows = 50257

@@ -136,7 +136,11 @@ def classify(
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """How likely a language model finds a text."""
+    """How likely a language model finds a text.
+
+    >>> round(gpt.Score(log_likelihood=-4.0, tokens=2).perplexity, 2)
+    7.39
+    """
 
     log_likelihood: float
     """The natural log-probability of all its tokens, from `<|endoftext|>` on."""

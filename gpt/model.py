@@ -308,7 +308,12 @@ class Decoder(nn.Module):
 
 
 class GPT(Decoder):
-    """The decoder with a language-model head; the head is `wte` itself where weights are tied."""
+    """The decoder with a language-model head; the head is `wte` itself where weights are tied.
+
+    >>> model = gpt.GPT(gpt.GPTConfig(vocab_size=257, n_layer=1, n_head=2, n_embd=8))
+    >>> model(torch.tensor([[1, 2, 3]])).shape  # (B, T) to (B, T, V)
+    torch.Size([1, 3, 257])
+    """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__(config)
@@ -340,6 +345,11 @@ class GPT(Decoder):
 
 class GPTClassifier(Decoder):
     """The decoder with a linear classification head on one vector of each row.
+
+    >>> config = gpt.GPTConfig(vocab_size=257, n_layer=1, n_head=2, n_embd=8)
+    >>> model = gpt.GPTClassifier(config, ["ham", "spam"])
+    >>> model(torch.tensor([[1, 2, 3]])).shape  # (B, T) to (B, classes)
+    torch.Size([1, 2])
 
     Args:
         config: the architecture.

@@ -60,6 +60,10 @@ _BYTE_OF = {symbol: byte for byte, symbol in enumerate(_SYMBOL_OF)}
 class Tokenizer:
     """Text to token ids and back.
 
+    >>> tokenizer = gpt.load_tokenizer(directory)
+    >>> tokenizer.decode(tokenizer.encode("Once upon a time"))
+    'Once upon a time'
+
     Args:
         vocab: every token's id; tokens are written in byte symbols, the ids are 0 … n - 1.
         merges: the pairs that may be joined, the earliest-learnt first.
@@ -135,8 +139,9 @@ class Tokenizer:
         """The UTF-8 bytes of `ids`: what to gather when a character may span two tokens."""
         return self._encoding.decode_bytes(list(ids))
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: Path | str) -> None:
         """Write `vocab.json` and `merges.txt` into `directory`; equal tokenizers, equal bytes."""
+        directory = Path(directory)
         vocab = {token: rank for rank, token in enumerate(self._tokens())}
         with _lines_of(directory / "vocab.json") as file:
             json.dump(vocab, file, ensure_ascii=False)
@@ -149,8 +154,11 @@ class Tokenizer:
         return sorted(self._vocab, key=self._vocab.__getitem__)
 
 
-def load_tokenizer(directory: Path) -> Tokenizer:
+def load_tokenizer(directory: Path | str) -> Tokenizer:
     """Read a tokenizer from GPT-2's vocabulary files.
+
+    >>> gpt.load_tokenizer(directory).vocab_size
+    4096
 
     Args:
         directory: holds `vocab.json` and `merges.txt`, or the same files under the names of
@@ -161,6 +169,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         InputError: a file is missing, unreadable, of another kind of tokenizer, or does not fit
             the other.
     """
+    directory = Path(directory)
     whole = directory / "tokenizer.json"
     if whole.is_file() and not any((directory / each).is_file() for each in _VOCABULARIES):
         vocab_file, (vocab, merges) = whole, _read_whole(whole)

@@ -57,12 +57,17 @@ _FIXED = {
 
 def save_model(
     model: GPT | GPTClassifier,
-    directory: Path,
+    directory: Path | str,
     *,
     tokenizer: Tokenizer,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Write `model` and its tokenizer as a model directory, whole or not at all.
+
+    >>> model, tokenizer = gpt.load_model(directory), gpt.load_tokenizer(directory)
+    >>> gpt.save_model(model, "a-copy", tokenizer=tokenizer)
+    >>> gpt.load_model("a-copy").n_params == model.n_params
+    True
 
     Args:
         model: weights are written in their own precision.
@@ -75,6 +80,7 @@ def save_model(
         InputError: the tokenizer's vocabulary is not the model's, or something else stands at
             `directory`.
     """
+    directory = Path(directory)
     config = model.config
     if tokenizer.vocab_size != config.vocab_size:
         raise InputError(
@@ -123,6 +129,10 @@ def load_model(
     """Read a model directory.
 
     Tensor by tensor: memory stays near the model's own size.
+
+    >>> model = gpt.load_model(directory)
+    >>> type(model).__name__, model.config.n_layer
+    ('GPT', 5)
 
     Args:
         directory: in Hugging Face's GPT-2 layout, with or without the `transformer.` prefix.
