@@ -1,22 +1,32 @@
 """The registered models, as MLflow runs them: 'models from code'.
 
 MLflow copies this file and the `gpt` package beside the model directory and executes it when a
-model is loaded, anywhere: nothing of the project but `gpt` may be imported here.
+model is loaded, anywhere: nothing of the project but `gpt` may be imported here. All of it is
+imported at once: where a process has another `gpt` already, that shows before the model is used.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlflow
 import pandas as pd
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
-if TYPE_CHECKING:
+try:
+    import gpt
+    from gpt.decode import ENGINES
+    from gpt.generation import Sampling, complete_texts
     from gpt.model import GPT, GPTClassifier
+    from gpt.prompts import read_template, render_prompt
     from gpt.tokenizer import Tokenizer
+except ImportError as error:
+    raise ImportError(
+        f"{error}; a registered model brings the package gpt that it was made with: load it in a "
+        "process that has not imported another one"
+    ) from error
 
 BATCH = 16
 
@@ -29,8 +39,6 @@ class _Served(PythonModel):  # type: ignore[misc]
 
     def load_context(self, context: PythonModelContext) -> None:
         """Read the model and its tokenizer from the artifacts."""
-        import gpt
-
         self._directory = Path(context.artifacts["model"])
         self._model = gpt.load_model(self._directory)
         self._tokenizer = gpt.load_tokenizer(self._directory)
@@ -57,8 +65,6 @@ class Classifier(_Served):
         params: dict[str, Any] | None = None,
     ) -> pd.DataFrame:
         """Classify each row."""
-        import gpt
-
         texts = [str(text) for text in model_input["text"]]
         rows = gpt.classify(
             self._model, self._tokenizer, texts, max_length=self._longest, batch_size=BATCH
@@ -82,9 +88,6 @@ class _Writer(_Served):
     _model: GPT
 
     def _complete(self, prompts: list[str], params: dict[str, Any] | None) -> list[str]:
-        from gpt.decode import ENGINES
-        from gpt.generation import Sampling, complete_texts
-
         settings = dict(params or {})
         sampling = Sampling(
             max_new_tokens=settings.get("max_new_tokens", 128),
@@ -130,8 +133,6 @@ class Assistant(_Writer):
         params: dict[str, Any] | None = None,
     ) -> pd.DataFrame:
         """Answer each instruction."""
-        from gpt.prompts import read_template, render_prompt
-
         template = read_template(self._directory)
         inputs = model_input["input"] if "input" in model_input else [""] * len(model_input)
         prompts = [

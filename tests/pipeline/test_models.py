@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
+from gpt import generation
 from gpt.config import GPTConfig
 from gpt.events import Metrics
 from gpt.generation import Sampling, complete
@@ -219,6 +221,13 @@ def test_the_same_answers_in_this_process(project: Path) -> None:
     model = mlflow.pyfunc.load_model("models:/classifier@candidate")
     frame = pd.DataFrame({"text": ["one", "two"]}, index=[7, 9])
     assert list(model.predict(frame).index) == [7, 9]
+
+
+def test_a_model_beside_another_gpt_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that has imported a `gpt` of another version keeps to it."""
+    monkeypatch.setitem(sys.modules, generation.__name__, None)
+    with pytest.raises(ImportError, match=r"in a process that has not imported another one"):
+        runpy.run_path(str(models.SERVED))
 
 
 def test_a_versions_page_shows_what_its_run_came_to(
