@@ -7,7 +7,7 @@ of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -93,7 +93,7 @@ def generate(
 def classify(
     model: GPTClassifier,
     tokenizer: Tokenizer,
-    texts: Sequence[str],
+    texts: Iterable[str],
     *,
     max_length: int | None = None,
     batch_size: int = 16,
@@ -123,13 +123,14 @@ def classify(
         InputError: `texts` is a single text.
         RunError: the model's logits are not finite.
     """
+    encoded = tokenizer.encode_batch(_many(texts))
     data = ClassificationDataset(
-        tokenizer.encode_batch(_many(texts)),
-        [0] * len(texts),  # unknown, and not looked at
+        encoded,
+        [0] * len(encoded),  # unknown, and not looked at
         padding=tokenizer.eot,
         max_length=min(max_length or model.config.context_length, model.config.context_length),
     )
-    if not texts:
+    if not encoded:
         return torch.empty(0, len(model.labels))
     return metrics.classify(model, batches(data, batch_size))
 
@@ -153,7 +154,7 @@ class Score:
 
 
 def score(
-    model: GPT, tokenizer: Tokenizer, texts: Sequence[str], *, batch_size: int = 16
+    model: GPT, tokenizer: Tokenizer, texts: Iterable[str], *, batch_size: int = 16
 ) -> list[Score]:
     """How likely a language model finds each text.
 
@@ -180,7 +181,7 @@ def score(
         for owner, ids in enumerate(encoded)
         for window in _windows([tokenizer.eot, *ids], model.config.context_length)
     ]
-    totals = [0.0] * len(texts)
+    totals = [0.0] * len(encoded)
     for start in range(0, len(windows), batch_size):
         owners, inputs, targets = zip(*windows[start : start + batch_size], strict=True)
         batch = Batch(
@@ -208,7 +209,7 @@ def _windows(ids: Sequence[int], length: int) -> Iterator[tuple[Tensor, Tensor]]
         yield torch.tensor(ids[first:end]), torch.tensor([*known, *ids[start + 1 : end + 1]])
 
 
-def _many(texts: Sequence[str]) -> list[str]:
+def _many(texts: Iterable[str]) -> list[str]:
     """The texts; a single one would be taken for as many texts as it has characters."""
     if isinstance(texts, str):
         raise InputError("texts: a single text; put it into a list")

@@ -8,6 +8,7 @@ import torch
 from gpt import decode, native
 from gpt.errors import RunError
 from gpt.generation import Sampling, complete
+from gpt.inference import generate
 from gpt.int8 import quantize
 from gpt.model import GPT
 
@@ -224,6 +225,8 @@ def test_auto_takes_the_library_that_is_there(compiled, make_model, monkeypatch)
     assert len(used) == 4  # the first token is the prompt's own pass
     complete(make_model(), [[1]], Sampling(max_new_tokens=5))
     assert len(used) == 4
+    generate(make_model(), torch.tensor([[1]]), 5)  # without a word on engines
+    assert len(used) == 8
 
 
 def test_auto_compiles_in_the_background_and_takes_it_next_time(

@@ -1,5 +1,6 @@
 """Texts are classified and scored one by one, in batches, and past the context's end."""
 
+import pandas as pd
 import pytest
 import torch
 from torch.nn import functional as F
@@ -30,6 +31,7 @@ def test_a_score_is_what_the_model_gives_each_token_that_follows(make_model):
         assert each.log_likelihood == pytest.approx(total, rel=1e-5)
     assert found[1].perplexity == 1
     assert found[0].perplexity == pytest.approx(2.718281828 ** (-found[0].log_likelihood / 16))
+    assert score(model, BYTES, iter(TEXTS)) == score(model, BYTES, TEXTS)
     assert score(model, BYTES, []) == []
 
 
@@ -44,6 +46,7 @@ def test_texts_are_classified_alone_as_in_a_batch_and_are_cut():
         assert torch.allclose(classify(model, BYTES, [text])[0], row, atol=1e-6)
     cut = classify(model, BYTES, TEXTS, max_length=4)
     assert torch.allclose(cut, classify(model, BYTES, [text[:4] for text in TEXTS]), atol=1e-6)
+    assert torch.equal(classify(model, BYTES, pd.Series(TEXTS)), classify(model, BYTES, TEXTS))
     assert classify(model, BYTES, []).shape == (0, 3)
 
 

@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import json
 import os
 import pkgutil
 import shutil
@@ -63,24 +64,6 @@ def test_a_folder_is_given_as_text_or_as_a_path(kind, tmp_path):
 
 # --- installed from a wheel -----------------------------------------------------------------------
 
-AS_A_USER = """
-import sys
-import gpt, torch
-from gpt import decode
-assert decode.SOURCE.is_file()
-nano, folder = sys.argv[1:]
-model, tokenizer = gpt.load_model(nano), gpt.load_tokenizer(nano)
-ids = gpt.generate(model, torch.tensor([tokenizer.encode("Once upon")]), 8, stop=tokenizer.eot)
-assert tokenizer.decode(ids[0].tolist()).startswith("Once upon")
-known, strange = gpt.score(model, tokenizer, ["Once upon a time", "Qx zvy 9#w"])
-assert known.perplexity < strange.perplexity
-config = gpt.GPTConfig(vocab_size=tokenizer.vocab_size, n_layer=1, n_head=2, n_embd=8)
-gpt.save_model(gpt.GPTClassifier(config, ["ham", "spam"]), folder, tokenizer=tokenizer)
-classifier = gpt.load_model(folder)
-assert gpt.classify(classifier, gpt.load_tokenizer(folder), ["Lunch?"]).shape == (1, 2)
-print(gpt.__file__)
-"""
-
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
@@ -117,10 +100,15 @@ def test_a_wheel_holds_the_packages_and_nothing_else(wheel):
     assert held == wanted
 
 
-def test_the_wheel_serves_in_an_empty_folder(wheel, tmp_path):
+def test_the_wheel_serves_readme_s_lines_in_an_empty_folder(wheel, tmp_path):
     """In an environment of its own, which sees what is installed here but for this project."""
     home, empty = tmp_path / "venv", tmp_path / "empty"
-    empty.mkdir()
+    shutil.copytree(NANO, empty / "models" / "pretrain")
+    tokenizer = gpt.load_tokenizer(NANO)
+    config = gpt.GPTConfig(vocab_size=tokenizer.vocab_size, n_layer=1, n_head=2, n_embd=8)
+    classifier = gpt.GPTClassifier(config, ["ham", "spam"])
+    gpt.save_model(classifier, empty / "models" / "classifier", tokenizer=tokenizer)
+
     venv.create(home)
     scheme = {"base": str(home), "platbase": str(home), "installed_base": str(home)}
     own = Path(sysconfig.get_path("purelib", "venv", scheme))
@@ -131,6 +119,14 @@ def test_the_wheel_serves_in_an_empty_folder(wheel, tmp_path):
     python = scripts / "python"
     options = ["--no-deps", "--no-index", "-q", "--ignore-installed"]
     run(sys.executable, "-m", "pip", "--python", python, "install", *options, wheel, cwd=empty)
-    printed = run(python, "-c", AS_A_USER, NANO, "classifier", cwd=empty)
-    assert Path(printed.strip()).is_relative_to(own)
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = "import gpt" + readme.partition("```python\nimport gpt")[2].partition("```")[0]
+    printed = run(python, "-c", f"{lines}\nprint(gpt.__file__)", cwd=empty)
+    *text, perplexities, classes, file = printed.splitlines()
+    assert text[0].startswith("The old clock")
+    plain, turned = json.loads(perplexities)
+    assert plain < turned
+    assert classes.startswith("['ham', 'spam'] [[0.")
+    assert Path(file).is_relative_to(own)
     assert "generate" in run(scripts / "gpt-pipeline", "--help", cwd=empty)
