@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from gpt.device import prepare
+from gpt.device import prepare_device
 from gpt.errors import InputError, RunError
 
 
@@ -57,7 +57,7 @@ def as_it_comes(threads: int) -> None:
 
 def as_ours(threads: int) -> None:
     """What every stage of this project does first."""
-    prepare("cpu", threads)
+    prepare_device("cpu", threads)
 
 
 @dataclass(frozen=True, slots=True)

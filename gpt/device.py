@@ -41,7 +41,7 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
-def prepare(device: str = "auto", threads: int = 0) -> torch.device:
+def prepare_device(device: str = "auto", threads: int = 0) -> torch.device:
     """Pick the device and make results repeatable on it.
 
     Args:

@@ -236,7 +236,7 @@ def _train(
     row: Row, inputs: dict[str, Path], folder: Path, log: Log, add_picture: Callable[[Path], None]
 ) -> tuple[dict[str, float], dict[str, float]]:
     """The final figures of the training, and the scores of what it made on every part."""
-    from gpt.device import prepare
+    from gpt.device import prepare_device
     from pipeline.plots import draw_confusion, draw_curves
     from stages.evaluate import EvaluateParams
     from stages.evaluate.classifier import measure_classifier
@@ -250,7 +250,7 @@ def _train(
         state=folder / "state",
         log=log,
     )
-    device = prepare(row.params.train.device, row.params.train.threads)
+    device = prepare_device(row.params.train.device, row.params.train.threads)
     of = bounds(EvaluateParams().resamples, EvaluateParams().seed)
     scores, tables = measure_classifier(
         folder / "out", inputs["messages"], device, _ROWS_AT_ONCE, of

@@ -520,7 +520,7 @@ def _asked_now(
     Raises:
         InputError: one of them or the data cannot be had; in one line.
     """
-    from gpt.device import prepare
+    from gpt.device import prepare_device
     from stages.evaluate import EvaluateParams
     from stages.evaluate.training import read_training
 
@@ -530,7 +530,7 @@ def _asked_now(
     versions = [_registered(everything, side) for side in sides]
     params = load_section(everything.root / PARAMS_FILE, "evaluate", others=False)
     params = params or EvaluateParams()
-    device = prepare(params.device, params.threads)
+    device = prepare_device(params.device, params.threads)
     with files_of(versions[0]) as first, files_of(versions[1]) as second:
         ask = _classified if model == "classifier" else _answered
         answers, told = ask(first, second, data, device, params, most)

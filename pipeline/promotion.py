@@ -502,9 +502,9 @@ def _compare(asked: _Asked, name: str, version: ModelVersion) -> _Compared | str
 
 
 def _device(params: EvaluateParams) -> Any:
-    from gpt.device import prepare
+    from gpt.device import prepare_device
 
-    return prepare(params.device, params.threads)
+    return prepare_device(params.device, params.threads)
 
 
 def _same_tokenizer(asked: _Asked, name: str, champion: Path) -> bool:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from gpt.config import Positive
 from gpt.data import ClassificationDataset, Dataset, FeatureDataset, batches, take
-from gpt.device import autocast, prepare
+from gpt.device import autocast, prepare_device
 from gpt.errors import InputError
 from gpt.events import Log, Message, Progress, discard
 from gpt.files import write_json
@@ -117,7 +117,7 @@ def finetune_classifier(
         RunError: the loss is no longer finite.
     """
     train = params.train
-    device = prepare(train.device, train.threads)
+    device = prepare_device(train.device, train.threads)
     trunk, tokenizer = load_base(base)
     config = trunk.config
     if params.max_length is not None and params.max_length > config.context_length:

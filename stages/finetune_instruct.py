@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from gpt.config import Positive
 from gpt.data import InstructionDataset, batches
-from gpt.device import autocast, prepare
+from gpt.device import autocast, prepare_device
 from gpt.errors import InputError
 from gpt.events import Log, Message, discard
 from gpt.files import write_json
@@ -82,7 +82,7 @@ def finetune_instruct(
         RunError: the loss is no longer finite.
     """
     train = params.train
-    device = prepare(train.device, train.threads)
+    device = prepare_device(train.device, train.threads)
     model, tokenizer = load_base(base)
     model.to(device)
     context = model.config.context_length

@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from gpt.config import Architecture, GPTConfig, Positive
 from gpt.data import RandomWindowDataset, WindowDataset, batches, spread
-from gpt.device import autocast, prepare
+from gpt.device import autocast, prepare_device
 from gpt.errors import InputError
 from gpt.events import Log, discard
 from gpt.files import write_json
@@ -145,7 +145,7 @@ def pretrain(
         RunError: the loss is no longer finite.
     """
     train = params.train
-    device = prepare(train.device, train.threads)
+    device = prepare_device(train.device, train.threads)
     manifest = read_manifest(tokens)
     tokenizer = load_tokenizer(tokens)
     end = tokenizer.eot if params.separate_documents else None

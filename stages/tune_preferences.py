@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from gpt.config import Positive
 from gpt.data import InstructionDataset, batches
-from gpt.device import autocast, prepare
+from gpt.device import autocast, prepare_device
 from gpt.errors import InputError, first_problem
 from gpt.events import Log, Message, Progress, discard
 from gpt.files import read_json, write_json
@@ -95,7 +95,7 @@ def tune_preferences(
         RunError: the loss is no longer finite.
     """
     train = params.train
-    device = prepare(train.device, train.threads)
+    device = prepare_device(train.device, train.threads)
     template, training = read_template(assistant), read_training(assistant)
     model, tokenizer = load_base(assistant)
     model.to(device)

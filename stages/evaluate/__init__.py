@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from gpt.config import Batch, Positive, Seed, Threads
-from gpt.device import DeviceName, prepare
+from gpt.device import DeviceName, prepare_device
 from gpt.events import Log, Message, Progress, discard
 from gpt.files import whole_directory, write_json
 from stages.evaluate.assistant import measure_assistant
@@ -77,7 +77,7 @@ def evaluate(
     Raises:
         InputError: a model or data set cannot be used, or does not belong to the others.
     """
-    device = prepare(params.device, params.threads)
+    device = prepare_device(params.device, params.threads)
     of = bounds(params.resamples, params.seed)
     bases = {"pretrain": pretrain, "gpt2": gpt2}
     work = [*bases, "classifier", "assistant", "likelihood"]

@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[2]
 _PROGRAM = """
 import resource, sys, torch
 if sys.argv[1] == "tuned":
-    from gpt.device import prepare
-    prepare("cpu", 1)
+    from gpt.device import prepare_device
+    prepare_device("cpu", 1)
 torch.set_num_threads(1)
 for _ in range(32):  # until the blocks have found their places, which takes some of them a dozen
     torch.zeros(1 << 24)
@@ -41,7 +41,7 @@ def test_freed_memory_is_given_out_again_without_asking_the_system():
 def test_results_are_repeatable_and_the_compiler_is_not_imported_for_it():
     """Its import takes longer than an answer of a small model."""
     code = (
-        "import sys, torch; from gpt.device import prepare; prepare('cpu', 1); "
+        "import sys, torch; from gpt.device import prepare_device; prepare_device('cpu', 1); "
         "print(torch.is_deterministic_algorithms_warn_only_enabled(), "
         "torch.are_deterministic_algorithms_enabled(), "
         "any(name.startswith(('torch._inductor', 'torch._dynamo')) for name in sys.modules))"
