@@ -187,6 +187,23 @@ def load_base(directory: Path) -> tuple[GPT, Tokenizer]:
     return model, tokenizer
 
 
+def read_base(directory: Path, stage: str, max_length: int | None) -> tuple[GPTConfig, Tokenizer]:
+    """The architecture and the tokenizer of what `load_base` reads; no weights are read.
+
+    Raises:
+        InputError: as `read_config` and `load_tokenizer_of`; or the `max_length` that the stage is
+            told is above the context.
+    """
+    config, _ = read_config(directory)
+    tokenizer = load_tokenizer_of(directory, config)
+    if max_length is not None and max_length > config.context_length:
+        raise InputError(
+            f"{stage}.max_length: {max_length} tokens are more than the context of {directory} "
+            f"holds ({config.context_length}); use at most that"
+        )
+    return replace(config, vocab_size=tokenizer.vocab_size), tokenizer
+
+
 def load_classifier(directory: Path) -> tuple[GPTClassifier, Tokenizer]:
     """Read a classifier and its own tokenizer, on the CPU in fp32.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
-from gpt.config import Positive
+from gpt.config import GPTConfig, Positive
 from gpt.data import ClassificationDataset, Dataset, FeatureDataset, batches, take
 from gpt.device import autocast, prepare_device
 from gpt.errors import InputError
@@ -27,8 +27,9 @@ from gpt.model import ClassifierTop, GPTClassifier, Pooling
 from gpt.overlap import count_contaminated
 from gpt.recipe import TrainParams
 from gpt.text import Balance, Split, missing_classes, undersampled, usable_parts
+from gpt.tokenizer import Tokenizer
 from gpt.train import fit
-from gpt.weights import load_base, save_model
+from gpt.weights import load_base, read_base, save_model
 
 Trainable = Literal["all", "last_block", "last_blocks", "head", "lora"]
 
@@ -36,7 +37,7 @@ _KEPT_BYTES = 2 << 30
 """What a frozen trunk makes of the texts is kept up to this size, else made anew at each step."""
 _TOKENS_AT_ONCE = 4096
 _MORE_MESSAGES = "add messages of them, or try another finetune_classifier.split.seed"
-_ROWS_AT_ONCE = 16
+ROWS_AT_ONCE = 16
 """Rows that are scored together; it changes no score."""
 
 
@@ -76,6 +77,67 @@ class FinetuneClassifierParams:
         if self.lora is not None and self.trainable != "lora":
             raise ValueError(f"lora: has no say with trainable: {self.trainable}; set it to lora")
         return self
+
+    @property
+    def adapters(self) -> LoraParams | None:
+        """The adapters that are trained; None without."""
+        return (self.lora or LoraParams()) if self.trainable == "lora" else None
+
+    @property
+    def last(self) -> int | None:
+        """How many of the last blocks are trained whole or, with adapters, may be; None is all."""
+        return {"last_block": 1, "last_blocks": self.blocks, "head": 0}.get(self.trainable)
+
+
+class Prepared(NamedTuple):
+    """What the training begins with; architecture and tokenizer are the base's."""
+
+    config: GPTConfig
+    tokenizer: Tokenizer
+    labels: list[str]
+    parts: dict[str, pd.DataFrame]
+    max_length: int
+    data: dict[str, ClassificationDataset]
+    """Of the parts `train` and `validation`."""
+    keeps: bool
+    """What frozen blocks make of the texts is little enough to be kept."""
+
+
+def prepare(
+    params: FinetuneClassifierParams, *, base: Path, messages: Path, log: Log = discard
+) -> Prepared:
+    """What the stage does before the base's weights are read.
+
+    Raises:
+        InputError: the messages cannot be used, or `max_length` is above the base's context.
+    """
+    config, tokenizer = read_base(base, "finetune_classifier", params.max_length)
+    frame, parts = usable_parts(messages, params.split, params.balance)
+    labels = sorted(frame["label"].unique())
+    if few := undersampled(frame, parts):
+        log(Message(f"finetune_classifier: {few}", "warning"))
+    for name, lacking in missing_classes(parts, labels).items():
+        what = (
+            "none of them can be learnt" if name == "train" else "its figures say nothing of them"
+        )
+        log(Message(f"finetune_classifier: {lacking}: {what}; {_MORE_MESSAGES}", "warning"))
+    ids = {
+        name: tokenizer.encode_batch(parts[name]["text"].tolist())
+        for name in ("train", "validation")
+    }
+    max_length = params.max_length or min(max(map(len, ids["train"])), config.context_length)
+    data = {
+        name: ClassificationDataset(
+            each,
+            [labels.index(label) for label in parts[name]["label"]],
+            padding=tokenizer.eot,
+            max_length=max_length,
+        )
+        for name, each in ids.items()
+    }
+    tokens = sum(int(each.lengths.sum()) for each in data.values())
+    keeps = tokens * config.n_embd * 4 <= _KEPT_BYTES
+    return Prepared(config, tokenizer, labels, parts, max_length, data, keeps)
 
 
 def finetune_classifier(
@@ -118,41 +180,16 @@ def finetune_classifier(
     """
     train = params.train
     device = prepare_device(train.device, train.threads)
-    trunk, tokenizer = load_base(base)
-    config = trunk.config
-    if params.max_length is not None and params.max_length > config.context_length:
-        raise InputError(
-            f"finetune_classifier.max_length: {params.max_length} tokens are more than the "
-            f"context of {base} holds ({config.context_length}); use at most that"
-        )
-    frame, parts = usable_parts(messages, params.split, params.balance)
-    labels = sorted(frame["label"].unique())
-    if few := undersampled(frame, parts):
-        log(Message(f"finetune_classifier: {few}", "warning"))
-    for name, lacking in missing_classes(parts, labels).items():
-        what = (
-            "none of them can be learnt" if name == "train" else "its figures say nothing of them"
-        )
-        log(Message(f"finetune_classifier: {lacking}: {what}; {_MORE_MESSAGES}", "warning"))
+    ready = prepare(params, base=base, messages=messages, log=log)
+    labels, parts, texts = ready.labels, ready.parts, ready.data
     shared = count_contaminated(
         {name: [(text,) for text in part["text"]] for name, part in parts.items()},
         "finetune_classifier",
         log,
     )
-    longest = max(len(ids) for ids in tokenizer.encode_batch(parts["train"]["text"].tolist()))
-    max_length = params.max_length or min(longest, config.context_length)
-
-    def dataset(part: pd.DataFrame) -> ClassificationDataset:
-        return ClassificationDataset(
-            tokenizer.encode_batch(part["text"].tolist()),
-            [labels.index(label) for label in part["label"]],
-            padding=tokenizer.eot,
-            max_length=max_length,
-        )
-
-    texts = {name: dataset(parts[name]) for name in ("train", "validation")}
+    trunk, _ = load_base(base)
     torch.manual_seed(train.seed)
-    model = GPTClassifier(config, labels, params.pooling)
+    model = GPTClassifier(trunk.config, labels, params.pooling)
     if params.pretrained:
         model.load_state_dict(
             {name: value for name, value in trunk.state_dict().items() if name != "lm_head.weight"},
@@ -161,17 +198,16 @@ def finetune_classifier(
     del trunk
     model.to(device)
     depth = freeze(model, params.trainable, params.blocks, params.lora)
+    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log(
         Message(
-            f"finetune_classifier: {len(texts['train'])} training messages of up to {max_length} "
-            f"tokens, {sum(p.numel() for p in model.parameters() if p.requires_grad):,} of "
-            f"{model.n_params:,} parameters trained"
+            f"finetune_classifier: {len(texts['train'])} training messages of up to "
+            f"{ready.max_length} tokens, {n_trained:,} of {model.n_params:,} parameters trained"
         )
     )
     trained: GPTClassifier | ClassifierTop = model
     data: dict[str, Dataset] = dict(texts)
-    tokens = sum(int(each.lengths.sum()) for each in texts.values())
-    if depth and tokens * config.n_embd * 4 <= _KEPT_BYTES:
+    if depth and ready.keeps:
         trained = model.top(depth)
         with autocast(device, train.precision):
             data = trunk_features(model, texts, depth, log)
@@ -183,7 +219,7 @@ def finetune_classifier(
         )
 
     def scores(model: GPTClassifier | ClassifierTop, part: str) -> dict[str, float]:
-        rows = list(batches(data[part], _ROWS_AT_ONCE))
+        rows = list(batches(data[part], ROWS_AT_ONCE))
         actual = torch.cat([batch.targets for batch in rows])  # (n,)
         with autocast(device, train.precision):
             logits = class_logits(model, rows)  # (n, classes)
@@ -211,7 +247,7 @@ def finetune_classifier(
     final = {
         **scores(trained, "train"),
         **scores(trained, "validation"),
-        "max_length": float(max_length),
+        "max_length": float(ready.max_length),
         "rows_train": float(len(parts["train"])),
         "rows_validation": float(len(parts["validation"])),
         "rows_test": float(len(parts["test"])),
@@ -222,10 +258,10 @@ def finetune_classifier(
         "base": params.base,
         "split": asdict(params.split),
         "balance": params.balance,
-        "max_length": max_length,
+        "max_length": ready.max_length,
         **({"pooling": params.pooling} if params.pooling != "last" else {}),
     }
-    save_model(model, out, tokenizer=tokenizer, extra={"training.json": training})
+    save_model(model, out, tokenizer=ready.tokenizer, extra={"training.json": training})
     result.write_history(history)
     write_json(metrics, final)
     return final

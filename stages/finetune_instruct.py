@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from gpt.config import Positive
+from gpt.config import GPTConfig, Positive
 from gpt.data import InstructionDataset, batches
 from gpt.device import autocast, prepare_device
 from gpt.errors import InputError
@@ -23,9 +23,10 @@ from gpt.model import GPT
 from gpt.overlap import count_contaminated
 from gpt.prompts import TEMPLATES, TemplateName, encode_turns, last_prompt
 from gpt.recipe import TrainParams
-from gpt.text import Split, read_instructions, split_instructions
+from gpt.text import Instruction, Split, read_instructions, split_instructions
+from gpt.tokenizer import Tokenizer
 from gpt.train import fit
-from gpt.weights import load_base, save_model
+from gpt.weights import load_base, read_base, save_model
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid"))
@@ -46,6 +47,56 @@ class FinetuneInstructParams(LanguageModelTuning):
     """Tokens a record is cut to; None is the base's context."""
     sample_tokens: Positive = 40
     train: TrainParams
+
+
+class Prepared(NamedTuple):
+    """What the training begins with; architecture and tokenizer are the base's."""
+
+    config: GPTConfig
+    tokenizer: Tokenizer
+    max_length: int
+    parts: dict[str, list[Instruction]]
+    turns: int
+    """The most that a training record has."""
+    data: dict[str, InstructionDataset]
+    """Of the parts `train` and `validation`."""
+    shown: list[list[int]]
+    """The token ids of the first validation records' prompts, which the samples answer."""
+
+
+def prepare(params: FinetuneInstructParams, *, base: Path, instructions: Path) -> Prepared:
+    """What the stage does before the base's weights are read.
+
+    Raises:
+        InputError: the records cannot be used, or `max_length` is above the base's context.
+    """
+    config, tokenizer = read_base(base, "finetune_instruct", params.max_length)
+    max_length = params.max_length or config.context_length
+    records = read_instructions(instructions)
+    parts = split_instructions(records, params.split)
+    for name, part in parts.items():
+        if not part:
+            raise InputError(
+                f"{instructions}: the {name} part of {len(records)} records is empty; add records "
+                "or change finetune_instruct.split"
+            )
+    turns = {
+        name: encode_turns(tokenizer, params.template, parts[name])
+        for name in ("train", "validation")
+    }
+    data = {
+        name: InstructionDataset.of_turns(
+            records,
+            end=tokenizer.eot,
+            mask_prompt=params.mask_prompt,
+            max_length=max_length,
+            row_length=config.context_length if params.rows == "packed" else None,
+        )
+        for name, records in turns.items()
+    }
+    shown = [last_prompt(each, tokenizer.eot)[-max_length:] for each in turns["validation"][:3]]
+    most = max(map(len, turns["train"]))
+    return Prepared(config, tokenizer, max_length, parts, most, data, shown)
 
 
 def finetune_instruct(
@@ -83,62 +134,31 @@ def finetune_instruct(
     """
     train = params.train
     device = prepare_device(train.device, train.threads)
-    model, tokenizer = load_base(base)
+    ready = prepare(params, base=base, instructions=instructions)
+    tokenizer, parts, data = ready.tokenizer, ready.parts, ready.data
+    model, _ = load_base(base)
     model.to(device)
-    context = model.config.context_length
-    max_length = params.max_length or context
-    if max_length > context:
-        raise InputError(
-            f"finetune_instruct.max_length: {max_length} tokens are more than the context of "
-            f"{base} holds ({context}); use at most that"
-        )
-    records = read_instructions(instructions)
-    parts = split_instructions(records, params.split)
-    for name, part in parts.items():
-        if not part:
-            raise InputError(
-                f"{instructions}: the {name} part of {len(records)} records is empty; add records "
-                "or change finetune_instruct.split"
-            )
-
-    turns = {
-        name: encode_turns(tokenizer, params.template, parts[name])
-        for name in ("train", "validation")
-    }
-    data = {
-        name: InstructionDataset.of_turns(
-            records,
-            end=tokenizer.eot,
-            mask_prompt=params.mask_prompt,
-            max_length=max_length,
-            row_length=context if params.rows == "packed" else None,
-        )
-        for name, records in turns.items()
-    }
     texts = {name: [(each.task, each.text) for each in part] for name, part in parts.items()}
     shared = count_contaminated(texts, "finetune_instruct", log)
     for name, dataset in data.items():
         cut = sum(batch.n_targets == 0 for batch in batches(dataset, 1))
         if cut == len(dataset):
             raise InputError(
-                f"{instructions}: no answer of the {name} part begins within {max_length} tokens; "
-                "use a shorter template, a larger finetune_instruct.max_length or another base"
+                f"{instructions}: no answer of the {name} part begins within {ready.max_length} "
+                "tokens; use a shorter template, a larger finetune_instruct.max_length or another "
+                "base"
             )
         if cut:
             text = f"{cut} of {len(dataset)} {name} records are cut before their answer"
             log(Message(f"finetune_instruct: {text}", level="warning"))
-    shown = parts["validation"][:3]
-    shown_prompts = [
-        last_prompt(each, tokenizer.eot)[-max_length:] for each in turns["validation"][:3]
-    ]
 
     def sample(model: GPT) -> str:
         sampling = Sampling(max_new_tokens=params.sample_tokens, stop=(tokenizer.eot,))
         # no engine: the same text whether or not there is a compiler
-        answers = complete(model, shown_prompts, sampling)
+        answers = complete(model, ready.shown, sampling)
         return "\n\n".join(
             f"{record.instruction}\n{record.input}".strip() + f"\n-> {tokenizer.decode(ids)}"
-            for record, ids in zip(shown, answers, strict=True)
+            for record, ids in zip(parts["validation"], answers, strict=False)
         )
 
     def validation_loss(model: GPT) -> float:
@@ -193,8 +213,8 @@ def finetune_instruct(
             "training.json": {
                 "base": params.base,
                 "split": asdict(params.split),
-                "max_length": max_length,
-                "turns": max(len(each) for each in turns["train"]),
+                "max_length": ready.max_length,
+                "turns": ready.turns,
             },
         },
     )

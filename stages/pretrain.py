@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from gpt.config import Architecture, GPTConfig, Positive
-from gpt.data import RandomWindowDataset, WindowDataset, batches, spread
+from gpt.data import Dataset, RandomWindowDataset, WindowDataset, batches, spread
 from gpt.device import autocast, prepare_device
 from gpt.errors import InputError
 from gpt.events import Log, discard
@@ -20,8 +20,8 @@ from gpt.generation import Sampling, complete
 from gpt.metrics import bits_per_byte, lm_loss_sum, mean_loss, perplexity
 from gpt.model import GPT
 from gpt.recipe import TrainParams
-from gpt.token_files import SplitName, open_tokens, read_manifest
-from gpt.tokenizer import load_tokenizer
+from gpt.token_files import Manifest, SplitName, open_tokens, read_manifest
+from gpt.tokenizer import Tokenizer, load_tokenizer
 from gpt.train import fit
 from gpt.weights import save_model
 
@@ -115,6 +115,36 @@ def open_sources(params: PretrainParams, tokens: Path, end: int | None) -> dict[
     return {source: each for source, each in windows.items() if len(each)}
 
 
+class Prepared(NamedTuple):
+    """What the training begins with."""
+
+    manifest: Manifest
+    tokenizer: Tokenizer
+    config: GPTConfig
+    data: dict[SplitName, WindowDataset]
+    some: Dataset
+    """Of the validation windows those that an evaluation during training looks at."""
+    sources: dict[str, WindowDataset]
+    shown: list[list[int]]
+    """The token ids that the samples go on from."""
+
+
+def prepare(params: PretrainParams, *, tokens: Path) -> Prepared:
+    """What the stage does before the model is made; of the token files only the sizes are read.
+
+    Raises:
+        InputError: a split is shorter than one context.
+    """
+    manifest, tokenizer = read_manifest(tokens), load_tokenizer(tokens)
+    config = GPTConfig(**asdict(params.model), vocab_size=tokenizer.vocab_size)
+    end = tokenizer.eot if params.separate_documents else None
+    data = open_windows(params, tokens, end)
+    some = spread(data["validation"], params.eval_windows or len(data["validation"]))
+    sources = open_sources(params, tokens, end)
+    shown = [tokenizer.encode(params.sample_prompt)]
+    return Prepared(manifest, tokenizer, config, data, some, sources, shown)
+
+
 def pretrain(
     params: PretrainParams,
     *,
@@ -146,15 +176,10 @@ def pretrain(
     """
     train = params.train
     device = prepare_device(train.device, train.threads)
-    manifest = read_manifest(tokens)
-    tokenizer = load_tokenizer(tokens)
-    end = tokenizer.eot if params.separate_documents else None
-    splits = open_windows(params, tokens, end)
+    ready = prepare(params, tokens=tokens)
+    tokenizer, training, [prompt] = ready.tokenizer, ready.data["train"], ready.shown
     torch.manual_seed(train.seed)
-    model = GPT(GPTConfig(**asdict(params.model), vocab_size=tokenizer.vocab_size)).to(device)
-    training, windows = splits["train"], splits["validation"]
-    some = windows if params.eval_windows is None else spread(windows, params.eval_windows)
-    prompt = tokenizer.encode(params.sample_prompt)
+    model = GPT(ready.config).to(device)
 
     def sample(model: GPT) -> str:
         sampling = Sampling(max_new_tokens=params.sample_tokens, stop=(tokenizer.eot,))
@@ -168,7 +193,7 @@ def pretrain(
         train=training,
         loss=lm_loss_sum,
         validate=lambda model: {
-            "validation_loss": mean_loss(model, batches(some, train.batch_size))
+            "validation_loss": mean_loss(model, batches(ready.some, train.batch_size))
         },
         sample=sample,
         origin=lambda row: _origin(training, row, params.model.context_length),
@@ -176,13 +201,12 @@ def pretrain(
         state=state,
         log=log,
     )
-    sources = open_sources(params, tokens, end)
     with autocast(device, train.precision):
         loss, *losses = (
             mean_loss(model, batches(each, train.batch_size))
-            for each in (windows, *sources.values())
+            for each in (ready.data["validation"], *ready.sources.values())
         )
-    validation = manifest.splits["validation"].total
+    validation = ready.manifest.splits["validation"].total
     final = {
         "validation_loss": loss,
         "perplexity": perplexity(loss),
@@ -192,7 +216,7 @@ def pretrain(
         "steps": float(result.steps),
         "tokens": result.history[-1]["tokens"],
     }
-    final |= zip((f"validation_loss/{name}" for name in sources), losses, strict=True)
+    final |= zip((f"validation_loss/{name}" for name in ready.sources), losses, strict=True)
     save_model(model, out, tokenizer=tokenizer)
     result.write_history(history)
     write_json(metrics, final)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from gpt.config import Positive
+from gpt.config import GPTConfig, Positive
 from gpt.data import InstructionDataset, batches
 from gpt.device import autocast, prepare_device
 from gpt.errors import InputError, first_problem
@@ -34,7 +34,7 @@ from gpt.text import (
 )
 from gpt.tokenizer import Tokenizer
 from gpt.train import fit
-from gpt.weights import load_base, save_model
+from gpt.weights import load_base, read_base, save_model
 
 _TRAINING_FILE = "training.json"
 
@@ -58,6 +58,59 @@ class TunePreferencesParams(LanguageModelTuning):
     """Tokens a prompt and its answer are cut to; None is the assistant's context."""
     sample_tokens: Positive = 40
     train: TrainParams
+
+
+class Prepared(NamedTuple):
+    """What the training begins with; what is said of a model is the assistant's."""
+
+    config: GPTConfig
+    tokenizer: Tokenizer
+    template: Template
+    training: dict[str, Any]
+    """Its `training.json`."""
+    pairs: dict[str, list[Preference]]
+    data: dict[str, PreferenceDataset]
+    """The pairs of each part that differ once they are cut."""
+    told: list[Instruction]
+    """The validation part's records, whether or not they hold two answers."""
+    answers: InstructionDataset
+    """The same as the assistant learnt them."""
+    shown: list[list[int]]
+    """The token ids of their first prompts, which the samples answer."""
+
+
+def prepare(
+    params: TunePreferencesParams, *, assistant: Path, instructions: Path, log: Log = discard
+) -> Prepared:
+    """What the stage does before the assistant's weights are read.
+
+    Raises:
+        InputError: the pairs cannot be used, the directory is no assistant's, or `max_length` is
+            above its context.
+    """
+    template, training = read_template(assistant), read_training(assistant)
+    config, tokenizer = read_base(assistant, "tune_preferences", params.max_length)
+    max_length = params.max_length or config.context_length
+    records = read_preferences(instructions)
+    split = split_of(assistant, training)
+    pairs = useful_pairs(instructions, records, split, log)
+    data: dict[str, PreferenceDataset] = {}
+    for name, part in pairs.items():
+        data[name] = preference_dataset(tokenizer, template, part, max_length)
+        if not len(data[name]):
+            raise InputError(
+                f"{instructions}: the two answers of every pair of the {name} part are the same in "
+                f"their first {max_length} tokens, prompt included; use a larger "
+                "tune_preferences.max_length, or a base with a larger context"
+            )
+        if cut := len(part) - len(data[name]):
+            text = f"{cut} of {len(part)} {name} pairs are cut before their answers differ"
+            log(Message(f"tune_preferences: {text}, and left out", level="warning"))
+    told = split_instructions(records, split)["validation"]
+    turns = encode_turns(tokenizer, template, told)
+    answers = InstructionDataset.of_turns(turns, end=tokenizer.eot, max_length=max_length)
+    shown = [last_prompt(each, tokenizer.eot)[-max_length:] for each in turns[:3]]
+    return Prepared(config, tokenizer, template, training, pairs, data, told, answers, shown)
 
 
 def tune_preferences(
@@ -96,37 +149,12 @@ def tune_preferences(
     """
     train = params.train
     device = prepare_device(train.device, train.threads)
-    template, training = read_template(assistant), read_training(assistant)
-    model, tokenizer = load_base(assistant)
+    ready = prepare(params, assistant=assistant, instructions=instructions, log=log)
+    tokenizer, pairs, data = ready.tokenizer, ready.pairs, ready.data
+    model, _ = load_base(assistant)
     model.to(device)
-    context = model.config.context_length
-    max_length = params.max_length or context
-    if max_length > context:
-        raise InputError(
-            f"tune_preferences.max_length: {max_length} tokens are more than the context of "
-            f"{assistant} holds ({context}); use at most that"
-        )
-    records = read_preferences(instructions)
-    split = split_of(assistant, training)
-    pairs = useful_pairs(instructions, records, split, log)
-    data: dict[str, PreferenceDataset] = {}
-    for name, part in pairs.items():
-        data[name] = preference_dataset(tokenizer, template, part, max_length)
-        if not len(data[name]):
-            raise InputError(
-                f"{instructions}: the two answers of every pair of the {name} part are the same in "
-                f"their first {max_length} tokens, prompt included; use a larger "
-                "tune_preferences.max_length, or a base with a larger context"
-            )
-        if cut := len(part) - len(data[name]):
-            text = f"{cut} of {len(part)} {name} pairs are cut before their answers differ"
-            log(Message(f"tune_preferences: {text}, and left out", level="warning"))
     texts = {name: [(each.task, each.chosen) for each in part] for name, part in pairs.items()}
     shared = count_contaminated(texts, "tune_preferences", log)
-    told = split_instructions(records, split)["validation"]
-    told_turns = encode_turns(tokenizer, template, told)
-    told_data = InstructionDataset.of_turns(told_turns, end=tokenizer.eot, max_length=max_length)
-    shown_prompts = [last_prompt(each, tokenizer.eot)[-max_length:] for each in told_turns[:3]]
     loss = PreferenceLoss(
         beta=params.beta, label_smoothing=params.label_smoothing, by_token=params.by_token
     )
@@ -134,10 +162,10 @@ def tune_preferences(
     def sample(model: GPT) -> str:
         sampling = Sampling(max_new_tokens=params.sample_tokens, stop=(tokenizer.eot,))
         # no engine: the same text whether or not there is a compiler
-        answers = complete(model, shown_prompts, sampling)
+        answers = complete(model, ready.shown, sampling)
         return "\n\n".join(
             f"{record.instruction}\n{record.input}".strip() + f"\n-> {tokenizer.decode(ids)}"
-            for record, ids in zip(told, answers, strict=False)
+            for record, ids in zip(ready.told, answers, strict=False)
         )
 
     def scores(model: GPT, part: str) -> dict[str, float]:
@@ -148,7 +176,7 @@ def tune_preferences(
 
     def instruct_loss(model: GPT) -> float:
         with autocast(device, train.precision):
-            return mean_loss(model, batches(told_data, train.batch_size, by_length=True))
+            return mean_loss(model, batches(ready.answers, train.batch_size, by_length=True))
 
     torch.manual_seed(train.seed)
     with autocast(device, train.precision):
@@ -191,7 +219,8 @@ def tune_preferences(
         "parameters_trained": float(n_trained),
         "steps": float(result.steps),
     }
-    save_model(model, out, tokenizer=tokenizer, extra={**template.files, _TRAINING_FILE: training})
+    extra = {**ready.template.files, _TRAINING_FILE: ready.training}
+    save_model(model, out, tokenizer=tokenizer, extra=extra)
     result.write_history(history)
     write_json(metrics, final)
     return final

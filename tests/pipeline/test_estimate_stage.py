@@ -25,7 +25,7 @@ from gpt.text import RawFile, write_sources
 from gpt.tokenizer import byte_tokenizer
 from gpt.weights import save_model
 from pipeline import estimate, probe
-from pipeline.estimate import make_plan
+from pipeline.estimate_plan import make_plan
 from pipeline.params import load_params
 from pipeline.probe import Evaluation, Probe, Step
 from pipeline.stage_table import STAGES
@@ -197,7 +197,7 @@ def test_the_frozen_blocks_are_counted_once_where_their_vectors_are_kept(tiny, m
     anew = make_plan("finetune_classifier", params, tiny)
     assert kept.flops_before > 0 == anew.flops_before
     assert kept.step_flops.sum() < anew.step_flops.sum()
-    memory = [plan.memory(plan.largest, False, "blocked") for plan in (kept, anew)]
+    memory = [plan.memory(plan.largest, bf16=False, kernel="blocked") for plan in (kept, anew)]
     assert memory[0].features > 0 == memory[1].features
     assert memory[0].best < memory[1].best  # only what is trained is copied
     assert kept.trained == anew.trained < kept.parameters
