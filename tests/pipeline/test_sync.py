@@ -27,7 +27,7 @@ from gpt.events import Metrics, Text
 from gpt.model import GPT
 from gpt.tokenizer import byte_tokenizer
 from gpt.weights import load_model, save_model
-from pipeline import models, runner, sync, tracking
+from pipeline import connection, models, runner, sync
 from pipeline.connection import connect
 from pipeline.provenance import Provenance
 from pipeline.settings import TrackingParams
@@ -338,7 +338,7 @@ def test_a_server_that_says_nothing_is_given_up_within_seconds(
     server.freeze()
     before = time.monotonic()
     try:
-        assert not tracking.reachable(project)
+        assert not connection.reachable(project)
         assert time.monotonic() - before < 15
     finally:
         server.kill()

@@ -21,7 +21,7 @@ from gpt.events import Metrics
 from gpt.files import sha256_of, write_json
 from gpt.text import read_sources, write_sources
 from gpt.token_files import Counts, Manifest, Shard, SplitManifest
-from pipeline import tracking
+from pipeline import connection, tracking
 from pipeline.data_sets import input_sets, made_sets
 from pipeline.keys import key_of, short
 from pipeline.tracking import DataSet, StageRun, dvc_md5
@@ -201,7 +201,7 @@ def test_a_run_keeps_figures_of_classes_with_any_name(project: Path, empty_datab
     logged = run.client.get_run(run.id).data
     found = [logged.metrics[key_of(f"classifier/f1_{name}")] for name in ODD_NAMES]
     assert found == [float(i) for i in range(len(ODD_NAMES))]
-    made = tracking.run_that_made(run.client, "learn", None, {"a (b)": "md5"})
+    made = connection.run_that_made(run.client, "learn", None, {"a (b)": "md5"})
     assert made is not None
     assert made.info.run_id == run.id
 
