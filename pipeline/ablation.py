@@ -169,10 +169,9 @@ def _one_line(error: BaseException) -> str:
 
 
 def _row(root: Path, table: str, row: Row, log: Log) -> dict[str, Any]:
-    from mlflow.exceptions import MlflowException
-
     from pipeline.connection import connect
     from pipeline.data_sets import input_sets
+    from pipeline.entities import MlflowException
     from pipeline.stage_table import STAGES
     from pipeline.states import fingerprint
     from pipeline.tracking import StageRun, dvc_md5

@@ -128,23 +128,20 @@ def _check_git(root: Path) -> Check:
 
 
 def _check_remote(root: Path) -> Check:
-    from dvc.repo import Repo
-
+    from pipeline.dag import remote_of
     from pipeline.secrets import without_credentials
 
     try:
-        with Repo(str(root)) as repo:
-            if not repo.config["core"].get("remote"):
-                none = "none is set (`dvc remote add -d NAME PLACE`), so outputs stay here"
-                return Check("DVC remote", none, "warning")
-            remote = repo.cloud.get_remote()
-            place = without_credentials(str(remote.config.get("url", remote.path)))
-            if not remote.fs.exists(remote.path) and remote.fs.protocol == "local":
-                new = f"{place} is not there; the first push makes it, if nothing is to be mounted"
-                return Check("DVC remote", new, "warning")
-    except Exception as error:  # each kind of remote has errors of its own
-        reason = without_credentials(" ".join(str(error).split()))
-        return Check("DVC remote", f"cannot be reached: {reason}", "error")
+        remote = remote_of(root)
+    except RunError as error:
+        return Check("DVC remote", without_credentials(str(error)), "error")
+    if remote is None:
+        none = "none is set (`dvc remote add -d NAME PLACE`), so outputs stay here"
+        return Check("DVC remote", none, "warning")
+    place = without_credentials(remote.place)
+    if remote.missing:
+        new = f"{place} is not there; the first push makes it, if nothing is to be mounted"
+        return Check("DVC remote", new, "warning")
     return Check("DVC remote", place)
 
 

@@ -41,8 +41,8 @@ from pipeline.workspace import git
 
 if TYPE_CHECKING:
     import torch
-    from mlflow.entities.model_registry import ModelVersion
 
+    from pipeline.entities import ModelVersion
     from stages.evaluate import EvaluateParams
 
 _T = TypeVar("_T")
@@ -199,7 +199,7 @@ def compare(
         InputError: there is no such thing, or the two are of different stages.
         RunError: MLflow cannot be reached.
     """
-    from mlflow.exceptions import MlflowException
+    from pipeline.entities import MlflowException
 
     everything = known(root)
     if everything.client is None:
@@ -251,7 +251,7 @@ def _against_champion(everything: Known, one: str) -> tuple[str, str]:
 
 
 def _version_or_run(everything: Known, what: str) -> ModelVersion | Execution:
-    from mlflow.entities.model_registry import ModelVersion
+    from pipeline.entities import ModelVersion
 
     found = find(everything, what)
     if isinstance(found, Execution) and found.run is None:

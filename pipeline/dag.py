@@ -146,6 +146,33 @@ def has_remote(root: Path) -> bool:
         return bool(Config(str(root / ".dvc"), validate=False)["core"].get("remote"))
 
 
+@dataclass(frozen=True, slots=True)
+class Remote:
+    """DVC's default remote: its address, and whether it is a folder that is not there yet."""
+
+    place: str
+    missing: bool
+
+
+def remote_of(root: Path) -> Remote | None:
+    """DVC's default remote, asked whether it is there; None where none is set.
+
+    Raises:
+        RunError: it cannot be reached.
+    """
+    from dvc.repo import Repo
+
+    try:
+        with Repo(str(root)) as repo:
+            if not repo.config["core"].get("remote"):
+                return None
+            remote = repo.cloud.get_remote()
+            missing = not remote.fs.exists(remote.path) and remote.fs.protocol == "local"
+            return Remote(str(remote.config.get("url", remote.path)), missing)
+    except Exception as error:  # each kind of remote has errors of its own
+        raise RunError(f"cannot be reached: {_in_one_line(error)}") from None
+
+
 @contextmanager
 def _opening() -> Iterator[None]:
     from dvc.exceptions import DvcException

@@ -21,9 +21,7 @@ from pipeline.workspace import git
 from pipeline.yaml_files import parse_yaml
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities import Run
-    from mlflow.entities.model_registry import ModelVersion
+    from pipeline.entities import MlflowClient, ModelVersion, Run
 
 _PAGE = 1000
 _INPUT, _OUTPUT = "input.", "output."
@@ -151,7 +149,7 @@ class Known:
                 return each
         if self.client is None:
             return None
-        from mlflow.exceptions import MlflowException
+        from pipeline.entities import MlflowException
 
         with contextlib.suppress(MlflowException, KeyError):  # no such run, or none of a stage
             return of_run(self.client.get_run(run_id))
@@ -215,7 +213,7 @@ def _versions(client: MlflowClient) -> Iterator[ModelVersion]:
 
 def _runs(client: MlflowClient) -> Iterator[Run]:
     """The stages' runs, deleted ones too, the newest first."""
-    from mlflow.entities import ViewType
+    from pipeline.entities import ViewType
 
     experiments = [
         each.experiment_id

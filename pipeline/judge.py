@@ -335,7 +335,7 @@ def judge_assistant(params: JudgeParams, root: Path, log: Log = discard) -> Judg
 
 def _track(root: Path, judged: Judged, log: Log) -> None:
     """The figures and the table in the run that made the answers, where MLflow takes them."""
-    from mlflow.exceptions import MlflowException
+    from pipeline.entities import MlflowException
 
     run_id = last_run(root, "evaluate").get("run_id")
     if run_id is None:

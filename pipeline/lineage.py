@@ -31,7 +31,7 @@ from pipeline.tracking import dvc_md5
 from pipeline.workspace import git
 
 if TYPE_CHECKING:
-    from mlflow.entities.model_registry import ModelVersion
+    from pipeline.entities import ModelVersion
 
 Kind = Literal["version", "file", "run", "source", "commit"]
 

@@ -15,7 +15,7 @@ from pipeline.tracking import dvc_md5
 from pipeline.workspace import commit_of
 
 if TYPE_CHECKING:
-    from mlflow.entities.model_registry import ModelVersion
+    from pipeline.entities import ModelVersion
 
 _MODEL = re.compile(r"(?P<name>[\w.-]+)(?:/(?P<version>\d+)|@(?P<alias>[\w.-]+))?")
 _RUN = re.compile(r"[0-9a-f]{1,32}")

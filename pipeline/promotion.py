@@ -31,9 +31,8 @@ from pipeline.settings import PromotionParams
 
 if TYPE_CHECKING:
     import pandas as pd
-    from mlflow import MlflowClient
-    from mlflow.entities.model_registry import ModelVersion
 
+    from pipeline.entities import MlflowClient, ModelVersion
     from stages.evaluate import EvaluateParams
 
 BY_HAND = "by_hand"
@@ -122,7 +121,7 @@ def promote_the_better(root: Path, rule: PromotionParams, params: EvaluateParams
         InputError: a champion cannot be asked; no alias has moved then.
         RunError: MLflow cannot be reached.
     """
-    from mlflow.exceptions import MlflowException
+    from pipeline.entities import MlflowException
 
     client = connect(root)
     with _alone(root), named_failure(root, "failed in the promotion", MlflowException):
@@ -169,7 +168,7 @@ def promote_by_hand(root: Path, name: str, version: int | None = None) -> int:
         InputError: there is no such model or version.
         RunError: MLflow cannot be reached.
     """
-    from mlflow.exceptions import MlflowException
+    from pipeline.entities import MlflowException
 
     client = connect(root)
     with _alone(root), named_failure(root, "failed in the promotion", MlflowException):
@@ -198,7 +197,7 @@ def roll_back(root: Path, name: str) -> tuple[int, int]:
         InputError: there is no such model, or no other version that was its champion.
         RunError: MLflow cannot be reached.
     """
-    from mlflow.exceptions import MlflowException
+    from pipeline.entities import MlflowException
 
     client = connect(root)
     with _alone(root), named_failure(root, "failed in the rollback", MlflowException):

@@ -35,8 +35,8 @@ from pipeline.tracking import PEAK_MEMORY, git_state
 
 if TYPE_CHECKING:
     import pandas as pd
-    from mlflow import MlflowClient
-    from mlflow.entities import Run
+
+    from pipeline.entities import MlflowClient, Run
 
 EVALUATION = Path("reports/evaluation/metrics.json")
 PREDICTIONS = Path("reports/evaluation/predictions")
@@ -442,7 +442,7 @@ def _tracked(root: Path, recorded: Mapping[str, Recorded], ask: bool) -> _Tracke
 def _asked(
     root: Path, recorded: Mapping[str, Recorded], notes: Mapping[str, Mapping[str, Any]]
 ) -> _Tracked:
-    from mlflow.exceptions import MlflowException
+    from pipeline.entities import MlflowException
 
     executions = {name: Execution(seconds=note.get("seconds")) for name, note in notes.items()}
     local = database_file(tracking_uri(root))

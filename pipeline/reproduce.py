@@ -57,7 +57,7 @@ from pipeline.tracking import dvc_md5, machine
 from pipeline.workspace import commit_of, git, make_workspace
 
 if TYPE_CHECKING:
-    from mlflow.entities.model_registry import ModelVersion
+    from pipeline.entities import ModelVersion
 
 FOLDER = Path(".pipeline") / "reproduced"
 TAG = "reproduced"

@@ -31,8 +31,7 @@ from pipeline.sweep_points import Choices, Point, Sweep
 from pipeline.tracking import git_state
 
 if TYPE_CHECKING:
-    from mlflow.entities import Run
-    from mlflow.entities.model_registry import ModelVersion
+    from pipeline.entities import ModelVersion, Run
 
 EXPERIMENT = "sweep"
 TAG = "sweep"
@@ -99,7 +98,7 @@ class SweepRuns:
 
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:
-        from mlflow.exceptions import MlflowException
+        from pipeline.entities import MlflowException
 
         with named_failure(self._root, "does not take a sweep", MlflowException):
             yield
@@ -108,7 +107,7 @@ class SweepRuns:
         return next(iter(self.client.search_runs([self._experiment_id], what, max_results=1)), None)
 
     def _create(self, key: str) -> Run:
-        from mlflow.entities import Param
+        from pipeline.entities import Param
 
         sweep = self._sweep
         earlier = self.client.search_runs(
@@ -149,7 +148,7 @@ class SweepRuns:
         Raises:
             RunError: MLflow does not take it.
         """
-        from mlflow.entities import Param
+        from pipeline.entities import Param
 
         with self._named(), self._lock:
             for run in self._children():
@@ -199,7 +198,7 @@ class SweepRuns:
         Raises:
             RunError: MLflow does not take it.
         """
-        from mlflow.entities import Metric, RunTag
+        from pipeline.entities import Metric, RunTag
 
         with self._named(), self._lock:
             tags = {"error": outcome.error} if outcome.error else {}
@@ -252,7 +251,7 @@ class SweepRuns:
         Raises:
             RunError: MLflow does not take it.
         """
-        from mlflow.entities import Metric, RunTag
+        from pipeline.entities import Metric, RunTag
 
         with self._named(), self._lock:
             tags = {"mlflow.note.content": page}
