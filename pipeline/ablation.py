@@ -172,17 +172,17 @@ def _row(root: Path, table: str, row: Row, log: Log) -> dict[str, Any]:
     from pipeline.connection import connect
     from pipeline.data_sets import input_sets
     from pipeline.entities import MlflowException
+    from pipeline.provenance import MadeOf
     from pipeline.stage_table import STAGES
-    from pipeline.states import fingerprint
-    from pipeline.tracking import StageRun, dvc_md5
+    from pipeline.tracking import StageRun
 
     relative = STAGES[STAGE].input_paths(row.params)
     inputs = {keyword: root / path for keyword, path in relative.items()}
     for keyword, path in inputs.items():
         if not path.exists():
             raise InputError(f"{relative[keyword]} is missing; `gpt-pipeline run {STAGE}` makes it")
-    md5 = {path: dvc_md5(root / path) for path in relative.values()}
-    folder = root / FOLDER / fingerprint(root, STAGE, row.params, md5)
+    made_of = MadeOf.now(root, STAGE, row.params, relative.values())
+    folder = root / FOLDER / made_of.fingerprint()
     done = folder / "result.json"
     tag = f"{TAG}.{table}"
     if done.is_file():
@@ -193,9 +193,15 @@ def _row(root: Path, table: str, row: Row, log: Log) -> dict[str, Any]:
     state = folder / "state"
     state.mkdir(parents=True, exist_ok=True)
     description = " ".join((__doc__ or "").split())
-    sets = input_sets(root, md5, trains=True)
+    sets = input_sets(root, made_of.inputs, trains=True)
     run = StageRun(
-        root, "ablation", row.params, md5, state=state, description=description, data_sets=sets
+        root,
+        "ablation",
+        row.params,
+        made_of.inputs,
+        state=state,
+        description=description,
+        data_sets=sets,
     )
     try:
         tags = {

@@ -111,8 +111,8 @@ def _check_mlflow(root: Path) -> Check:
 
 
 def _check_git(root: Path) -> Check:
+    from pipeline.git import commit_of, git
     from pipeline.secrets import without_credentials
-    from pipeline.workspace import commit_of, git
 
     try:
         commit = commit_of(root, "HEAD")[:7]

@@ -33,13 +33,12 @@ from prefect.variables import Variable
 from gpt.errors import InputError, RunError
 from pipeline.agent_run import AGENT_VARIABLE, WORKER_VARIABLE, run_note
 from pipeline.dag import LOCK_FILE, Dag, find_root, has_remote
-from pipeline.dvc_cache import mend
+from pipeline.dvc_cache import dvc_md5, mend
 from pipeline.dvc_process import Processes, StageError
 from pipeline.flow import run_stages
 from pipeline.overrides import params_with, text_with, write_params
 from pipeline.params import PARAMS_FILE, SECTIONS, load_params, read_params
 from pipeline.settings import FlowParams
-from pipeline.tracking import dvc_md5
 
 NEW_DATA = "gpt-pipeline.new-data"
 """The event that says that sources changed; a deployment with a trigger on it runs then."""

@@ -22,9 +22,10 @@ import psutil
 
 from gpt.errors import InputError, RunError
 from gpt.files import write_json
+from pipeline.git import commit_of, git
 from pipeline.home import environment, home
 from pipeline.terminal import say
-from pipeline.workspace import commit_of, git, make_workspace
+from pipeline.workspace import make_workspace
 from pipeline.yaml_files import read_yaml
 
 if TYPE_CHECKING:

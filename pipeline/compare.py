@@ -26,18 +26,19 @@ from rich.text import Text
 from gpt.errors import InputError, RunError
 from pipeline.connection import PAGES, named_failure, run_url
 from pipeline.console import n_of, report_console, some
+from pipeline.dag import code_of, md5_of_code
 from pipeline.differences import OF_MODELS, Change, changes
 from pipeline.executions import Execution, Known, known
+from pipeline.git import git
 from pipeline.keys import NO_RESULTS, packages_of
 from pipeline.markdown import NOTHING, visible
 from pipeline.models import CANDIDATE, CHAMPION, MD5_TAG, files_of
 from pipeline.named import find, version_name
 from pipeline.params import PARAMS_FILE, load_section
-from pipeline.provenance import CODE, PATCH, code_of
+from pipeline.provenance import CODE, PATCH
 from pipeline.stage_table import STAGES
 from pipeline.terminal import say_json
 from pipeline.version_page import profile
-from pipeline.workspace import git
 
 if TYPE_CHECKING:
     import torch
@@ -407,6 +408,9 @@ def _files(
     """The stage's files of code that differ, how that is known, and why it is not."""
     first, second = (_recorded_code(everything, run) for run in (before, after))
     if first and second:
+        # a `dvc.lock` alone may know of a folder what a run knows of its files
+        folders = [path for path, md5 in {**first, **second}.items() if md5.endswith(".dir")]
+        first, second = (_folded(code, folders) for code in (first, second))
         return tuple(sorted(each.what for each in changes(first, second))), "runs", ""
     if not all(commits):
         return None, "", "which files differ cannot be told: no commit is known"
@@ -422,6 +426,16 @@ def _recorded_code(everything: Known, run: Execution) -> Mapping[str, str]:
     """Path -> md5 of the code that a stage ran, as its run or a `dvc.lock` has it."""
     content = everything.kept(run, f"lineage/{CODE}")
     return json.loads(content) if content else run.code
+
+
+def _folded(code: Mapping[str, str], folders: Sequence[str]) -> Mapping[str, str]:
+    """The code with one md5 for all that is in each of these folders."""
+    alone = {
+        path: md5
+        for path, md5 in code.items()
+        if not any(path.startswith(f"{folder}/") for folder in folders)
+    }
+    return alone | {path: md5 for path in folders if (md5 := md5_of_code(code, path))}
 
 
 def _machine(before: Execution, after: Execution) -> list[Change]:

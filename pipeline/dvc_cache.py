@@ -11,9 +11,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gpt.errors import InputError, RunError
-from pipeline.dag import Dag, Recorded, has_remote, open_repo
+from pipeline.dag import Dag, Recorded, files_of_code, has_remote, is_code, md5_of_code, open_repo
 from pipeline.objects import Objects, md5_of, remove_damaged
-from pipeline.tracking import dvc_md5
+
+
+def dvc_md5(path: Path) -> str:
+    """The md5 under which DVC knows a file or (ending in `.dir`) a directory: as in `dvc.lock`."""
+    from dvc_data.hashfile.build import build
+    from dvc_data.hashfile.db import HashFileDB
+    from dvc_objects.fs.local import localfs
+
+    cache = HashFileDB(localfs, os.devnull)  # never touched: a dry run only computes
+    _, _, built = build(cache, str(path.resolve()), localfs, "md5", dry_run=True)
+    return str(built.hash_info.value)
+
+
+def md5_now(root: Path, path: str) -> str:
+    """The md5 that DVC would record now of what a stage reads at a path; of code, empty where
+    there is none."""
+    if not is_code(path):
+        return dvc_md5(root / path)
+    return md5_of_code({file: md5_of(root / file) for file in files_of_code(root, path)}, path)
 
 
 def push(root: Path) -> None:

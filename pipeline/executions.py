@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from gpt.errors import InputError, RunError
 from pipeline.connection import EXPERIMENT_PREFIX, artifact, connect, named_failure, tracking_uri
-from pipeline.dag import LOCK_FILE, pipeline_files, read_stages
+from pipeline.dag import LOCK_FILE, is_code, pipeline_files, read_stages
+from pipeline.git import git
 from pipeline.mlflow_database import database_file
-from pipeline.workspace import git
 from pipeline.yaml_files import parse_yaml
 
 if TYPE_CHECKING:
@@ -261,7 +261,7 @@ def in_lock(text: str) -> Iterator[Execution]:
 def _executions(stages: Mapping[str, Any]) -> Iterator[Execution]:
     for name, entry in stages.items():
         deps = {each["path"]: each.get("md5", "") for each in entry.get("deps") or ()}
-        code = {path: md5 for path, md5 in deps.items() if path.endswith(".py")}
+        code = {path: md5 for path, md5 in deps.items() if is_code(path)}
         yield Execution(
             stage=name,
             inputs={path: md5 for path, md5 in deps.items() if path not in code},

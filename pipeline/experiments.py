@@ -20,9 +20,9 @@ from typing import Any
 from gpt.errors import InputError, RunError
 from gpt.files import write_json
 from pipeline.dag import LOCK_FILE
+from pipeline.git import git
 from pipeline.overrides import set_value
 from pipeline.params import PARAMS_FILE
-from pipeline.workspace import git
 
 FOLDER = Path(".pipeline")
 

@@ -20,15 +20,15 @@ from rich.tree import Tree
 
 from gpt.text import SOURCES
 from pipeline.console import report_console, some
-from pipeline.dvc_cache import DvcCache
+from pipeline.dag import md5_of_code
+from pipeline.dvc_cache import DvcCache, dvc_md5, md5_now
 from pipeline.executions import Execution, Known, commit_of_path, in_lock, is_changed, known
+from pipeline.git import git
 from pipeline.models import MD5_TAG
 from pipeline.named import Commit, File, find, version_name
 from pipeline.provenance import CODE
 from pipeline.secrets import without_secrets
 from pipeline.terminal import say_json
-from pipeline.tracking import dvc_md5
-from pipeline.workspace import git
 
 if TYPE_CHECKING:
     from pipeline.entities import ModelVersion
@@ -350,15 +350,26 @@ class _Tracer:
 
     def _runs_of_code(self, file: File) -> list[Execution]:
         """The executions that ran the code as it is here, the oldest first."""
-        found = [e for e in self._known.executions if self._code_of(e).get(file.path) == file.md5]
-        return found[::-1]
+        now = {file.path: file.md5}
+
+        def ran(code: Mapping[str, str]) -> bool:
+            path = file.path
+            if not md5_of_code(code, path):  # of what `dvc.lock` alone knows it has the folder
+                path = next((each for each in code if path.startswith(f"{each}/")), path)
+            if path not in now:
+                now[path] = md5_now(self._root, path)
+            return md5_of_code(code, path) == now[path] != ""
+
+        return [e for e in self._known.executions if ran(self._code_of(e))][::-1]
 
     def _code_of(self, run: Execution) -> Mapping[str, str]:
-        if run.code or not (told := run.tags.get("code")):
+        """Path -> md5 of the code that it ran; its own list names files, `dvc.lock` folders too."""
+        whole = run.code and not any(md5.endswith(".dir") for md5 in run.code.values())
+        if whole or not (told := run.tags.get("code")):
             return run.code
         if told not in self._code:
             content = self._known.kept(run, f"lineage/{CODE}")
-            self._code[told] = json.loads(content) if content else {}
+            self._code[told] = json.loads(content) if content else run.code
         return self._code[told]
 
     # --- nodes ---
@@ -416,7 +427,7 @@ class _Tracer:
         here = self._root / path
         if not here.exists():
             return [], "it is not here any more"
-        if dvc_md5(here) != md5:
+        if md5_now(self._root, path) != md5:
             return [], "what is here now is not what was read then"
         commit = commit_of_path(self._root, path)
         if not commit:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt.errors import InputError
+from pipeline.dvc_cache import md5_now
 from pipeline.executions import Execution, Known
-from pipeline.tracking import dvc_md5
-from pipeline.workspace import commit_of
+from pipeline.git import commit_of
 
 if TYPE_CHECKING:
     from pipeline.entities import ModelVersion
@@ -125,9 +125,12 @@ def _file(everything: Known, what: str, folder: Path | None) -> File | None:
         above = [asked, *asked.parents]
         for path in (each.as_posix() for each in above):
             if path in code or path in paths:
+                if path in code:  # a file in a folder of code is known by itself
+                    own = asked.as_posix()
+                    return File(own, _md5_here(everything, own), is_code=True)
                 member = asked.relative_to(path).as_posix()
                 md5 = _md5_here(everything, path)
-                return File(path, md5, "" if member == "." else member, path in code)
+                return File(path, md5, "" if member == "." else member)
         if place.exists():
             outputs = sorted({p for each in everything.executions for p in each.outputs})
             told = f"they write {', '.join(outputs)}" if outputs else "no stage has run yet"
@@ -140,7 +143,7 @@ def _file(everything: Known, what: str, folder: Path | None) -> File | None:
 def _md5_here(everything: Known, path: str) -> str:
     """The md5 of what lies at a path; else of what should, else of what lay there last."""
     if (everything.root / path).exists():
-        return dvc_md5(everything.root / path)
+        return md5_now(everything.root, path)
     by_place = sorted(everything.executions, key=lambda each: not each.here)
     found = (
         each.outputs.get(path) or each.inputs.get(path) or each.code.get(path) for each in by_place

@@ -16,8 +16,8 @@ import yaml
 
 from gpt.errors import InputError
 from gpt.files import whole_file
+from pipeline.git import git
 from pipeline.params import PARAMS_FILE, Params, load_params, read_params
-from pipeline.workspace import git
 from pipeline.yaml_files import parse_yaml, read_yaml
 
 

@@ -269,9 +269,9 @@ def run_probe(stage: str, root: Path, params_file: Path, scratch: Path, weights:
     import pipeline.cli  # noqa: F401  the runner's process holds it too
     from pipeline import runner
     from pipeline.connection import quiet_environment
+    from pipeline.dvc_cache import dvc_md5
     from pipeline.params import load_params, section
     from pipeline.stage_table import STAGES
-    from pipeline.tracking import dvc_md5
 
     os.environ.update(quiet_environment())
     watch = _Watch(scratch / "notes.jsonl")
@@ -321,8 +321,8 @@ def _finish(stage: str, scratch: Path, weights: int) -> None:
     """What the runner does behind a stage, with a history and a file of the model's size."""
     import pipeline.models  # noqa: F401
     from gpt.files import whole_file
+    from pipeline.dvc_cache import dvc_md5
     from pipeline.plots import draw_curves
-    from pipeline.tracking import dvc_md5
 
     history = scratch / "probe-history.csv"
     history.write_text("step,train_loss,validation_loss,learning_rate\n1,2,2,0.1\n2,1,1,0.1\n")

@@ -22,16 +22,17 @@ from gpt.errors import InputError, RunError, first_problem
 from gpt.files import sha256_of, write_json
 from gpt.labels import class_of
 from pipeline.connection import connect, run_that_made, tracking_uri
-from pipeline.dag import LOCK_FILE, pipeline_files, read_stages
+from pipeline.dag import LOCK_FILE, is_code, pipeline_files, read_stages
 from pipeline.data_facts import RAW, RawSource, raw_sources
 from pipeline.keys import flatten_metrics
 from pipeline.mlflow_database import database_file
 from pipeline.models import MD5_TAG
 from pipeline.notes import last_run
 from pipeline.promotion import ANSWERS, Decision, read_decisions
+from pipeline.provenance import git_state
 from pipeline.secrets import without_credentials
 from pipeline.stage_table import STAGES
-from pipeline.tracking import PEAK_MEMORY, git_state
+from pipeline.tracking import PEAK_MEMORY
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,8 +50,6 @@ TOKENS = ("throughput/tokens", "tokens")
 
 _ANSWERS = Path(".pipeline/tracked.json")
 """What MLflow said, and of which runs."""
-
-_CODE = ("gpt", "stages", "pipeline")  # folders of what a stage depends on and is no data
 
 # a field that a later version adds is no mistake
 _CONFIG = ConfigDict(extra="ignore")
@@ -395,13 +394,13 @@ def _recorded(root: Path) -> dict[str, Recorded]:
     found = {}
     for file in pipeline_files(root):
         for name, stage in read_stages(file.with_name(LOCK_FILE)).items():
-            deps = {each["path"]: str(each.get("md5", "")) for each in stage.get("deps", ())}
-            inputs = {p: md5 for p, md5 in deps.items() if p.split("/")[0] not in _CODE}
+            deps = stage.get("deps", ())
+            inputs = {e["path"]: str(e.get("md5", "")) for e in deps if not is_code(e["path"])}
             params: dict[str, Any] = next(iter(stage.get("params", {}).values()), {})
             section = params.get(name)
             found[name] = Recorded(
                 inputs=inputs,
-                code=len(deps) - len(inputs),
+                code=sum(e.get("nfiles", 1) for e in deps if is_code(e["path"])),
                 outputs={each["path"]: str(each.get("md5", "")) for each in stage.get("outs", ())},
                 base=section.get("base") if isinstance(section, dict) else None,
             )

@@ -45,16 +45,17 @@ from pipeline.console import (
     seconds_in_words,
 )
 from pipeline.dag import Dag
-from pipeline.dvc_cache import DvcCache
+from pipeline.dvc_cache import DvcCache, dvc_md5
 from pipeline.executions import Execution, Known, known
+from pipeline.git import commit_of, git
 from pipeline.home import HOME_VARIABLE, home
 from pipeline.keys import flatten, packages_of
 from pipeline.mlflow_database import database_uri
 from pipeline.named import Commit, File, find, version_name
 from pipeline.params import PARAMS_FILE, load_params, section
 from pipeline.provenance import CODE, PATCH
-from pipeline.tracking import dvc_md5, machine
-from pipeline.workspace import commit_of, git, make_workspace
+from pipeline.tracking import machine
+from pipeline.workspace import make_workspace
 
 if TYPE_CHECKING:
     from pipeline.entities import ModelVersion

@@ -28,11 +28,13 @@ from gpt.events import Event, Log, Message
 from gpt.files import write_json
 from pipeline import launch
 from pipeline.console import EVENTS_VARIABLE, make_log
+from pipeline.dag import note_of_code
+from pipeline.dvc_cache import dvc_md5
 from pipeline.home import home
 from pipeline.locks import BusyError, stage_lock, state_lock
 from pipeline.notes import RunNote, note_of_run
 from pipeline.params import PARAMS_FILE, load_params, section
-from pipeline.provenance import check_unchanged, provenance
+from pipeline.provenance import MadeOf
 from pipeline.secrets import without_secrets
 from pipeline.settings import TrackingParams
 from pipeline.stage_table import STAGES, StageSpec
@@ -40,7 +42,7 @@ from pipeline.states import FOLDER as STATES
 from pipeline.states import older_states, remove_state, state_folder
 from pipeline.sync import send_quietly
 from pipeline.terminal import say
-from pipeline.tracking import StageRun, Status, dvc_md5, mark_killed
+from pipeline.tracking import StageRun, Status, mark_killed
 
 MIRROR_VARIABLE = "GPT_PIPELINE_MIRROR"
 
@@ -235,12 +237,12 @@ def _run_held(name: str, root: Path, held: contextlib.ExitStack) -> None:
     tracking = whole.tracking or TrackingParams()
     inputs = _inputs(name, root, params)
     function = spec.load()
-    # what it is made of is looked at now: the files may change while the stage is at work
-    made_of = provenance(root, name, (_relative(root, path) for path in inputs.values()))
-    input_md5 = _md5s(root, inputs)
+    # looked at now: the files may change while the stage is at work
+    made_of = _made_of(name, root, params, inputs)
+    kept = made_of.kept()
     state, notice = None, None
     if spec.continues:
-        state = state_folder(root, name, params, input_md5)
+        state = state_folder(made_of)
         held.enter_context(state_lock(root, name, state))
         notice = older_states(root, name, state)
         # says now, before MLflow has a run, if nothing can be kept there
@@ -256,7 +258,7 @@ def _run_held(name: str, root: Path, held: contextlib.ExitStack) -> None:
         launch.meet(params.train)
     from pipeline.data_sets import input_sets
 
-    data_sets = input_sets(root, input_md5, trains=spec.trains)
+    data_sets = input_sets(root, made_of.inputs, trains=spec.trains)
     started = time.monotonic()
     notices = [notice] if notice else []
     notices += send_quietly(root)
@@ -266,11 +268,11 @@ def _run_held(name: str, root: Path, held: contextlib.ExitStack) -> None:
         root,
         name,
         params,
-        input_md5,
+        made_of.inputs,
         state=state,
         description=description,
         data_sets=data_sets,
-        made_of=made_of,
+        made_of=kept,
         unreachable=tracking.unreachable,
     )
     note = RunNote(root, name, run)
@@ -288,7 +290,8 @@ def _run_held(name: str, root: Path, held: contextlib.ExitStack) -> None:
                 **({"state": state} if state else {}),
                 log=_to_both(log, run),
             )
-            check_unchanged(root, name, made_of, input_md5)
+            made_of.check_unchanged()
+            write_json(note_of_code(root, name), dict(made_of.code))
             made = _finish(root, name, spec, run, outputs, metrics, log)
             _tell(run, log)
     except BaseException as error:
@@ -314,9 +317,13 @@ def next_states(root: Path) -> Callable[[str], Path]:
 
     def next_state(name: str) -> Path:
         own = section(params, name)
-        return state_folder(root, name, own, _md5s(root, _inputs(name, root, own)))
+        return state_folder(_made_of(name, root, own, _inputs(name, root, own)))
 
     return next_state
+
+
+def _made_of(name: str, root: Path, params: Any, inputs: Mapping[str, Path]) -> MadeOf:
+    return MadeOf.now(root, name, params, [_relative(root, path) for path in inputs.values()])
 
 
 def _inputs(name: str, root: Path, params: Any) -> dict[str, Path]:

@@ -6,64 +6,24 @@ those before a stage runs.
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 import re
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from gpt.events import Message
 from pipeline.home import home
-from pipeline.provenance import code_of
-from pipeline.tracking import dvc_md5
+from pipeline.provenance import MadeOf
 
 FOLDER = ".checkpoints"
-
-
-HOW = ("train.devices", "train.parallel", "train.checkpoint_seconds", "workers")
-"""The parameters of a stage that say how and not what is done. They change no result, so what was
-stopped goes on under others: on the machine that has the GPUs, say."""
 
 _STEP = re.compile(r"step-(\d+)\b.*")
 PARTIAL = ".*.partial"
 """What `gpt.files` and `gpt.checkpoint` call a file or directory that is still being written."""
 
 
-def fingerprint(root: Path, stage: str, params: Any, inputs: Mapping[str, str]) -> str:
-    """What a training run's state depends on: parameters, inputs and code, in 16 digits.
-
-    The code is the stage's import closure as its `dvc.yaml` lists it. The parameters named in `HOW`
-    are left out.
-
-    Args:
-        root: the project.
-        stage: its name in `dvc.yaml`.
-        params: the stage's parameters, a dataclass.
-        inputs: path relative to `root` -> md5 as DVC computes it.
-
-    Raises:
-        InputError: `dvc.yaml` cannot be read, or names code that is not there.
-    """
-    code = code_of(root, stage)
-    values = dataclasses.asdict(params)
-    for section, within in (("", values), ("train.", values.get("train"))):
-        for name in HOW:
-            if within and name.startswith(section):
-                within.pop(name.removeprefix(section), None)
-    code_md5 = {dep: dvc_md5(root / dep) for dep in code}
-    whole = json.dumps([values, dict(inputs), code_md5], sort_keys=True)
-    return hashlib.sha256(whole.encode()).hexdigest()[:16]
-
-
-def state_folder(root: Path, stage: str, params: Any, inputs: Mapping[str, str]) -> Path:
-    """Where the state of a training lies under these parameters and inputs, and the code as it is.
-
-    Arguments and errors are those of `fingerprint`.
-    """
-    return home(root) / FOLDER / stage / fingerprint(root, stage, params, inputs)
+def state_folder(made_of: MadeOf) -> Path:
+    """Where the state of a training that is made of this lies."""
+    return home(made_of.root) / FOLDER / made_of.stage / made_of.fingerprint()
 
 
 def older_states(root: Path, stage: str, state: Path) -> Message | None:

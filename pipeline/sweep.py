@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING
 from gpt.errors import InputError, RunError
 from gpt.files import whole_file
 from pipeline.console import make_display, n_of, seconds_in_words
+from pipeline.git import commit_of
 from pipeline.markdown import NOTHING, table
 from pipeline.overrides import is_kept, text_with, write_params
 from pipeline.params import PARAMS_FILE, check_sections
 from pipeline.sweep_points import Sweep, read_sweep
 from pipeline.terminal import say
-from pipeline.workspace import commit_of
 
 if TYPE_CHECKING:
     from pipeline.sweep_runs import Outcome, SweepRuns

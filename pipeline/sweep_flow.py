@@ -37,6 +37,7 @@ from gpt.errors import InputError, RunError
 from pipeline.console import Display, seconds_in_words
 from pipeline.dag import LOCK_FILE, Dag, read_stages
 from pipeline.dvc_process import Processes, failure
+from pipeline.git import commit_of, git
 from pipeline.home import environment
 from pipeline.keys import flatten_metrics
 from pipeline.lifetime import note_flow_run
@@ -47,7 +48,7 @@ from pipeline.runner import end_killed
 from pipeline.stage_table import STAGES
 from pipeline.sweep_points import Point, Sweep
 from pipeline.sweep_runs import Outcome, SweepRuns
-from pipeline.workspace import commit_of, git, make_workspace
+from pipeline.workspace import make_workspace
 from pipeline.yaml_files import parse_yaml
 
 

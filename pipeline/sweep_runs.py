@@ -27,8 +27,8 @@ from pipeline.connection import (
 from pipeline.keys import key_of, short
 from pipeline.markdown import escaped
 from pipeline.models import CANDIDATE, version_of
+from pipeline.provenance import git_state
 from pipeline.sweep_points import Choices, Point, Sweep
-from pipeline.tracking import git_state
 
 if TYPE_CHECKING:
     from pipeline.entities import ModelVersion, Run

@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import resource
-import subprocess
 import sys
 import tempfile
 import threading
@@ -54,13 +53,13 @@ from pipeline.keys import (
     short,
 )
 from pipeline.markdown import escaped
+from pipeline.provenance import Provenance, git_state
 from pipeline.secrets import without_credentials, without_secrets
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-    from pipeline.provenance import Provenance
     from pipeline.unsent import Unsent
 
 _T = TypeVar("_T")
@@ -88,46 +87,6 @@ _SEND_SECONDS = 60.0
 """So long another process may take to send a run that goes on here."""
 BATCH_METRICS, BATCH_PARAMS = 1000, 100  # MLflow's limits for one call
 _SOURCE_LENGTH = 65_535  # of the JSON that says where a data set is
-
-NOT_CODE = (":!params.yaml", ":!dvc.lock", ":!*/dvc.lock", ":!reports")
-"""For git: what the pipeline changes while it runs, or records by itself."""
-
-
-def dvc_md5(path: Path) -> str:
-    """The md5 under which DVC knows a file or (ending in `.dir`) a directory: as in `dvc.lock`."""
-    from dvc_data.hashfile.build import build
-    from dvc_data.hashfile.db import HashFileDB
-    from dvc_objects.fs.local import localfs
-
-    cache = HashFileDB(localfs, os.devnull)  # never touched: a dry run only computes
-    _, _, built = build(cache, str(path.resolve()), localfs, "md5", dry_run=True)
-    return str(built.hash_info.value)
-
-
-def git_state(root: Path) -> dict[str, str]:
-    """The commit and whether the code differs from it; empty where there is no git repository.
-
-    Each `dvc.lock` and `reports/` change while the pipeline runs and say nothing about the code;
-    `params.yaml` says what is done with it, and a run keeps the whole of that by itself.
-    """
-
-    def git(*arguments: str) -> str:
-        command = ("git", "-C", str(root), *arguments)
-        # a hook of git that starts us says which repository it is at work on
-        own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=own)
-        return done.stdout.strip()
-
-    try:
-        commit = git("rev-parse", "HEAD")
-        changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", *NOT_CODE)
-    except (OSError, subprocess.CalledProcessError):
-        return {}
-    return {
-        "mlflow.source.git.commit": commit,
-        "git.commit": commit,
-        "git.dirty": str(bool(changes)).lower(),
-    }
 
 
 def machine() -> dict[str, str]:

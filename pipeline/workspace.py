@@ -7,13 +7,11 @@ project, and what `pipeline.home` names: outputs that are known come back withou
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-from collections.abc import Mapping
 from pathlib import Path
 
-from gpt.errors import InputError, RunError
+from gpt.errors import RunError
+from pipeline.git import commit_of, git
 from pipeline.params import PARAMS_FILE
 
 
@@ -56,50 +54,6 @@ def make_workspace(
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return folder
-
-
-def commit_of(project: Path, commit: str) -> str:
-    """The full hash of a commit.
-
-    Raises:
-        InputError: the project is no git repository, or has no such commit.
-    """
-    if not (project / ".git").exists():
-        raise InputError(
-            f"{project}: is no git repository, and commits are git's; clone the project"
-        )
-    try:
-        return git(
-            project, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{commit}^{{commit}}"
-        )
-    except RunError:
-        raise InputError(
-            f"{commit}: no such commit in {project}; fetch it, or name another"
-        ) from None
-
-
-def git(folder: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> str:
-    """What a git command says; nothing of the caller's own git settings reaches it.
-
-    Raises:
-        RunError: git is not there, or fails.
-    """
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
-    try:
-        done = subprocess.run(
-            ("git", "-C", str(folder), *arguments),
-            capture_output=True,
-            text=True,
-            check=True,
-            env={**inherited, **(environment or {})},
-        )
-    except OSError as error:
-        raise RunError(f"git cannot be started ({error.strerror}); install it") from None
-    except subprocess.CalledProcessError as error:
-        said = [line for line in error.stderr.splitlines() if line.strip()] or ["no word why"]
-        reason = next((line for line in said if line.startswith("fatal")), said[-1])
-        raise RunError(f"`git {arguments[0]}` failed: {reason}") from None
-    return done.stdout.strip("\n")
 
 
 def _share_cache(project: Path, folder: Path) -> None:

@@ -16,8 +16,9 @@ import yaml
 from dvc.repo import Repo
 
 from pipeline.connection import connect
-from pipeline.provenance import provenance
-from pipeline.tracking import StageRun, dvc_md5
+from pipeline.dvc_cache import dvc_md5
+from pipeline.provenance import MadeOf
+from pipeline.tracking import StageRun
 
 URL = "https://example.org/books/the-verdict.txt"
 SHA256 = "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f"
@@ -36,7 +37,7 @@ if params[name].get("fails"):
     sys.exit("error: " + name + ": no good; mend it")
 if "reproduced" in os.getcwd():
     time.sleep(params[name].get("seconds_again", 0))
-told = [name, json.dumps(params[name], sort_keys=True), open("pipeline/words.py").read()]
+told = [name, json.dumps(params[name], sort_keys=True), open("gpt/words.py").read()]
 for dep in stage["deps"]:
     files = sorted(pathlib.Path(dep).rglob("*")) if os.path.isdir(dep) else []
     told += [each.read_text() for each in files if each.is_file()]
@@ -62,7 +63,7 @@ CHAIN = {
     "finetune_instruct": (["models/pretrain", "data/raw/instructions"], ["models/assistant"]),
     "evaluate": (["models/assistant"], ["reports/evaluation/predictions"]),
 }
-CODE = ["pipeline/__main__.py", "pipeline/words.py"]
+CODE = ["pipeline/__main__.py", "gpt"]
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,11 @@ class SmallProject:
         self.made: dict[str, tuple[dict[str, str], dict[str, str]]] = {}
         (root / "samples").mkdir(parents=True)
         (root / "samples" / "stories.txt").write_text("Once.\n")
-        (root / "pipeline").mkdir()
+        for folder in ("pipeline", "gpt"):
+            (root / folder).mkdir()
         (root / "pipeline" / "__init__.py").touch()
         (root / "pipeline" / "__main__.py").write_text(STAGE)
-        (root / "pipeline" / "words.py").write_text('WORDS = "as committed"\n')
+        (root / "gpt" / "words.py").write_text('WORDS = "as committed"\n')
         (root / ".gitignore").write_text(
             "/data/\n/models/\n/reports/\n/.pipeline/\n/mlflow.db\n/mlartifacts/\n/ran\n__pycache__/\n"
         )
@@ -140,9 +142,9 @@ class SmallProject:
         inputs, outputs = CHAIN[name]
         for path in outputs:
             shutil.rmtree(self.root / path, ignore_errors=True)
-        read = {path: dvc_md5(self.root / path) for path in inputs}
-        made_of = provenance(self.root, name, inputs)
-        run = StageRun(self.root, name, _Params(self.params[name]), read, made_of=made_of)
+        params = _Params(self.params[name])
+        made_of = MadeOf.now(self.root, name, params, inputs)
+        run = StageRun(self.root, name, params, made_of.inputs, made_of=made_of.kept())
         subprocess.run(
             [sys.executable, "-m", "pipeline", "stage", name],
             cwd=self.root,
@@ -155,7 +157,7 @@ class SmallProject:
         run.close("FINISHED", outputs=written)
         number = run.client.get_run(run.id).data.tags["number"]
         self.runs[f"{name} {number}"] = run.id
-        self.made[run.id] = (read, written)
+        self.made[run.id] = (made_of.inputs, written)
 
     @staticmethod
     def _register(run: StageRun, model: str, md5: str) -> None:

@@ -22,8 +22,8 @@ from gpt.tokenizer import byte_tokenizer
 from gpt.weights import load_model, save_model
 from pipeline.ablation import ablate, markdown, read_rows
 from pipeline.connection import connect
+from pipeline.dvc_cache import dvc_md5
 from pipeline.keys import flatten
-from pipeline.tracking import dvc_md5
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

@@ -16,8 +16,8 @@ import yaml
 from gpt.errors import InputError
 from pipeline import agent_run
 from pipeline.agent_run import COMMAND, asked_by_server, held_by_project
+from pipeline.git import commit_of
 from pipeline.server import LocalServer
-from pipeline.workspace import commit_of
 
 ROOT = Path(__file__).parents[2]
 ENTRYPOINT = "pipeline/agent_flow.py:gpt_pipeline_on_agent"

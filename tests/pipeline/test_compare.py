@@ -19,11 +19,14 @@ from gpt.errors import InputError
 from gpt.model import GPT, GPTClassifier
 from gpt.tokenizer import byte_tokenizer
 from gpt.weights import save_model
-from pipeline.compare import compare, print_comparison
+from pipeline.compare import _files, compare, print_comparison
 from pipeline.connection import connect
+from pipeline.dag import md5_of_code
+from pipeline.dvc_cache import dvc_md5
+from pipeline.executions import Execution, Known
 from pipeline.models import CHAMPION, register
-from pipeline.provenance import provenance
-from pipeline.tracking import DataSet, StageRun, dvc_md5
+from pipeline.provenance import MadeOf
+from pipeline.tracking import DataSet, StageRun
 
 CONFIG = GPTConfig(vocab_size=257, context_length=32, n_layer=1, n_head=2, n_embd=16)
 DVC_YAML = """\
@@ -73,7 +76,7 @@ def commit(root, text, **files):
 
 def ran(root, stage, params=None, *, inputs=None, outputs=None, metrics=None, sets=(), **more):
     """A stage's run as the runner makes it; the run's id."""
-    made_of = provenance(root, stage) if more.get("recorded", True) else None
+    made_of = MadeOf.now(root, stage, None).kept() if more.get("recorded", True) else None
     run = StageRun(root, stage, params or Params({}), inputs or {}, data_sets=sets, made_of=made_of)
     if more.get("tables"):
         for name, text in more["tables"].items():
@@ -375,3 +378,18 @@ def test_reading_changes_nothing(two):
     before = state()
     compare(two, "classifier")
     assert state() == before
+
+
+def test_code_that_is_known_by_its_folder_alone_is_compared_with_files_by_that():
+    files = {"gpt/a.py": "1", "gpt/deep/b.py": "2", "stages/c.py": "3"}
+    folder = {"gpt": md5_of_code(files, "gpt"), "stages/c.py": "3"}
+
+    def differ(before, after):
+        runs = (
+            Execution(stage="learn", inputs={}, outputs={}, code=code) for code in (before, after)
+        )
+        return _files(Known(Path(), None, "", [], [], {}), *runs, ("", ""))[0]
+
+    assert differ(files, folder) == ()
+    assert differ({**files, "gpt/a.py": "0"}, folder) == ("gpt",)
+    assert differ(folder, {"gpt/a.py": "1", "stages/c.py": "0"}) == ("gpt", "stages/c.py")

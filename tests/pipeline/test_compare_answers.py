@@ -15,7 +15,8 @@ from gpt.tokenizer import byte_tokenizer
 from gpt.weights import save_model
 from pipeline.compare import compare
 from pipeline.connection import connect
-from pipeline.tracking import StageRun, dvc_md5
+from pipeline.dvc_cache import dvc_md5
+from pipeline.tracking import StageRun
 
 CONFIG = GPTConfig(vocab_size=257, context_length=128, n_layer=1, n_head=2, n_embd=16)
 STAGES = {"classifier": "finetune_classifier", "assistant": "finetune_instruct"}

@@ -12,7 +12,20 @@ import pytest
 
 import pipeline
 from gpt.errors import InputError, RunError
-from pipeline.dag import Change, Dag, find_root, is_running, mend_rwlock
+from pipeline.dag import (
+    Change,
+    Dag,
+    code_of,
+    find_root,
+    is_code,
+    is_running,
+    mend_rwlock,
+    note_of_code,
+    read_stages,
+)
+from pipeline.dvc_cache import md5_now
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
 
 def changed(dag, name):
@@ -171,6 +184,48 @@ def test_it_works_in_a_source_archive_without_git(make_project, dvc):
     dvc("repro", "-q")
     assert not any(dag.changes().values())
     assert "no_scm = true" in (root / ".dvc" / "config.local").read_text()
+
+
+@pytest.mark.parametrize("git", [True, False])
+def test_a_folder_of_code_stands_for_the_files_that_dvc_counts(make_project, dvc, git):
+    root = make_project(git=git)
+    shutil.copy(REPOSITORY / ".dvcignore", root)
+    folder = root / "gpt"
+    (folder / "deep").mkdir(parents=True)
+    for name in ("one.py", "deep/two.cpp", "deep.py"):
+        (folder / name).write_text(name)
+    text = (root / "dvc.yaml").read_text()
+    (root / "dvc.yaml").write_text(text.replace("- seed.txt\n", "- seed.txt\n      - gpt\n"))
+    Dag(root)  # DVC is told where git is missing
+    dvc("repro", "-q")
+    code = code_of(root, "first")
+    assert code == ["stage.py", "gpt/deep.py", "gpt/deep/two.cpp", "gpt/one.py"]
+    deps = read_stages(root / "dvc.lock")["first"]["deps"]
+    assert {e["path"]: e["md5"] for e in deps if is_code(e["path"])} == {
+        path: md5_now(root, path) for path in ("gpt", "stage.py")
+    }
+
+    (folder / "__pycache__").mkdir()
+    left = (".one.py.swp", "one.py~", "#one.py#", ".#one.py", ".DS_Store", "__pycache__/one.pyc")
+    for name in left:
+        (folder / name).write_text("left by an editor")
+        (folder / "deep" / Path(name).name).write_text("left by an editor")
+    assert code_of(root, "first") == code
+    assert not any(Dag(root).changes().values())
+
+    note_of_code(root, "first").parent.mkdir(parents=True, exist_ok=True)
+    noted = {path: md5_now(root, path) for path in code}
+    note_of_code(root, "first").write_text(json.dumps(noted))
+    (folder / "one.py").write_text("edited")
+    (folder / "three.py").touch()
+    (folder / "deep.py").unlink()
+    changes = {name: [*map(str, each)] for name, each in Dag(root).changes().items() if each}
+    assert changes == {
+        "first": ["gpt/one.py: changed", "gpt/three.py: is new", "gpt/deep.py: is missing"]
+    }
+    noted["gpt/deep.py"] = "of another run"
+    note_of_code(root, "first").write_text(json.dumps(noted))
+    assert changed(Dag(root), "first") == ["gpt: changed"]
 
 
 def test_the_root_is_found_from_below(project, tmp_path):

@@ -126,7 +126,7 @@ def test_a_commit_shows_its_runs_and_what_its_lock_records(built):
 
 
 def test_code_leads_to_the_runs_that_ran_it(built):
-    chain = lineage(built.root, "pipeline/words.py")
+    chain = lineage(built.root, "gpt/words.py")
     runs = paths(chain, chain.down)
     assert any(title.startswith("pretrain #2") for title in runs)
     assert "models:/assistant/2" in runs

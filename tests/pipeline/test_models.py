@@ -24,9 +24,10 @@ from gpt.tokenizer import byte_tokenizer
 from gpt.weights import load_model, save_model
 from pipeline import models
 from pipeline.connection import connect
+from pipeline.dvc_cache import dvc_md5
 from pipeline.provenance import Provenance
 from pipeline.stage_table import STAGES
-from pipeline.tracking import StageRun, dvc_md5
+from pipeline.tracking import StageRun
 from stages.pretrain import PretrainParams
 
 CONFIG = GPTConfig(vocab_size=257, context_length=256, n_layer=1, n_head=2, n_embd=16)

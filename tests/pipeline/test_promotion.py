@@ -29,6 +29,7 @@ from gpt.tokenizer import byte_tokenizer
 from gpt.weights import save_model
 from pipeline import promotion
 from pipeline.connection import connect
+from pipeline.dvc_cache import dvc_md5
 from pipeline.locks import stage_lock
 from pipeline.models import CHAMPION, PREVIOUS, register, version_of
 from pipeline.promotion import (
@@ -42,7 +43,7 @@ from pipeline.promotion import (
     roll_back,
 )
 from pipeline.settings import PromotionParams
-from pipeline.tracking import StageRun, dvc_md5
+from pipeline.tracking import StageRun
 from stages.evaluate import EvaluateParams, evaluate
 from stages.finetune_classifier import FinetuneClassifierParams, finetune_classifier
 from stages.finetune_instruct import FinetuneInstructParams, finetune_instruct

@@ -3,17 +3,19 @@
 import json
 import shutil
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import stand_in
 
+from gpt.errors import RunError
 from pipeline import provenance as module
 from pipeline import runner
 from pipeline.connection import connect
-from pipeline.provenance import provenance
-from pipeline.tracking import dvc_md5
+from pipeline.dvc_cache import dvc_md5
+from pipeline.provenance import MadeOf, Provenance, git_state
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -36,6 +38,10 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     git(root, "add", ".")
     git(root, "commit", "-qm", "first")
     return root
+
+
+def provenance(project: Path, stage: str, inputs: Iterable[str] = ()) -> Provenance:
+    return MadeOf.now(project, stage, None, inputs).kept()
 
 
 def run_of(project: Path, stage: str) -> Any:
@@ -109,6 +115,41 @@ def test_changed_parameters_alone_are_no_changed_code(project: Path) -> None:
     found = provenance(project, "prepare")
     assert found.tags["git.dirty"] == "false"
     assert "changes.patch" not in found.files
+
+
+def test_what_came_to_a_folder_of_code_or_left_it_meanwhile_is_a_change(project: Path) -> None:
+    text = (project / "dvc.yaml").read_text()
+    (project / "dvc.yaml").write_text(text.replace("[source.txt, code.py]", "[source.txt, gpt]"))
+    shutil.copy(Path(__file__).parents[2] / ".dvcignore", project)
+    (project / "gpt").mkdir()
+    (project / "gpt" / "train.py").touch()
+    made_of = MadeOf.now(project, "prepare", None)
+    assert list(made_of.code) == ["gpt/train.py"]
+    (project / "gpt" / ".train.py.swp").touch()
+    made_of.check_unchanged()
+    (project / "gpt" / "model.py").touch()
+    with pytest.raises(RunError, match=r"^prepare: gpt/model\.py changed while it ran"):
+        made_of.check_unchanged()
+    (project / "gpt" / "train.py").unlink()
+    with pytest.raises(RunError, match=r"^prepare: gpt/train\.py, gpt/model\.py changed"):
+        made_of.check_unchanged()
+
+
+def test_git_tags_say_whether_the_code_was_changed(tmp_path: Path) -> None:
+    assert git_state(tmp_path) == {}
+    git(tmp_path, "init", "-q")
+    (tmp_path / "optional").mkdir()
+    for name in ("code.py", "params.yaml", "dvc.lock", "optional/dvc.lock"):
+        (tmp_path / name).write_text("1")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-qm", "first")
+    assert git_state(tmp_path)["git.dirty"] == "false"
+    # what a run itself changes, and what it keeps by itself
+    for name in ("params.yaml", "dvc.lock", "optional/dvc.lock"):
+        (tmp_path / name).write_text("2")
+    assert git_state(tmp_path)["git.dirty"] == "false"
+    (tmp_path / "code.py").write_text("2")
+    assert git_state(tmp_path)["git.dirty"] == "true"
 
 
 def test_a_patch_that_is_too_large_is_named_and_not_kept(

@@ -28,7 +28,7 @@ def project(
 ) -> Iterator[SmallProject]:
     """Built, and then the assistant four times more."""
     root = tmp_path_factory.mktemp("reproduce") / "project"
-    words = root / "pipeline" / "words.py"
+    words = root / "gpt" / "words.py"
     with first_results(root, empty_database) as project:
         project.set("finetune_instruct", seed=2)
         words.write_text('WORDS = "others"\n')
@@ -139,7 +139,7 @@ def test_code_that_is_not_what_ran_is_named(project):
     lineage = project.artifacts(f"finetune_instruct {EDITED}") / "lineage"
     with project.without(lineage / "changes.patch"):
         shown = said(f"assistant/{EDITED}", code=1)
-    assert "the code is not what it ran: pipeline/words.py" in shown
+    assert "the code is not what it ran: gpt/words.py" in shown
 
 
 def test_what_the_machine_and_its_packages_differ_in_is_told_before(project):

@@ -17,7 +17,8 @@ import yaml
 
 from pipeline import runner
 from pipeline.connection import connect
-from pipeline.tracking import dvc_md5
+from pipeline.dag import is_code
+from pipeline.dvc_cache import dvc_md5
 
 HERE = Path(__file__).parent
 
@@ -343,7 +344,7 @@ def test_the_table_of_stages_says_what_dvc_yaml_says() -> None:
     dag = {k: v for file in files for k, v in yaml.safe_load(file.read_text())["stages"].items()}
     assert list(dag) == list(runner.STAGES)
     for name, spec in runner.STAGES.items():
-        data = [dep for dep in dag[name]["deps"] if not dep.endswith(".py")]
+        data = [dep for dep in dag[name]["deps"] if not is_code(dep)]
         inputs = [path.replace("{", f"${{{name}.") for path in spec.inputs.values()]
         assert sorted(data) == sorted(inputs), name
         metrics = [path for entry in dag[name]["metrics"] for path in entry]

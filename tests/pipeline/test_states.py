@@ -21,7 +21,8 @@ from pipeline.clean import clean
 from pipeline.cli import app
 from pipeline.connection import connect
 from pipeline.locks import stage_lock
-from pipeline.states import HOW, fingerprint, size_in_words
+from pipeline.provenance import HOW, MadeOf
+from pipeline.states import size_in_words
 
 
 @pytest.fixture
@@ -76,7 +77,7 @@ def next_name(project: Path) -> str:
 def test_how_a_training_runs_is_no_part_of_what_its_state_depends_on(bare: Path) -> None:
     def of(train: dict[str, object], **others: object) -> str:
         cls = dataclasses.make_dataclass("Params", ["train", *others])
-        return fingerprint(bare, "learn", cls(train, **others), {"data/prepared": "1"})
+        return MadeOf.now(bare, "learn", cls(train, **others)).fingerprint()
 
     same = of({"steps": 3})
     for name in ("devices", "parallel", "checkpoint_seconds"):
@@ -105,7 +106,7 @@ def test_a_stopped_run_goes_on_under_another_checkpoint_seconds(project: Path) -
 def test_an_optional_stages_code_is_named_in_its_own_file(bare: Path) -> None:
     def of(stage: str) -> str:
         cls = dataclasses.make_dataclass("Params", [])
-        return fingerprint(bare, stage, cls(), {"data/prepared": "1"})
+        return MadeOf.now(bare, stage, cls()).fingerprint()
 
     expected = of("learn")
     (bare / "optional").mkdir()

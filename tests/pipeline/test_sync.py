@@ -29,9 +29,10 @@ from gpt.tokenizer import byte_tokenizer
 from gpt.weights import load_model, save_model
 from pipeline import connection, models, runner, sync
 from pipeline.connection import connect
+from pipeline.dvc_cache import dvc_md5
 from pipeline.provenance import Provenance
 from pipeline.settings import TrackingParams
-from pipeline.tracking import StageRun, dvc_md5
+from pipeline.tracking import StageRun
 from pipeline.unsent import begin, unsent_runs
 
 HERE = Path(__file__).parent

@@ -23,8 +23,9 @@ from gpt.text import read_sources, write_sources
 from gpt.token_files import Counts, Manifest, Shard, SplitManifest
 from pipeline import connection, tracking
 from pipeline.data_sets import input_sets, made_sets
+from pipeline.dvc_cache import dvc_md5
 from pipeline.keys import key_of, short
-from pipeline.tracking import DataSet, StageRun, dvc_md5
+from pipeline.tracking import DataSet, StageRun
 
 
 @pytest.fixture
@@ -117,27 +118,6 @@ def test_long_lists_of_records_are_summarised() -> None:
     assert flat["sources"].startswith("source-0, source-1, ")
     assert len(flat["sources"]) <= 500
     assert flat["train.steps"] == "20"
-
-
-def test_git_tags_say_whether_the_code_was_changed(tmp_path: Path) -> None:
-    def git(*arguments: str) -> None:
-        identity = ("-c", "user.name=t", "-c", "user.email=t@example.org")
-        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True)
-
-    assert tracking.git_state(tmp_path) == {}
-    git("init", "-q")
-    (tmp_path / "optional").mkdir()
-    for name in ("code.py", "params.yaml", "dvc.lock", "optional/dvc.lock"):
-        (tmp_path / name).write_text("1")
-    git("add", ".")
-    git("commit", "-qm", "first")
-    assert tracking.git_state(tmp_path)["git.dirty"] == "false"
-    # what a run itself changes, and what it keeps by itself
-    for name in ("params.yaml", "dvc.lock", "optional/dvc.lock"):
-        (tmp_path / name).write_text("2")
-    assert tracking.git_state(tmp_path)["git.dirty"] == "false"
-    (tmp_path / "code.py").write_text("2")
-    assert tracking.git_state(tmp_path)["git.dirty"] == "true"
 
 
 def test_a_run_killed_right_after_its_end_was_written_has_its_results_once(project: Path) -> None:
