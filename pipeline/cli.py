@@ -282,6 +282,14 @@ def estimate(
     show(_root(), stage, preset=preset, device=device, as_json=as_json)
 
 
+@app.command("probe", hidden=True)
+def measure(stage: str, root: Path, params: Path, scratch: Path, weights: int) -> None:
+    """What `estimate` starts for each stage, to measure it."""
+    from pipeline.probe import become_probe
+
+    become_probe(stage, root, params, scratch, weights)
+
+
 @app.command()
 def ablate(
     table: Annotated[Path, typer.Argument(help="The rows: YAML, as ablations/sms.yaml.")],

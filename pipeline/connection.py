@@ -83,6 +83,14 @@ def quiet_environment() -> dict[str, str]:
     return {key: os.environ.get(key, value) for key, value in _ENVIRONMENT.items()}
 
 
+def load_mlflow() -> None:
+    """Import what a stage's run needs of MLflow, for who only looks what that takes."""
+    os.environ.update(quiet_environment())
+    import mlflow
+    import mlflow.store.model_registry.sqlalchemy_store
+    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
+
+
 def connect(root: Path, uri: str = "") -> MlflowClient:
     """A client of the project's MLflow, its database in place.
 

@@ -1,8 +1,8 @@
 """A stage's first steps, run for real in a process of their own, to tell what the whole will take.
 
-The process is what `pipeline.runner` would be: the same imports, the same function with the same
-parameters and inputs, its outputs in a scratch folder. No MLflow run, nothing in the project. It
-notes what it hears with the time and its memory, and stops once it has seen enough.
+The process is what `python -m pipeline stage NAME` would be: the same imports, the same function
+with the same parameters and inputs, its outputs in a scratch folder. No MLflow run, nothing in the
+project. It notes what it hears with the time and its memory, and stops once it has seen enough.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from gpt.errors import InputError, RunError
 from gpt.events import Event, Metrics, Text
@@ -105,7 +105,7 @@ def probe_stage(stage: str, root: Path, params: Path, weights: int) -> Probe:
         arguments = [stage, str(root), str(params), folder, str(weights)]
         with errors.open("wb") as stderr:
             process = subprocess.Popen(
-                [sys.executable, "-m", "pipeline.probe", *arguments],
+                [sys.executable, "-m", "pipeline", "probe", *arguments],
                 env={**os.environ, "PYTHONPATH": path},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -264,16 +264,21 @@ def shortened(params: Any) -> Any:
     return dataclasses.replace(params, train=dataclasses.replace(train, **changes))
 
 
-def run_probe(stage: str, root: Path, params_file: Path, scratch: Path, weights: int) -> None:
+def become_probe(stage: str, root: Path, params: Path, scratch: Path, weights: int) -> NoReturn:
+    """Be the process that `probe_stage` starts, whose arguments these are."""
+    _run(stage, root, params, scratch, weights)
+    # at once: a state may still be on its way to the scratch folder, and no one will read it
+    os._exit(0)
+
+
+def _run(stage: str, root: Path, params_file: Path, scratch: Path, weights: int) -> None:
     """The stage as the runner calls it, in `scratch`, up to where enough was seen."""
-    import pipeline.cli  # noqa: F401  the runner's process holds it too
-    from pipeline import runner
-    from pipeline.connection import quiet_environment
+    import pipeline.runner  # noqa: F401  a stage's process holds it too
+    from pipeline.connection import load_mlflow
     from pipeline.dvc_cache import dvc_md5
     from pipeline.params import load_params, section
     from pipeline.stage_table import STAGES
 
-    os.environ.update(quiet_environment())
     watch = _Watch(scratch / "notes.jsonl")
     spec = STAGES[stage]
     try:
@@ -282,15 +287,11 @@ def run_probe(stage: str, root: Path, params_file: Path, scratch: Path, weights:
         function = spec.load()
         for path in inputs.values():
             dvc_md5(path)
-        # what a run needs of MLflow, without a run
-        import mlflow
-        import mlflow.store.model_registry.sqlalchemy_store
-        import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
-
+        load_mlflow()
         complete = False
         try:
             function(
-                runner._with_mirror(shortened(params)),
+                shortened(params),
                 **inputs,
                 **{keyword: scratch / path for keyword, path in spec.outputs.items()},
                 state=scratch / "state",
@@ -333,10 +334,3 @@ def _finish(stage: str, scratch: Path, weights: int) -> None:
         for start in range(0, weights, len(chunk)):
             file.write(chunk[: weights - start])
     dvc_md5(model)
-
-
-if __name__ == "__main__":
-    _stage, _root, _params, _scratch, _weights = sys.argv[1:]
-    run_probe(_stage, Path(_root), Path(_params), Path(_scratch), int(_weights))
-    # at once: a state may still be on its way to the scratch folder, and no one will read it
-    os._exit(0)

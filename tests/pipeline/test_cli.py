@@ -71,6 +71,7 @@ def test_help_is_quick_and_loads_nothing_heavy(command):
         "estimate",
     ):
         assert f" {name} " in shown
+    assert " probe " not in shown  # `estimate` alone starts it
     heavy = (
         "[m for m in ('torch', 'prefect', 'dvc', 'mlflow', 'pandas', 'yaml') if m in sys.modules]"
     )

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -180,6 +181,36 @@ def test_a_pair_is_two_rows_and_its_adapters_are_counted(tiny):
     assert 0.5 < plan.step_flops.sum() / everything.step_flops.sum() < 0.8
     # before the first step all pairs are asked of the reference, and two parts scored
     assert plan.flops_before > plan.final_flops > plan.evaluation_flops > 0
+
+
+def test_a_plan_reads_no_weights(tiny, tmp_path):
+    root = tmp_path / "project"
+    shutil.copytree(tiny, root)
+    for weights in root.glob("models/*/model.safetensors"):
+        weights.unlink()
+    for stage in TRAINING:
+        plan, here = (
+            make_plan(stage, load_params(tiny / "params.yaml"), at) for at in (root, tiny)
+        )
+        assert (plan.flops, plan.passes) == (here.flops, here.passes)
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "where"),
+    [
+        ("finetune_classifier", {"trainable": "last_blocks", "blocks": 3}, "blocks"),
+        ("finetune_classifier", {"trainable": "lora", "lora": LoraParams(blocks=3)}, "lora.blocks"),
+        (
+            "finetune_instruct",
+            {"trainable": "lora", "lora": LoraParams(layers=IN_BLOCKS, blocks=3)},
+            "lora.blocks",
+        ),
+    ],
+)
+def test_more_blocks_than_the_base_has_are_refused(tiny, stage, changes, where):
+    complaint = rf"^{stage}\.{where}: .*models/pretrain has 2 blocks; use at most that$"
+    with pytest.raises(InputError, match=complaint):
+        make_plan(stage, changed(tiny, stage, **changes), tiny)
 
 
 def test_a_preset_without_an_optional_section_says_so(tiny, tmp_path):
@@ -374,8 +405,6 @@ def test_json_holds_the_figures(tiny, capsys):
 
 
 def test_stages_without_data_are_named_and_the_others_shown(tiny, tmp_path):
-    import shutil
-
     root = tmp_path / "project"
     shutil.copytree(tiny, root)
     shutil.rmtree(root / "models")
@@ -417,8 +446,6 @@ def test_a_wrong_name_is_one_line_with_the_right_ones(tiny, arguments, complaint
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", TRAINING)
 def test_memory_and_time_are_near_those_of_the_real_run(tiny, tmp_path, stage):
-    import shutil
-
     root = tmp_path / "project"
     shutil.copytree(tiny, root)
     params = yaml.safe_load((root / "params.yaml").read_text())
