@@ -86,7 +86,7 @@ def tiny(tmp_path_factory):
     split = {"train": 0.6, "validation": 0.2, "seed": 3}
     extra = {**TEMPLATES["phi3"].files, "training.json": {"base": "pretrain", "split": split}}
     save_model(GPT(config), root / "models/assistant", tokenizer=byte_tokenizer(), extra=extra)
-    for file in ("dvc.yaml", "optional/dvc.yaml"):
+    for file in ("dvc.yaml", "optional/dvc.yaml", ".dvcignore"):
         (root / file).parent.mkdir(exist_ok=True)
         (root / file).write_text((ROOT / file).read_text())
     (root / "presets").mkdir()

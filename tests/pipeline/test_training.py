@@ -73,7 +73,8 @@ def project(tmp_path: Path) -> Path:
     )
     for name in ("gpt", "stages"):  # the code is part of a state's fingerprint
         shutil.copytree(ROOT / name, root / name)
-    shutil.copy(ROOT / "dvc.yaml", root)
+    for name in ("dvc.yaml", ".dvcignore"):
+        shutil.copy(ROOT / name, root)
     set_train(root)
     return root
 
