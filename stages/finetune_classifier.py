@@ -85,7 +85,7 @@ class FinetuneClassifierParams:
 
     @property
     def last(self) -> int | None:
-        """How many of the last blocks are trained whole or, with adapters, may be; None is all."""
+        """How many of the last blocks are trained whole; None is all, but where `adapters` are."""
         return {"last_block": 1, "last_blocks": self.blocks, "head": 0}.get(self.trainable)
 
 

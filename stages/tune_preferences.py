@@ -88,15 +88,22 @@ def prepare(
         InputError: the pairs cannot be used, the directory is no assistant's, or `max_length` is
             above its context.
     """
-    template, training = read_template(assistant), read_training(assistant)
+    template, training = read_template(assistant), _read_training(assistant)
     config, tokenizer = read_base(assistant, "tune_preferences", params.max_length)
     max_length = params.max_length or config.context_length
     records = read_preferences(instructions)
-    split = split_of(assistant, training)
-    pairs = useful_pairs(instructions, records, split, log)
+    split = _split_of(assistant, training)
+    pairs = _useful_pairs(instructions, records, split, log)
     data: dict[str, PreferenceDataset] = {}
     for name, part in pairs.items():
-        data[name] = preference_dataset(tokenizer, template, part, max_length)
+        asked = encode_turns(tokenizer, template, part)
+        data[name] = PreferenceDataset(
+            [last_prompt(each, tokenizer.eot) for each in asked],
+            tokenizer.encode_batch([pair.chosen for pair in part]),
+            tokenizer.encode_batch([pair.rejected for pair in part]),
+            end=tokenizer.eot,
+            max_length=max_length,
+        )
         if not len(data[name]):
             raise InputError(
                 f"{instructions}: the two answers of every pair of the {name} part are the same in "
@@ -226,23 +233,6 @@ def tune_preferences(
     return final
 
 
-def preference_dataset(
-    tokenizer: Tokenizer,
-    template: str | Template,
-    pairs: Sequence[Preference],
-    max_length: int,
-) -> PreferenceDataset:
-    """The pairs as the assistant is asked them, without references."""
-    turns = encode_turns(tokenizer, template, pairs)
-    return PreferenceDataset(
-        [last_prompt(each, tokenizer.eot) for each in turns],
-        tokenizer.encode_batch([pair.chosen for pair in pairs]),
-        tokenizer.encode_batch([pair.rejected for pair in pairs]),
-        end=tokenizer.eot,
-        max_length=max_length,
-    )
-
-
 def _set_references(
     model: GPT,
     data: Mapping[str, PreferenceDataset],
@@ -258,7 +248,7 @@ def _set_references(
         done += len(dataset)
 
 
-def useful_pairs(
+def _useful_pairs(
     instructions: Path, records: Sequence[Instruction], split: Split, log: Log
 ) -> dict[str, list[Preference]]:
     """The pairs by part, but those whose two answers are the same.
@@ -288,7 +278,7 @@ def _origin(pair: Preference) -> str:
     return f"the pair of {pair.instruction!r:.60}"
 
 
-def read_training(directory: Path) -> dict[str, Any]:
+def _read_training(directory: Path) -> dict[str, Any]:
     """`training.json` of an assistant.
 
     Raises:
@@ -302,7 +292,7 @@ def read_training(directory: Path) -> dict[str, Any]:
     )
 
 
-def split_of(directory: Path, training: Mapping[str, Any]) -> Split:
+def _split_of(directory: Path, training: Mapping[str, Any]) -> Split:
     """How the assistant's records were split."""
     path = directory / _TRAINING_FILE
     try:
