@@ -15,7 +15,7 @@ from rich.console import Console
 
 from bench.harness import Settings, Skipped, as_table, measure_machine, write_results
 from bench.worker import as_it_comes
-from gpt.errors import InputError, RunError
+from gpt.base.errors import InputError, RunError
 
 AGAINST_PEERS = ("training", "generation", "tokenization", "classification", "instruction")
 NAMES = (*AGAINST_PEERS, "ablation", "keeping", "recipe", "assistant", "orchestration")

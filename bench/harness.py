@@ -23,9 +23,9 @@ import torch
 from rich.table import Table
 
 from bench.worker import Alternative, Ran, workers
-from gpt.device import Precision
-from gpt.errors import RunError
-from gpt.files import whole_file
+from gpt.base.errors import RunError
+from gpt.base.files import whole_file
+from gpt.model.device import Precision
 
 
 class Skipped(Exception):  # noqa: N818  nothing went wrong

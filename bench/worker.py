@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from gpt.device import prepare_device
-from gpt.errors import InputError, RunError
+from gpt.base.errors import InputError, RunError
+from gpt.model.device import prepare_device
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,34 +10,34 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gpt.config import GPTConfig as GPTConfig
-    from gpt.errors import InputError as InputError
-    from gpt.errors import RunError as RunError
+    from gpt.base.errors import InputError as InputError
+    from gpt.base.errors import RunError as RunError
     from gpt.inference import Score as Score
     from gpt.inference import classify as classify
     from gpt.inference import generate as generate
     from gpt.inference import score as score
-    from gpt.model import GPT as GPT
-    from gpt.model import GPTClassifier as GPTClassifier
-    from gpt.tokenizer import Tokenizer as Tokenizer
-    from gpt.tokenizer import load_tokenizer as load_tokenizer
-    from gpt.weights import load_model as load_model
-    from gpt.weights import save_model as save_model
+    from gpt.model.config import GPTConfig as GPTConfig
+    from gpt.model.model import GPT as GPT
+    from gpt.model.model import GPTClassifier as GPTClassifier
+    from gpt.model.weights import load_model as load_model
+    from gpt.model.weights import save_model as save_model
+    from gpt.tokens.tokenizer import Tokenizer as Tokenizer
+    from gpt.tokens.tokenizer import load_tokenizer as load_tokenizer
 
 # No name here is a module's: once that module is imported, the package's attribute is the module.
 _HOME = {
-    "GPT": "gpt.model",
-    "GPTClassifier": "gpt.model",
-    "GPTConfig": "gpt.config",
-    "InputError": "gpt.errors",
-    "RunError": "gpt.errors",
+    "GPT": "gpt.model.model",
+    "GPTClassifier": "gpt.model.model",
+    "GPTConfig": "gpt.model.config",
+    "InputError": "gpt.base.errors",
+    "RunError": "gpt.base.errors",
     "Score": "gpt.inference",
-    "Tokenizer": "gpt.tokenizer",
+    "Tokenizer": "gpt.tokens.tokenizer",
     "classify": "gpt.inference",
     "generate": "gpt.inference",
-    "load_model": "gpt.weights",
-    "load_tokenizer": "gpt.tokenizer",
-    "save_model": "gpt.weights",
+    "load_model": "gpt.model.weights",
+    "load_tokenizer": "gpt.tokens.tokenizer",
+    "save_model": "gpt.model.weights",
     "score": "gpt.inference",
 }
 __all__ = [

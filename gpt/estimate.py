@@ -1,8 +1,8 @@
 """What a training takes, from the shapes alone: parameters, memory by part, FLOPs.
 
 Nothing here is run or measured. The activations are what autograd keeps from the forward pass of
-`gpt.model` for the backward pass, counted layer by layer; a test holds the count against the real
-tensors. Korthikanti et al. (2022), "Reducing Activation Recomputation in Large Transformer
+`gpt.model.model` for the backward pass, counted layer by layer; a test holds the count against the
+real tensors. Korthikanti et al. (2022), "Reducing Activation Recomputation in Large Transformer
 Models", section 4, count the same for another model; FLOPs as Chowdhery et al. (2022), "PaLM",
 appendix B: 2 a parameter and token forward, twice that backward.
 
@@ -16,18 +16,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-from gpt.attention import BLOCK
-from gpt.config import GPTConfig
-from gpt.lora import LoraParams
-from gpt.loss import CHUNK_BYTES
+from gpt.model.attention import BLOCK
+from gpt.model.config import GPTConfig
+from gpt.model.loss import CHUNK_BYTES
+from gpt.tune.lora import LoraParams
 
 Kernel = Literal["blocked", "fused"]
-"""`gpt.attention` on a CPU, which keeps the probabilities; PyTorch's on a graphics card, which
-keeps none."""
+"""`gpt.model.attention` on a CPU, which keeps the probabilities; PyTorch's on a graphics card,
+which keeps none."""
 Optimizer = Literal["adamw", "muon"]
 
 FP32, BF16, INT64 = 4, 2, 8
-_LANES = 64  # gpt.loss pads the logits' rows to multiples of so many
+_LANES = 64  # gpt.model.loss pads the logits' rows to multiples of so many
 _SOFTMAX_ROWS = 32  # and takes so many at a time
 
 
@@ -442,7 +442,7 @@ def lm_loss_bytes(config: GPTConfig, targets: int, *, bf16: bool) -> int:
 def pair_loss_kept(config: GPTConfig, targets: int, *, bf16: bool) -> int:
     """What the loss of preference tuning keeps: every target's log-probabilities in fp32.
 
-    And the head's input, where the head is trained (`gpt.preference`).
+    And the head's input, where the head is trained (`gpt.tune.preference`).
     """
     head = targets * config.n_embd * (BF16 if bf16 else FP32)
     return FP32 * targets * config.vocab_size + head + 3 * INT64 * targets

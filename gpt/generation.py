@@ -6,9 +6,9 @@ token because GPT-2's positions are absolute: the same sliding window as the boo
 `generate_text_simple`, and the same tokens with the cache and without.
 
 The model computes each token itself, unless an `Engine` is handed over that does so in its place
-(`gpt.decode` has one). Their numbers differ by rounding, so where two tokens are as likely as each
-other they may choose differently; each alone repeats itself exactly. What has to be the same on
-every machine, with a compiler and without, is written without an engine.
+(`gpt.engine.decode` has one). Their numbers differ by rounding, so where two tokens are as likely
+as each other they may choose differently; each alone repeats itself exactly. What has to be the
+same on every machine, with a compiler and without, is written without an engine.
 
 Top-p (nucleus) sampling: Holtzman et al. (2020), "The Curious Case of Neural Text Degeneration".
 Repetition penalty: Keskar et al. (2019), "CTRL", as `transformers` computes it.
@@ -25,9 +25,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gpt.errors import NOT_FINITE, InputError, RunError, shown
-from gpt.model import GPT, KVCache
-from gpt.tokenizer import Tokenizer
+from gpt.base.errors import NOT_FINITE, InputError, RunError, shown
+from gpt.model.model import GPT, KVCache
+from gpt.tokens.tokenizer import Tokenizer
 
 Step = Callable[[Sequence[int], Sequence[int]], Tensor]
 """Logits (B, V) after one more token in some rows: which rows, and the token of each."""

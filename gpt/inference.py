@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from gpt import metrics
-from gpt.data import IGNORED, Batch, ClassificationDataset, batches
-from gpt.decode import ENGINES, EngineName
-from gpt.errors import NOT_FINITE, InputError, RunError
+from gpt.base.errors import NOT_FINITE, InputError, RunError
+from gpt.batches import metrics
+from gpt.batches.data import IGNORED, Batch, ClassificationDataset, batches
+from gpt.engine.decode import ENGINES, EngineName
 from gpt.generation import Sampling, stream
-from gpt.model import GPT, GPTClassifier
-from gpt.tokenizer import Tokenizer
+from gpt.model.model import GPT, GPTClassifier
+from gpt.tokens.tokenizer import Tokenizer
 
 
 def generate(

@@ -14,12 +14,12 @@ from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING, Any, Literal
 
-from gpt.errors import InputError
-from gpt.files import read_json
+from gpt.base.errors import InputError
+from gpt.base.files import read_json
 
 if TYPE_CHECKING:
-    from gpt.text import Instruction
-    from gpt.tokenizer import Tokenizer
+    from gpt.text.records import Instruction
+    from gpt.tokens.tokenizer import Tokenizer
 
 TemplateName = Literal["alpaca", "phi3", "chatml"]
 

@@ -17,11 +17,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from gpt.errors import InputError, RunError, lacks_memory
-from gpt.files import whole_file
-from pipeline.interpreter import collect_seldom, end_with_the_terminal, reach_loopback_directly
-from pipeline.markdown import name_of
-from pipeline.terminal import say
+from gpt.base.errors import InputError, RunError, lacks_memory
+from gpt.base.files import whole_file
+from pipeline.project.processes import (
+    collect_seldom,
+    end_with_the_terminal,
+    reach_loopback_directly,
+)
+from pipeline.show.markdown import name_of
+from pipeline.show.terminal import say
 
 if TYPE_CHECKING:
     from gpt.generation import Sampling
@@ -48,8 +52,8 @@ class _Commands(TyperGroup):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
         except OSError as error:
-            from pipeline.runner import system_fault
-            from pipeline.secrets import without_secrets
+            from pipeline.project.secrets import without_secrets
+            from pipeline.run.stage import system_fault
 
             code, line = 1, without_secrets(system_fault(error))
             if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):  # a name that somebody gave
@@ -107,7 +111,7 @@ def main() -> NoReturn:
 
 
 def _root() -> Path:
-    from pipeline.dag import find_root
+    from pipeline.dag.graph import find_root
 
     return find_root(Path.cwd())
 
@@ -127,15 +131,15 @@ def run(
     if code:
         raise typer.Exit(code)
     if not stages:
-        from pipeline.report import print_report
+        from pipeline.report.terminal import print_report
 
         print_report(root, always=False)
 
 
 def _run_flow(root: Path, stages: list[str], force: bool, jobs: int) -> int:
-    from pipeline.params import PARAMS_FILE, SECTIONS, check_sections, load_params
-    from pipeline.server import prefect_told, use_api
-    from pipeline.unsent import unsent_runs
+    from pipeline.flow.prefect_api import prefect_told, use_api
+    from pipeline.project.params import PARAMS_FILE, SECTIONS, check_sections, load_params
+    from pipeline.tracking.unsent import unsent_runs
 
     for name in stages:
         if name not in SECTIONS:
@@ -144,12 +148,12 @@ def _run_flow(root: Path, stages: list[str], force: bool, jobs: int) -> int:
     os.chdir(root)
     server = use_api(root)
     if unsent_runs(root):
-        from pipeline.sync import send_quietly
+        from pipeline.tracking.sync import send_quietly
 
         for each in send_quietly(root):
             say(each.text)
 
-    from pipeline.dag import Dag
+    from pipeline.dag.graph import Dag
 
     dag = Dag(root)
     if force or any(dag.changes(dag.plan(stages)).values()):
@@ -157,13 +161,11 @@ def _run_flow(root: Path, stages: list[str], force: bool, jobs: int) -> int:
         # stages ran, their parameters are those that were found right then.
         load_params(root / PARAMS_FILE)
 
-    from pipeline.flow import READ, exit_code, gpt_pipeline
+    from pipeline.flow.flow import READ, exit_code, gpt_pipeline
 
     READ.set(dag)
     if server:
         # what comes after the stages is read while the server starts, which takes longer
-        import pipeline.promotion
-        import pipeline.report  # noqa: F401
 
         server.wait()
     with prefect_told():
@@ -175,12 +177,12 @@ def stage(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A stage of dvc.yaml.")],
 ) -> None:
     """Execute one stage here and now, as DVC does; `run` is what you want."""
-    from pipeline.params import SECTIONS
+    from pipeline.project.params import SECTIONS
 
     root = _root()
     if name not in SECTIONS:
         raise InputError(f"{name}: no such stage; use one of {', '.join(SECTIONS)}")
-    from pipeline.runner import run_stage
+    from pipeline.run.stage import run_stage
 
     raise typer.Exit(run_stage(name, root))
 
@@ -193,7 +195,7 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="All of it as JSON.")] = False,
 ) -> None:
     """The DAG: what is up to date, what would run, why, and what it would cost."""
-    from pipeline.status import print_status
+    from pipeline.report.status import print_status
 
     os.environ.setdefault("DVC_NO_ANALYTICS", "true")
     print_status(_root(), verbose=verbose, as_json=as_json)
@@ -277,7 +279,7 @@ def estimate(
     as_json: Annotated[bool, typer.Option("--json", help="Figures as JSON.")] = False,
 ) -> None:
     """What training will take: memory and time, measured in its first steps or for a device."""
-    from pipeline.estimate import estimate as show
+    from pipeline.estimate.estimate import estimate as show
 
     show(_root(), stage, preset=preset, device=device, as_json=as_json)
 
@@ -285,7 +287,7 @@ def estimate(
 @app.command("probe", hidden=True)
 def measure(stage: str, root: Path, params: Path, scratch: Path, weights: int) -> None:
     """What `estimate` starts for each stage, to measure it."""
-    from pipeline.probe import become_probe
+    from pipeline.estimate.probe import become_probe
 
     become_probe(stage, root, params, scratch, weights)
 
@@ -295,9 +297,9 @@ def ablate(
     table: Annotated[Path, typer.Argument(help="The rows: YAML, as ablations/sms.yaml.")],
 ) -> None:
     """Train the classifier once for each row of a table, and compare the scores (MLflow too)."""
-    from pipeline.ablation import ablate as train
-    from pipeline.ablation import markdown
-    from pipeline.console import make_log
+    from pipeline.show.console import make_log
+    from pipeline.sweep.ablation import ablate as train
+    from pipeline.sweep.ablation import markdown
 
     root = _root()
     with make_log("ablation") as log:
@@ -308,7 +310,7 @@ def ablate(
 @app.command()
 def ui() -> None:
     """Serve MLflow's and Prefect's pages on this machine until Ctrl-C."""
-    from pipeline.ui import serve
+    from pipeline.flow.ui import serve
 
     serve(_root())
 
@@ -325,10 +327,10 @@ def promote(
 ) -> None:
     """Compare the evaluated models with the champions by the rule in params.yaml; or, with MODEL,
     make a version the champion whatever its scores."""
-    from pipeline.dag import Dag
-    from pipeline.params import PARAMS_FILE, load_params
-    from pipeline.promotion import promote_by_hand, promote_the_better
-    from pipeline.settings import PromotionParams
+    from pipeline.dag.graph import Dag
+    from pipeline.project.params import PARAMS_FILE, load_params
+    from pipeline.project.settings import PromotionParams
+    from pipeline.verdict.promotion import promote_by_hand, promote_the_better
 
     root = _root()
     if model is not None:
@@ -349,10 +351,10 @@ def promote(
 @app.command()
 def judge() -> None:
     """Let another model, which params.yaml names, score the assistant's answers from 0 to 100."""
-    from pipeline.console import make_log
-    from pipeline.judge import REPORT, judge_assistant, markdown
-    from pipeline.locks import stage_lock
-    from pipeline.params import PARAMS_FILE, load_params, section
+    from pipeline.project.locks import stage_lock
+    from pipeline.project.params import PARAMS_FILE, load_params, section
+    from pipeline.show.console import make_log
+    from pipeline.verdict.judge import REPORT, judge_assistant, markdown
 
     root = _root()
     params = section(load_params(root / PARAMS_FILE), "judge")
@@ -393,8 +395,8 @@ def lm_eval(
     ] = None,
 ) -> None:
     """Measure a language model with EleutherAI's lm-evaluation-harness."""
-    from pipeline.console import make_log
-    from pipeline.harness import HarnessParams, markdown, measure
+    from pipeline.show.console import make_log
+    from pipeline.verdict.lm_eval import HarnessParams, markdown, measure
 
     directory = _model(model, "assistant")
     if out is None:
@@ -408,7 +410,7 @@ def lm_eval(
 @app.command()
 def report() -> None:
     """What the last run of every stage came to."""
-    from pipeline.report import print_report
+    from pipeline.report.terminal import print_report
 
     print_report(_root())
 
@@ -416,7 +418,7 @@ def report() -> None:
 @app.command()
 def data() -> None:
     """What the models learn from: write reports/data.md anew, and say it in short."""
-    from pipeline.data_report import print_data
+    from pipeline.data.report import print_data
 
     print_data(_root())
 
@@ -428,12 +430,12 @@ def clean(
     ] = False,
 ) -> None:
     """Remove states of stopped trainings that no run goes on from, and say what they took."""
-    from pipeline.clean import Removed
-    from pipeline.clean import clean as remove
-    from pipeline.dag import mend_rwlock
-    from pipeline.runner import next_states
-    from pipeline.stage_table import STAGES
-    from pipeline.states import size_in_words
+    from pipeline.dag.graph import mend_rwlock
+    from pipeline.project.stages import STAGES
+    from pipeline.run.clean import Removed
+    from pipeline.run.clean import clean as remove
+    from pipeline.run.resume import size_in_words
+    from pipeline.run.stage import next_states
 
     root = _root()
     sizes = []
@@ -468,8 +470,8 @@ def export(
     ] = None,
 ) -> None:
     """Write a model directory again: in another precision, or as GGUF."""
-    from pipeline.export import export as write
-    from pipeline.export import export_gguf
+    from pipeline.use.export import export as write
+    from pipeline.use.export import export_gguf
 
     if format == "native":
         if type is not None or text is not None:
@@ -488,7 +490,7 @@ def export(
 
 def _sample_text() -> Path | None:
     """The samples' prose, if this is a project's folder that has it."""
-    from pipeline.dag import find_root
+    from pipeline.dag.graph import find_root
 
     with contextlib.suppress(InputError):
         text = find_root(Path.cwd()) / "samples" / "stories.txt"
@@ -573,7 +575,7 @@ def generate(
     engine: _Engine = "auto",
 ) -> None:
     """Let a base model go on with a text (by default models/pretrain)."""
-    from pipeline import talk
+    from pipeline.use import talk
 
     sampling = _sampling(
         max_new_tokens, min_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, stop
@@ -606,7 +608,7 @@ def chat(
     engine: _Engine = "auto",
 ) -> None:
     """Talk to the assistant (by default models/assistant)."""
-    from pipeline import talk
+    from pipeline.use import talk
 
     sampling = _sampling(
         max_new_tokens, min_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, stop
@@ -633,7 +635,7 @@ def classify(
     as_json: Annotated[bool, typer.Option("--json", help="A JSON object a text.")] = False,
 ) -> None:
     """Classify texts (by default with models/classifier)."""
-    from pipeline import talk
+    from pipeline.use import talk
 
     talk.classify_texts(_model(model, "classifier"), texts or [], as_json)
 
@@ -641,7 +643,7 @@ def classify(
 @app.command()
 def sync() -> None:
     """Send the runs to MLflow that it did not take when they were made, because it was gone."""
-    from pipeline.sync import send_all
+    from pipeline.tracking.sync import send_all
 
     if not send_all(_root(), say):
         say("nothing to send: MLflow has every run")
@@ -659,7 +661,7 @@ def sweep(
     ] = False,
 ) -> None:
     """Try other parameters, a grid or a search, beside the pipeline; compare the results."""
-    from pipeline.sweep import run_sweep
+    from pipeline.sweep.command import run_sweep
 
     raise typer.Exit(run_sweep(_root(), file, jobs=jobs, promote=promote, apply=apply))
 
@@ -679,8 +681,8 @@ def agent(
     """Run on this machine what is scheduled in Prefect: look at it, then work until Ctrl-C."""
     root = _root()
     api = _team_api(root)
-    from pipeline.agent import check_machine, serve
-    from pipeline.server import prefect_told
+    from pipeline.flow.agent import check_machine, serve
+    from pipeline.flow.prefect_api import prefect_told
 
     if check:
         checks = check_machine(root, api)
@@ -699,7 +701,7 @@ def _team_api(root: Path) -> str:
     Raises:
         InputError: none is known.
     """
-    from pipeline.server import environment, running_api
+    from pipeline.flow.prefect_api import environment, running_api
 
     if (api := running_api(root)) is None:
         raise InputError(
@@ -713,7 +715,7 @@ def _team_api(root: Path) -> str:
 @app.command()
 def push() -> None:
     """Let the DVC remote have all that was made here, so that another machine need not make it."""
-    from pipeline.dvc_cache import push as share
+    from pipeline.dag.cache import push as share
 
     share(_root())
 
@@ -724,9 +726,9 @@ def notify(
 ) -> None:
     """Let a notification block of the Prefect server hear of runs that fail."""
     _team_api(_root())
-    from pipeline.notices import NAME
-    from pipeline.notices import notify as tell
-    from pipeline.server import prefect_told
+    from pipeline.flow.notices import NAME
+    from pipeline.flow.notices import notify as tell
+    from pipeline.flow.prefect_api import prefect_told
 
     with prefect_told():
         done = "made" if tell(block) else "changed"
@@ -736,7 +738,7 @@ def notify(
 @app.command("flow-run", hidden=True)
 def flow_run() -> None:
     """What a worker starts for each flow run."""
-    from pipeline.agent_run import become_flow_run
+    from pipeline.flow.agent_start import become_flow_run
 
     raise typer.Exit(become_flow_run())
 
@@ -756,7 +758,7 @@ def lineage(
     as_json: Annotated[bool, typer.Option("--json", help="Nodes and links as JSON.")] = False,
 ) -> None:
     """From a model, file, run or commit back to its raw sources, and on to what was made of it."""
-    from pipeline.lineage import print_lineage
+    from pipeline.history.lineage import print_lineage
 
     root = _root()
     print_lineage(root, what, up=up or not down, down=down or not up, as_json=as_json)
@@ -775,7 +777,7 @@ def reproduce(
     ] = False,
 ) -> None:
     """Make a model version again from its commit, parameters and inputs; compare every byte."""
-    from pipeline.reproduce import reproduce as make_again
+    from pipeline.history.reproduce import reproduce as make_again
 
     make_again(_root(), what, keep=keep, whole=whole)
 
@@ -794,7 +796,7 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="All of it as JSON.")] = False,
 ) -> None:
     """What differs between two versions of a model, or two runs of a stage."""
-    from pipeline.compare import print_comparison
+    from pipeline.history.compare import print_comparison
 
     print_comparison(_root(), one, other, answers=answers, as_json=as_json)
 
@@ -804,7 +806,7 @@ def rollback(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A registered model.")],
 ) -> None:
     """Make the previous champion the champion again; the two change places."""
-    from pipeline.promotion import roll_back
+    from pipeline.verdict.promotion import roll_back
 
     champion, previous = roll_back(_root(), model)
     say(f"{model}: version {champion} is the champion again, version {previous} is `previous`")

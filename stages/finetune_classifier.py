@@ -15,21 +15,21 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
-from gpt.config import GPTConfig, Positive
-from gpt.data import ClassificationDataset, Dataset, FeatureDataset, batches, take
-from gpt.device import autocast, prepare_device
-from gpt.errors import InputError
-from gpt.events import Log, Message, Progress, discard
-from gpt.files import write_json
-from gpt.lora import LoraParams, merge, wrap
-from gpt.metrics import WeightedClassLoss, class_logits, class_loss_sum, class_weights
-from gpt.model import ClassifierTop, GPTClassifier, Pooling
-from gpt.overlap import count_contaminated
-from gpt.recipe import TrainParams
-from gpt.text import Balance, Split, missing_classes, undersampled, usable_parts
-from gpt.tokenizer import Tokenizer
-from gpt.train import fit
-from gpt.weights import load_base, read_base, save_model
+from gpt.base.errors import InputError
+from gpt.base.events import Log, Message, Progress, discard
+from gpt.base.files import write_json
+from gpt.batches.data import ClassificationDataset, Dataset, FeatureDataset, batches, take
+from gpt.batches.metrics import WeightedClassLoss, class_logits, class_loss_sum, class_weights
+from gpt.model.config import GPTConfig, Positive
+from gpt.model.device import autocast, prepare_device
+from gpt.model.model import ClassifierTop, GPTClassifier, Pooling
+from gpt.model.weights import load_base, read_base, save_model
+from gpt.text.records import Balance, Split, missing_classes, undersampled, usable_parts
+from gpt.tokens.tokenizer import Tokenizer
+from gpt.train.loop import fit
+from gpt.train.recipe import TrainParams
+from gpt.tune.lora import LoraParams, merge, wrap
+from gpt.tune.overlap import count_contaminated
 
 Trainable = Literal["all", "last_block", "last_blocks", "head", "lora"]
 

@@ -10,23 +10,23 @@ import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from gpt.config import GPTConfig, Positive
-from gpt.data import InstructionDataset, batches
-from gpt.device import autocast, prepare_device
-from gpt.errors import InputError
-from gpt.events import Log, Message, discard
-from gpt.files import write_json
+from gpt.base.errors import InputError
+from gpt.base.events import Log, Message, discard
+from gpt.base.files import write_json
+from gpt.batches.data import InstructionDataset, batches
+from gpt.batches.metrics import lm_loss_sum, mean_loss, perplexity
 from gpt.generation import Sampling, complete
-from gpt.lora import LanguageModelTuning, merge, wrap
-from gpt.metrics import lm_loss_sum, mean_loss, perplexity
-from gpt.model import GPT
-from gpt.overlap import count_contaminated
+from gpt.model.config import GPTConfig, Positive
+from gpt.model.device import autocast, prepare_device
+from gpt.model.model import GPT
+from gpt.model.weights import load_base, read_base, save_model
 from gpt.prompts import TEMPLATES, TemplateName, encode_turns, last_prompt
-from gpt.recipe import TrainParams
-from gpt.text import Instruction, Split, read_instructions, split_instructions
-from gpt.tokenizer import Tokenizer
-from gpt.train import fit
-from gpt.weights import load_base, read_base, save_model
+from gpt.text.records import Instruction, Split, read_instructions, split_instructions
+from gpt.tokens.tokenizer import Tokenizer
+from gpt.train.loop import fit
+from gpt.train.recipe import TrainParams
+from gpt.tune.lora import LanguageModelTuning, merge, wrap
+from gpt.tune.overlap import count_contaminated
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid"))

@@ -12,15 +12,15 @@ import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from gpt.config import GPT2_SIZES, GPTConfig, Positive
-from gpt.errors import InputError
-from gpt.events import Log, Message, Text, discard
-from gpt.files import write_json
+from gpt.base.errors import InputError
+from gpt.base.events import Log, Message, Text, discard
+from gpt.base.files import write_json
 from gpt.generation import Sampling, complete
-from gpt.loss import linear_cross_entropy
-from gpt.model import GPT
-from gpt.published import Published, open_published
-from gpt.weights import cut_vocabulary, load_tokenizer_of, save_model
+from gpt.model.config import GPT2_SIZES, GPTConfig, Positive
+from gpt.model.loss import linear_cross_entropy
+from gpt.model.model import GPT
+from gpt.model.weights import cut_vocabulary, load_tokenizer_of, save_model
+from gpt.published.load import Published, open_published
 
 HELD_OUT = """\
 The ferry to the island leaves twice a day, at eight in the morning and again at half past four. \
@@ -61,7 +61,7 @@ def load_gpt2(
 
     Args:
         params: what is expected.
-        weights: a folder with the weights in one of the forms of `gpt.published`, and with
+        weights: a folder with the weights in one of the forms of `gpt.published.load`, and with
             GPT-2's vocabulary files.
         out: the model directory to write.
         metrics: the figures, written as JSON.

@@ -10,20 +10,20 @@ import torch
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from gpt.config import Architecture, GPTConfig, Positive
-from gpt.data import Dataset, RandomWindowDataset, WindowDataset, batches, spread
-from gpt.device import autocast, prepare_device
-from gpt.errors import InputError
-from gpt.events import Log, discard
-from gpt.files import write_json
+from gpt.base.errors import InputError
+from gpt.base.events import Log, discard
+from gpt.base.files import write_json
+from gpt.batches.data import Dataset, RandomWindowDataset, WindowDataset, batches, spread
+from gpt.batches.metrics import bits_per_byte, lm_loss_sum, mean_loss, perplexity
 from gpt.generation import Sampling, complete
-from gpt.metrics import bits_per_byte, lm_loss_sum, mean_loss, perplexity
-from gpt.model import GPT
-from gpt.recipe import TrainParams
-from gpt.token_files import Manifest, SplitName, open_tokens, read_manifest
-from gpt.tokenizer import Tokenizer, load_tokenizer
-from gpt.train import fit
-from gpt.weights import save_model
+from gpt.model.config import Architecture, GPTConfig, Positive
+from gpt.model.device import autocast, prepare_device
+from gpt.model.model import GPT
+from gpt.model.weights import save_model
+from gpt.tokens.token_files import Manifest, SplitName, open_tokens, read_manifest
+from gpt.tokens.tokenizer import Tokenizer, load_tokenizer
+from gpt.train.loop import fit
+from gpt.train.recipe import TrainParams
 
 SPLITS: tuple[SplitName, ...] = ("train", "validation")
 

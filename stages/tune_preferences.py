@@ -10,21 +10,18 @@ import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from gpt.config import GPTConfig, Positive
-from gpt.data import InstructionDataset, batches
-from gpt.device import autocast, prepare_device
-from gpt.errors import InputError, first_problem
-from gpt.events import Log, Message, Progress, discard
-from gpt.files import read_json, write_json
+from gpt.base.errors import InputError, first_problem
+from gpt.base.events import Log, Message, Progress, discard
+from gpt.base.files import read_json, write_json
+from gpt.batches.data import InstructionDataset, batches
+from gpt.batches.metrics import mean_loss
 from gpt.generation import Sampling, complete
-from gpt.lora import LanguageModelTuning, merge, wrap
-from gpt.metrics import mean_loss
-from gpt.model import GPT
-from gpt.overlap import count_contaminated
-from gpt.preference import PreferenceDataset, PreferenceLoss, preference_scores
+from gpt.model.config import GPTConfig, Positive
+from gpt.model.device import autocast, prepare_device
+from gpt.model.model import GPT
+from gpt.model.weights import load_base, read_base, save_model
 from gpt.prompts import Template, encode_turns, last_prompt, read_template
-from gpt.recipe import TrainParams
-from gpt.text import (
+from gpt.text.records import (
     Instruction,
     Preference,
     Split,
@@ -32,9 +29,12 @@ from gpt.text import (
     split_instructions,
     split_preferences,
 )
-from gpt.tokenizer import Tokenizer
-from gpt.train import fit
-from gpt.weights import load_base, read_base, save_model
+from gpt.tokens.tokenizer import Tokenizer
+from gpt.train.loop import fit
+from gpt.train.recipe import TrainParams
+from gpt.tune.lora import LanguageModelTuning, merge, wrap
+from gpt.tune.overlap import count_contaminated
+from gpt.tune.preference import PreferenceDataset, PreferenceLoss, preference_scores
 
 _TRAINING_FILE = "training.json"
 
@@ -138,7 +138,7 @@ def tune_preferences(
         assistant: the model directory that finetune_instruct wrote; its `prompt.json` names the
             template, its `training.json` the split.
         instructions: the raw folder of instruction records that it was made from, some of which
-            hold two answers (`gpt.text.read_preferences`).
+            hold two answers (`gpt.text.records.read_preferences`).
         out: the model directory to write, in the form of `assistant`.
         metrics: the final figures, written as JSON: losses in nats a pair, rewards in nats; the
             assistant's own loss in nats a token, before and after.

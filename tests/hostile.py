@@ -2,7 +2,7 @@
 
 import tracemalloc
 
-from gpt.errors import InputError
+from gpt.base.errors import InputError
 
 BYTES = 64 << 20
 

@@ -13,18 +13,19 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bench import ablation, classification
 from bench.__main__ import NAMES, main
-from bench.classification import NaiveRun
+from bench.gpt import ablation
+from bench.gpt.naive import naive_copy
+from bench.gpt.training import Shape, flops_per_token, our_job
 from bench.harness import Comparison, Peak, Settings, alternate, compare_in_workers
-from bench.naive import naive_copy
-from bench.training import Shape, flops_per_token, our_job
+from bench.stages import classification
+from bench.stages.classification import NaiveRun
 from bench.worker import Alternative, Job, Ran, Worker, as_it_comes, as_ours, workers
-from gpt.config import GPTConfig
-from gpt.data import batch_indices
-from gpt.errors import InputError, RunError
-from gpt.model import GPT, GPTClassifier
-from gpt.recipe import TrainParams
+from gpt.base.errors import InputError, RunError
+from gpt.batches.data import batch_indices
+from gpt.model.config import GPTConfig
+from gpt.model.model import GPT, GPTClassifier
+from gpt.train.recipe import TrainParams
 from stages.finetune_classifier import freeze
 
 ROOT = Path(__file__).parents[1]

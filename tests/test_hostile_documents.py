@@ -14,15 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_hostile_tables import SPELLED, damaged, hostile
 
-from gpt.config import GPTConfig
-from gpt.errors import InputError
-from gpt.files import read_json, sha256_of
-from gpt.model import GPTClassifier
-from gpt.token_files import open_tokens
-from gpt.tokenizer import byte_tokenizer
-from gpt.weights import load_model, save_model
-from pipeline.params import load_params
-from pipeline.yaml_files import read_yaml
+from gpt.base.errors import InputError
+from gpt.base.files import read_json, sha256_of
+from gpt.model.config import GPTConfig
+from gpt.model.model import GPTClassifier
+from gpt.model.weights import load_model, save_model
+from gpt.tokens.token_files import open_tokens
+from gpt.tokens.tokenizer import byte_tokenizer
+from pipeline.project.params import load_params
+from pipeline.project.yaml_files import read_yaml
 
 PRESET = Path(__file__).resolve().parent.parent / "presets" / "smoke.yaml"
 SMOKE = PRESET.read_text(encoding="utf-8")

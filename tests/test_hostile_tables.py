@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from gpt.text import RawFile, documents_in, instructions_in, messages_in
+from gpt.text.records import RawFile, documents_in, instructions_in, messages_in
 
 SECONDS = 2
 """What reading a file of some hundred bytes may hold at most."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from pipeline.params import load_params, section
+from pipeline.project.params import load_params, section
 from stages.download import download
 from stages.tokenize import tokenize
 

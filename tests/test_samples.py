@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from gpt.text import RawFile, instructions_in, messages_in
-from gpt.weights import load_base
-from pipeline.params import load_params
+from gpt.model.weights import load_base
+from gpt.text.records import RawFile, instructions_in, messages_in
+from pipeline.project.params import load_params
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = ROOT / "samples"

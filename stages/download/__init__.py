@@ -17,10 +17,10 @@ from typing import Annotated
 from pydantic import ConfigDict, Field, field_validator
 from pydantic.dataclasses import dataclass
 
-from gpt.errors import InputError
-from gpt.events import Log, Message, discard
-from gpt.files import whole_directory, write_json
-from gpt.text import (
+from gpt.base.errors import InputError
+from gpt.base.events import Log, Message, discard
+from gpt.base.files import whole_directory, write_json
+from gpt.text.records import (
     RawFile,
     instructions_in,
     messages_in,

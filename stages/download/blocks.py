@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
-from gpt.events import Log, Progress
+from gpt.base.events import Log, Progress
 from stages.download.faults import NotHadError, StoppedError
 
 BLOCK = 1 << 18

@@ -19,7 +19,7 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from gpt.files import sha256_of, sync_directory, whole_file, write_json
+from gpt.base.files import sha256_of, sync_directory, whole_file, write_json
 
 PARTIAL_SECONDS = 7 * 24 * 3600.0
 """Beginnings that nobody went on with for so long are dropped."""

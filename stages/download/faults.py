@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from gpt.errors import InputError
+from gpt.base.errors import InputError
 
 
 class NotHadError(Exception):

@@ -11,9 +11,9 @@ from pathlib import Path, PurePosixPath
 from typing import Literal, TypeVar
 from urllib.parse import quote
 
-from gpt.errors import InputError
-from gpt.events import Log, Message, Progress
-from gpt.files import sha256_of
+from gpt.base.errors import InputError
+from gpt.base.events import Log, Message, Progress
+from gpt.base.files import sha256_of
 from stages.download.archives import is_archive, is_hidden, matches, unpack
 from stages.download.blocks import GENERAL_LIMIT, blocks_of, shown, write_blocks
 from stages.download.cache import Cache, place

@@ -6,9 +6,9 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from gpt.errors import InputError
-from gpt.formats import LONGEST_LINE
-from gpt.text import RawFile, documents_in
+from gpt.base.errors import InputError
+from gpt.text.formats import LONGEST_LINE
+from gpt.text.records import RawFile, documents_in
 from stages.download.sources import CorpusSource, Source
 
 MANY = 1000
@@ -30,7 +30,7 @@ def some_documents(path: Path, file: RawFile) -> Iterator[str]:
     """The documents of a file of a corpus.
 
     Raises:
-        InputError: there is none, or as `gpt.text.read_documents`.
+        InputError: there is none, or as `gpt.text.records.read_documents`.
     """
     documents = documents_in(path, file)
     first = next(documents, None)

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from gpt.errors import InputError
+from gpt.base.errors import InputError
 
 SHORTEST = 40
 """Documents of fewer characters say nothing."""

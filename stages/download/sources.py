@@ -9,8 +9,8 @@ from urllib.parse import unquote, urlsplit
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from gpt.formats import PACKINGS
-from gpt.text import FORMATS, SOURCES, Balance, Format, Kind, Split
+from gpt.text.formats import PACKINGS
+from gpt.text.records import FORMATS, SOURCES, Balance, Format, Kind, Split
 
 _BY_SUFFIX: dict[str, Format] = {
     ".jsonl": "jsonl",

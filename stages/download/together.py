@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from gpt.events import Event, Log
+from gpt.base.events import Event, Log
 from stages.download.faults import StoppedError
 
 T = TypeVar("T")

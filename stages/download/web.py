@@ -19,7 +19,7 @@ from urllib.parse import urljoin, urlsplit
 import requests
 import urllib3
 
-from gpt.events import Log, Message, Progress
+from gpt.base.events import Log, Message, Progress
 from stages.download.blocks import BLOCK, too_many
 from stages.download.cache import Cache, Note
 from stages.download.faults import NotHadError, StoppedError, TryAgainError

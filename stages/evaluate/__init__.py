@@ -9,10 +9,10 @@ import pandas as pd
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from gpt.config import Batch, Positive, Seed, Threads
-from gpt.device import DeviceName, prepare_device
-from gpt.events import Log, Message, Progress, discard
-from gpt.files import whole_directory, write_json
+from gpt.base.events import Log, Message, Progress, discard
+from gpt.base.files import whole_directory, write_json
+from gpt.model.config import Batch, Positive, Seed, Threads
+from gpt.model.device import DeviceName, prepare_device
 from stages.evaluate.assistant import measure_assistant
 from stages.evaluate.bases import measure_base, measure_untrained_classification
 from stages.evaluate.classifier import measure_classifier
@@ -72,7 +72,7 @@ def evaluate(
     Returns:
         The figures of `pretrain`, `gpt2`, `classifier` and `assistant`: losses in nats a token,
         bits a byte, scores in 0..1; `NAME_low` and `NAME_high` are the ends of a score's 95 %
-        bootstrap interval (`gpt.bootstrap`).
+        bootstrap interval (`gpt.scores.bootstrap`).
 
     Raises:
         InputError: a model or data set cannot be used, or does not belong to the others.

@@ -10,15 +10,15 @@ import numpy as np
 import pandas as pd
 import torch
 
-from gpt.bootstrap import mean, mean_loss
-from gpt.data import InstructionDataset, batches
-from gpt.errors import InputError
+from gpt.base.errors import InputError
+from gpt.batches.data import InstructionDataset, batches
+from gpt.batches.metrics import check_finite, perplexity, target_losses
 from gpt.generation import Completion, Sampling, completions
-from gpt.metrics import check_finite, perplexity, target_losses
+from gpt.model.weights import load_base
 from gpt.prompts import encode_turns, last_prompt, read_template
-from gpt.text import Instruction, read_instructions, split_instructions
-from gpt.text_scores import length_statistics, score_texts
-from gpt.weights import load_base
+from gpt.scores.bootstrap import mean, mean_loss
+from gpt.scores.text_scores import length_statistics, score_texts
+from gpt.text.records import Instruction, read_instructions, split_instructions
 from stages.evaluate.intervals import Bounds, figures_of
 from stages.evaluate.training import read_training
 

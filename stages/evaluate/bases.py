@@ -9,18 +9,18 @@ import numpy as np
 import pandas as pd
 import torch
 
-from gpt.bootstrap import mean_loss
-from gpt.data import WindowDataset, batches
-from gpt.errors import InputError
-from gpt.events import Log, Message, discard
-from gpt.labels import in_short
-from gpt.likelihood import Example, NoRoomError, classify_by_likelihood, draw_examples
-from gpt.metrics import bits_per_byte, check_finite, perplexity, target_losses
-from gpt.metrics import mean_loss as mean_loss_of
-from gpt.model import GPT
-from gpt.token_files import open_tokens, read_manifest
-from gpt.tokenizer import Tokenizer, load_tokenizer
-from gpt.weights import load_base
+from gpt.base.errors import InputError
+from gpt.base.events import Log, Message, discard
+from gpt.base.labels import in_short
+from gpt.batches.data import WindowDataset, batches
+from gpt.batches.metrics import bits_per_byte, check_finite, perplexity, target_losses
+from gpt.batches.metrics import mean_loss as mean_loss_of
+from gpt.model.model import GPT
+from gpt.model.weights import load_base
+from gpt.scores.bootstrap import mean_loss
+from gpt.scores.likelihood import Example, NoRoomError, classify_by_likelihood, draw_examples
+from gpt.tokens.token_files import open_tokens, read_manifest
+from gpt.tokens.tokenizer import Tokenizer, load_tokenizer
 from stages.evaluate.classifier import messages_by_part
 from stages.evaluate.intervals import Bounds, class_figures, figures_of
 from stages.evaluate.training import read_training

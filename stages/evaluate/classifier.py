@@ -10,18 +10,18 @@ import numpy as np
 import pandas as pd
 import torch
 
-from gpt.data import ClassificationDataset, batches
-from gpt.errors import InputError
-from gpt.labels import in_short, plain_label
-from gpt.metrics import (
+from gpt.base.errors import InputError
+from gpt.base.labels import in_short, plain_label
+from gpt.batches.data import ClassificationDataset, batches
+from gpt.batches.metrics import (
     calibration_error,
     check_finite,
     class_logits,
     classification_scores,
     roc_auc,
 )
-from gpt.text import usable_parts
-from gpt.weights import load_classifier, read_labels
+from gpt.model.weights import load_classifier, read_labels
+from gpt.text.records import usable_parts
 from stages.evaluate.intervals import Bounds, class_figures
 from stages.evaluate.training import read_training
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 
-from gpt.bootstrap import Interval, Score, accuracy, interval, macro_f1
+from gpt.scores.bootstrap import Interval, Score, accuracy, interval, macro_f1
 
 Bounds = Callable[[Score], Interval]
 

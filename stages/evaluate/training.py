@@ -8,11 +8,11 @@ from typing import Literal
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from gpt.config import Positive
-from gpt.errors import InputError, first_problem
-from gpt.files import read_json
-from gpt.model import Pooling
-from gpt.text import Balance, Split
+from gpt.base.errors import InputError, first_problem
+from gpt.base.files import read_json
+from gpt.model.config import Positive
+from gpt.model.model import Pooling
+from gpt.text.records import Balance, Split
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid"))

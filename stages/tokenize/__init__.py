@@ -18,13 +18,13 @@ import numpy as np
 from pydantic import ConfigDict, Field, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass
 
-from gpt.clean import Cleaner, CleanParams
-from gpt.duplicates import duplicates, near_duplicates
-from gpt.errors import InputError
-from gpt.events import Log, Message, Progress, discard
-from gpt.files import whole_directory, write_json
-from gpt.text import RawFile, hash_position, read_documents, read_sources
-from gpt.token_files import (
+from gpt.base.errors import InputError
+from gpt.base.events import Log, Message, Progress, discard
+from gpt.base.files import whole_directory, write_json
+from gpt.clean.cleaning import Cleaner, CleanParams
+from gpt.clean.duplicates import duplicates, near_duplicates
+from gpt.text.records import RawFile, hash_position, read_documents, read_sources
+from gpt.tokens.token_files import (
     Counts,
     Manifest,
     Shard,
@@ -33,7 +33,7 @@ from gpt.token_files import (
     open_tokens,
     token_dtype,
 )
-from gpt.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
+from gpt.tokens.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 from stages.tokenize import blocks, contamination, draw, shards
 from stages.tokenize.blocks import Cleaning, Table
 from stages.tokenize.draw import Mixture, Part, Share

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from gpt.clean import Cleaner, CleanParams
-from gpt.text import hash_position
-from gpt.token_files import map_ids, token_dtype
-from gpt.tokenizer import Tokenizer, load_tokenizer
+from gpt.clean.cleaning import Cleaner, CleanParams
+from gpt.text.records import hash_position
+from gpt.tokens.token_files import map_ids, token_dtype
+from gpt.tokens.tokenizer import Tokenizer, load_tokenizer
 
 BLOCK = 1 << 22
 """Characters of text that are encoded together: what a worker has in memory at a time."""
@@ -181,7 +181,7 @@ def encode(folder: Path, number: int, sources: Sequence[int], texts: Sequence[st
             n_bytes = len(cleaned.text.encode())
             rows.append((len(own) + 1, n_bytes, hash_position(cleaned.text, _coder.seed)))
         if _coder.signatures:
-            from gpt.duplicates import signature
+            from gpt.clean.duplicates import signature
 
             signatures.append(signature(cleaned.text))
     path = _path(folder, number)

@@ -10,8 +10,8 @@ import numpy as np
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as checked_dataclass
 
-from gpt.errors import InputError
-from gpt.token_files import SplitName
+from gpt.base.errors import InputError
+from gpt.tokens.token_files import SplitName
 from stages.tokenize.blocks import Table
 
 

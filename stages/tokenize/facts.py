@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from gpt.text import RawFile
-from gpt.token_files import Counts, Manifest, Tokens
-from gpt.tokenizer import Tokenizer
+from gpt.text.records import RawFile
+from gpt.tokens.token_files import Counts, Manifest, Tokens
+from gpt.tokens.tokenizer import Tokenizer
 from stages.tokenize.blocks import Cleaning, Table, ids_of
 from stages.tokenize.contamination import Overlap
 from stages.tokenize.draw import Share

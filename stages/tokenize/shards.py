@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt.token_files import Counts, Shard, SplitName
+from gpt.tokens.token_files import Counts, Shard, SplitName
 from stages.tokenize.blocks import Table, ids_of, tokenizer
 from stages.tokenize.draw import Part
 

@@ -14,7 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from typing import Any, TypeVar
 
-from gpt.errors import RunError
+from gpt.base.errors import RunError
 
 T = TypeVar("T")
 

@@ -8,8 +8,8 @@ import pandas as pd
 from report_project import Page
 from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
 
-from gpt.bootstrap import Interval, accuracy, interval, macro_f1, mean, mean_loss
-from gpt.text_scores import length_statistics
+from gpt.scores.bootstrap import Interval, accuracy, interval, macro_f1, mean, mean_loss
+from gpt.scores.text_scores import length_statistics
 
 SEED, RESAMPLES = 123, 2000
 """The defaults of `evaluate`."""

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from local_servers import end_server, free_port
 
-from pipeline.server import answers, environment
+from pipeline.flow.prefect_api import answers, environment
 
 STAGES = [
     "download",

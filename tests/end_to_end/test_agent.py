@@ -21,7 +21,7 @@ from browser import EVIL, needs_chromium, visit
 from local_servers import end_server, free_port
 from story import STAGES, call_api
 
-from pipeline.server import answers, environment
+from pipeline.flow.prefect_api import answers, environment
 
 # long enough to be stopped in the middle, and kept often
 LONG = {"pretrain.train.steps": 1000, "pretrain.train.checkpoint_seconds": 1.0}

@@ -13,8 +13,8 @@ from browser import EVIL, needs_chromium, shown, visit
 from local_servers import end_server, free_port
 from story import call_api
 
-from pipeline import ui
-from pipeline.server import LocalServer
+from pipeline.flow import ui
+from pipeline.flow.prefect_api import LocalServer
 
 pytestmark = [needs_chromium, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -71,7 +71,7 @@ def ui_server(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Prefect's address as `gpt-pipeline ui` starts it."""
     folder = tmp_path_factory.mktemp("ui")
     code = (
-        "from pathlib import Path; from pipeline import ui; ui.serve(Path(),"
+        "from pathlib import Path; from pipeline.flow.flow import ui; ui.serve(Path(),"
         f"mlflow_port={free_port()}, prefect_port={free_port()})"
     )
     process = subprocess.Popen(

@@ -19,10 +19,10 @@ from postgres import Postgres, needs_postgresql
 from story import *  # noqa: F403
 from story import Servers, prefect_server, serving
 
-from gpt.events import Text
-from pipeline.connection import quiet_environment
-from pipeline.server import answers
-from pipeline.tracking import StageRun
+from gpt.base.events import Text
+from pipeline.flow.prefect_api import answers
+from pipeline.tracking.connection import quiet_environment
+from pipeline.tracking.run import StageRun
 
 # the first setup starts three servers, makes their tables and runs the whole pipeline
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), needs_postgresql]
@@ -104,7 +104,7 @@ def test_ui_serves_the_databases_that_the_environment_names(
     assert (tmp_path / "mlartifacts/learn" / run.id / "artifacts/samples/a.txt").is_file()
 
     code = (
-        "from pathlib import Path; from pipeline import ui;"
+        "from pathlib import Path; from pipeline.flow.flow import ui;"
         f"ui.serve(Path({str(tmp_path)!r}), mlflow_port={free_port()}, prefect_port={free_port()})"
     )
     prefect = {"PREFECT_SERVER_DATABASE_CONNECTION_URL": database.address("prefect", "asyncpg")}

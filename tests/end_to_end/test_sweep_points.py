@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.connection import EXPERIMENT_PREFIX, connect
+from pipeline.tracking.connection import EXPERIMENT_PREFIX, connect
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt import decode, native
-from gpt.config import GPTConfig
-from gpt.errors import RunError
-from gpt.model import GPT
+from gpt.base.errors import RunError
+from gpt.engine import decode, native
+from gpt.model.config import GPTConfig
+from gpt.model.model import GPT
 
 MakeModel = Callable[..., GPT]
 

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gpt.tokenizer import byte_tokenizer
+from gpt.tokens.tokenizer import byte_tokenizer
 
 
 def hugging_face_model(n_layer=2, n_head=4, n_embd=32, **options):

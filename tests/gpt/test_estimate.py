@@ -6,17 +6,17 @@ import pytest
 import torch
 
 from gpt import estimate
-from gpt.attention import causal_attention
-from gpt.config import GPT2_SIZES, GPTConfig
-from gpt.data import Batch, take
-from gpt.device import autocast
+from gpt.batches.data import Batch, take
+from gpt.batches.metrics import class_loss_sum, lm_loss_sum
 from gpt.estimate import ACCELERATORS, Memory, Shape, Tuning
-from gpt.lora import LoraParams, wrap
-from gpt.loss import linear_cross_entropy
-from gpt.metrics import class_loss_sum, lm_loss_sum
-from gpt.model import GPT, GPTClassifier
-from gpt.preference import PreferenceDataset, PreferenceLoss
-from gpt.recipe import TrainParams, make_optimizers
+from gpt.model.attention import causal_attention
+from gpt.model.config import GPT2_SIZES, GPTConfig
+from gpt.model.device import autocast
+from gpt.model.loss import linear_cross_entropy
+from gpt.model.model import GPT, GPTClassifier
+from gpt.train.recipe import TrainParams, make_optimizers
+from gpt.tune.lora import LoraParams, wrap
+from gpt.tune.preference import PreferenceDataset, PreferenceLoss
 from stages.finetune_classifier import freeze
 
 BASE = {"vocab_size": 500, "context_length": 96, "n_layer": 3, "n_head": 4, "n_embd": 64}

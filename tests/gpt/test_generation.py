@@ -10,8 +10,8 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from gpt import generation as module
-from gpt.decode import ENGINES
-from gpt.errors import InputError, RunError
+from gpt.base.errors import InputError, RunError
+from gpt.engine.decode import ENGINES
 from gpt.generation import (
     Completion,
     Sampling,
@@ -24,8 +24,8 @@ from gpt.generation import (
     stream_text,
 )
 from gpt.inference import generate
-from gpt.tokenizer import byte_tokenizer
-from gpt.weights import save_model
+from gpt.model.weights import save_model
+from gpt.tokens.tokenizer import byte_tokenizer
 
 BYTES = byte_tokenizer()
 IDS = {BYTES.decode_bytes([i])[0]: i for i in range(256)}

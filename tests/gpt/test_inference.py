@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from gpt.config import GPTConfig
-from gpt.errors import InputError, RunError
+from gpt.base.errors import InputError, RunError
 from gpt.inference import classify, generate, score
-from gpt.model import GPTClassifier
-from gpt.tokenizer import byte_tokenizer
+from gpt.model.config import GPTConfig
+from gpt.model.model import GPTClassifier
+from gpt.tokens.tokenizer import byte_tokenizer
 
 BYTES = byte_tokenizer()
 TEXTS = ["Once upon a time", "", "a", "x" * 48, "y" * 49, "The end of it. " * 9]

@@ -5,10 +5,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from gpt.config import GPTConfig
-from gpt.errors import InputError
-from gpt.files import write_json
-from gpt.model import GPT
+from gpt.base.errors import InputError
+from gpt.base.files import write_json
+from gpt.model.config import GPTConfig
+from gpt.model.model import GPT
+from gpt.model.weights import save_model
 from gpt.prompts import (
     TEMPLATES,
     encode_turns,
@@ -17,9 +18,8 @@ from gpt.prompts import (
     render_prompt,
     render_prompts,
 )
-from gpt.text import Instruction, Turn
-from gpt.tokenizer import byte_tokenizer
-from gpt.weights import save_model
+from gpt.text.records import Instruction, Turn
+from gpt.tokens.tokenizer import byte_tokenizer
 
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately "

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from local_servers import end_server, free_port
 
-from pipeline.connection import connect
-from pipeline.server import answers
-from pipeline.server import environment as server_environment
+from pipeline.flow.prefect_api import answers
+from pipeline.flow.prefect_api import environment as server_environment
+from pipeline.tracking.connection import connect
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 

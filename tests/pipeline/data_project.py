@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gpt.files import sha256_of, write_json
-from gpt.text import RawFile, write_sources
-from gpt.tokenizer import byte_tokenizer
+from gpt.base.files import sha256_of, write_json
+from gpt.text.records import RawFile, write_sources
+from gpt.tokens.tokenizer import byte_tokenizer
 
 HOSTILE = "x|y`z <script>alert(1)</script> [a](http://b.c) **d** $e$ &amp; www.f.g\n\n# h\x1b\u202e"
 

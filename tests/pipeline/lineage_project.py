@@ -15,10 +15,10 @@ import pytest
 import yaml
 from dvc.repo import Repo
 
-from pipeline.connection import connect
-from pipeline.dvc_cache import dvc_md5
-from pipeline.provenance import MadeOf
-from pipeline.tracking import StageRun
+from pipeline.dag.cache import dvc_md5
+from pipeline.tracking.connection import connect
+from pipeline.tracking.provenance import MadeOf
+from pipeline.tracking.run import StageRun
 
 URL = "https://example.org/books/the-verdict.txt"
 SHA256 = "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f"

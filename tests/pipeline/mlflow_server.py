@@ -10,7 +10,7 @@ from pathlib import Path
 
 from local_servers import free_port
 
-from pipeline.connection import quiet_environment
+from pipeline.tracking.connection import quiet_environment
 
 
 class MlflowServer:

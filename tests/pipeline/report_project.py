@@ -11,7 +11,7 @@ import pandas as pd
 import yaml
 from data_project import add_corpus, add_instructions, add_messages
 
-from gpt.files import sha256_of, write_json
+from gpt.base.files import sha256_of, write_json
 
 BASES = ("pretrain", "gpt2")
 MD5 = "0123456789abcdef0123456789abcdef"
@@ -165,7 +165,9 @@ def _add_stages(root: Path) -> None:
     ):
         section = {"base": base} if base else {"eval_windows": 64}
         stages[stage] = {
-            "deps": [{"path": path, "md5": f"{MD5}.dir"} for path in [*inputs, "gpt/model.py"]],
+            "deps": [
+                {"path": path, "md5": f"{MD5}.dir"} for path in [*inputs, "gpt/model/model.py"]
+            ],
             "params": {"params.yaml": {stage: section}},
             "outs": [{"path": output, "md5": f"{MD5[::-1]}.dir"}],
         }

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from gpt.errors import InputError, RunError
-from gpt.events import Log, Message, Metrics, Progress, Text, discard
-from gpt.files import whole_directory, write_json
-from pipeline import runner, stage_table
-from pipeline.settings import TrackingParams
+from gpt.base.errors import InputError, RunError
+from gpt.base.events import Log, Message, Metrics, Progress, Text, discard
+from gpt.base.files import whole_directory, write_json
+from pipeline.project import stages as stage_table
+from pipeline.project.settings import TrackingParams
+from pipeline.run import stage as runner
 
 
 @dataclasses.dataclass(frozen=True)

@@ -253,7 +253,7 @@ def test_a_machine_that_refuses_is_told_in_a_line_from_any_command(
     def refuse(*_, **__):
         raise error
 
-    monkeypatch.setattr("pipeline.status.print_status", refuse)
+    monkeypatch.setattr("pipeline.report.status.print_status", refuse)
     with pytest.raises(SystemExit) as ended:
         app(["status"])
     assert ended.value.code == 1

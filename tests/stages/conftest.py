@@ -11,14 +11,14 @@ import signal
 import pytest
 import torch
 
-from gpt.config import GPTConfig
-from gpt.errors import InputError
-from gpt.events import Metrics
-from gpt.files import sha256_of
-from gpt.model import GPT
-from gpt.text import RawFile, write_sources
-from gpt.tokenizer import byte_tokenizer
-from gpt.weights import save_model
+from gpt.base.errors import InputError
+from gpt.base.events import Metrics
+from gpt.base.files import sha256_of
+from gpt.model.config import GPTConfig
+from gpt.model.model import GPT
+from gpt.model.weights import save_model
+from gpt.text.records import RawFile, write_sources
+from gpt.tokens.tokenizer import byte_tokenizer
 from stages.tokenize import TokenizeParams, tokenize
 
 FORMS = {

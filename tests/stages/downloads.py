@@ -10,7 +10,7 @@ import time
 import pytest
 from pydantic import TypeAdapter
 
-from gpt.errors import InputError
+from gpt.base.errors import InputError
 from stages.download import DownloadParams, download
 
 STORY = b"Once upon a time.\n\n\nAnd then.\n"

@@ -26,9 +26,9 @@ from downloads import (
 )
 from pydantic import ValidationError
 
-from gpt.errors import InputError
-from gpt.events import Message
-from gpt.text import Split, read_documents, read_instructions, read_messages, split_messages
+from gpt.base.errors import InputError
+from gpt.base.events import Message
+from gpt.text.records import Split, read_documents, read_instructions, read_messages, split_messages
 from stages.download import joined, web
 from stages.download.python_docs import python_docs
 from stages.download.sources import format_of

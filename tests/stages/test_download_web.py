@@ -32,7 +32,7 @@ from downloads import (
     wait_until,
 )
 
-from gpt.events import Message, Progress
+from gpt.base.events import Message, Progress
 from stages.download import cache as cache_module
 from stages.download import web
 

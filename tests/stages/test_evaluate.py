@@ -15,13 +15,15 @@ from sklearn.metrics import roc_auc_score
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, GPT2LMHeadModel
 
-from gpt.bootstrap import accuracy, macro_f1, mean, mean_loss
-from gpt.errors import RunError
-from gpt.events import Progress
-from gpt.files import sha256_of
-from gpt.likelihood import classify_by_likelihood
+from gpt.base.errors import RunError
+from gpt.base.events import Progress
+from gpt.base.files import sha256_of
+from gpt.model.weights import load_base
 from gpt.prompts import render_prompt, render_prompts
-from gpt.text import (
+from gpt.scores.bootstrap import accuracy, macro_f1, mean, mean_loss
+from gpt.scores.likelihood import classify_by_likelihood
+from gpt.scores.text_scores import length_statistics, score_texts
+from gpt.text.records import (
     Instruction,
     Split,
     read_instructions,
@@ -29,10 +31,8 @@ from gpt.text import (
     split_instructions,
     split_messages,
 )
-from gpt.text_scores import length_statistics, score_texts
-from gpt.token_files import open_tokens
-from gpt.tokenizer import byte_tokenizer, train_bpe
-from gpt.weights import load_base
+from gpt.tokens.token_files import open_tokens
+from gpt.tokens.tokenizer import byte_tokenizer, train_bpe
 from stages.evaluate import EvaluateParams, evaluate
 from stages.evaluate.bases import measure_untrained_classification
 from stages.evaluate.classifier import measure_classifier

@@ -10,12 +10,12 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from gpt.errors import InputError
-from gpt.events import Message, Progress
-from gpt.model import GPTClassifier
-from gpt.text import Split, read_messages, split_messages
-from gpt.tokenizer import byte_tokenizer, load_tokenizer
-from gpt.weights import load_model
+from gpt.base.errors import InputError
+from gpt.base.events import Message, Progress
+from gpt.model.model import GPTClassifier
+from gpt.model.weights import load_model
+from gpt.text.records import Split, read_messages, split_messages
+from gpt.tokens.tokenizer import byte_tokenizer, load_tokenizer
 from stages.finetune_classifier import FinetuneClassifierParams, finetune_classifier
 
 SPLIT = {"train": 0.6, "validation": 0.2, "seed": 7}

@@ -10,12 +10,12 @@ from pydantic import TypeAdapter, ValidationError
 from torch.nn import functional as F
 from transformers import GPT2LMHeadModel
 
-from gpt.events import Message, Text
-from gpt.lora import IN_BLOCKS, LoraParams
+from gpt.base.events import Message, Text
+from gpt.model.weights import load_model
 from gpt.prompts import TEMPLATES, read_template, render_prompt, render_prompts
-from gpt.text import Instruction, Split, Turn, split_instructions
-from gpt.tokenizer import byte_tokenizer
-from gpt.weights import load_model
+from gpt.text.records import Instruction, Split, Turn, split_instructions
+from gpt.tokens.tokenizer import byte_tokenizer
+from gpt.tune.lora import IN_BLOCKS, LoraParams
 from stages.finetune_instruct import FinetuneInstructParams, finetune_instruct
 
 SPLIT = {"train": 0.6, "validation": 0.2, "seed": 3}

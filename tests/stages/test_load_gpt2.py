@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gpt.config import GPT2_SIZES, GPTConfig
-from gpt.events import Message, Text
-from gpt.model import GPTClassifier
-from gpt.tokenizer import Tokenizer, byte_tokenizer, train_bpe
-from gpt.weights import save_model
+from gpt.base.events import Message, Text
+from gpt.model.config import GPT2_SIZES, GPTConfig
+from gpt.model.model import GPTClassifier
+from gpt.model.weights import save_model
+from gpt.tokens.tokenizer import Tokenizer, byte_tokenizer, train_bpe
 from stages.load_gpt2 import HELD_OUT, LoadGPT2Params, load_gpt2
 
 SIZES = {"n_embd": 16, "n_layer": 2, "n_head": 2}

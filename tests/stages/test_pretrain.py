@@ -13,12 +13,12 @@ from pydantic import TypeAdapter, ValidationError
 from torch.nn import functional as F
 from transformers import GPT2LMHeadModel
 
-from gpt.data import batch_indices
-from gpt.errors import RunError
-from gpt.events import Message, Text
-from gpt.files import sha256_of
-from gpt.text import RawFile, write_sources
-from gpt.token_files import open_tokens, read_manifest
+from gpt.base.errors import RunError
+from gpt.base.events import Message, Text
+from gpt.base.files import sha256_of
+from gpt.batches.data import batch_indices
+from gpt.text.records import RawFile, write_sources
+from gpt.tokens.token_files import open_tokens, read_manifest
 from stages.pretrain import PretrainParams, open_windows, pretrain
 from stages.tokenize import TokenizeParams, tokenize
 
@@ -165,7 +165,7 @@ def test_transformers_reads_the_model_and_finds_the_same_loss(tmp_path, tokens):
 
 
 def test_each_source_that_fills_a_window_has_its_loss(tmp_path, tokens):
-    """Under the source's own name; that MLflow takes it, `pipeline.keys.key_of` sees to."""
+    """Under the source's own name; `pipeline.tracking.keys.key_of` makes it a key of MLflow's."""
     parts = [("a", 40), ("b/c+d", 50), ("short", 20), ("a", 30), ("b/c:d", 34), ("..", 33)]
     folder = of_sources(tmp_path / "tokens", tokens, parts)
     figures = run(tmp_path / "o", params(), folder)

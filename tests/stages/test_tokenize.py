@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from gpt.clean import CleanParams
-from gpt.errors import InputError, RunError
-from gpt.events import Message, Progress
-from gpt.files import sha256_of
-from gpt.text import RawFile, write_sources
-from gpt.token_files import open_tokens, read_manifest
-from gpt.tokenizer import load_tokenizer
+from gpt.base.errors import InputError, RunError
+from gpt.base.events import Message, Progress
+from gpt.base.files import sha256_of
+from gpt.clean.cleaning import CleanParams
+from gpt.text.records import RawFile, write_sources
+from gpt.tokens.token_files import open_tokens, read_manifest
+from gpt.tokens.tokenizer import load_tokenizer
 from stages.tokenize import TokenizeParams, tokenize
 from stages.tokenize.contamination import Held, found
 from stages.tokenize.draw import Mixture

@@ -12,12 +12,12 @@ from pydantic import TypeAdapter, ValidationError
 from torch.nn import functional as F
 from transformers import GPT2LMHeadModel
 
-from gpt.events import Message, Progress, Text
-from gpt.lora import IN_BLOCKS, LoraParams
+from gpt.base.events import Message, Progress, Text
+from gpt.model.weights import load_base, load_model, save_model
 from gpt.prompts import TEMPLATES, render_prompt
-from gpt.text import Instruction, Split, split_instructions
-from gpt.tokenizer import byte_tokenizer
-from gpt.weights import load_base, load_model, save_model
+from gpt.text.records import Instruction, Split, split_instructions
+from gpt.tokens.tokenizer import byte_tokenizer
+from gpt.tune.lora import IN_BLOCKS, LoraParams
 from stages.finetune_instruct import FinetuneInstructParams, finetune_instruct
 from stages.tune_preferences import TunePreferencesParams, tune_preferences
 

@@ -1,0 +1,1 @@
+"""The core against its peers: training steps, generation, tokenization."""

@@ -1,0 +1,1 @@
+"""What tracking, saving and orchestration cost."""

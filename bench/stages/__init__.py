@@ -1,0 +1,1 @@
+"""Whole stages against the loops of a textbook."""

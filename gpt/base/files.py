@@ -1,0 +1,229 @@
+"""Files that are either whole or not there: write beside, fsync, rename."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from gpt.base.errors import InputError
+
+_LONGEST_JSON = 16 << 20
+_MANY = 200
+_DEEPEST_JSON = 64
+_MOST_BITS = 1023
+"""Of a whole number: with more it is no float."""
+
+
+def sync_directory(path: Path) -> None:
+    """Let the names in a directory, as they are now, survive a loss of power."""
+    if os.name == "nt":  # a directory cannot be opened for fsync there
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_files(paths: Sequence[Path]) -> None:
+    if len(paths) > _MANY and hasattr(os, "sync"):
+        os.sync()  # all that the system has to write: far sooner done than so many files by turns
+        return
+    for path in paths:
+        _sync_file(path)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a path beside `path`; it becomes `path` if the block ends well, else goes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = _partial(path)
+    try:
+        yield partial
+        _sync_file(partial)
+        partial.replace(path)
+        sync_directory(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_directory(path: Path) -> Iterator[Path]:
+    """Yield a new directory beside `path`; it becomes `path` if the block ends well, else goes.
+
+    What stood at `path` before is replaced as a whole: a directory of the project's own, or one
+    that the caller knows to hold nothing else. A link to a directory stays, and what it leads to
+    is replaced. What a killed process left behind is cleared on the next call.
+
+    Raises:
+        InputError: something stands at `path` that is no directory.
+    """
+    path = path.resolve()
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path}: is there and no directory; move it away or choose another name")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial, replaced = _partial(path), path.with_name(f".{path.name}.replaced.partial")
+    if replaced.is_dir() and not path.exists():  # killed between the two renames below
+        replaced.replace(path)
+    for left in (partial, replaced):
+        remove(left)
+    partial.mkdir()
+    try:
+        yield partial
+        _sync_files([file for file in partial.rglob("*") if file.is_file()])
+        if path.exists():
+            path.replace(replaced)
+        partial.replace(path)
+        sync_directory(path.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            if replaced.is_dir() and not path.exists():  # stopped between the two renames
+                replaced.replace(path)
+            for left in (partial, replaced):
+                remove(left)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link (not what it leads to) or a directory with all that it holds, if any.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON with sorted keys and a final newline, whole or not at all."""
+    with whole_file(path) as partial:
+        partial.write_text(
+            json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+
+
+def read_json(
+    path: Path, *, missing: str, remedy: str, longest: int = _LONGEST_JSON
+) -> dict[str, Any]:
+    """The JSON object that a file holds.
+
+    Args:
+        path: the file.
+        missing: what to say, after the path, where there is no such file.
+        remedy: what to do about a file that holds something else.
+        longest: the most bytes it may have; by default 16 MiB, as none of a model's small files is
+            nearly as long.
+
+    Raises:
+        InputError: there is no such file, or as `parse_json`.
+    """
+    try:
+        size = path.stat().st_size
+        if size > longest:
+            raise InputError(f"{path}: {size:,} bytes are no such file's size; {remedy}")
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{path}: {missing}") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error}); {remedy}") from None
+    return parse_json(content, str(path), remedy)
+
+
+def parse_json(content: bytes, name: str, remedy: str) -> dict[str, Any]:
+    """The JSON object that a file's content says.
+
+    Args:
+        content: of the file.
+        name: what messages call it.
+        remedy: what to do about other content.
+
+    Raises:
+        InputError: it is no JSON object, git left it with a conflict, or it holds what only some
+            readers take, or each in its own way: a key twice, a number that is not finite or of
+            thousands of digits, half a surrogate pair, lists in lists in lists.
+    """
+    refuse_conflict(content, name)
+    try:
+        value = json.loads(content, object_pairs_hook=_unique)
+        if not isinstance(value, dict):
+            raise InputError(f"{name}: not a JSON object; {remedy}")
+        _check_plain(value)
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{name}: not JSON ({error}); {remedy}") from None
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice[:60]!r} is given twice")
+    return value
+
+
+def _check_plain(value: Any) -> None:
+    layer, depth = [value], 0
+    while layer:
+        depth += 1
+        if depth > _DEEPEST_JSON:
+            raise ValueError(f"nested more than {_DEEPEST_JSON} deep")
+        below: list[Any] = []
+        for each in layer:
+            if isinstance(each, dict):
+                below += each.keys()
+                below += each.values()
+            elif isinstance(each, list):
+                below += each
+            elif isinstance(each, str):
+                each.encode()  # half a surrogate pair cannot be
+            elif isinstance(each, float) and not math.isfinite(each):
+                raise ValueError(f"{each} is no number of JSON's")
+            elif isinstance(each, int) and each.bit_length() > _MOST_BITS:
+                raise ValueError(f"a number of {each.bit_length():,} bits")
+        layer = below
+
+
+_CONFLICT = re.compile(rb"^(?:<{7}|>{7})(?: .{0,60}|$)", re.MULTILINE)
+
+
+def refuse_conflict(content: bytes, name: str) -> None:
+    """Refuse a file that `git merge` left to a person.
+
+    Raises:
+        InputError: naming the line of the first marker, and how to go on.
+    """
+    if found := _CONFLICT.search(content):
+        line = content.count(b"\n", 0, found.start()) + 1
+        marker = found[0].decode("utf-8", "replace").strip()
+        raise InputError(
+            f"{name}: line {line}: an unresolved merge conflict ({marker!r}); keep one of the two "
+            f"versions (`git checkout --ours {name}`, or --theirs) or join them without the lines "
+            "<<<<<<<, ======= and >>>>>>>, and `git add` the file"
+        )
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, as 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,510 @@
+"""The datasets: windows over a text, labelled texts, instructions.
+
+A dataset is a sequence of items that knows how to `collate` some of them into a `Batch`. Which
+items come at which step is a pure function (`batch_indices`), so a loop can start at any step.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gpt.tokens.token_files import Tokens
+
+IGNORED = -100
+"""The target that no loss counts (PyTorch's `ignore_index`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What a model sees in one forward pass.
+
+    Attributes:
+        inputs: token ids (B, T), int64; or the vectors of a frozen trunk, one row behind the
+            other, (N, C).
+        targets: the next token at each place (B, T), `IGNORED` where none is learnt; or the
+            class of each text (B,). int64.
+        lengths: the number of real tokens of each row (B,), int64; None where every row is full.
+        documents: the number of the document that each place belongs to (B, T), int64, equal
+            numbers side by side: none sees another, a negative one is the opening of them all
+            (`gpt.model.model.Decoder.hidden`). None where a row is read as one.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    lengths: Tensor | None = None
+    documents: Tensor | None = None
+
+    @property
+    def n_targets(self) -> int:
+        """How many targets a loss counts."""
+        return int((self.targets != IGNORED).sum())
+
+    @property
+    def n_tokens(self) -> int:
+        """How many real tokens are in it."""
+        return self.inputs.numel() if self.lengths is None else int(self.lengths.sum())
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device`."""
+        lengths = None if self.lengths is None else self.lengths.to(device)
+        documents = None if self.documents is None else self.documents.to(device)
+        return Batch(self.inputs.to(device), self.targets.to(device), lengths, documents)
+
+
+class Dataset(Protocol):
+    """Items by index, and how to stack some of them."""
+
+    @property
+    def lengths(self) -> np.ndarray | None:
+        """The tokens of each item; None where all have as many."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
+
+    def collate(self, items: Sequence[Any]) -> Batch:
+        """Stack items into a batch."""
+        ...
+
+
+# --- the order of items ---------------------------------------------------------------------------
+
+
+_POOL = 32
+"""Batches of like length are made within so many batches' worth of items."""
+_LISTED = 1 << 24
+"""The order of more items than these is not held in memory (134 MB) but computed as it is read."""
+_ROUNDS = 6
+
+
+@functools.lru_cache(maxsize=2)  # a batch needs the order of its whole epoch
+def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of 0 … n - 1 that depends on the arguments only; read-only."""
+    order = np.random.default_rng([seed, epoch]).permutation(n)
+    order.flags.writeable = False
+    return order
+
+
+def batch_indices(
+    n: int, batch_size: int, seed: int, index: int, lengths: np.ndarray | None = None
+) -> list[int]:
+    """The items of training batch `index` (from 0), a pure function of its arguments.
+
+    Args:
+        n: the number of items.
+        batch_size: items a batch, at most `n`.
+        seed: picks the permutation of every epoch.
+        index: the batch, counted over all epochs. An epoch has n // batch_size; the items left
+            over at its end are dropped.
+        lengths: the length of each item, (n,). With it the items of a batch are of like length,
+            so that little is padded: the epoch's permutation is cut into pools of `_POOL`
+            batches, each pool is sorted by length, and the batches are shuffled again.
+    """
+    epoch, within = divmod(index, n // batch_size)
+    if lengths is None and n > _LISTED:
+        places = np.arange(within * batch_size, (within + 1) * batch_size, dtype=np.uint64)
+        computed: list[int] = _permuted(places, n, seed, epoch).tolist()
+        return computed
+    if lengths is None:
+        order = epoch_order(n, seed, epoch)
+    else:
+        order = _order_by_length(tuple(lengths.tolist()), batch_size, seed, epoch)
+    chosen: list[int] = order[within * batch_size :][:batch_size].tolist()
+    return chosen
+
+
+def _permuted(places: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
+    """What a permutation of 0 … n - 1 has at `places`, (k,) uint64, without the rest of it.
+
+    A Feistel network (Luby & Rackoff, 1988) permutes the numbers below a power of four; one that
+    comes out as n or more goes in again (Black & Rogaway, 2002, "Ciphers with Arbitrary Finite
+    Domains"). Its rounds mix as SplitMix64 does (Steele et al., 2014).
+    """
+    half = np.uint64(((n - 1).bit_length() + 1) // 2)
+    low = (np.uint64(1) << half) - np.uint64(1)
+    keys = np.random.SeedSequence([seed, epoch]).generate_state(_ROUNDS, np.uint64)
+
+    def network(x: np.ndarray) -> np.ndarray:
+        left, right = x >> half, x & low
+        for key in keys:
+            mixed = right + key
+            for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+                mixed = (mixed ^ mixed >> np.uint64(shift)) * np.uint64(factor)
+            left, right = right, left ^ ((mixed ^ mixed >> np.uint64(31)) & low)
+        return left << half | right
+
+    found = network(places)
+    while (beyond := found >= n).any():
+        found[beyond] = network(found[beyond])
+    return found
+
+
+@functools.lru_cache(maxsize=2)
+def _order_by_length(
+    lengths: tuple[int, ...], batch_size: int, seed: int, epoch: int
+) -> np.ndarray:
+    n = len(lengths)
+    order = epoch_order(n, seed, epoch)[: n - n % batch_size]
+    pools = np.split(order, range(_POOL * batch_size, len(order), _POOL * batch_size))
+    of = np.asarray(lengths)
+    # longest first: what was drawn first stays first among equals
+    by_length = np.concatenate([pool[np.argsort(-of[pool], kind="stable")] for pool in pools])
+    batches = by_length.reshape(-1, batch_size)
+    shuffled = batches[np.random.default_rng([seed, epoch, 1]).permutation(len(batches))]
+    return shuffled.ravel()
+
+
+def take(dataset: Dataset, indices: Sequence[int]) -> Batch:
+    """The batch of these items."""
+    return dataset.collate([dataset[index] for index in indices])
+
+
+def batches(
+    dataset: Dataset, batch_size: int, *, drop_last: bool = False, by_length: bool = False
+) -> Iterator[Batch]:
+    """All items, as evaluation reads them; the last batch may be smaller.
+
+    In their own order; `by_length` from the longest to the shortest, which pads the least.
+    """
+    end = len(dataset) - (len(dataset) % batch_size if drop_last else 0)
+    order = range(len(dataset))
+    if by_length and dataset.lengths is not None:
+        order = np.argsort(-dataset.lengths, kind="stable").tolist()
+    for start in range(0, end, batch_size):
+        yield take(dataset, order[start : min(start + batch_size, end)])
+
+
+def spread(dataset: Dataset, n: int) -> Dataset:
+    """At most `n` of a dataset's items, evenly spread over it, the first among them."""
+    indices = np.linspace(0, len(dataset), min(n, len(dataset)), endpoint=False).astype(int)
+    return _Part(dataset, indices)
+
+
+class _Part:
+    """Some items of a dataset."""
+
+    def __init__(self, dataset: Dataset, indices: np.ndarray) -> None:
+        self._dataset = dataset
+        self._indices = indices
+        self.collate = dataset.collate
+        every = dataset.lengths
+        self.lengths = None if every is None else every[indices]
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._dataset[int(self._indices[index])]
+
+
+# --- datasets -------------------------------------------------------------------------------------
+
+
+class WindowDataset:
+    """A long text cut into windows, each with the same window one token later as its target.
+
+    Args:
+        tokens: the ids of a split, or an int64 tensor.
+        context_length: the length T of a window.
+        stride: from the start of one window to the next; T means no overlap.
+        end: the id of `<|endoftext|>`, which opens the document that follows it; with it a batch
+            says which document each place belongs to, and none sees another.
+
+    A text that is not longer than one context has no windows: `len` is 0.
+    """
+
+    lengths = None
+
+    def __init__(
+        self,
+        tokens: Tokens | Tensor | np.ndarray,
+        context_length: int,
+        stride: int,
+        *,
+        end: int | None = None,
+    ) -> None:
+        self._tokens = tokens
+        self._context_length = context_length
+        self._end = end
+        self._starts = range(0, len(tokens) - context_length, stride)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def start(self, index: int) -> int:
+        """The place in the text where window `index` begins."""
+        return self._starts[index]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of window `index`, (T,) each."""
+        start = self.start(index)
+        window = torch.as_tensor(self._tokens[start : start + self._context_length + 1])
+        return window[:-1], window[1:]
+
+    def collate(self, items: Sequence[tuple[Tensor, Tensor]]) -> Batch:
+        """Inputs (B, T) and targets (B, T); all windows have one length, nothing is padded."""
+        inputs, targets = (torch.stack(rows) for rows in zip(*items, strict=True))
+        documents = None if self._end is None else (inputs == self._end).cumsum(1)
+        return Batch(inputs, targets, documents=documents)
+
+
+class RandomWindowDataset(WindowDataset):
+    """Windows that start anywhere in a text, each drawn by itself, as nanoGPT reads.
+
+    Where window i starts is drawn from block i of Philox, which makes its numbers in any order
+    (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3"): a pure function of the
+    text's length, `seed` and i.
+
+    Args:
+        tokens: the ids of a split, or an int64 tensor.
+        context_length: the length T of a window.
+        length: how many windows there are to be; as many as a training takes, since going
+            through them again would show the same ones.
+        seed: picks the starts.
+        end: as for `WindowDataset`.
+
+    A text that is not longer than one context has no windows: `len` is 0.
+    """
+
+    def __init__(
+        self,
+        tokens: Tokens | Tensor | np.ndarray,
+        context_length: int,
+        *,
+        length: int,
+        seed: int,
+        end: int | None = None,
+    ) -> None:
+        super().__init__(tokens, context_length, 1, end=end)
+        self._numbers = range(length if self._starts else 0)
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def start(self, index: int) -> int:
+        """The place in the text where window `index` begins."""
+        number = self._numbers[index]
+        # raw numbers: they are the same in every version of NumPy
+        drawn = int(np.random.Philox(key=self._seed, counter=number).random_raw())
+        return self._starts[drawn * len(self._starts) >> 64]
+
+
+class ClassificationDataset:
+    """Texts with their classes.
+
+    Args:
+        texts: token ids of each text; an empty text becomes a single `padding`.
+        labels: the class of each text, 0 … n - 1.
+        padding: the id (`<|endoftext|>`) that fills rows up to the longest of their batch.
+        max_length: texts are cut to this many tokens.
+    """
+
+    def __init__(
+        self,
+        texts: Sequence[Sequence[int]],
+        labels: Sequence[int],
+        *,
+        padding: int,
+        max_length: int | None = None,
+    ) -> None:
+        self._texts = [torch.tensor(list(ids[:max_length]) or [padding]) for ids in texts]
+        self._labels = [int(label) for label in labels]
+        self._padding = padding
+        self.lengths = np.array([len(ids) for ids in self._texts])
+        if len(self._texts) != len(self._labels):
+            raise ValueError(f"{len(self._texts)} texts but {len(self._labels)} labels")
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """The ids (T_i,) and the class of text `index`."""
+        return self._texts[index], self._labels[index]
+
+    def collate(self, items: Sequence[tuple[Tensor, int]]) -> Batch:
+        """Inputs (B, T) padded on the right, classes (B,) and real lengths (B,)."""
+        texts, labels = zip(*items, strict=True)
+        return Batch(
+            _pad(texts, self._padding),
+            torch.tensor(labels),
+            torch.tensor([len(ids) for ids in texts]),
+        )
+
+
+class FeatureDataset:
+    """What a frozen trunk makes of the texts, with their classes.
+
+    Args:
+        features: the vectors of each text's real positions, (T_i, C) each.
+        labels: the class of each text.
+    """
+
+    def __init__(self, features: Sequence[Tensor], labels: Sequence[int]) -> None:
+        self._features = features
+        self._labels = labels
+        self.lengths = np.array([len(vectors) for vectors in features])
+
+    def __len__(self) -> int:
+        return len(self._features)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """The vectors (T_i, C) and the class of text `index`."""
+        return self._features[index], self._labels[index]
+
+    def collate(self, items: Sequence[tuple[Tensor, int]]) -> Batch:
+        """The vectors one text behind the other (N, C), classes (B,) and lengths (B,)."""
+        features, labels = zip(*items, strict=True)
+        return Batch(
+            torch.cat(features),
+            torch.tensor(labels),
+            torch.tensor([len(vectors) for vectors in features]),
+        )
+
+
+class InstructionDataset:
+    """Prompts with the responses to be learnt; each response ends in `<|endoftext|>`.
+
+    A record is one prompt and its response, or the turns of a conversation (`of_turns`), whose
+    responses are all learnt.
+
+    Args:
+        prompts: token ids of each rendered prompt.
+        responses: token ids of each response, without an end.
+        end: the id of `<|endoftext|>`; learnt as the end of a response, and the padding.
+        mask_prompt: learn the response only; else every token counts, as in pretraining.
+        max_length: inputs are cut to this many tokens. A prompt that fills them alone leaves
+            nothing to learn.
+        row_length: the records of a batch lie one behind the other in rows of at most so many
+            tokens, and none sees another; None gives each a row of its own, padded on the right.
+            The losses are the same.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[int]],
+        *,
+        end: int,
+        mask_prompt: bool = True,
+        max_length: int | None = None,
+        row_length: int | None = None,
+    ) -> None:
+        self._end = end
+        self._row_length = row_length
+        turns = zip(prompts, responses, strict=True)
+        self._items = [self._item([turn], mask_prompt, max_length) for turn in turns]
+        self.lengths = np.array([len(inputs) for inputs, _ in self._items])
+
+    @classmethod
+    def of_turns(
+        cls,
+        records: Sequence[Sequence[tuple[Sequence[int], Sequence[int]]]],
+        *,
+        end: int,
+        mask_prompt: bool = True,
+        max_length: int | None = None,
+        row_length: int | None = None,
+    ) -> InstructionDataset:
+        """A dataset of conversations: the ids of the prompt and the response of every turn."""
+        dataset = cls([], [], end=end, row_length=row_length)
+        dataset._items = [dataset._item(turns, mask_prompt, max_length) for turns in records]
+        dataset.lengths = np.array([len(inputs) for inputs, _ in dataset._items])
+        return dataset
+
+    def _item(
+        self,
+        turns: Sequence[tuple[Sequence[int], Sequence[int]]],
+        mask_prompt: bool,
+        max_length: int | None,
+    ) -> tuple[Tensor, Tensor]:
+        ids: list[int] = []
+        learnt: list[int] = []
+        for prompt, response in turns:
+            answer = [*response, self._end]
+            ids += [*prompt, *answer]
+            learnt += [*([IGNORED] * len(prompt) if mask_prompt else prompt), *answer]
+        # A prompt's last token predicts the first of its response: that one is learnt.
+        return torch.tensor(ids)[:-1][:max_length], torch.tensor(learnt)[1:][:max_length]
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of record `index`, (T_i,) each."""
+        return self._items[index]
+
+    def collate(self, items: Sequence[tuple[Tensor, Tensor]]) -> Batch:
+        """Inputs (B, T) and targets (B, T), padded on the right; padding is never learnt.
+
+        Packed records have fewer rows than there are items, and `documents` that say which is
+        whose. What all of them begin with and nobody learns, the words of the template, stands
+        once in a row, and each record goes on from there.
+        """
+        if self._row_length is not None:
+            return self._packed(items, self._row_length)
+        inputs, targets = zip(*items, strict=True)
+        lengths = torch.tensor([len(ids) for ids in inputs])
+        return Batch(_pad(inputs, self._end), _pad(targets, IGNORED), lengths)
+
+    def _packed(self, items: Sequence[tuple[Tensor, Tensor]], row_length: int) -> Batch:
+        shared = _shared(items)
+        opening, _ = items[0]
+        opened = [(opening[:shared], opening.new_full((shared,), IGNORED))]
+        rows = _even_rows([len(inputs) - shared for inputs, _ in items], row_length - shared)
+        inputs, targets, documents = [], [], []
+        for row in rows:
+            own = [(ids[shared:], learnt[shared:]) for ids, learnt in (items[i] for i in row)]
+            parts = [*opened, *own]
+            inputs.append(torch.cat([ids for ids, _ in parts]))
+            targets.append(torch.cat([learnt for _, learnt in parts]))
+            numbers = torch.arange(-1, len(own))  # -1 is the opening's
+            sizes = torch.tensor([len(ids) for ids, _ in parts])
+            documents.append(numbers.repeat_interleave(sizes))
+        return Batch(
+            _pad(inputs, self._end),
+            _pad(targets, IGNORED),
+            torch.tensor([len(ids) for ids in inputs]),
+            _pad(documents, len(items)),  # what is padded is a document of its own
+        )
+
+
+def _shared(items: Sequence[tuple[Tensor, Tensor]]) -> int:
+    """With how many equal inputs all items begin, up to the first whose target is learnt."""
+    shortest = min(len(inputs) for inputs, _ in items)
+    inputs = torch.stack([inputs[:shortest] for inputs, _ in items])  # (items, shortest)
+    targets = torch.stack([targets[:shortest] for _, targets in items])
+    same = (inputs == inputs[0]).all(0) & (targets == IGNORED).all(0)
+    return int(same.cumprod(0).sum())
+
+
+def _even_rows(lengths: Sequence[int], room: int) -> list[list[int]]:
+    """Items by index in as few rows of at most `room` tokens as may be, of about one length.
+
+    The longest first, each into the emptiest row (Graham, 1969, "Bounds on multiprocessing timing
+    anomalies"); where it does not fit, into a new one.
+    """
+    rows: list[list[int]] = [[] for _ in range(max(1, -(-sum(lengths) // max(1, room))))]
+    filled = [0] * len(rows)
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        emptiest = min(range(len(rows)), key=filled.__getitem__)
+        if filled[emptiest] + lengths[index] > room and filled[emptiest]:
+            emptiest = len(rows)
+            rows.append([])
+            filled.append(0)
+        rows[emptiest].append(index)
+        filled[emptiest] += lengths[index]
+    return [row for row in rows if row]
+
+
+def _pad(rows: Sequence[Tensor], value: int) -> Tensor:
+    """Stack rows (T_i,) into (B, max T_i), filled on the right with `value`."""
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)

@@ -1,0 +1,486 @@
+"""Cleaning of documents: steps that mend a text, then filters that keep it or remove it.
+
+Every step and filter has a name, under which a report can count what it did; all are off unless
+asked for, but for the normalization that loses nothing.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass as plain_dataclass
+from functools import lru_cache, partial
+from itertools import compress
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0, le=1 << 40)]
+NormalForm = Literal["NFC", "NFKC", "none"]
+
+STEPS = ("mojibake", "control_characters", "unicode", "gutenberg")
+"""The steps in the order in which they are taken."""
+
+# What py3langid tells apart, by their codes of ISO 639; a test holds the list to the library.
+# Loading the model only to check a parameter takes more than half a second.
+_CODES = """
+    ace af am an ar ary arz as az ba bcl be bg bn br bs ca crh cs cy da de dz el en eo es et eu ext
+    fa fi fo fr fuv fy ga gcf gcr gd gl gom grc gu gug guw ha hbo he hi hr ht hu hy id ig is it ja
+    jv ka kab kik kk km kn ko ku ky la lb lg lij ln lo lt ltg lv mg mk ml mn mr ms mt my ne nl nn
+    no nso oc om or pa pcm pl ps pt qu ro ru rw sa sdh se si sk sl sn so sq sr st sv sw ta te tg
+    th tk tl tr tt ug uk ur uz uzs vec vi vo wa wuu xh yo yue zh zu zxx
+"""
+LANGUAGES = tuple(_CODES.split())
+"""The languages that the filter can tell apart; `zxx` is what is no language."""
+
+
+# --- parameters -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid"))
+class Quality:
+    """Bounds that running text keeps and the debris of the web does not.
+
+    They are Gopher's (Rae et al., "Scaling Language Models", 2021, appendix A.1) and two of
+    FineWeb's (Penedo et al., 2024) with their published values, meant for languages that put
+    spaces between words. A minimum of 0 or a largest share of 1 turns a rule off. What is repeated
+    is counted from its second time on, by its characters where the name does not say otherwise.
+
+    Attributes:
+        min_words: the fewest words; a word is what stands between white space.
+        max_words: the most words.
+        min_word_length: the smallest mean of the words' lengths, in characters.
+        max_word_length: the greatest mean of the words' lengths.
+        symbols: the most # and the most ellipses, each for every word.
+        bullet_lines: the largest share of lines that begin with a bullet.
+        ellipsis_lines: the largest share of lines that end in an ellipsis.
+        alphabetic_words: the smallest share of words with a letter in them.
+        stop_words: words that running text has (here: English text).
+        min_stop_words: how many different ones of them it has at least.
+        punctuated_lines: the smallest share of lines that end as sentences do (FineWeb).
+        short_lines: the largest share of lines of fewer than 30 characters (FineWeb).
+        repeated_lines: the largest share of lines that stood before, by their number.
+        repeated_paragraphs: the same of paragraphs.
+        repeated_line_characters: the largest share of characters in repeated lines.
+        repeated_paragraph_characters: the same of paragraphs.
+        top_ngrams: of 2, 3, … words: the largest share of the one met most often.
+        repeated_ngrams: of 5, 6, … words: the largest share of all that are repeated.
+    """
+
+    min_words: Count = 50
+    max_words: Count = 100_000
+    min_word_length: Annotated[float, Field(ge=0)] = 3
+    max_word_length: Annotated[float, Field(ge=0)] = 10
+    symbols: Annotated[float, Field(ge=0)] = 0.1
+    bullet_lines: Share = 0.9
+    ellipsis_lines: Share = 0.3
+    alphabetic_words: Share = 0.8
+    stop_words: tuple[str, ...] = ("the", "be", "to", "of", "and", "that", "have", "with")
+    min_stop_words: Count = 2
+    punctuated_lines: Share = 0.12
+    short_lines: Share = 0.67
+    repeated_lines: Share = 0.3
+    repeated_paragraphs: Share = 0.3
+    repeated_line_characters: Share = 0.2
+    repeated_paragraph_characters: Share = 0.2
+    top_ngrams: tuple[Share, ...] = (0.2, 0.18, 0.16)
+    repeated_ngrams: tuple[Share, ...] = (0.15, 0.14, 0.13, 0.12, 0.11, 0.1)
+
+    @model_validator(mode="after")
+    def _leaves_room(self) -> Quality:
+        if self.min_words > self.max_words:
+            raise ValueError(f"min_words {self.min_words} is more than max_words {self.max_words}")
+        if self.min_word_length > self.max_word_length:
+            raise ValueError(
+                f"min_word_length {self.min_word_length} is more than max_word_length "
+                f"{self.max_word_length}"
+            )
+        if self.min_stop_words > len(set(self.stop_words)):
+            raise ValueError(
+                f"min_stop_words {self.min_stop_words} is more than there are stop_words"
+            )
+        return self
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid"))
+class CleanParams:
+    """What is done to every document before it is encoded.
+
+    Attributes:
+        unicode: the normal form (Unicode Standard Annex 15). NFC writes the same characters in one
+            way; NFKC also replaces compatibility characters, as ligatures and superscripts, and so
+            loses something.
+        mojibake: repair text that was decoded with the wrong encoding, with ftfy.
+        control_characters: remove control and invisible formatting characters, terminals' colours
+            and a byte order mark among them; every sort of line end becomes \\n.
+        gutenberg: remove Project Gutenberg's header, licence and credits.
+        min_chars: remove documents of fewer characters.
+        max_chars: remove documents of more characters.
+        languages: keep only documents in these languages (codes of ISO 639), with py3langid.
+        language_confidence: how probable these languages must be, together.
+        language_min_chars: shorter documents are kept: they are too little to go by.
+        quality: remove what is not running text by these bounds.
+        exact_duplicates: remove documents that repeat an earlier one.
+        near_duplicates: remove documents whose Jaccard similarity with an earlier one is this or
+            more; 0.8 is a good value.
+    """
+
+    unicode: NormalForm = "NFC"
+    mojibake: bool = False
+    control_characters: bool = False
+    gutenberg: bool = False
+    min_chars: Count | None = None
+    max_chars: Annotated[int, Field(ge=1, le=1 << 40)] | None = None
+    languages: tuple[str, ...] = ()
+    language_confidence: Share = 0.5
+    language_min_chars: Count = 100
+    quality: Quality | None = None
+    exact_duplicates: bool = False
+    near_duplicates: Annotated[float, Field(gt=0, lt=1)] | None = None
+
+    @model_validator(mode="after")
+    def _can_be_met(self) -> CleanParams:
+        shortest, longest = self.min_chars, self.max_chars
+        if shortest is not None and longest is not None and shortest > longest:
+            raise ValueError(f"min_chars {shortest} is more than max_chars {longest}")
+        unknown = [code for code in self.languages if code not in LANGUAGES]
+        if unknown:
+            raise ValueError(
+                f"unknown language {unknown[0]!r}; the languages are {', '.join(LANGUAGES)}"
+            )
+        return self
+
+
+# --- the cleaner ----------------------------------------------------------------------------------
+
+
+@plain_dataclass(frozen=True, slots=True)
+class Cleaned:
+    """What became of a document.
+
+    Attributes:
+        text: the clean text; empty where it was removed.
+        removed: the name of the filter that removed it.
+        changed: for every step that changed something: its name, and the text around the first
+            difference before and after it.
+    """
+
+    text: str
+    removed: str | None = None
+    changed: tuple[tuple[str, str, str], ...] = ()
+
+
+class Cleaner:
+    """Cleans one document after the other; what it needs is loaded with the first one.
+
+    Removed documents are named by the parameter that removes them: `min_chars`, `max_chars`,
+    `languages`, or `quality: ` and the rule; and `blank` is what holds only white space. Duplicates
+    are not its business, for it sees one document at a time (see `gpt.clean.duplicates`).
+    """
+
+    def __init__(self, params: CleanParams) -> None:
+        steps: list[tuple[str, Callable[[str], str]]] = []
+        if params.mojibake:
+            steps.append(("mojibake", repair_mojibake))
+        if params.control_characters:
+            steps.append(("control_characters", remove_control_characters))
+        # after what stood between a letter and its accent is gone
+        if params.unicode != "none":
+            steps.append(("unicode", partial(normalize, params.unicode)))
+        if params.gutenberg:
+            steps.append(("gutenberg", strip_gutenberg))
+        self._steps = steps
+        self._params = params
+
+    def __call__(self, text: str) -> Cleaned:
+        """The document, cleaned."""
+        changed = []
+        for name, step in self._steps:
+            before, text = text, step(text)
+            if text is not before and text != before:
+                changed.append((name, *_around_difference(before, text)))
+        removed = self._removed_by(text)
+        return Cleaned("" if removed else text, removed, tuple(changed))
+
+    def _removed_by(self, text: str) -> str | None:
+        params = self._params
+        if not text or text.isspace():
+            return "blank"
+        if params.min_chars is not None and len(text) < params.min_chars:
+            return "min_chars"
+        if params.max_chars is not None and len(text) > params.max_chars:
+            return "max_chars"
+        if params.languages and len(text) >= params.language_min_chars:
+            confidence = language_probability(text, params.languages)
+            if confidence < params.language_confidence:
+                return "languages"
+        if params.quality is not None:
+            broken = next(broken_rules(text, params.quality), None)
+            return None if broken is None else f"quality: {broken}"
+        return None
+
+
+def _around_difference(before: str, after: str) -> tuple[str, str]:
+    """At most 80 characters of each, a few of them before the place where the two part."""
+    same, different = 0, min(len(before), len(after)) + 1
+    while different - same > 1:  # the first `same` characters are equal
+        middle = (same + different) // 2
+        if before.startswith(after[same:middle], same):
+            same = middle
+        else:
+            different = middle
+    start = max(0, same - 20)
+    return before[start : start + 80], after[start : start + 80]
+
+
+# --- steps ----------------------------------------------------------------------------------------
+
+
+def normalize(form: Literal["NFC", "NFKC"], text: str) -> str:
+    """The text in a Unicode normal form."""
+    # the check is many times as fast as making the text anew
+    if text.isascii() or unicodedata.is_normalized(form, text):
+        return text
+    return unicodedata.normalize(form, text)
+
+
+@lru_cache(maxsize=1)
+def _ftfy() -> tuple[Callable[..., str], Any]:
+    import ftfy
+
+    # only what undoes a wrong decoding: the rest of ftfy's repairs are matters of taste
+    config = ftfy.TextFixerConfig(
+        unescape_html=False,
+        remove_terminal_escapes=False,
+        fix_latin_ligatures=False,
+        fix_character_width=False,
+        uncurl_quotes=False,
+        fix_line_breaks=False,
+        remove_control_chars=False,
+        normalization=None,
+        explain=False,
+    )
+    return ftfy.fix_text, config
+
+
+def repair_mojibake(text: str) -> str:
+    """The text as it was meant where it was decoded with the wrong encoding, line by line."""
+    if text.isascii():
+        return text
+    fix, config = _ftfy()
+    return fix(text, config)
+
+
+_LINE_ENDS = re.compile("\r\n?|[\v\f\x85\u2028\u2029]")
+# The zero-width joiners stay, for they change how Arabic, Indic and emoji read; so do the
+# formatting characters that are seen (Arabic number signs). Tags go with the flags made of them.
+_INVISIBLE = re.compile(
+    r"\x1b\[[0-?]*[ -/]*[@-~]"  # a terminal's colours and cursor movements
+    "|[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f"
+    "\xad\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "\U000e0001\U000e0020-\U000e007f"
+    "\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]"  # no characters at all
+)
+
+
+def remove_control_characters(text: str) -> str:
+    """The text without control and invisible formatting characters; its line ends are \\n."""
+    if _LINE_ENDS.search(text):
+        text = _LINE_ENDS.sub("\n", text)
+    return _INVISIBLE.sub("", text)
+
+
+# --- Project Gutenberg ----------------------------------------------------------------------------
+
+# The marks of thirty years. The line of asterisks may break within a long title.
+_MARKS = re.compile(
+    r"""
+    ^[ \t\r]*(?:
+      (?P<start> \*{3}[ ]?START[ ]OF[ ]TH(?:E|IS)[ ](?:COPYRIGHTED[ ])?PROJECT[ ]GUTENBERG
+                 [ ]E-?(?:BOOK|TEXT)
+                 (?: [^\n*]*+ (?: \n(?![ \t\r]*$)[^\n*]*+ ){0,3} \*{3} )? [^\n]* )
+    | (?P<end>   (?:\*{3}[ ]?)?END[ ]OF[ ](?:TH(?:E|IS)[ ])?(?:COPYRIGHTED[ ])?PROJECT[ ]GUTENBERG
+                 (?: ['\u2019]S\b | [ ]E-?(?:BOOK|TEXT)\b | [ ]EDITION\b ) [^\n]* )
+    | (?P<print> \*{3}START\*{2}[ ]?THE[ ]SMALL[ ]PRINT! [^\n]*
+                 (?= [\s\S]*? \n[ \t\r]*\*END\*?[ ]?THE[ ]SMALL[ ]PRINT! ) )
+    | (?P<after> \*END\*?[ ]?THE[ ]SMALL[ ]PRINT! [^\n]* )
+    )$
+    """,
+    re.VERBOSE | re.IGNORECASE | re.MULTILINE,
+)
+# A paragraph, but not a whole book that has no blank lines.
+_CREDITS = re.compile(
+    r"""
+    \s*^[ \t]*(?: Produced[ ]by | E-?(?:text|book)[ ](?:prepared|produced)[ ]by
+      | This[ ]e-?(?:text|book)[ ]was[ ](?:prepared|produced|transcribed)[ ]by
+      | Transcribed[ ]from[ ]the )\b
+    [^\n]*+ (?: \n(?![ \t\r]*$)[^\n]*+ ){0,7}
+    """,
+    re.VERBOSE | re.IGNORECASE | re.MULTILINE,
+)
+# Before 2003 the small print stood behind some thousand characters of introduction, or, in a few
+# books, at the end.
+_INTRODUCTION = 12_000
+
+
+def strip_gutenberg(text: str) -> str:
+    """The text without Project Gutenberg's header, small print, licence and credits.
+
+    What stands before a mark of a beginning or behind one of an end is cut off, in each book where
+    there are several; a text without marks stays as it is.
+    """
+    if "gutenberg" not in text.lower() and "SMALL PRINT!" not in text:
+        return text
+    bodies = []
+    at, inside, found = 0, True, False
+    for mark in _MARKS.finditer(text):
+        begins = mark.lastgroup in ("start", "after")
+        if mark.lastgroup == "print" and mark.start() - at < _INTRODUCTION:
+            continue  # the header goes on until the small print is over
+        if inside and not begins:
+            bodies.append(_without_credits(text[at : mark.start()]) if at else text[: mark.start()])
+        at, inside, found = mark.end(), begins, True
+    if not found:
+        return text
+    if inside:
+        bodies.append(_without_credits(text[at:]))
+    return "\n\n".join(body for body in (body.strip("\r\n") for body in bodies) if body)
+
+
+def _without_credits(body: str) -> str:
+    while credit := _CREDITS.match(body):
+        body = body[credit.end() :]
+    return body
+
+
+# --- languages ------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def _identifier() -> Any:
+    from py3langid.langid import (  # type: ignore[import-untyped]
+        MODEL_FILE,
+        LanguageIdentifier,
+    )
+
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+
+
+def language_probability(text: str, languages: Sequence[str]) -> float:
+    """How probable it is that the text is in one of `languages` (codes of `LANGUAGES`), 0 … 1.
+
+    A long text is judged by ten excerpts of 200 characters from all over it.
+    """
+    if len(text) > 2_000:
+        step = len(text) // 10
+        text = "\n".join(text[at : at + 200] for at in range(0, 10 * step, step))
+    probabilities = dict(_identifier().rank(text))
+    return float(sum(probabilities[language] for language in set(languages)))
+
+
+# --- quality --------------------------------------------------------------------------------------
+
+_BULLETS = ("•", "‣", "◦", "▪", "●", "*", "-", "–", "—")  # noqa: RUF001
+_ELLIPSES = ("...", "…")
+_SENTENCE_ENDS = (".", "!", "?", '"', "'", "”", "’", "»", "…", "。", "！", "？", "」")  # noqa: RUF001
+_SHORT_LINE = 30  # characters
+
+
+def broken_rules(text: str, quality: Quality) -> Iterator[str]:
+    """The names of the rules that a text breaks, the cheapest to test first."""
+    words = text.split()
+    yield from _broken_by_words(text, words, quality)
+    lines = [stripped for line in text.splitlines() if (stripped := line.strip())]
+    yield from _broken_by_lines(lines, quality)
+    paragraphs = [stripped for part in re.split(r"\n\s*\n", text) if (stripped := part.strip())]
+    yield from _broken_by_repetition(lines, paragraphs, quality)
+    yield from _broken_by_ngrams(words, quality)
+
+
+def _broken_by_words(text: str, words: Sequence[str], quality: Quality) -> Iterator[str]:
+    n = max(1, len(words))
+    if not quality.min_words <= len(words) <= quality.max_words:
+        yield "number of words"
+    mean = sum(map(len, words)) / n
+    if not quality.min_word_length <= mean <= quality.max_word_length:
+        yield "mean word length"
+    if max(text.count("#"), sum(map(text.count, _ELLIPSES))) / n > quality.symbols:
+        yield "symbols"
+    alphabetic = sum(word.isalpha() or any(map(str.isalpha, word)) for word in words)
+    if alphabetic / n < quality.alphabetic_words:
+        yield "alphabetic words"
+    if quality.min_stop_words:
+        met = set(re.findall(r"\w+", text.lower())).intersection(quality.stop_words)
+        if len(met) < quality.min_stop_words:
+            yield "stop words"
+
+
+def _broken_by_lines(lines: Sequence[str], quality: Quality) -> Iterator[str]:
+    n = max(1, len(lines))
+    if sum(line.startswith(_BULLETS) for line in lines) / n > quality.bullet_lines:
+        yield "bullet lines"
+    if sum(line.endswith(_ELLIPSES) for line in lines) / n > quality.ellipsis_lines:
+        yield "ellipsis lines"
+    if sum(line.endswith(_SENTENCE_ENDS) for line in lines) / n < quality.punctuated_lines:
+        yield "punctuated lines"
+    if sum(len(line) < _SHORT_LINE for line in lines) / n > quality.short_lines:
+        yield "short lines"
+
+
+def _broken_by_repetition(
+    lines: Sequence[str], paragraphs: Sequence[str], quality: Quality
+) -> Iterator[str]:
+    number, characters = _repeated_shares(lines)
+    if number > quality.repeated_lines:
+        yield "repeated lines"
+    if characters > quality.repeated_line_characters:
+        yield "repeated line characters"
+    number, characters = _repeated_shares(paragraphs)
+    if number > quality.repeated_paragraphs:
+        yield "repeated paragraphs"
+    if characters > quality.repeated_paragraph_characters:
+        yield "repeated paragraph characters"
+
+
+def _repeated_shares(pieces: Sequence[str]) -> tuple[float, float]:
+    """The share of pieces that stood before, by their number and by their characters."""
+    first = dict.fromkeys(pieces)
+    total = max(1, sum(map(len, pieces)))
+    return 1 - len(first) / max(1, len(pieces)), 1 - max(1, sum(map(len, first))) / total
+
+
+def _broken_by_ngrams(words: Sequence[str], quality: Quality) -> Iterator[str]:
+    words = [word.lower() for word in words]
+    total = max(1, sum(map(len, words)))
+    for n, share in enumerate(quality.top_ngrams, start=2):
+        top = Counter(_ngrams(words, n)).most_common(1)
+        if top and top[0][1] > 1 and top[0][1] * sum(map(len, top[0][0])) > share * total:
+            yield f"top {n}-gram"
+    smallest = min(quality.repeated_ngrams, default=1.0)
+    for n, share in enumerate(quality.repeated_ngrams, start=5):
+        repeated = _repeated_characters(words, n) / total
+        if repeated > share:
+            yield f"repeated {n}-grams"
+        # longer n-grams that are repeated lie within these: never a larger share
+        if repeated <= smallest:
+            break
+
+
+def _repeated_characters(words: Sequence[str], n: int) -> int:
+    """The characters of the words in n-grams that stood before, each counted once."""
+    seen = set()
+    repeated = bytearray(len(words))
+    for start, ngram in enumerate(_ngrams(words, n)):
+        if ngram in seen:
+            repeated[start : start + n] = b"\1" * n
+        else:
+            seen.add(ngram)
+    return sum(map(len, compress(words, repeated)))
+
+
+def _ngrams(words: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
+    return zip(*(words[start:] for start in range(n)), strict=False)

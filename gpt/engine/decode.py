@@ -1,0 +1,303 @@
+"""The compiled decoding step: `decode.cpp`, found or made, and called on a model's own weights.
+
+It is an engine (`gpt.generation.Engine`): several times as fast as the model itself, called a token
+at a time, for a few rows on a CPU, and the same to rounding: sums are in fp32 in either, in another
+order. With bf16 weights its activations stay in fp32, where PyTorch rounds each to bf16; weights
+of 8 bits (`gpt.engine.int8`) it reads as they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from gpt.base.errors import RunError
+from gpt.engine import native
+from gpt.engine.int8 import Int8Embedding, Int8GPT, Int8Linear
+from gpt.generation import Engine, NewStep
+from gpt.model.model import GPT, LAYER_NORM_EPS, KVCache, QueryKeyValue
+
+SOURCE = Path(__file__).with_name("decode.cpp")
+
+MOST_ROWS = 32
+"""Up to so many the compiled step is the faster engine, as measured; the step itself takes more."""
+
+_KNOWN = (nn.Linear, QueryKeyValue, nn.LayerNorm, nn.Embedding, Int8Linear, Int8Embedding)
+_FUNCTIONS = {
+    torch.float32: "decode_float",
+    torch.bfloat16: "decode_bfloat16",
+    torch.int8: "decode_int8",
+}
+
+
+# The structures of decode.cpp, name by name.
+_LAYER_WEIGHTS = (
+    "ln_1.weight",
+    "ln_1.bias",
+    "attn.c_attn.weight",
+    "attn.c_attn.bias",
+    "attn.c_proj.weight",
+    "attn.c_proj.bias",
+    "ln_2.weight",
+    "ln_2.bias",
+    "mlp.c_fc.weight",
+    "mlp.c_fc.bias",
+    "mlp.c_proj.weight",
+    "mlp.c_proj.bias",
+)
+_LAYER_SCALES = ("attn.c_attn.scale", "attn.c_proj.scale", "mlp.c_fc.scale", "mlp.c_proj.scale")
+_LAYER = (*_LAYER_WEIGHTS, *_LAYER_SCALES)
+_int, _pointer = ctypes.c_int64, ctypes.c_void_p
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [(name.replace(".", "_"), _pointer) for name in _LAYER]
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [
+        *[(name, _int) for name in ("n_layer", "n_head", "n_embd", "vocab_size")],
+        ("epsilon", ctypes.c_double),
+        *[(name, _pointer) for name in ("wte", "wpe", "ln_f_weight", "ln_f_bias", "head")],
+        *[(name, _pointer) for name in ("wte_scale", "head_scale")],
+        ("layers", ctypes.POINTER(_Layer)),
+    ]
+
+
+class _Step(ctypes.Structure):
+    _fields_ = [
+        *[(name, _int) for name in ("n_rows", "used", "cache_rows", "cache_length", "n_threads")],
+        *[(name, _pointer) for name in ("rows", "tokens", "padding")],
+        *[(name, _pointer) for name in ("keys", "values", "logits", "scratch")],
+    ]
+
+
+_loaded: ctypes.CDLL | None = None
+_started = False  # a background compilation, by this process
+
+
+def why_not(model: GPT) -> str | None:
+    """Why the compiled step does not serve this model now; None if it does."""
+    if (reason := _unsupported(model)) is not None:
+        return reason
+    try:
+        _find()
+    except native.UnavailableError as error:
+        return str(error)
+    return None
+
+
+def ready(model: GPT) -> bool:
+    """Whether the compiled step serves this model now; where only the library is missing, a
+    process in the background is started that makes it, for a later call.
+    """
+    global _started
+    if _unsupported(model) is not None:
+        return False
+    try:
+        _find()
+        return True
+    except native.UnavailableError:
+        if not _started:
+            _started = True
+            with contextlib.suppress(native.UnavailableError):
+                native.compile_in_background(SOURCE)
+        return False
+
+
+def require(model: GPT) -> None:
+    """Make sure that the compiled step serves this model, waiting for the compiler if need be.
+
+    Raises:
+        RunError: it cannot.
+    """
+    global _loaded
+    if (reason := _unsupported(model)) is not None:
+        raise RunError(f"the compiled engine cannot serve this model: {reason}; use another engine")
+    if _loaded is None:
+        _loaded = native.compile_and_wait(SOURCE)
+
+
+def _find() -> ctypes.CDLL:
+    global _loaded
+    if _loaded is None:
+        _loaded = native.find(SOURCE)
+    return _loaded
+
+
+def _unsupported(model: GPT) -> str | None:
+    """What about the model the compiled step does not know; None if nothing."""
+    if type(model) not in (GPT, Int8GPT):
+        return f"a {type(model).__name__} may compute something else than a GPT"
+    if model.training and model.config.dropout:
+        return "dropout, in training mode"
+    dtype = model.wte.weight.dtype
+    if dtype not in _FUNCTIONS:
+        return f"weights in {str(dtype).removeprefix('torch.')}, not float32, bfloat16 or int8"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is on"
+    for module in model.modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            return "a module with hooks"
+        own = next(module.parameters(recurse=False), next(module.buffers(recurse=False), None))
+        if own is not None and type(module) not in _KNOWN:
+            return f"a {type(module).__name__} with weights of its own"
+    found = _weights(model)
+    wanted = _shapes(model)
+    if found.keys() != wanted.keys():
+        return f"other weights than GPT-2's: {min(found.keys() ^ wanted.keys())}"
+    for name, weight in found.items():
+        if type(weight) not in (nn.Parameter, Tensor) or tuple(weight.shape) != wanted[name]:
+            return f"{name} is no plain tensor of the shape {wanted[name]}"
+        if weight.device.type != "cpu":
+            return f"weights on {weight.device.type}, not in the CPU's memory"
+        if weight.dtype != _dtype(name, dtype) or not weight.is_contiguous():
+            return f"{name} is laid out in another way than the others"
+    return None
+
+
+def _weights(model: GPT) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """That of one weight of a model whose matrices are in `dtype`."""
+    if dtype != torch.int8:
+        return dtype
+    matrix = name.endswith(".weight") and "ln_" not in name and name != "wpe.weight"
+    return torch.int8 if matrix else torch.float32
+
+
+def _shapes(model: GPT) -> dict[str, tuple[int, ...]]:
+    config = model.config
+    C, V = config.n_embd, config.vocab_size
+    shapes: dict[str, tuple[int, ...]] = {
+        "wte.weight": (V, C),
+        "wpe.weight": (config.context_length, C),
+        "ln_f.weight": (C,),
+        "ln_f.bias": (C,),
+    }
+    if not config.tie_weights:
+        shapes["lm_head.weight"] = (V, C)
+    widths = {"attn.c_attn": (3 * C, C), "mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}
+    for layer in range(config.n_layer):
+        for name in _LAYER_WEIGHTS:
+            owner, _, kind = name.rpartition(".")
+            if name == "attn.c_attn.bias" and not config.qkv_bias:
+                continue
+            shape = widths.get(owner, (C,) if "ln_" in owner else (C, C))
+            shapes[f"h.{layer}.{name}"] = shape if kind == "weight" else shape[:1]
+    if model.wte.weight.dtype == torch.int8:
+        shapes |= {
+            name.removesuffix("weight") + "scale": shape[:1]
+            for name, shape in shapes.items()
+            if len(shape) == 2 and name != "wpe.weight"
+        }
+    return shapes
+
+
+class CompiledStep:
+    """The compiled step on one model's weights and one cache.
+
+    Args:
+        model: one that `ready` or `require` accepted. Its weights are read where they lie.
+        cache: positions seen before; each call adds one.
+        padding: positions on the left of each row that are padding, (B,).
+    """
+
+    def __init__(self, model: GPT, cache: KVCache, padding: Sequence[int]) -> None:
+        library = _find()
+        config = model.config
+        self._cache = cache
+        self._run = library[_FUNCTIONS[model.wte.weight.dtype]]
+        # held: were the model moved or freed meanwhile, these addresses must stay good
+        self._weights = {name: weight.detach() for name, weight in _weights(model).items()}
+        address = {name: weight.data_ptr() for name, weight in self._weights.items()}
+        layers = (_Layer * config.n_layer)()
+        for i in range(config.n_layer):
+            for name, (field, *_) in zip(_LAYER, _Layer._fields_, strict=True):
+                setattr(layers[i], field, address.get(f"h.{i}.{name}"))
+        self._model = _Model(
+            n_layer=config.n_layer,
+            n_head=config.n_head,
+            n_embd=config.n_embd,
+            vocab_size=config.vocab_size,
+            epsilon=LAYER_NORM_EPS,
+            wte=address["wte.weight"],
+            wpe=address["wpe.weight"],
+            ln_f_weight=address["ln_f.weight"],
+            ln_f_bias=address["ln_f.bias"],
+            head=address.get("lm_head.weight", address["wte.weight"]),
+            wte_scale=address.get("wte.scale"),
+            head_scale=address.get("lm_head.scale", address.get("wte.scale")),
+            layers=layers,
+        )
+        B = len(padding)
+        self._numbers = torch.zeros(3, B, dtype=torch.int64)  # rows, tokens, padding
+        self._padding = torch.tensor(padding)
+        self.logits = torch.zeros(B, config.vocab_size)
+        self._step = _Step(
+            n_rows=B,
+            n_threads=torch.get_num_threads(),
+            cache_rows=cache.keys.shape[1],
+            cache_length=cache.length,
+            keys=cache.keys.data_ptr(),
+            values=cache.values.data_ptr(),
+            logits=self.logits.data_ptr(),
+        )
+        self._step.rows, self._step.tokens, self._step.padding = (
+            row.data_ptr() for row in self._numbers
+        )
+        library.decode_scratch.restype = ctypes.c_int64
+        room = library.decode_scratch(ctypes.byref(self._model), ctypes.byref(self._step))
+        self._scratch = torch.empty(room)
+        self._step.scratch = self._scratch.data_ptr()
+
+    def __call__(self, rows: Sequence[int], tokens: Sequence[int]) -> Tensor:
+        """Logits (B, V) fp32 after one more token in some rows; those of the others stay.
+
+        Args:
+            rows: which rows, without repetition.
+            tokens: the token of each.
+
+        Returns:
+            The same buffer every time.
+        """
+        n = len(rows)
+        assert 0 < n == len(tokens)
+        assert self._cache.used < self._cache.length
+        self._numbers[:, :n] = torch.tensor([rows, tokens, rows])
+        self._numbers[2, :n] = self._padding[self._numbers[0, :n]]
+        self._step.n_rows = n
+        self._step.used = self._cache.used
+        self._run(ctypes.byref(self._model), ctypes.byref(self._step))
+        self._cache.used += 1
+        return self.logits
+
+
+# --- the engines, by the name that a user gives ---------------------------------------------------
+
+
+def _auto(model: GPT, n_rows: int) -> NewStep | None:
+    fits = n_rows <= MOST_ROWS and ready(model)
+    return functools.partial(CompiledStep, model) if fits else None
+
+
+def _compiled(model: GPT, n_rows: int) -> NewStep:
+    require(model)
+    return functools.partial(CompiledStep, model)
+
+
+EngineName = Literal["auto", "plain", "compiled"]
+"""`plain` is the model itself. `auto` takes the compiled step where it is at hand, and else has it
+compiled in the background for a later call; `compiled` waits for it, and fails (RunError) where
+there is no way to it."""
+
+ENGINES: Mapping[EngineName, Engine | None] = {"auto": _auto, "plain": None, "compiled": _compiled}

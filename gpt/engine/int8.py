@@ -1,0 +1,129 @@
+"""Weights in 8 bits, for decoding on a CPU: a token takes as long as reading them does.
+
+Every row of a matrix, that is every output, has a scale of its own, a 127th of its greatest
+weight; a weight is a whole number of these (symmetric, absolute-maximum quantization, as Dettmers
+et al. (2022), "LLM.int8()", describe it). Activations stay in fp32, as do biases, norms and the
+embeddings of positions.
+
+The compiled step (`gpt.engine.decode`) reads the 8 bits themselves. Everything else, a prompt's own
+pass and the plain engine, widens a matrix for as long as it multiplies with it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gpt.base.errors import InputError
+from gpt.model.model import GPT, KVCache
+
+_GREATEST = 127
+
+
+class Int8Linear(nn.Module):
+    """An `nn.Linear` whose weight is `weight` (out, in), int8, times `scale` (out,), fp32."""
+
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        rounded, scale = _rounded(weight)
+        self.register_buffer("weight", rounded)
+        self.register_buffer("scale", scale)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().float(), False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out), fp32."""
+        return F.linear(x, widened(self), self.bias)
+
+
+class Int8Embedding(nn.Module):
+    """An `nn.Embedding` whose weight is `weight` (n, C), int8, times `scale` (n,), fp32."""
+
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        rounded, scale = _rounded(weight)
+        self.register_buffer("weight", rounded)
+        self.register_buffer("scale", scale)
+
+    def forward(self, idx: Tensor) -> Tensor:
+        """Indices (...) to vectors (..., C), fp32."""
+        return self.weight[idx] * self.scale[idx][..., None]
+
+
+class Int8GPT(GPT):
+    """A language model with its matrices in 8 bits; made by `quantize`."""
+
+    def __init__(self, model: GPT) -> None:
+        nn.Module.__init__(self)  # not GPT's: every part is there already
+        self.config = model.config
+        self.wte, self.wpe, self.h = model.wte, model.wpe, model.h
+        self.ln_f, self.lm_head = model.ln_f, model.lm_head
+
+    @property
+    def n_params(self) -> int:
+        """How many numbers the model holds; scales are none of them."""
+        return super().n_params + sum(
+            buffer.numel() for buffer in self.buffers() if buffer.dtype == torch.int8
+        )
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The head's matrix, (V, C), widened."""
+        return widened(self.wte if self.lm_head is None else self.lm_head)
+
+    def new_cache(self, batch: int, length: int | None = None) -> KVCache:
+        """As any model's, in fp32."""
+        return KVCache(
+            self.config, batch, length or self.config.context_length, self.device, torch.float32
+        )
+
+
+def quantize(model: GPT) -> Int8GPT:
+    """The model with its matrices in 8 bits.
+
+    Matrix by matrix, so that memory holds one of them twice. The parts that stay as they are
+    become the new model's: the one given is used up.
+
+    Args:
+        model: a language model, in any precision.
+
+    Raises:
+        InputError: a weight is not finite.
+    """
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) or module is model.wte:
+            owner, _, leaf = name.rpartition(".")
+            try:
+                new = (
+                    Int8Linear(module.weight, module.bias)
+                    if isinstance(module, nn.Linear)
+                    else Int8Embedding(module.weight)
+                )
+            except InputError as error:
+                raise InputError(f"{name}.weight: {error}") from None
+            setattr(model.get_submodule(owner), leaf, new)
+    return Int8GPT(model).float().train(model.training)
+
+
+def widened(module: nn.Module) -> Tensor:
+    """The matrix of an `Int8Linear` or `Int8Embedding` as its user sees it, (out, in) fp32."""
+    assert isinstance(module, Int8Linear | Int8Embedding)
+    return module.weight.float().mul_(module.scale[:, None])
+
+
+def _rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix as whole numbers -127 … 127 and the scale of each row."""
+    wide = weight.detach().float()  # (out, in)
+    greatest = wide.abs().amax(1)  # (out,)
+    if not greatest.isfinite().all():
+        raise InputError("holds what is no finite number; the model is damaged")
+    scale = greatest / _GREATEST
+    steps = torch.where(scale > 0, scale, 1)  # a row of zeros, or of next to nothing, stays 0
+    numbers = (wide / steps[:, None]).round_().clamp_(-_GREATEST, _GREATEST)
+    return numbers.to(torch.int8), scale

@@ -1,0 +1,4 @@
+"""Texts from outside: formats of files, and the records in them.
+
+Imports `gpt.base`.
+"""

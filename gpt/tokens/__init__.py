@@ -1,0 +1,4 @@
+"""Text to tokens and back, and tokens on disk.
+
+Imports `gpt.base`.
+"""

@@ -1,0 +1,576 @@
+"""THE training loop: one `fit` for pretraining, classification and instruction tuning.
+
+A step is a pure function of the state before it and of its number: which rows it sees comes from
+(seed, step), the dropout of each pass from a generator seeded with (seed, step, place), its
+learning rate from the step alone. So a run that was stopped and continued is the run that never
+stopped, byte for byte, and one that several processes share is the same but for rounding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from gpt.base.errors import InputError, RunError
+from gpt.base.events import Log, Message, Metrics, Progress, Text, discard
+from gpt.base.files import whole_file
+from gpt.batches.data import Batch, Dataset, batch_indices, take
+from gpt.model.device import autocast
+from gpt.model.parallel import SharedModel, add_up, from_first, gather, leave, passes, world
+from gpt.train.checkpoint import Checkpoints
+from gpt.train.health import WINDOW, spike
+from gpt.train.recipe import TrainParams, learning_rate_at, make_optimizers, set_learning_rate
+
+LossSum = Callable[[Any, Batch], tuple[Tensor, int]]
+"""Model and batch to the summed loss in nats (a scalar) and the number of targets in it."""
+
+
+@dataclass(slots=True)
+class FitResult:
+    """How a training run went."""
+
+    steps: int
+    history: list[dict[str, float]] = field(default_factory=list)
+    """One row an evaluation: step, train_loss (mean since the last), what was measured, …"""
+
+    def write_history(self, path: Path) -> None:
+        """Write the history as CSV, a column a quantity."""
+        with whole_file(path) as partial:
+            pd.DataFrame(self.history).to_csv(partial, index=False)
+
+    @property
+    def best(self) -> dict[str, float]:
+        """The row of the lowest validation loss."""
+        return min(self.history, key=lambda row: row["validation_loss"])
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal stopped the training; its step was finished, its state saved.
+
+    `signal` is the signal's number.
+    """
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One forward and backward pass of a step.
+
+    Attributes:
+        batch: on the CPU.
+        rows: which rows of the data are in it.
+        seed: of its dropout; None leaves the generator as it is.
+    """
+
+    batch: Batch
+    rows: Sequence[int] = ()
+    seed: int | None = None
+
+
+def accumulate(
+    model: SharedModel,
+    passes: Sequence[Pass],
+    loss: LossSum,
+    params: TrainParams,
+    *,
+    done: Sequence[Tensor] = (),
+    between: Callable[[Sequence[Tensor]], None] | None = None,
+) -> Tensor:
+    """Add up the gradient of the mean loss over all targets of a step's passes.
+
+    Many small batches give the gradient of one big one, and several processes that of one. Nothing
+    here waits for the device.
+
+    Args:
+        model: in training mode.
+        passes: those of this process.
+        loss: the summed loss of a batch and its number of targets.
+        params: the precision.
+        done: what this returned for the first passes, whose gradients are there already.
+        between: called after each pass but the last with what is done so far.
+
+    Returns:
+        What each pass adds to the mean loss, in nats, (passes,) in fp32.
+    """
+    device = model.device
+    targets: int | Tensor = sum(each.batch.n_targets for each in passes)
+    if world().size > 1:
+        targets = add_up(torch.tensor(targets)).to(device)
+    targets = targets.clamp(min=1) if isinstance(targets, Tensor) else max(1, targets)
+    losses = list(done)
+    # one context for all passes: within it a weight is cast only once
+    with autocast(device, params.precision, keep_casts=not model.sharded):
+        for index in range(len(done), len(passes)):
+            each = passes[index]
+            if each.seed is not None:
+                torch.manual_seed(each.seed)
+            batch = each.batch.to(device)
+            last = index == len(passes) - 1
+            losses.append(model.backward(functools.partial(_mean, loss, batch, targets), last))
+            if between is not None and not last:
+                between(losses)
+    return torch.stack(losses)
+
+
+def _mean(loss: LossSum, batch: Batch, targets: int | Tensor, model: Any) -> Tensor:
+    return loss(model, batch)[0] / targets
+
+
+def update(
+    model: SharedModel, optimizers: Sequence[torch.optim.Optimizer], params: TrainParams
+) -> Tensor:
+    """Clip the gradient and take the optimizers' step; the gradients are None afterwards.
+
+    Returns:
+        The norm of the gradient before clipping, a scalar in fp32.
+    """
+    trained = [p for p in model.module.parameters() if p.grad is not None]
+    norm = _norm([p.grad for p in trained if p.grad is not None])
+    if params.grad_clip and (norm.device.type != "cpu" or norm > params.grad_clip):
+        # on a CPU it costs nothing to look first, and a pass over all gradients not to
+        nn.utils.clip_grads_with_norm_(trained, params.grad_clip, norm)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    norm = nn.utils.get_total_norm(tensors)
+    # of tensors in parts it is one in parts itself
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def fit(
+    model: nn.Module,
+    *,
+    params: TrainParams,
+    train: Dataset,
+    loss: LossSum,
+    validate: Callable[[Any], Mapping[str, float]],
+    sample: Callable[[Any], str] | None = None,
+    origin: Callable[[int], str] = "row {}".format,
+    task: str = "train",
+    state: Path | None = None,
+    log: Log = discard,
+) -> FitResult:
+    """Train `model` in place and leave it in evaluation mode.
+
+    In several processes (`gpt.model.parallel`) all call this with the same arguments; only the
+    first returns, writes to `state` and is heard.
+
+    Args:
+        model: on its device; parameters that do not require gradients are left alone.
+        params: the recipe.
+        train: the rows, gone through in a new order each epoch (`gpt.batches.data.batch_indices`).
+        loss: the summed loss of a batch and its number of targets.
+        validate: measures the model that it is given, in the precision of the training; must
+            return at least `validation_loss`, in nats.
+        sample: a sample of what the model that it is given writes, taken at each evaluation.
+        origin: where a row comes from, in words: for the one that spoils the loss.
+        task: the name that progress is shown under.
+        state: a folder for the loop's state. What is found there is continued from; it is
+            written every `checkpoint_seconds`, at each evaluation and on SIGINT or SIGTERM.
+        log: hears the metrics of each step, the progress, and the samples.
+
+    Raises:
+        InputError: there are no rows, fewer than devices in a step, `state` cannot be written to,
+            or `compile: on` where nothing can be compiled.
+        RunError: a loss or gradient that is not finite, or a state that could not be saved.
+        Interrupted: SIGINT or SIGTERM came; the pass was finished and the state saved.
+        gpt.model.parallel.Dismissed: the training is over and this is not the first process.
+    """
+    if len(train) == 0:
+        raise InputError(f"{task}: there are no training rows; add data")
+    run = _Run(model, params, train, loss, validate, sample, origin, task, state, log)
+    result = run.result()
+    leave()
+    return result
+
+
+@dataclass(slots=True)
+class _LoopState:
+    step: int = 0
+    tokens: int = 0
+    passes: list[float] = field(default_factory=list)  # losses of those done of the next step
+    losses: list[float] = field(default_factory=list)  # since the last evaluation
+    recent: list[float] = field(default_factory=list)  # the last WINDOW of them
+    history: list[dict[str, float]] = field(default_factory=list)
+    best_loss: float = math.inf
+    stale: int = 0  # evaluations since the best loss
+
+
+class _Run:
+    """A training run: what `fit` was told, and how far it is."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: TrainParams,
+        train: Dataset,
+        loss: LossSum,
+        validate: Callable[[Any], Mapping[str, float]],
+        sample: Callable[[Any], str] | None,
+        origin: Callable[[int], str],
+        task: str,
+        state: Path | None,
+        log: Log,
+    ) -> None:
+        first = world().first
+        self.params, self.train, self.loss, self.task = params, train, loss, task
+        self.validate, self.sample, self.origin = validate, sample, origin
+        self.log = log if first else discard
+        self.rows = min(params.rows, len(train))
+        self.total = params.steps or (params.epochs or 0) * (len(train) // self.rows)
+        self.checkpoints = Checkpoints(state) if state is not None and first else None
+        self.resumable = state is not None
+        self.caller = model
+        self.model = SharedModel(model, params.parallel)
+        self.optimizers = make_optimizers(self.model.module, params)
+        self.loop = _LoopState()
+        self.best: dict[str, Tensor] | None = None
+        if self.resumable:
+            self._resume()
+
+    # --- the loop
+
+    def result(self) -> FitResult:
+        """Go on to the end."""
+        module, loop = self.model.module, self.loop
+        module.train()
+        self.saved_at = time.monotonic()
+        with _compiled(module, self.params, self.model.device), _deferred_signals() as interrupted:
+            self.interrupted = interrupted
+            upcoming = self._passes(loop.step) if not self._over() else []
+            for each in upcoming[:1]:
+                batch = each.batch.to(self.model.device)
+                self.model.settle(functools.partial(_mean, self.loss, batch, 1))
+            while not self._over():
+                upcoming = self._step(upcoming)
+        if self.checkpoints:
+            self.checkpoints.finish()
+        if self.params.keep == "best" and self.best is not None:
+            with torch.no_grad():
+                for name, value in module.state_dict().items():
+                    value.copy_(self.best[name])
+        self.model.give_back()
+        self.caller.eval()
+        return FitResult(steps=loop.step, history=loop.history)
+
+    def _over(self) -> bool:
+        patience = self.params.patience or math.inf
+        return self.loop.step >= self.total or self.loop.stale >= patience
+
+    def _step(self, upcoming: list[Pass]) -> list[Pass]:
+        """One step; returns the passes of the next."""
+        params, loop = self.params, self.loop
+        started = time.perf_counter()
+        rate = learning_rate_at(loop.step, params, self.total)
+        set_learning_rate(self.optimizers, rate)
+        losses = accumulate(
+            self.model,
+            upcoming,
+            self.loss,
+            params,
+            done=[torch.tensor(each, device=self.model.device) for each in loop.passes],
+            between=self._between_passes if self.resumable and world().size == 1 else None,
+        )
+        evaluates = (loop.step + 1) % params.eval_interval == 0 or loop.step + 1 == self.total
+        if self.checkpoints:
+            self.checkpoints.wait_until_read()  # what is being saved changes now
+        trained = [p for p in self.model.module.parameters() if p.requires_grad]
+        before = [p.detach().clone() for p in trained] if evaluates else []
+        gradient = update(self.model, self.optimizers, params)
+        loop.passes = []
+        following = self._passes(loop.step + 1)  # while the device may still be at work
+        step_loss, norm = torch.stack((losses.sum(), gradient)).tolist()
+        tokens = sum(each.batch.n_tokens for each in upcoming)
+        number = due = 0
+        if world().size > 1:  # all must save and stop at the same step
+            told = [step_loss, tokens, bool(self.interrupted()), world().first and self._due()]
+            step_loss, tokens, stop, due = add_up(torch.tensor(told, dtype=torch.float64)).tolist()
+            number = stop and (self.interrupted() or signal.SIGTERM)
+        if not (math.isfinite(step_loss) and math.isfinite(norm)):
+            raise RunError(self._not_finite(step_loss, norm, losses, upcoming))
+        loop.step += 1
+        loop.tokens += int(tokens)
+        loop.losses.append(step_loss)
+        self._look_for_spike(step_loss)
+        seconds = time.perf_counter() - started
+        values = {
+            "loss/train": step_loss,
+            "learning_rate": rate,
+            "grad_norm": norm,
+            "tokens": loop.tokens,
+            "tokens_per_second": tokens / seconds,
+        }
+        if evaluates:
+            change = [p.detach() - old for p, old in zip(trained, before, strict=True)]
+            values["param_norm"] = _norm([p.detach() for p in trained]).item()
+            values["update_ratio"] = _norm(change).item() / max(values["param_norm"], 1e-12)
+            del before, change
+        self.log(Metrics(loop.step, values))
+        self.log(Progress(self.task, loop.step, self.total, "step", {"loss": step_loss}))
+        if evaluates:
+            self._evaluate(values)
+        if world().size == 1:
+            number, due = self.interrupted(), self._due()
+        if evaluates or due or number:
+            self._save()
+        if number:
+            self._stop(f"after step {loop.step}", number)
+        return following
+
+    def _due(self) -> bool:
+        return time.monotonic() - self.saved_at > self.params.checkpoint_seconds
+
+    def _passes(self, step: int) -> list[Pass]:
+        """This process's passes of a step."""
+        lengths = self.train.lengths if self.params.group_by_length else None
+        rows = batch_indices(len(self.train), self.rows, self.params.seed, step, lengths)
+        return [
+            Pass(take(self.train, some), some, _seed(self.params.seed, step, start))
+            for start, some in passes(rows, self.params.batch_size)
+        ]
+
+    def _evaluate(self, values: Mapping[str, float]) -> None:
+        params, loop, module = self.params, self.loop, self.model.module
+        module.eval()
+        with torch.no_grad(), autocast(self.model.device, params.precision):
+            measured = from_first(dict(self.model.measure(self.validate)))
+        kept = ("learning_rate", "grad_norm", "param_norm", "update_ratio")
+        loop.history.append(
+            {
+                "step": loop.step,
+                "tokens": loop.tokens,
+                "train_loss": sum(loop.losses) / len(loop.losses),
+                **measured,
+                **{name: values[name] for name in kept},
+            }
+        )
+        loop.losses = []
+        self.log(
+            Metrics(loop.step, {_metric_name(name): value for name, value in measured.items()})
+        )
+        loop.stale += 1
+        if measured["validation_loss"] < loop.best_loss:
+            loop.best_loss, loop.stale = measured["validation_loss"], 0
+            if params.keep == "best":
+                self.best = {name: t.detach().clone() for name, t in module.state_dict().items()}
+        # a sharded model writes only with all at work
+        if self.sample is not None and (self.model.sharded or world().first):
+            text = self.model.measure(self.sample)
+            self.log(Text(f"samples/step-{loop.step:06d}.txt", text))
+        module.train()
+        if loop.step < self.total and self._over():
+            self.log(
+                Message(
+                    f"{self.task}: no lower validation loss in {loop.stale} evaluations; "
+                    f"stopped early, after step {loop.step} of {self.total}"
+                )
+            )
+
+    # --- what keeps it safe
+
+    def _resume(self) -> None:
+        saved = self.checkpoints.load(self.log) if self.checkpoints else None
+        loop = from_first(saved and saved["loop"])
+        if loop is None:
+            return
+        self.loop = _LoopState(**loop)
+        if world().size > 1:
+            self.loop.passes = []  # several processes share a step from its beginning only
+        self.model.restore(saved, self.optimizers)
+        if from_first(bool(saved and saved["best"])):
+            self.best = {n: torch.empty_like(t) for n, t in self.model.module.state_dict().items()}
+            self.model.fill(self.best, saved and saved["best"])
+        if saved:
+            _set_generators(saved["generators"])
+        if saved and self.loop.passes:
+            for name, parameter in self.model.module.named_parameters():
+                if name in saved["gradients"]:
+                    parameter.grad = saved["gradients"][name].to(parameter.device)
+        within = f", {len(self.loop.passes)} passes into the next" if self.loop.passes else ""
+        self.log(
+            Message(f"{self.task}: continuing from step {self.loop.step} of {self.total}{within}")
+        )
+
+    def _save(self) -> None:
+        """Begin to save the state as it is."""
+        self.saved_at = time.monotonic()
+        if not self.resumable:
+            return
+        loop = self.loop
+        state = {
+            # copies: the state is written while the loop goes on
+            "loop": {
+                name: list(value) if isinstance(value := getattr(loop, name), list) else value
+                for name in _LoopState.__slots__
+            },
+            "best": self.model.whole(self.best) if self.best is not None else None,
+            "gradients": {
+                name: p.grad
+                for name, p in self.model.module.named_parameters()
+                if loop.passes and p.grad is not None
+            },
+            "generators": _generators(),
+            **self.model.state(self.optimizers),
+        }
+        if self.checkpoints:
+            self.checkpoints.save(loop.step, state)
+
+    def _between_passes(self, losses: Sequence[Tensor]) -> None:
+        """A step of many passes is saved within it, and not finished first when it is stopped."""
+        number = self.interrupted()
+        if not number and not self._due():
+            return
+        assert self.checkpoints is not None
+        self.loop.passes = torch.stack(list(losses)).tolist()
+        self._save()
+        self.checkpoints.wait_until_read()  # the next pass adds to the gradients
+        if number:
+            self._stop(f"{len(losses)} passes into step {self.loop.step + 1}", number)
+
+    def _stop(self, where: str, number: int) -> None:
+        if self.checkpoints:
+            self.checkpoints.finish()
+        kept = "; its state is saved, and the same command goes on from there"
+        raise Interrupted(
+            f"{self.task} stopped {where} of {self.total}{kept if self.resumable else ''}", number
+        )
+
+    def _look_for_spike(self, loss: float) -> None:
+        loop = self.loop
+        if (times := spike(loss, loop.recent)) is not None:
+            self.log(Metrics(loop.step, {"loss_spike": times}))
+            self.log(
+                Message(
+                    f"{self.task}: the loss of step {loop.step} is {loss:.3f}, {times:.1f} times "
+                    "the usual; if it does not come down again, lower the learning rate",
+                    level="warning",
+                )
+            )
+        loop.recent = [*loop.recent, loss][-WINDOW:]
+
+    def _not_finite(
+        self, step_loss: float, norm: float, losses: Tensor, upcoming: Sequence[Pass]
+    ) -> str:
+        """What to tell of a step that spoilt the model; every process must come here."""
+        finite = torch.isfinite(losses).tolist()
+        bad = [list(each.rows) for each, good in zip(upcoming, finite, strict=True) if not good]
+        every = gather((bad[0] if bad else None, [row for each in upcoming for row in each.rows]))
+        spoilt = next((rows for rows, _ in every if rows is not None), None)
+        rows = spoilt if spoilt is not None else [row for _, rows in every for row in rows]
+        named = "; ".join(self.origin(row) for row in rows[:3])
+        more = f"; and {len(rows) - 3} more" if len(rows) > 3 else ""
+        kept = ""
+        if self.checkpoints:
+            self.checkpoints.finish()
+            step = self.checkpoints.newest()
+            kept = f" The state of step {step} is kept." if step is not None else ""
+        return (
+            f"{self.task}: the loss is {step_loss} and the gradient norm {norm} at step "
+            f"{self.loop.step + 1}, on {named}{more}; lower the learning rate, raise warmup_steps, "
+            f"or mend the data.{kept}"
+        )
+
+
+def _metric_name(name: str) -> str:
+    """`validation_loss` -> `loss/validation`: the same measure of both splits side by side."""
+    split, _, measure = name.partition("_")
+    return f"{measure}/{split}" if measure else name
+
+
+def _seed(seed: int, step: int, place: int) -> int:
+    """Of the pass whose first row is the `place`th of its step."""
+    return int(np.random.SeedSequence([seed, step, place]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _generators() -> dict[str, Any]:
+    """Every random generator's state: a step needs none of them, but what validates may."""
+    version, numbers, gauss = random.getstate()
+    kind, keys, place, has_gauss, cached = np.random.get_state()
+    return {
+        "python": [version, list(numbers), gauss],
+        "numpy": [kind, [int(key) for key in keys], place, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def _set_generators(saved: Mapping[str, Any]) -> None:
+    version, numbers, gauss = saved["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    kind, keys, *rest = saved["numpy"]
+    np.random.set_state((kind, np.array(keys, np.uint32), *rest))
+    torch.set_rng_state(saved["torch"])
+    if len(saved["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(saved["cuda"])
+
+
+@contextlib.contextmanager
+def _compiled(module: nn.Module, params: TrainParams, device: torch.device) -> Iterator[None]:
+    """Within the block the module's own blocks are translated by torch.compile, if so wanted.
+
+    Raises:
+        InputError: they cannot be.
+    """
+    wanted = params.compile == "on" or (params.compile == "auto" and device.type == "cuda")
+    blocks = list(getattr(module, "h", ())) if wanted else []
+    if blocks and torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(True, warn_only=True)  # in the compiler too
+    for block in blocks:
+        block.compile()
+    try:
+        yield
+    except Exception as error:
+        if not (blocks and type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"train.compile: torch.compile cannot translate the model here ({reason}); "
+            "install a C++ compiler, or set compile: off"
+        ) from error
+    finally:
+        for block in blocks:
+            block._compiled_call_impl = None
+
+
+@contextlib.contextmanager
+def _deferred_signals() -> Iterator[Callable[[], int]]:
+    """Within the block SIGINT and SIGTERM are only noted, so that a step is never cut in two.
+
+    Yields a function that returns the number of the first that came, 0 if none did.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: 0  # only the main thread may handle signals
+        return
+    came: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: came[0] if came else 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

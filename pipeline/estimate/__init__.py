@@ -1,0 +1,4 @@
+"""What a training will take: steps, time, memory, disk.
+
+Imports `run` and what is below it.
+"""

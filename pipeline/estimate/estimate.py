@@ -1,0 +1,399 @@
+"""Know before you run: what a training stage takes of memory and time, here or on another device.
+
+How much there is to do is counted (`pipeline.estimate.plan`); memory by part comes from
+`gpt.estimate`. On this machine a probe (`pipeline.estimate.probe`) measures the speed and the whole
+process's memory; for a named graphics card the speed is a share of its published peak.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from gpt import estimate as shapes
+from gpt.base.errors import InputError
+from gpt.estimate import ACCELERATORS, UTILISATION, Accelerator, Memory
+from gpt.model.device import pick_device
+from pipeline.estimate.plan import TRAINING, Plan, make_plan
+from pipeline.estimate.probe import EVALUATE_AFTER, WARM_UP, Probe, probe_stage
+from pipeline.project.params import PARAMS_FILE, load_params
+from pipeline.project.stages import STAGES
+from pipeline.show.console import safe_console, seconds_in_words
+from pipeline.show.terminal import say_json
+
+# --- what it takes --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Seconds:
+    """The time of a stage by part."""
+
+    start: float
+    training: float
+    evaluations: float
+    end: float
+
+    @property
+    def total(self) -> float:
+        """The sum."""
+        return self.start + self.training + self.evaluations + self.end
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Estimate:
+    """What a stage takes.
+
+    Attributes:
+        plan: what there is to do.
+        memory: its parts.
+        peak: the process's memory as measured, and on a graphics card; else the sum of the parts.
+        libraries: what is no part: Python and its libraries, or a device's own.
+        seconds: the time by part; for a named device only in all.
+        total_seconds: in all.
+        devices: how many of a named device are needed, None for none that would do.
+    """
+
+    plan: Plan
+    memory: Memory
+    peak: int
+    libraries: int
+    device_peak: int | None = None
+    seconds: Seconds | None = None
+    total_seconds: float
+    devices: int | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """All figures under plain names: bytes, seconds, FLOPs."""
+        plan = self.plan
+        return {
+            "parameters": plan.parameters,
+            "trained": plan.trained,
+            "steps": plan.steps,
+            "tokens": plan.tokens,
+            "evaluations": plan.evaluations,
+            "flops_per_token": float(plan.step_flops.sum()) / plan.tokens,
+            "flops": plan.flops,
+            "memory_bytes": {
+                **dataclasses.asdict(self.memory),
+                "libraries": self.libraries,
+                "peak": self.peak,
+                "device_peak": self.device_peak,
+            },
+            "seconds": {
+                **(dataclasses.asdict(self.seconds) if self.seconds else {}),
+                "total": self.total_seconds,
+            },
+            "devices": self.devices,
+        }
+
+
+def here(plan: Plan, probe: Probe) -> Estimate:
+    """On this machine, from what a probe saw."""
+    local = pick_device(plan.train.device)
+    bf16 = _in_bf16(plan, gpu=local.type == "cuda")
+    kernel: shapes.Kernel = "blocked" if local.type == "cpu" else "fused"
+    memory = plan.memory(plan.largest, bf16=bf16, kernel=kernel)
+    seen = plan.memory(plan.largest_of(len(probe.steps)), bf16=bf16, kernel=kernel)
+    # the largest batch may come later
+    later = max(0, memory.activations + memory.loss - seen.activations - seen.loss)
+    if not probe.evaluations:
+        later += memory.best + memory.kv_cache
+    on_host = probe.device_peak is None
+    peak = probe.peak + (later if on_host else 0)
+    time = seconds(plan, probe)
+    return Estimate(
+        plan=plan,
+        memory=memory,
+        peak=peak,
+        libraries=max(0, peak - memory.total) if on_host else probe.peak,
+        device_peak=None if probe.device_peak is None else probe.device_peak + later,
+        seconds=time,
+        total_seconds=time.total,
+    )
+
+
+def seconds(plan: Plan, probe: Probe) -> Seconds:
+    """The whole stage's time from its first steps, which are weighed by their FLOPs."""
+    timed = probe.timed
+    rate = sum(step.seconds for step in timed) / sum(_flops_of(plan, step.number) for step in timed)
+    training = rate * float(plan.step_flops.sum())
+    for step in probe.steps[:WARM_UP]:
+        training += step.seconds - rate * _flops_of(plan, step.number)
+    # between two steps: what listens to them
+    interval = min(EVALUATE_AFTER, int(plan.train.eval_interval))
+    gaps = [
+        after.end - after.seconds - before.end
+        for before, after in itertools.pairwise(probe.steps)
+        if before.number % interval and after.number == before.number + 1
+    ]
+    training += plan.steps * max(0.0, float(np.median(gaps)) if gaps else 0.0)
+    if probe.evaluations:
+        whole = float(np.mean([each.whole for each in probe.evaluations]))
+        validation = float(np.mean([each.validation for each in probe.evaluations]))
+    else:  # a forward pass costs as much as it does in a step
+        whole = validation = rate * plan.evaluation_flops
+    final = validation * plan.final_flops / plan.evaluation_flops
+    return Seconds(
+        start=probe.start,
+        training=training,
+        evaluations=plan.evaluations * whole,
+        end=final + probe.finish,
+    )
+
+
+def _flops_of(plan: Plan, number: int) -> float:
+    return float(plan.step_flops[number - 1])
+
+
+def on_device(plan: Plan, device: Accelerator) -> Estimate:
+    """On a named graphics card, at the assumed share of its peak."""
+    bf16 = _in_bf16(plan, gpu=True) and device.bf16 is not None
+    memory = plan.memory(plan.largest, bf16=bf16, kernel="fused")
+    needed = shapes.devices_needed(memory, device)
+    total = plan.flops / (UTILISATION * device.peak(bf16=bf16) * (needed or 1))
+    return Estimate(
+        plan=plan,
+        memory=memory,
+        peak=memory.total + shapes.CONTEXT_BYTES,
+        libraries=shapes.CONTEXT_BYTES,
+        total_seconds=total,
+        devices=needed,
+    )
+
+
+def _in_bf16(plan: Plan, *, gpu: bool) -> bool:
+    precision = plan.train.precision
+    return bool(precision == "bf16" or (precision == "auto" and gpu))
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def estimate(
+    root: Path,
+    stage: str | None = None,
+    *,
+    preset: str | None = None,
+    device: str | None = None,
+    as_json: bool = False,
+    console: Console | None = None,
+) -> dict[str, Estimate]:
+    """Print what the training stages take, or one of them.
+
+    Args:
+        root: the project.
+        stage: one that trains; None is all of them for which there is data.
+        preset: take its parameters in place of `params.yaml`, with the data that is there.
+        device: a name of `ACCELERATORS`; None measures this machine.
+        as_json: print JSON and nothing else.
+        console: where to print to.
+
+    Returns:
+        The estimates by stage.
+
+    Raises:
+        InputError: a name that is not known, a parameter that is wrong, or no data yet.
+        RunError: a stage could not be measured.
+    """
+    if stage is not None and stage not in TRAINING:
+        trains = "trains nothing" if stage in STAGES else "no such stage"
+        raise InputError(f"{stage}: {trains}; use one of {', '.join(TRAINING)}")
+    if device is not None and device not in ACCELERATORS:
+        raise InputError(f"--device {device}: not known; use one of {', '.join(ACCELERATORS)}")
+    file = _params_file(root, preset)
+    params = load_params(file)
+    console = safe_console(console)
+    results: dict[str, Estimate] = {}
+    missing: dict[str, str] = {}
+    busy = None if device else _busy()
+    for name in [stage] if stage else TRAINING:
+        try:
+            plan = make_plan(name, params, root)
+            if device:
+                results[name] = on_device(plan, ACCELERATORS[device])
+                continue
+            with _status(console, f"measuring {name} …", quiet=as_json):
+                weights = shapes.FP32 * plan.parameters
+                results[name] = here(plan, probe_stage(name, root, file, weights))
+        except InputError as error:
+            missing[name] = str(error)
+    if not results:
+        raise InputError(next(iter(missing.values())))
+    if as_json:
+        data = {name: each.as_json() for name, each in results.items()}
+        whole = {"preset": preset, "device": device, "stages": data, "missing": missing}
+        say_json(whole)
+        return results
+    notes = [f"{name}: {why}." for name, why in missing.items()]
+    notes += [
+        f"{name}: measured on one device; train.devices is {each.plan.train.devices}."
+        for name, each in results.items()
+        if device is None and each.plan.train.devices != 1
+    ]
+    if busy:
+        notes.append(busy)
+    if preset:
+        notes.append(
+            f"With the parameters of presets/{preset}.yaml, and data and base models as they are "
+            "in the project now."
+        )
+    _print(console, results, device, notes)
+    return results
+
+
+def _busy() -> str | None:
+    """Says that others were at work here, which a measured time cannot leave out."""
+    cores = os.cpu_count() or 1
+    if not hasattr(os, "getloadavg") or (load := os.getloadavg()[0]) < cores:
+        return None
+    return (
+        f"The machine was busy (load {load:.1f} on {cores} cores): the times are those of a busy "
+        "machine, and hold as long as it is."
+    )
+
+
+def _status(
+    console: Console, text: str, *, quiet: bool
+) -> contextlib.AbstractContextManager[object]:
+    return contextlib.nullcontext() if quiet else console.status(text)
+
+
+def _params_file(root: Path, preset: str | None) -> Path:
+    if preset is None:
+        return root / PARAMS_FILE
+    file = root / "presets" / f"{preset}.yaml"
+    known = sorted(path.stem for path in (root / "presets").glob("*.yaml"))
+    if preset not in known:
+        raise InputError(f"{preset}: no such preset; there are {', '.join(known) or 'none'}")
+    return file
+
+
+_PARTS = {
+    "weights": "weights",
+    "copies": "bf16 copies of them",
+    "gradients": "gradients",
+    "optimizer": "optimizer",
+    "activations": "activations",
+    "loss": "loss and its logits",
+    "best": "the best weights so far",
+    "kv_cache": "KV cache of samples",
+    "features": "frozen blocks' vectors",
+}
+
+
+def _print(
+    console: Console, results: Mapping[str, Estimate], device: str | None, notes: Iterable[str]
+) -> None:
+    each = list(results.values())
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column("")
+    for name in results:
+        table.add_column(name, justify="right")
+
+    def row(label: str, value: Callable[[Estimate], str], style: str = "") -> None:
+        table.add_row(label, *(Text(value(result), style=style) for result in each), style=style)
+
+    row("parameters", lambda r: f"{r.plan.parameters:,}")
+    row("  trained", lambda r: _share(r.plan.trained, r.plan.parameters))
+    row("steps", lambda r: f"{r.plan.steps:,}")
+    row("tokens", lambda r: f"{r.plan.tokens:,}")
+    row("FLOPs a token", lambda r: _flops(float(r.plan.step_flops.sum()) / r.plan.tokens))
+    row("FLOPs in all", lambda r: _flops(r.plan.flops))
+    table.add_section()
+    for part, label in _PARTS.items():
+        if any(getattr(result.memory, part) for result in each):
+            row(label, lambda r, part=part: _bytes(getattr(r.memory, part)))  # type: ignore[misc]
+    if device is None and any(result.device_peak is not None for result in each):
+        row("on the graphics card", lambda r: _bytes(r.device_peak or 0), "bold")
+        row("in the machine's memory", lambda r: _bytes(r.peak), "bold")
+    else:
+        row("CUDA itself" if device else "Python and libraries", lambda r: _bytes(r.libraries))
+        row("memory", lambda r: _bytes(r.peak), "bold")
+    table.add_section()
+    if device is None:
+        for label, part in (
+            ("start and data", "start"),
+            ("all steps", "training"),
+            ("evaluations", "evaluations"),
+            ("last evaluation, saving", "end"),
+        ):
+            row(label, lambda r, part=part: _time(getattr(r.seconds, part)))  # type: ignore[misc]
+    else:
+        row("fits on", lambda r: _devices(r.devices))
+    row("time", lambda r: _time(r.total_seconds), "bold")
+    console.print()
+    console.print(table)
+    console.print()
+    for line in [*_basis(device), *notes]:
+        console.print(Text(line, style="dim"), soft_wrap=False)
+
+
+def _basis(device: str | None) -> Iterator[str]:
+    """What the figures rest on."""
+    if device is None:
+        yield (
+            "Time and memory of each stage by itself, as a process of its own: its first steps "
+            "were run here."
+        )
+        yield (
+            "The parts are counted; what they leave of the measured memory is Python, its "
+            "libraries and what the allocator keeps."
+        )
+        return
+    card = ACCELERATORS[device]
+    rate = f"{card.bf16 / 1e12:g} TFLOP/s in bf16" if card.bf16 else "no bf16"
+    yield (
+        f"{card.name}: {card.memory / 1e9:.1f} GB, {rate}, {card.fp32 / 1e12:g} in fp32 "
+        f"({card.source})."
+    )
+    yield (
+        f"Time: that {UTILISATION:.0%} of the peak is reached is assumed, not measured; small "
+        "models reach less. Start-up, samples and saving are not in it."
+    )
+    yield (
+        f"Memory: the sum of the parts, and {_bytes(shapes.CONTEXT_BYTES)} assumed for CUDA itself."
+        " More than one device as FSDP shards them, each with batches as large as here."
+    )
+
+
+def _time(seconds: float) -> str:
+    return seconds_in_words(seconds) if seconds >= 0.05 else "under 0.1 s"
+
+
+def _devices(needed: int | None) -> str:
+    if needed is None:
+        return "none: lower batch_size"
+    return "1 device" if needed == 1 else f"{needed} devices (FSDP)"
+
+
+def _share(trained: int, parameters: int) -> str:
+    return "all" if trained == parameters else f"{trained:,}"
+
+
+def _bytes(size: int) -> str:
+    if not size:
+        return "-"
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size >= unit:
+            value = size / unit
+            return f"{value:,.1f} {name}" if value < 99.95 else f"{value:,.0f} {name}"
+    return f"{size} B"
+
+
+def _flops(value: float) -> str:
+    for unit, name in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if value >= unit:
+            return f"{value / unit:.3g} {name}"
+    return f"{value:,.0f}"

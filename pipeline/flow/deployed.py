@@ -1,0 +1,290 @@
+"""What deployments run on an agent: the pipeline at a commit under parameters of the run, and a
+watch over the sources.
+
+`pipeline.flow.agent_start` has made the workspace, and this process works in it. DVC's remote gives
+what others made before the stages run, and takes what they made afterwards.
+
+Import this module only when `pipeline.flow.prefect_api.environment` is in place: Prefect reads its
+settings when it is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
+from prefect.events import emit_event
+from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
+from prefect.states import AwaitingRetry, Cancelled, Completed, Failed, State
+from prefect.task_runners import ThreadPoolTaskRunner
+from prefect.variables import Variable
+
+from gpt.base.errors import InputError, RunError
+from pipeline.dag.cache import dvc_md5, mend
+from pipeline.dag.graph import LOCK_FILE, Dag, find_root, has_remote
+from pipeline.dag.overrides import params_with, text_with, write_params
+from pipeline.dag.repro import Processes, StageError
+from pipeline.flow.agent_start import AGENT_VARIABLE, WORKER_VARIABLE, run_note
+from pipeline.flow.flow import run_stages
+from pipeline.project.params import PARAMS_FILE, SECTIONS, load_params, read_params
+from pipeline.project.settings import FlowParams
+
+NEW_DATA = "gpt-pipeline.new-data"
+"""The event that says that sources changed; a deployment with a trigger on it runs then."""
+_SOURCES = "gpt_pipeline_sources"
+_LOOK_SECONDS = 0.5
+
+
+def _name() -> str:
+    given = flow_run.parameters
+    what = ", ".join(given.get("targets") or ()) or "all stages"
+    changed = [given["preset"]] if given.get("preset") else []
+    changed += [f"{path}={value}" for path, value in (given.get("overrides") or {}).items()]
+    return " ".join([what, *changed]).replace("{", "{{").replace("}", "}}")
+
+
+@flow(
+    name="gpt-pipeline",
+    flow_run_name=_name,
+    task_runner=ThreadPoolTaskRunner(max_workers=64),  # most wait: `jobs` says how many work
+)  # type: ignore[untyped-decorator]
+def gpt_pipeline_on_agent(
+    targets: list[str] | None = None,
+    preset: str | None = None,
+    overrides: dict[str, Any] | None = None,
+    force: bool = False,
+    jobs: int = 3,
+    commit: str = "",
+) -> State[Any]:
+    """Bring the pipeline up to date at a commit, and share what it made.
+
+    Args:
+        targets: names of stages; none is every stage but the optional ones.
+        preset: a file of `presets/` that takes the place of `params.yaml`.
+        overrides: parameter (`pretrain.train.steps`) -> value, on top of it.
+        force: run the stages even where nothing changed.
+        jobs: so many stages run at the same time.
+        commit: which one (a branch, a tag, a hash); by default the newest of the agent's branch.
+    """
+    root = find_root(Path.cwd())
+    processes = Processes()
+    try:
+        set_params(root, targets or [], preset, overrides or {})
+        if jobs < 1:
+            raise InputError(f"jobs: at least 1 stage must run at a time (got {jobs})")
+    except InputError as error:
+        get_run_logger().error("%s", error)
+        return Failed(message=str(error), data=StageError(str(error), 2, "input"))
+    with _worker_watched(processes) as lost, processes.stopped_by_signals():
+        state = _share(root, processes, "dvc pull", "dvc", "pull", "--run-cache", "--allow-missing")
+        if state.is_completed():
+            dag = _with_sound_outputs(root)
+            state = run_stages(root, targets or [], force, jobs, processes, dag=dag)
+            if not processes.stopped_by:
+                pushed = _share(root, processes, "dvc push", "pipeline", "push")
+                if state.is_completed() and not pushed.is_completed():
+                    state = pushed
+                _report(root)
+        if lost.is_set():
+            _hand_back()
+    return state
+
+
+def _with_sound_outputs(root: Path) -> Dag:
+    """The DAG, once what was pulled is compared with `dvc.lock`: DVC believes its remote."""
+    dag = Dag(root)
+    in_place = [name for name, changes in dag.changes().items() if not changes]
+    if damaged := mend(dag, in_place).damaged:
+        get_run_logger().warning("%s: not what %s says, and removed", ", ".join(damaged), LOCK_FILE)
+    return dag
+
+
+def set_params(
+    root: Path, targets: list[str], preset: str | None, overrides: dict[str, Any]
+) -> None:
+    """Put the run's parameters in place of the commit's.
+
+    Raises:
+        InputError: there is no such stage, preset or parameter, or a value is impossible: as
+            `params.yaml` would be told.
+    """
+    for name in targets:
+        if name not in SECTIONS:
+            raise InputError(f"{name}: no such stage; use one of {', '.join(SECTIONS)}")
+    file = root / PARAMS_FILE
+    if preset is not None:
+        file = root / "presets" / f"{preset}.yaml"
+        if Path(preset).name != preset or not file.is_file():
+            known = ", ".join(sorted(path.stem for path in (root / "presets").glob("*.yaml")))
+            raise InputError(f"{preset}: no such preset; there are {known}")
+    content = file.read_bytes()
+    load_params(file)
+    if overrides:
+        try:
+            params_with(read_params(file), overrides)
+        except InputError as error:
+            raise InputError(f"overrides: {error}") from None
+        content = text_with(content, overrides)
+    write_params(root, content)
+    load_params(root / PARAMS_FILE)
+
+
+# --- what others made, and what others are to have ------------------------------------------------
+
+
+def _share(root: Path, processes: Processes, name: str, *arguments: str) -> State[Any]:
+    """A command with DVC's remote, in a task of its own; tried again while it fails."""
+
+    def share() -> State[Any]:
+        logger = get_run_logger()
+        if not has_remote(root):
+            logger.info("no DVC remote is set (`dvc remote add -d NAME PLACE`): nothing to share")
+            return Completed(name="Skipped", message="no DVC remote is set")
+        params = load_params(root / PARAMS_FILE).flow or FlowParams()
+        wait = params.wait
+        line = ""
+        for tries_left in range(params.retries, -1, -1):
+            if processes.stopped_by:
+                break
+            done = processes.run(root, [sys.executable, "-m", *arguments])
+            if done.returncode == 0:
+                said = done.stdout.strip().splitlines()
+                return Completed(message=said[-1] if said else name)
+            said = [line for line in done.stderr.splitlines() if line.lower().startswith("error")]
+            line = f"{name}: {said[-1].partition(': ')[2] if said else 'it failed'}"
+            if not tries_left:
+                break
+            logger.warning("%s; tried again in %g s (%d left)", line, wait, tries_left)
+            processes.stopping.wait(wait)
+            wait *= 2
+        if processes.stopped_by:
+            return Cancelled(message="stopped by the user")
+        line += "; see that the remote answers (`dvc remote list`), and run again"
+        logger.error("%s", line)
+        return Failed(message=line, data=StageError(line, kind="network"))
+
+    state: State[Any] = task(name=name, task_run_name=name, cache_policy=NO_CACHE)(share)(
+        return_state=True
+    )
+    return state
+
+
+def _report(root: Path) -> None:
+    """The page of the run, which MLflow keeps; a rendering is no reason to fail."""
+    from pipeline.report.terminal import print_report
+
+    try:
+        print_report(root, always=False)
+    except (InputError, RunError) as error:
+        get_run_logger().warning("no report: %s", error)
+
+
+# --- a worker that is gone ------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _worker_watched(processes: Processes) -> Iterator[threading.Event]:
+    """Within the block, stop the stages when the worker is gone: nobody could cancel them, and
+    nobody would hear of their end. Their state is kept, and another worker goes on from it."""
+    lost, ended = threading.Event(), threading.Event()
+    worker = int(os.environ.get(WORKER_VARIABLE) or 0)
+
+    def watch() -> None:
+        while not ended.wait(_LOOK_SECONDS):
+            if os.getppid() != worker:
+                lost.set()
+                processes.stop(signal.SIGTERM)
+                return
+
+    if worker:
+        threading.Thread(target=watch, name="worker-watch", daemon=True).start()
+    try:
+        yield lost
+    finally:
+        ended.set()
+
+
+def _hand_back() -> None:
+    """Let the next worker take the flow run up, and end without another word about it."""
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(
+            flow_run.id,
+            AwaitingRetry(message="the worker was gone; the next one goes on from the kept state"),
+            force=True,
+        )
+    # from now on it is anyone's: no agent may take it for lost here
+    run_note(Path(os.environ[AGENT_VARIABLE]), str(flow_run.id)).unlink(missing_ok=True)
+    os._exit(0)
+
+
+# --- new data -------------------------------------------------------------------------------------
+
+
+@flow(name="gpt-pipeline watch", flow_run_name="look for new data")  # type: ignore[untyped-decorator]
+def watch_sources(commit: str = "") -> State[Any]:
+    """Say by an event that the sources are others than when this was last asked.
+
+    Looked at are the folder `download.local` at the commit, `download.mirror` where it is a folder,
+    and what `params.yaml` says of the sources. What lies behind an address is pinned by its sha256.
+
+    Args:
+        commit: which one; by default the newest of the agent's branch.
+    """
+    root = find_root(Path.cwd())
+    try:
+        now = fingerprint(root)
+    except (InputError, OSError) as error:
+        return Failed(message=str(error))
+    before = Variable.get(_SOURCES)
+    if before == now:
+        return Completed(message="nothing new")
+    if before is None:
+        Variable.set(_SOURCES, now, overwrite=True)
+        return Completed(message="seen for the first time")
+    emit_event(
+        event=NEW_DATA,
+        resource={
+            "prefect.resource.id": "gpt-pipeline.sources",
+            "prefect.resource.name": "sources",
+        },
+        payload={"before": before, "now": now},
+    )
+    time.sleep(1)  # events go out by a thread of their own
+    Variable.set(_SOURCES, now, overwrite=True)  # told twice is better than never
+    return Completed(message="there is new data")
+
+
+def fingerprint(root: Path) -> str:
+    """What the sources are, in one word.
+
+    Raises:
+        InputError: `params.yaml` is bad, or a folder that it names is missing.
+    """
+    import hashlib
+
+    params = load_params(root / PARAMS_FILE).download
+    parts = [repr(params)]
+    places = [root / params.local]
+    mirror = os.environ.get("GPT_PIPELINE_MIRROR") or params.mirror
+    if mirror and "://" not in mirror:
+        places.append(root / Path(mirror).expanduser())
+    for place in places:
+        if not place.is_dir():
+            raise InputError(f"{place}: no such folder, and download names it; correct params.yaml")
+        if place.is_relative_to(root):
+            parts.append(dvc_md5(place))
+        else:  # perhaps large, and not ours: by what the system knows of it
+            stats = [(path, path.stat()) for path in sorted(place.rglob("*")) if path.is_file()]
+            parts += [f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

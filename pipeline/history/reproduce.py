@@ -1,0 +1,529 @@
+"""`gpt-pipeline reproduce`: a model version made again, and every byte of it compared.
+
+In a workspace of its own (`pipeline.dag.workspace`) with the run's commit, parameters, edits and
+inputs the stage is executed anew: not taken from DVC's run cache, no resume state gone on from,
+tracked in an MLflow that goes with the workspace. Of the project nothing is touched but the
+version's tag `reproduced`. What may make the bytes differ is said before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import date
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from filelock import FileLock, Timeout
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from gpt.base.errors import InputError, RunError
+from gpt.base.events import Event, Message
+from pipeline.dag.cache import DvcCache, dvc_md5
+from pipeline.dag.graph import Dag
+from pipeline.dag.workspace import make_workspace
+from pipeline.history.names import Commit, File, find, version_name
+from pipeline.history.runs import Execution, Known, known
+from pipeline.project.folders import HOME_VARIABLE, home
+from pipeline.project.git import commit_of, git
+from pipeline.project.params import PARAMS_FILE, load_params, section
+from pipeline.show.console import (
+    EVENTS_VARIABLE,
+    Display,
+    EventReader,
+    following,
+    make_display,
+    report_console,
+    seconds_in_words,
+)
+from pipeline.tracking.connection import connect, named_failure
+from pipeline.tracking.database import database_uri
+from pipeline.tracking.keys import flatten, packages_of
+from pipeline.tracking.provenance import CODE, PATCH
+from pipeline.tracking.run import machine
+
+if TYPE_CHECKING:
+    from pipeline.tracking.entities import ModelVersion
+
+FOLDER = Path(".pipeline") / "reproduced"
+TAG = "reproduced"
+"""Of a registered version: when and on what it was made again, and what came of it."""
+
+_KEPT = Path(".pipeline") / "kept"
+_DOWNLOADS = Path(".pipeline") / "downloads"
+_OTHERS_MLFLOW = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_RUN_ID")
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """One output: as it was recorded, and as it came now; None if it did not come."""
+
+    stage: str
+    path: str
+    recorded: str
+    now: str | None
+
+    @property
+    def same(self) -> bool:
+        """Every byte is."""
+        return self.recorded == self.now
+
+
+@dataclass(slots=True)
+class _Job:
+    """What is to be made again, and where."""
+
+    root: Path
+    everything: Known
+    run: Execution
+    version: ModelVersion | None
+    commit: str
+    folder: Path
+    doubts: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return version_name(self.version) if self.version else f"run {self.run.run_id}"
+
+
+def reproduce(
+    root: Path,
+    what: str,
+    *,
+    keep: bool = False,
+    whole: bool = False,
+    console: Console | None = None,
+) -> list[Compared]:
+    """Make a model version, or whatever a run made, again, and compare it byte by byte.
+
+    Args:
+        root: the project, the top of a git repository.
+        what: a model version or a run: see `pipeline.history.names.find`.
+        keep: leave the workspace.
+        whole: execute every stage before it anew too, in the place of fetching its outputs.
+        console: where to print.
+
+    Returns:
+        The outputs, all of them the same.
+
+    Raises:
+        InputError: there is no such thing, it cannot be made again, or another process does so.
+        RunError: a stage failed, or an output is another one than was recorded.
+    """
+    console = report_console(console)
+    job = _job(root.resolve(), what)
+    with _alone(job), _stoppable():
+        began = time.monotonic()
+        try:
+            with make_display() as display:
+                _prepare(job, display)
+                if keep:
+                    (job.folder / _KEPT).parent.mkdir(exist_ok=True)
+                    (job.folder / _KEPT).touch()
+                for doubt in job.doubts:
+                    display.line("", f"cannot be promised: {doubt}", "warning")
+                compared = _make(job, whole, display)
+        finally:
+            if (job.folder / _KEPT).exists():
+                console.print(Text(f"kept: {os.path.relpath(job.folder)}"), soft_wrap=True)
+            else:
+                shutil.rmtree(job.folder, ignore_errors=True)
+        differing = [each.path for each in compared if not each.same]
+        console.print(_table(compared))  # first: it must not be lost where MLflow is gone
+        _mark(job, differing)
+        took = seconds_in_words(time.monotonic() - began)
+        if differing:
+            doubted = f"; not promised was: {'; '.join(job.doubts)}" if job.doubts else ""
+            raise RunError(
+                f"{job.name} does not come out the same: {', '.join(differing)} "
+                f"{'differ' if len(differing) > 1 else 'differs'}{doubted}"
+            )
+        console.print(Text(f"{job.name}: the same bytes, in {took}", style="green"))
+    return compared
+
+
+# --- what is to be made ---------------------------------------------------------------------------
+
+
+def _job(root: Path, what: str) -> _Job:
+    everything = known(root)
+    found = find(everything, what, Path.cwd())
+    version = None
+    if isinstance(found, Execution):
+        run = found
+        told = [each for each in everything.versions if each.run_id == run.run_id]
+        version = told[0] if told else None
+        name = f"run-{run.run_id[:12]}"
+    elif isinstance(found, File | Commit):
+        raise InputError(f"{what}: is no model version and no run; only these can be made again")
+    else:
+        version = found
+        by_run = everything.by_run(version.run_id)
+        if by_run is None:
+            raise InputError(
+                f"{what}: its run {version.run_id} is gone from MLflow, and with it what it was "
+                "made of; it cannot be made again"
+            )
+        run, name = by_run, f"{version.name}-{version.version}"
+    if not run.outputs:
+        status = run.run.info.status if run.run else "unknown"
+        raise InputError(
+            f"{what}: its run ended {status} and recorded no outputs; there is nothing to compare"
+        )
+    commit = run.tags.get("git.commit", "")
+    if not commit:
+        raise InputError(f"{what}: no commit is recorded with its run, so its code is not known")
+    return _Job(root, everything, run, version, commit_of(root, commit), home(root) / FOLDER / name)
+
+
+@contextlib.contextmanager
+def _alone(job: _Job) -> Iterator[None]:
+    """Within the block nobody else makes the same; what a killed process left is cleared."""
+    path = job.folder.with_name(f"{job.folder.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise InputError(
+            f"{job.name}: another process makes it again at this moment; wait for it"
+        ) from None
+    try:
+        if (job.folder / _KEPT).exists():
+            raise InputError(
+                f"{os.path.relpath(job.folder)}: is kept from an earlier `reproduce --keep`; "
+                "remove it, and try again"
+            )
+        if job.folder.exists():
+            shutil.rmtree(job.folder)
+        yield
+    finally:
+        lock.release()
+
+
+class _Stopped(KeyboardInterrupt):
+    """SIGTERM came."""
+
+    signal = signal.SIGTERM
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """Within the block SIGTERM unwinds the stack as Ctrl-C does, so that nothing is left."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise _Stopped
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# --- the workspace --------------------------------------------------------------------------------
+
+
+def _prepare(job: _Job, display: Display) -> None:
+    """The workspace with the run's code and parameters; what is not certain is noted."""
+    kept = job.everything.kept(job.run, f"lineage/{PARAMS_FILE}")
+    patch = job.everything.kept(job.run, f"lineage/{PATCH}")
+    code = job.everything.kept(job.run, f"lineage/{CODE}")
+    display.line("", f"{job.name}: {job.run.stage} at commit {job.commit[:10]}")
+    make_workspace(job.root, job.commit, job.folder, params=kept)
+    tags = job.run.tags
+    if patch:
+        _apply(job, patch)
+        display.line("", "the edits that were in its tree are put in")
+    elif tags.get("git.dirty") == "true":
+        job.doubts.append("its tree had edits that no commit has, and they were not kept")
+    if untracked := tags.get("git.untracked"):
+        job.doubts.append(f"it used files that git does not have ({untracked})")
+    if redacted := tags.get("lineage.redacted"):
+        job.doubts.append(f"secrets were taken out of what it kept ({redacted})")
+    if kept is None:
+        job.doubts += _other_params(job)
+    if code is None:
+        job.doubts.append("which code it ran is known by its commit alone")
+    else:
+        job.doubts += _other_code(job.folder, json.loads(code))
+    job.doubts += _other_machine(job.run)
+
+
+def _apply(job: _Job, patch: bytes) -> None:
+    with tempfile.NamedTemporaryFile(suffix=".patch") as file:
+        file.write(patch)
+        file.flush()
+        try:
+            git(job.folder, "apply", "--binary", "--whitespace=nowarn", file.name)
+        except RunError as error:
+            raise RunError(
+                f"{job.name}: the edits kept with its run do not fit its commit ({error})"
+            ) from None
+
+
+def _other_params(job: _Job) -> Iterator[str]:
+    """The run kept no file: what it logged must be what the commit's file gives."""
+    logged = job.run.run.data.params if job.run.run else {}
+    try:
+        now = flatten(section(load_params(job.folder / PARAMS_FILE), job.run.stage))
+    except InputError as error:
+        yield f"its params.yaml was not kept, and that of the commit cannot be read ({error})"
+        return
+    differing = [
+        f"{key} was {logged[key]}, is {value}"
+        for key, value in now.items()
+        if key in logged and logged[key] != value
+    ]
+    if differing:
+        yield (
+            "its params.yaml was not kept, and that of the commit is another one: "
+            + ", ".join(differing)
+        )
+
+
+def _other_code(folder: Path, recorded: Mapping[str, str]) -> Iterator[str]:
+    differing = [
+        path
+        for path, md5 in recorded.items()
+        if not (folder / path).is_file() or dvc_md5(folder / path) != md5
+    ]
+    if differing:
+        yield f"the code is not what it ran: {', '.join(differing)}"
+
+
+def _other_machine(run: Execution) -> Iterator[str]:
+    """What of the machine and its packages differs from the run's."""
+    tags, here = run.tags, machine()
+    for tag, name in (("python", "Python"), ("machine", "the machine")):
+        if tag in tags and tags[tag] != here[tag]:
+            yield f"{name} was {tags[tag]}, is {here[tag]}"
+    before, now = (packages_of(each) for each in (tags, here))
+    differing = [
+        f"{name} was {version}, is {now.get(name, 'missing')}"
+        for name, version in before.items()
+        if now.get(name) != version
+    ]
+    if differing:
+        yield f"packages: {', '.join(differing)}"
+    threads = tags.get("machine.threads")
+    fixed = (run.run.data.params if run.run else {}).get("train.threads", "None") != "None"
+    if threads and not fixed and tags.get("machine.cores") != here["machine.cores"]:
+        yield (
+            f"it computed in {threads} threads on {tags.get('machine.cores')} cores; "
+            f"here are {here['machine.cores']}"
+        )
+
+
+# --- making it ------------------------------------------------------------------------------------
+
+
+def _make(job: _Job, whole: bool, display: Display) -> list[Compared]:
+    """Bring the inputs, execute the stage anew, compare."""
+    chain = _chain(job)
+    compared = []
+    with contextlib.closing(DvcCache(job.root)) as cache:
+        for stage in [*_before(job, chain, cache, whole), job.run.stage]:
+            recorded = chain.get(stage)
+            if recorded is None:
+                raise RunError(
+                    f"{job.name}: no run of {stage} before it is known, so what it gives now "
+                    "cannot be compared"
+                )
+            # every stage works on what was recorded, so that each is compared for itself
+            for path, md5 in recorded.inputs.items():
+                _bring(job, cache, path, md5)
+            for path in recorded.outputs:
+                _remove(job.folder / path)
+            _execute(job, stage, display)
+            compared += _compare(job, stage, recorded.outputs)
+    return compared
+
+
+def _chain(job: _Job) -> dict[str, Execution]:
+    """The run, and the ones that its inputs came from, by stage.
+
+    Of those before only the outputs count that were read on the way to it.
+    """
+    found = {job.run.stage: job.run}
+    read: dict[str, dict[str, str]] = {}
+    waiting = [job.run]
+    while waiting:
+        run = waiting.pop()
+        for path, md5 in run.inputs.items():
+            maker = job.everything.maker(path, md5, run.started)
+            if maker is None:
+                continue
+            read.setdefault(maker.stage, {})[path] = md5
+            if maker.stage not in found:
+                found[maker.stage] = maker
+                waiting.append(maker)
+    return {
+        stage: replace(run, outputs=read.get(stage, run.outputs)) for stage, run in found.items()
+    }
+
+
+def _before(job: _Job, chain: Mapping[str, Execution], cache: DvcCache, whole: bool) -> list[str]:
+    """The stages to execute before: all with `whole`, else those whose outputs are kept nowhere."""
+    dag = Dag(job.folder)
+    if job.run.stage not in dag.stages:
+        raise InputError(f"{job.name}: its commit has no stage {job.run.stage} in dvc.yaml")
+    plan = [name for name in dag.plan([job.run.stage]) if name != job.run.stage]
+    if whole:
+        return plan
+    of = {path: name for name in plan for path in dag.stages[name].outputs}
+    needed: set[str] = set()
+    waiting = [job.run]
+    while waiting:
+        for path, md5 in waiting.pop().inputs.items():
+            if path in of and of[path] not in needed and not cache.fetch(md5):
+                needed.add(of[path])
+                if of[path] in chain:
+                    waiting.append(chain[of[path]])
+    return [name for name in plan if name in needed]
+
+
+def _bring(job: _Job, cache: DvcCache, path: str, md5: str) -> None:
+    """Put an input in place, if it is not there yet, and make sure that it is the recorded one."""
+    target = job.folder / path
+    if target.exists() and dvc_md5(target) == md5:
+        return
+    if cache.fetch(md5):
+        cache.put(md5, target)
+    if not target.exists():
+        raise RunError(
+            f"{job.name}: {path} (md5 {md5}) is neither in its commit nor in DVC's cache or "
+            "remote; `dvc push` where it was made, or name a remote that has it"
+        )
+    now = dvc_md5(target)
+    if now != md5:
+        raise RunError(f"{job.name}: its input {path} was md5 {md5}, and here is only {now}")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _compare(job: _Job, stage: str, recorded: Mapping[str, str]) -> list[Compared]:
+    return [
+        Compared(stage, path, md5, dvc_md5(job.folder / path))
+        if (job.folder / path).exists()
+        else Compared(stage, path, md5, None)
+        for path, md5 in recorded.items()
+    ]
+
+
+def _execute(job: _Job, stage: str, display: Display) -> None:
+    """Run a stage in the workspace, by itself: DVC, which could bring its outputs, has no part."""
+    began = time.monotonic()
+    display.line(stage, "started")
+    output: list[str] = []
+
+    def show(event: Event) -> None:
+        # the registry that it tells of goes with the workspace
+        if not (isinstance(event, Message) and event.text.startswith("registered as")):
+            display.event(stage, event)
+
+    with tempfile.TemporaryDirectory(prefix="gpt-pipeline-") as folder:
+        events = Path(folder) / "events.jsonl"
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pipeline", "stage", stage],
+            cwd=job.folder,
+            env=_environment(job, events),
+            # the stage holds the other end of this: its end says that we are gone
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,  # Ctrl-C comes to us, and we pass it on
+        )
+        try:
+            with following(EventReader(events), show):
+                assert process.stdout is not None
+                output += [line.rstrip() for line in process.stdout if line.strip()]
+                code = process.wait()
+        except BaseException:
+            # nothing of the workspace is wanted any more, so nothing need be saved in it
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            raise
+        finally:
+            display.done(stage)
+    if code:
+        told = [line.removeprefix("error: ") for line in output if line.startswith("error: ")]
+        reason = (told or output or ["no word why"])[-1]
+        raise RunError(f"{job.name}: {stage} failed when it was made again: {reason}")
+    display.line(stage, f"executed in {seconds_in_words(time.monotonic() - began)}", "good")
+
+
+def _environment(job: _Job, events: Path) -> dict[str, str]:
+    """Nothing of the project's is found by it: no state, no MLflow; but what was downloaded is."""
+    downloads = job.folder / _DOWNLOADS
+    shared = home(job.root) / _DOWNLOADS
+    if shared.is_dir() and not downloads.exists():
+        # the sha256 in the parameters decides what is taken, so nothing is fetched twice for this
+        downloads.parent.mkdir(parents=True, exist_ok=True)
+        downloads.symlink_to(shared.resolve(), target_is_directory=True)
+    inherited = {key: v for key, v in os.environ.items() if key not in _OTHERS_MLFLOW}
+    others = inherited.get("PYTHONPATH")
+    return {
+        **inherited,
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(job.folder), others])),
+        "PYTHONUNBUFFERED": "1",
+        HOME_VARIABLE: str(job.folder),
+        "MLFLOW_TRACKING_URI": database_uri(job.folder / "mlflow.db"),
+        EVENTS_VARIABLE: str(events),
+    }
+
+
+# --- the verdict ----------------------------------------------------------------------------------
+
+
+def _mark(job: _Job, differing: list[str]) -> None:
+    """Say on the registered version what came of it."""
+    if job.version is None:
+        return
+    came = f"differs in {', '.join(differing)}" if differing else "the same bytes"
+    kind = f"{platform.system()} {platform.machine()}"
+    client = connect(job.root)
+    with named_failure(job.root, "did not take what came of it"):
+        client.set_model_version_tag(
+            job.version.name, str(job.version.version), TAG, f"{date.today()} on {kind}: {came}"
+        )
+
+
+def _table(compared: list[Compared]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for column in ("stage", "output", "md5", ""):
+        table.add_column(column, no_wrap=column == "output")
+    for each in compared:
+        if each.same:
+            table.add_row(each.stage, each.path, each.recorded, Text("same", style="green"))
+        else:
+            both = f"{each.recorded}, now {each.now or 'not made'}"
+            table.add_row(each.stage, each.path, both, Text("differs", style="bold red"))
+    return table

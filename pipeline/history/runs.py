@@ -1,0 +1,355 @@
+"""What is known of every time that a stage ran: what went in, what came out, of which commit.
+
+MLflow holds a run each; each `dvc.lock` that git has holds, for each stage, the run that made what
+lay there. Both name inputs and outputs by DVC's md5, and that is what joins them: never the time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gpt.base.errors import InputError, RunError
+from pipeline.dag.graph import LOCK_FILE, is_code, pipeline_files, read_stages
+from pipeline.project.git import git
+from pipeline.project.yaml_files import parse_yaml
+from pipeline.tracking.connection import (
+    EXPERIMENT_PREFIX,
+    artifact,
+    connect,
+    named_failure,
+    tracking_uri,
+)
+from pipeline.tracking.database import database_file
+
+if TYPE_CHECKING:
+    from pipeline.tracking.entities import MlflowClient, ModelVersion, Run
+
+_PAGE = 1000
+_INPUT, _OUTPUT = "input.", "output."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Execution:
+    """One time that a stage ran.
+
+    Attributes:
+        stage: its name in `dvc.yaml`.
+        inputs: path -> md5 of what it read; code too where only `dvc.lock` tells of it.
+        outputs: path -> md5 of what it wrote.
+        run: in MLflow; None where no run is known.
+        commits: those whose `dvc.lock` records it, the oldest first.
+        here: the `dvc.lock` that lies here records it.
+        params: its parameters as `dvc.lock` has them; empty where only MLflow tells of it.
+        code: path -> md5, as `dvc.lock` has it.
+    """
+
+    stage: str
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+    run: Run | None = None
+    commits: tuple[str, ...] = ()
+    here: bool = False
+    params: Mapping[str, Any] = field(default_factory=dict)
+    code: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def started(self) -> int:
+        """When, in milliseconds; 0 where no run is known."""
+        return int(self.run.info.start_time or 0) if self.run else 0
+
+    @property
+    def run_id(self) -> str:
+        """Of the run in MLflow; empty where none is known."""
+        return str(self.run.info.run_id) if self.run else ""
+
+    @property
+    def tags(self) -> Mapping[str, str]:
+        """Of the run in MLflow."""
+        return self.run.data.tags if self.run else {}
+
+    @property
+    def deleted(self) -> bool:
+        """Somebody deleted the run; MLflow still knows of it."""
+        return bool(self.run and self.run.info.lifecycle_stage == "deleted")
+
+
+def of_run(run: Run) -> Execution:
+    """A run in MLflow as an execution; what did not end well has no outputs."""
+    tags = run.data.tags
+    ended = run.info.status == "FINISHED"
+    return Execution(
+        stage=tags["dvc.stage"],
+        inputs=_below(tags, _INPUT),
+        outputs=_below(tags, _OUTPUT) if ended else {},
+        run=run,
+    )
+
+
+def _below(tags: Mapping[str, str], prefix: str) -> dict[str, str]:
+    return {
+        key.removeprefix(prefix): value for key, value in tags.items() if key.startswith(prefix)
+    }
+
+
+@dataclass(slots=True)
+class Known:
+    """Everything that MLflow, git and `dvc.lock` know of a project's runs.
+
+    Attributes:
+        root: the project.
+        client: of MLflow; None where there is none to ask.
+        without: why there is none; empty where there is.
+        is_asked: MLflow answered, or there is none yet; else it may know more.
+        executions: the runs of MLflow, the newest first, then what only a `dvc.lock` records.
+        versions: of registered models, the newest first.
+        aliases: (model, version) -> what stands there.
+    """
+
+    root: Path
+    client: MlflowClient | None
+    without: str
+    executions: list[Execution]
+    versions: list[ModelVersion]
+    aliases: dict[tuple[str, str], list[str]]
+    is_asked: bool = True
+
+    def not_known(self, line: str) -> InputError | RunError:
+        """That something is not known `without` MLflow; a mistake only if there is none yet."""
+        kind = InputError if self.is_asked else RunError
+        return kind(f"{line}: {self.without}")
+
+    def makers(self, path: str, md5: str) -> list[Execution]:
+        """What wrote these bytes to the path, the newest first."""
+        return [each for each in self.executions if each.outputs.get(path) == md5]
+
+    def readers(self, path: str, md5: str) -> list[Execution]:
+        """What read these bytes from the path, the oldest first."""
+        found = [
+            each for each in self.executions if md5 in (each.inputs.get(path), each.code.get(path))
+        ]
+        return found[::-1]
+
+    def maker(self, path: str, md5: str, before: int = 0) -> Execution | None:
+        """What wrote the bytes that a run read: of several that wrote the same, the last before it.
+
+        Args:
+            path: relative to the project.
+            md5: of the bytes.
+            before: when they were read, in milliseconds; 0 where that is not known.
+        """
+        made = self.makers(path, md5)
+        told = [each for each in made if each.run is not None]
+        told.sort(key=lambda each: each.deleted)  # one that is there before one that was deleted
+        earlier = [each for each in told if not before or each.started <= before]
+        return next(iter(earlier or told[::-1] or made), None)
+
+    def by_run(self, run_id: str) -> Execution | None:
+        """The execution of a run in MLflow; also of one that was deleted since."""
+        for each in self.executions:
+            if each.run_id == run_id:
+                return each
+        if self.client is None:
+            return None
+        from pipeline.tracking.entities import MlflowException
+
+        with contextlib.suppress(MlflowException, KeyError):  # no such run, or none of a stage
+            return of_run(self.client.get_run(run_id))
+        return None
+
+    def kept(self, run: Execution, name: str) -> bytes | None:
+        """A file that MLflow keeps with a run; None where it keeps none of that name.
+
+        Raises:
+            RunError: MLflow does not say.
+        """
+        if self.client is None or run.run is None:
+            return None
+        with named_failure(self.root, f"does not give {name} of run {run.run_id}"):
+            return artifact(self.client, run.run_id, name)
+
+    def aliases_of(self, version: ModelVersion) -> list[str]:
+        """The aliases that stand at a registered version."""
+        return self.aliases.get((version.name, str(version.version)), [])
+
+    def registered(self, md5: str) -> list[ModelVersion]:
+        """The registered versions of a model directory."""
+        return [each for each in self.versions if each.tags.get("md5") == md5]
+
+
+def known(root: Path) -> Known:
+    """Ask MLflow, git and `dvc.lock`. Nothing is written; MLflow need not be there."""
+    client, without = None, ""
+    runs: list[Execution] = []
+    versions: list[ModelVersion] = []
+    aliases: dict[tuple[str, str], list[str]] = {}
+    database, is_asked = database_file(tracking_uri(root)), True
+    if database is not None and not database.is_file():
+        without = f"there is no {database.name} here, so no run and no registered model is known"
+    else:
+        try:
+            client = connect(root)
+            with named_failure(root, "does not list its runs"):
+                runs = [of_run(run) for run in _runs(client)]
+                versions = list(_versions(client))
+                for model in client.search_registered_models():
+                    for alias, version in model.aliases.items():
+                        aliases.setdefault((model.name, str(version)), []).append(alias)
+        except RunError as error:
+            client, is_asked = None, False
+            without = f"no run and no registered model is known: {error}"
+    versions.sort(key=lambda each: int(each.version), reverse=True)
+    executions = _joined(runs, _recorded(root))
+    return Known(root, client, without, executions, versions, aliases, is_asked)
+
+
+def _versions(client: MlflowClient) -> Iterator[ModelVersion]:
+    token = None
+    while True:
+        page = client.search_model_versions(max_results=_PAGE, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            break
+
+
+def _runs(client: MlflowClient) -> Iterator[Run]:
+    """The stages' runs, deleted ones too, the newest first."""
+    from pipeline.tracking.entities import ViewType
+
+    experiments = [
+        each.experiment_id
+        for each in client.search_experiments()
+        if each.name.startswith(EXPERIMENT_PREFIX)
+    ]
+    token = None
+    while experiments:
+        page = client.search_runs(
+            experiments,
+            run_view_type=ViewType.ALL,
+            order_by=["attributes.start_time DESC"],
+            max_results=_PAGE,
+            page_token=token,
+        )
+        yield from (run for run in page if "dvc.stage" in run.data.tags)
+        token = page.token
+        if not token:
+            break
+
+
+# --- what dvc.lock records ------------------------------------------------------------------------
+
+
+def _recorded(root: Path) -> Iterator[Execution]:
+    """What the `dvc.lock` that lies here records, then those of git's commits, the oldest first."""
+    locks = [file.with_name(LOCK_FILE) for file in pipeline_files(root)]
+    for lock in locks:
+        for each in _executions(read_stages(lock)):
+            yield replace(each, here=True)
+    for commit, blob in _commits_of(root, [each.relative_to(root).as_posix() for each in locks]):
+        for each in in_lock(git(root, "cat-file", "blob", blob)):
+            yield replace(each, commits=(commit,))
+
+
+def in_lock(text: str) -> Iterator[Execution]:
+    """The executions that a `dvc.lock` records; none of what is no such file."""
+    try:
+        found = list(_executions(parse_yaml(text.encode(), LOCK_FILE)["stages"]))
+    except (InputError, KeyError, TypeError, AttributeError):
+        return
+    yield from found
+
+
+def _executions(stages: Mapping[str, Any]) -> Iterator[Execution]:
+    for name, entry in stages.items():
+        deps = {each["path"]: each.get("md5", "") for each in entry.get("deps") or ()}
+        code = {path: md5 for path, md5 in deps.items() if is_code(path)}
+        yield Execution(
+            stage=name,
+            inputs={path: md5 for path, md5 in deps.items() if path not in code},
+            outputs={each["path"]: each.get("md5", "") for each in entry.get("outs") or ()},
+            params=_params(entry.get("params") or {}),
+            code=code,
+        )
+
+
+def _params(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """All parameters of the entry: it lists them by their file."""
+    return {key: value for each in recorded.values() for key, value in each.items()}
+
+
+def _commits_of(root: Path, locks: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Each commit that changed a `dvc.lock`, the oldest first, and the blob that it put there."""
+    try:
+        said = git(
+            root,
+            *("log", "--all", "--reverse", "--format=commit %H", "--raw", "--no-abbrev"),
+            *("--no-renames", "--diff-filter=AM", "--", *locks),
+        )
+    except RunError:  # a source archive has no git
+        return
+    commit = ""
+    for line in said.splitlines():
+        if line.startswith("commit "):
+            commit = line.split()[1]
+        elif line.startswith(":"):
+            yield commit, line.split()[3]
+
+
+def commit_of_path(root: Path, path: str) -> str:
+    """The last commit that changed what lies at a path; empty where git has none."""
+    with contextlib.suppress(RunError):
+        return git(root, "log", "-1", "--format=%H", "--", path)
+    return ""
+
+
+def is_changed(root: Path, path: str) -> bool:
+    """Whether what lies at a path is not what the last commit has there."""
+    try:
+        return bool(git(root, "status", "--porcelain", "--", path))
+    except (RunError, subprocess.SubprocessError):
+        return False
+
+
+def _joined(runs: Sequence[Execution], recorded: Iterable[Execution]) -> list[Execution]:
+    """The runs, each with what `dvc.lock` says of it; then what no run is known of.
+
+    A record belongs to every run of its stage that wrote and read just the same bytes.
+    """
+    of_runs = list(runs)
+    lone: dict[tuple[Any, ...], Execution] = {}
+    by_outputs: dict[tuple[Any, ...], list[int]] = {}
+    for i, each in enumerate(of_runs):
+        if each.outputs:
+            by_outputs.setdefault(_outcome(each), []).append(i)
+    for record in recorded:
+        matched = [
+            i
+            for i in by_outputs.get(_outcome(record), ())
+            if all(record.inputs.get(path) == md5 for path, md5 in of_runs[i].inputs.items())
+        ]
+        for i in matched:
+            of_runs[i] = _with_record(of_runs[i], record)
+        if not matched:
+            code = tuple(sorted(record.code.items()))
+            key = (*_outcome(record), tuple(sorted(record.inputs.items())), code)
+            lone[key] = _with_record(lone[key], record) if key in lone else record
+    return [*of_runs, *reversed(lone.values())]
+
+
+def _outcome(each: Execution) -> tuple[Any, ...]:
+    return each.stage, tuple(sorted(each.outputs.items()))
+
+
+def _with_record(each: Execution, record: Execution) -> Execution:
+    return replace(
+        each,
+        commits=tuple(dict.fromkeys((*each.commits, *record.commits))),
+        here=each.here or record.here,
+        params=each.params or record.params,
+        code=each.code or record.code,
+    )

@@ -1,0 +1,350 @@
+"""`params.yaml` into the stages' dataclasses; whatever is wrong in it is named by its path.
+
+A stage's module is imported only when its section is validated, so that whoever asks for the names
+of the sections alone does not wait for the code of the stages.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from gpt.base.errors import InputError, shown
+from pipeline.project.yaml_files import read_yaml
+
+if TYPE_CHECKING:
+    from pipeline.project.settings import FlowParams, JudgeParams, PromotionParams, TrackingParams
+    from stages.download import DownloadParams
+    from stages.download.sources import Source
+    from stages.evaluate import EvaluateParams
+    from stages.finetune_classifier import FinetuneClassifierParams
+    from stages.finetune_instruct import FinetuneInstructParams
+    from stages.load_gpt2 import LoadGPT2Params
+    from stages.pretrain import PretrainParams
+    from stages.tokenize import TokenizeParams
+    from stages.tune_preferences import TunePreferencesParams
+
+PARAMS_FILE = "params.yaml"
+
+_PLACE = ("file", "folder", "glob", "urls", "member", "members")
+"""The parameters of a source that say where it is."""
+
+_MOST_PROBLEMS = 5
+"""So many problems are named in one message."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Params:
+    """The whole of `params.yaml`: one field a stage, and what is no stage's.
+
+    Optional stages may have no section, and nor need what comes after them.
+    """
+
+    download: DownloadParams
+    tokenize: TokenizeParams
+    pretrain: PretrainParams
+    load_gpt2: LoadGPT2Params
+    finetune_classifier: FinetuneClassifierParams
+    finetune_instruct: FinetuneInstructParams
+    evaluate: EvaluateParams
+    tune_preferences: TunePreferencesParams | None = None
+    promotion: PromotionParams | None = None
+    judge: JudgeParams | None = None
+    tracking: TrackingParams | None = None
+    flow: FlowParams | None = None
+
+
+_OTHERS = ("flow", "promotion", "judge", "tracking")
+"""The sections that are no stage's: `pipeline.project.settings` has their dataclasses."""
+
+SECTIONS = tuple(field.name for field in fields(Params) if field.name not in _OTHERS)
+"""The sections of `params.yaml` that are named after the stages."""
+
+_KNOWN = (*SECTIONS, *_OTHERS)
+_EXAMPLES = {"judge": "docs/judge.md"}
+_REQUIRED = tuple(field.name for field in fields(Params) if field.default is MISSING)
+
+
+def params_class(name: str) -> Any:
+    """The dataclass of a section; imports the stage's module."""
+    # Under `from __future__ import annotations` a field's type is its source text: one table.
+    (annotation,) = (field.type for field in fields(Params) if field.name == name)
+    module = importlib.import_module(
+        "pipeline.project.settings" if name in _OTHERS else f"stages.{name}"
+    )
+    return getattr(module, str(annotation).split(" | ")[0])
+
+
+def section(params: Params, name: str) -> Any:
+    """The parameters of a stage, or of what comes after the stages.
+
+    Raises:
+        InputError: the section may be left out, and is.
+    """
+    own = getattr(params, name)
+    if own is None:
+        raise InputError(
+            f"{PARAMS_FILE}: {name}: missing, and {name} needs it; add the section "
+            f"({_EXAMPLES.get(name, 'presets/book.yaml')} has one)"
+        )
+    return own
+
+
+def read_params(path: Path) -> dict[Any, Any]:
+    """The sections as they stand in the file, unchecked.
+
+    Raises:
+        InputError: the file is missing, no YAML, or holds no sections.
+    """
+    remedy = "put a preset in place (gpt-pipeline preset NAME)"
+    raw = read_yaml(path, path.name, missing=f"not there; {remedy}")
+    if not isinstance(raw, dict):
+        raise InputError(
+            f"{path.name}: must hold the sections {', '.join(SECTIONS)}; write them, or {remedy}"
+        )
+    return raw
+
+
+def load_params(path: Path) -> Params:
+    """Read and validate every section.
+
+    Raises:
+        InputError: the file is missing or no YAML, or a parameter is unknown, missing, of a wrong
+            type or impossible; the problems are named in one line, each with its full path.
+    """
+    raw, problems = _read(path)
+    values: dict[str, Any] = {}
+    for name in _KNOWN:
+        value, found = _validate(name, raw[name]) if name in raw else (None, [])
+        values[name] = value
+        problems += found
+    if not problems:
+        params = Params(**values)
+        problems = list(_across(params))
+        if not problems:
+            return params
+    raise _input_error(path, problems)
+
+
+def load_section(path: Path, name: str, *, others: bool = True) -> Any:
+    """One section alone, checked by itself; None where it may be left out, and is.
+
+    Args:
+        path: of the file.
+        name: of the section.
+        others: whether the names of the other sections are checked too.
+
+    Raises:
+        InputError: as `load_params`, but for mistakes within other sections.
+    """
+    raw, problems = _read(path)
+    problems = problems if others else []
+    value = None
+    if name in raw:
+        value, found = _validate(name, raw[name])
+        problems += found
+    if problems:
+        raise _input_error(path, problems)
+    return value
+
+
+def check_sections(path: Path) -> None:
+    """Check the file's form and its sections' names only, which is quick.
+
+    Raises:
+        InputError: the file is missing or no YAML, or a section is unknown or missing.
+    """
+    _, problems = _read(path)
+    if problems:
+        raise _input_error(path, problems)
+
+
+def _input_error(path: Path, problems: Sequence[str]) -> InputError:
+    shown = "; ".join(problems[:_MOST_PROBLEMS])
+    more = len(problems) - _MOST_PROBLEMS
+    return InputError(f"{path.name}: {shown}" + (f"; and {more} more" if more > 0 else ""))
+
+
+def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """The file's sections as they stand in it, and what is wrong with their names."""
+    raw = read_params(path)
+    problems = [_unknown(str(key), _KNOWN) for key in raw if key not in _KNOWN]
+    if missing := [name for name in _REQUIRED if name not in raw]:
+        problems.append(f"{', '.join(missing)}: missing; each stage has a section")
+    return raw, problems
+
+
+def _unknown(path: str, known: Sequence[str]) -> str:
+    """`path` is no parameter; its last part is compared with those that there are."""
+    near = difflib.get_close_matches(path.rpartition(".")[2], known, n=1, cutoff=0.6)
+    hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+    return f"{path}: unknown parameter; {hint}"
+
+
+def _validate(name: str, raw: Any) -> tuple[Any, list[str]]:
+    """The section's dataclass, and what is wrong with its values."""
+    cls = params_class(name)
+    problems = [
+        f"{path}: must be a finite number (got {value})"
+        for path, value in _leaves(raw, name)
+        if isinstance(value, float) and not math.isfinite(value)
+    ]
+    if problems:
+        return None, problems
+    try:
+        # A section without a value (`evaluate:`) holds the defaults.
+        value = TypeAdapter(cls).validate_python({} if raw is None else raw)
+    except ValidationError as error:
+        return None, [_problem(name, cls, raw, details) for details in error.errors()]
+    return value, list(_disguised(raw, value, name))
+
+
+def _disguised(raw: Any, value: Any, path: str) -> Iterator[str]:
+    """Yes and no where a number belongs: pydantic reads them as 1 and 0."""
+    if isinstance(raw, bool) and not isinstance(value, bool):
+        yield f"{path}: should be a number (got {str(raw).lower()})"
+    elif isinstance(raw, dict):
+        for key, below in raw.items():
+            yield from _disguised(below, getattr(value, str(key), below), f"{path}.{key}")
+    elif isinstance(raw, list):
+        for index, (below, item) in enumerate(zip(raw, value, strict=True)):
+            yield from _disguised(below, item, f"{path}[{index}]")
+
+
+def _leaves(raw: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(raw, dict):
+        for key, value in raw.items():
+            yield from _leaves(value, f"{path}.{key}")
+    elif isinstance(raw, list):
+        for index, value in enumerate(raw):
+            yield from _leaves(value, f"{path}[{index}]")
+    else:
+        yield path, raw
+
+
+def _problem(name: str, cls: Any, raw: Any, details: Any) -> str:
+    """One of pydantic's findings as a person would say it, with the parameter's full path."""
+    path, at, parent = name, raw, cls
+    location = details["loc"]
+    for depth, part in enumerate(location):
+        # Pydantic also names the branches of a union; those are no keys of the file.
+        if isinstance(at, list) and isinstance(part, int):
+            path, at = f"{path}[{part}]", at[part]
+        elif isinstance(at, dict) and (part in at or depth == len(location) - 1):
+            path, at = f"{path}.{part}", at.get(part)
+            if depth < len(location) - 1:
+                parent = _field_class(parent, str(part))
+    kind, message = details["type"], details["msg"]
+    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = [field.name for field in fields(parent)] if parent else []
+        return _unknown(path, known) if known else f"{path}: unknown parameter; remove it"
+    if kind in ("missing", "missing_argument", "missing_keyword_only_argument"):
+        return f"{path}: is missing; add it"
+    if kind in ("dataclass_type", "dataclass_exact_type"):
+        return f"{path}: must hold parameters, each with its name (got {shown(at)})"
+    if kind == "value_error":  # a dataclass's own check, which says what would be right
+        return f"{path}: {details['ctx']['error']}"
+    message = message.removeprefix("Input ")
+    return f"{path}: {message} (got {shown(at)})"
+
+
+def _field_class(parent: Any, name: str) -> Any:
+    """The dataclass of a nested field, looked up only to name what is known there."""
+    import dataclasses
+    import typing
+
+    if parent is None or not dataclasses.is_dataclass(parent):
+        return None
+    hint = typing.get_type_hints(parent).get(name)
+    candidates = [hint, *typing.get_args(hint)]
+    return next((each for each in candidates if dataclasses.is_dataclass(each)), None)
+
+
+def _across(params: Params) -> Iterator[str]:
+    """What no section can see alone, and no file is needed for."""
+    yield from _contexts(params)
+    yield from _missing_model(params)
+    yield from _leaks(params)
+    yield from _mixture(params)
+
+
+def _contexts(params: Params) -> Iterator[str]:
+    """Texts longer than their base model's context."""
+    from gpt.model.config import GPT2_SIZES
+
+    published = GPT2_SIZES.get(params.load_gpt2.size)
+    known = {
+        "pretrain": ("pretrain.model.context_length", params.pretrain.model.context_length),
+        "gpt2": ("load_gpt2.size", published.context_length) if published else None,
+    }
+    classifier, assistant = params.finetune_classifier, params.finetune_instruct
+    wanted = [
+        ("finetune_classifier", classifier.base, classifier.max_length),
+        ("finetune_instruct", assistant.base, assistant.max_length),
+    ]
+    if params.tune_preferences:
+        wanted.append(("tune_preferences", assistant.base, params.tune_preferences.max_length))
+    for name, base_name, longest in wanted:
+        base = known[base_name]
+        if base and longest is not None and longest > base[1]:
+            yield (
+                f"{name}.max_length: at most the base's context of {base[1]} tokens "
+                f"({base[0]}) is possible (got {longest})"
+            )
+
+
+def _missing_model(params: Params) -> Iterator[str]:
+    """A stage that wants the published model where none is fetched."""
+    if params.download.gpt2:
+        return
+    for path, choice in (
+        ("tokenize.tokenizer", params.tokenize.tokenizer),
+        ("finetune_classifier.base", params.finetune_classifier.base),
+        ("finetune_instruct.base", params.finetune_instruct.base),
+    ):
+        if choice == "gpt2":
+            yield f"{path}: gpt2 needs the published model's files; list them in download.gpt2"
+
+
+def _leaks(params: Params) -> Iterator[str]:
+    """Labelled data in the corpus that a fine-tuned model is later tested on."""
+    labelled: dict[str, tuple[str, Any, Sequence[Source]]] = {
+        "messages": ("finetune_classifier", params.finetune_classifier, params.download.messages),
+        "instructions": (
+            "finetune_instruct",
+            params.finetune_instruct,
+            params.download.instructions,
+        ),
+    }
+    for index, source in enumerate(params.download.corpus):
+        if source.kind not in labelled:
+            continue
+        name, stage, data = labelled[source.kind]
+        same_file = any(_place(source) == _place(each) for each in data)
+        balance = getattr(stage, "balance", "none")
+        if same_file and (source.split != stage.split or source.balance != balance):
+            yield (
+                f"download.corpus[{index}]: holds rows that {name} is tested on; give it "
+                f"part: train and the split and balance of {name}"
+            )
+
+
+def _place(source: Source) -> tuple[Any, ...]:
+    return tuple(getattr(source, name) for name in _PLACE)
+
+
+def _mixture(params: Params) -> Iterator[str]:
+    """Weights of sources that the corpus does not have, or sources without a weight."""
+    from stages.tokenize.draw import difference
+
+    if params.tokenize.mixture:
+        names = [source.name for source in params.download.corpus]
+        if problem := difference(params.tokenize.mixture.weights, names):
+            yield f"tokenize.mixture.weights: {problem}"

@@ -1,0 +1,400 @@
+"""What a person sees while stages run: bars on a terminal, plain lines everywhere else.
+
+A stage sends `gpt.base.events`; `make_log` picks who listens. A stage that runs by itself draws its
+own bar or prints its own lines. A stage inside the flow appends its events as JSON lines to the
+file named by the environment variable `GPT_PIPELINE_EVENTS`, and the flow, which alone knows what
+else is running, draws them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import copy_context
+from pathlib import Path
+from typing import Literal, Protocol, TextIO
+
+from rich.console import (
+    Console,
+    ConsoleOptions,
+    ConsoleRenderable,
+    RenderableType,
+    RenderHook,
+)
+from rich.progress import BarColumn, TaskID, TextColumn
+from rich.progress import Progress as Bars
+from rich.segment import Segment
+from rich.text import Text as Styled
+
+from gpt.base.events import Event, Log, Message, Metrics, Progress, Text
+from pipeline.show.terminal import safe, say
+
+EVENTS_VARIABLE = "GPT_PIPELINE_EVENTS"
+"""Names the file to which a stage inside the flow appends its events."""
+
+PLAIN_INTERVAL = 5.0
+"""Seconds between two progress lines of one task where there is no terminal."""
+
+_POLL_SECONDS = 0.2
+
+Level = Literal["info", "warning", "error", "good", "quiet"]
+
+_KINDS: dict[str, type[Event]] = {
+    "message": Message,
+    "progress": Progress,
+    "metrics": Metrics,
+    "text": Text,
+}
+_NAMES = {kind: name for name, kind in _KINDS.items()}
+
+
+def event_to_json(event: Event) -> str:
+    """One event as one line of JSON, without the line's end."""
+    return json.dumps({"event": _NAMES[type(event)], **dataclasses.asdict(event)})
+
+
+def event_from_json(line: str) -> Event:
+    """The event that `event_to_json` wrote.
+
+    Raises:
+        ValueError: the line is not such an event (the end of a file still being written, say).
+    """
+    try:
+        fields = json.loads(line)
+        return _KINDS[fields.pop("event")](**fields)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"not an event: {line[:80]!r}") from error
+
+
+class _Shown:
+    """Something that rich draws, its texts `safe`."""
+
+    def __init__(self, inner: RenderableType) -> None:
+        self._inner = inner
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        for text, style, control in console.render(self._inner, options):
+            yield Segment(text if control else safe(text), style, control)
+
+
+class _SafeHook(RenderHook):
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [_Shown(each) for each in renderables]
+
+
+def safe_console(console: Console | None = None, *, soft_wrap: bool = False) -> Console:
+    """A console that shows text from outside and does not obey it; by default standard output."""
+    console = console or Console(highlight=False, markup=False, emoji=False, soft_wrap=soft_wrap)
+    console.push_render_hook(_SafeHook())
+    return console
+
+
+def report_console(console: Console | None = None) -> Console:
+    """Where a report is printed: on a terminal as wide as it is, else no line is broken."""
+    console = safe_console(console)
+    if not console.is_terminal:
+        console.width = 10_000
+    return console
+
+
+def some(words: Sequence[str], most: int = 3) -> str:
+    """The first of them, and how many more there are."""
+    more = f" and {len(words) - most} more" if len(words) > most else ""
+    return ", ".join(words[:most]) + more
+
+
+def n_of(n: int, what: str) -> str:
+    """So many of something: `1 slot`, `2 slots`."""
+    return f"{n} {what}{'' if n == 1 else 's'}"
+
+
+def seconds_in_words(seconds: float) -> str:
+    """A duration as a person says it: `0.4 s`, `12 s`, `3 min 05 s`, `2 h 10 min`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _figures(values: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
+def _task_name(stage: str, event: Progress) -> str:
+    """What is going on, without the stage's name, which stands before it already."""
+    return event.task.removeprefix(stage).strip() or event.unit
+
+
+def _amount(event: Progress) -> str:
+    if event.unit == "B":
+        return f"{event.done / 1e6:.1f}/{event.total / 1e6:.1f} MB"
+    return f"{event.unit} {event.done}/{event.total}"
+
+
+def _in_one_line(text: str, width: int = 96) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= width else line[: width - 1] + "…"
+
+
+def _line_of(stage: str, event: Event) -> tuple[str, Level] | None:
+    """The line for an event that is no progress; None for what a terminal need not show."""
+    match event:
+        case Message(text, level):
+            return text.removeprefix(f"{stage}: "), level
+        case Text(name, text):
+            return f"{name}: {_in_one_line(text)}", "quiet"
+    return None
+
+
+class Display(Protocol):
+    """Shows what stages do. Safe to call from several threads."""
+
+    def event(self, stage: str, event: Event) -> None:
+        """Show what a stage said."""
+
+    def line(self, stage: str, text: str, level: Level = "info") -> None:
+        """Show one line about a stage."""
+
+    def done(self, stage: str) -> None:
+        """Take away what is drawn for a stage that has ended."""
+
+
+class _Paces:
+    """How fast each task goes, on average since it was first heard of.
+
+    Events come in bursts, so the time between two of them says nothing.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._first: dict[tuple[str, str], tuple[float, int]] = {}  # when, and done by then
+
+    def seconds(self, stage: str, event: Progress) -> float:
+        """Seconds since the task was first heard of."""
+        now = self._clock()
+        return now - self._first.setdefault((stage, event.task), (now, event.done))[0]
+
+    def words(self, stage: str, event: Progress) -> str:
+        """Rate and time left; empty as long as there is too little to tell them from."""
+        seconds = self.seconds(stage, event)
+        done = event.done - self._first[stage, event.task][1]
+        if seconds < 1 or done <= 0:
+            return ""
+        rate = done / seconds
+        words = f"{rate / 1e6:.3g} MB/s" if event.unit == "B" else f"{rate:.3g} {event.unit}/s"
+        if event.done < event.total:
+            words += f"  {seconds_in_words((event.total - event.done) / rate)} left"
+        return words
+
+    def forget(self, stage: str) -> None:
+        """Begin anew with a stage's tasks."""
+        for key in [key for key in self._first if key[0] == stage]:
+            del self._first[key]
+
+
+def _print_line(stage: str, text: str, level: Level) -> None:
+    """Flushed, so that a log file grows as the work goes on."""
+    prefix = f"{stage} | " if stage else ""
+    mark = f"{level}: " if level in ("warning", "error") else ""
+    say(f"{prefix}{mark}{text}")
+
+
+class PlainDisplay:
+    """Lines such as `pretrain | step 200/800  loss 3.21  12.3 step/s  49 s left`."""
+
+    def __init__(
+        self,
+        write: Callable[[str, str, Level], None] = _print_line,
+        *,
+        interval: float = PLAIN_INTERVAL,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._write = write
+        self._interval = interval
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._paces = _Paces(clock)
+        self._shown: dict[str, float] = {}  # when a stage last had a progress line
+
+    def event(self, stage: str, event: Event) -> None:
+        """Show a message at once and progress at most once in `interval` seconds."""
+        if isinstance(event, Progress):
+            self._progress(stage, event)
+        elif shown := _line_of(stage, event):
+            self.line(stage, *shown)
+
+    def line(self, stage: str, text: str, level: Level = "info") -> None:
+        """Write one line."""
+        with self._lock:
+            self._write(stage, safe(text), level)
+
+    def done(self, stage: str) -> None:
+        """Forget the pace of a stage's tasks."""
+        self._shown.pop(stage, None)
+        self._paces.forget(stage)
+
+    def _progress(self, stage: str, event: Progress) -> None:
+        now = self._clock()
+        last = self._shown.setdefault(stage, now)
+        took = self._paces.seconds(stage, event)
+        ends = event.done >= event.total and took >= self._interval
+        if now - last < self._interval and not ends:
+            return
+        self._shown[stage] = now
+        parts = [f"{_task_name(stage, event)}: {_amount(event)}"]
+        parts += filter(None, [_figures(event.info), self._paces.words(stage, event)])
+        self.line(stage, "  ".join(parts))
+
+
+_STYLES: dict[Level, str] = {
+    "info": "",
+    "warning": "yellow",
+    "error": "bold red",
+    "good": "green",
+    "quiet": "dim",
+}
+
+
+class LiveDisplay:
+    """A bar for each running task of each stage at the foot of the terminal, lines above it."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._bars = Bars(
+            TextColumn("{task.description}", style="bold", markup=False),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[amount]}", style="green", markup=False),
+            TextColumn("{task.fields[pace]}", style="cyan", markup=False),
+            TextColumn("{task.fields[info]}", style="dim", markup=False),
+            console=console or Console(highlight=False),
+            transient=True,
+            refresh_per_second=5,
+        )
+        self._lock = threading.Lock()
+        self._tasks: dict[tuple[str, str], TaskID] = {}
+        self._paces = _Paces(time.monotonic)
+
+    def __enter__(self) -> LiveDisplay:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def event(self, stage: str, event: Event) -> None:
+        """Move a bar, or print a line above the bars."""
+        if isinstance(event, Progress):
+            self._progress(stage, event)
+        elif shown := _line_of(stage, event):
+            self.line(stage, *shown)
+
+    def line(self, stage: str, text: str, level: Level = "info") -> None:
+        """Print one line above the bars."""
+        prefix = Styled(f"{stage:<20} " if stage else "", style="bold")
+        self._bars.console.print(prefix + Styled(safe(text), style=_STYLES[level]))
+
+    def done(self, stage: str) -> None:
+        """Take the stage's bars away."""
+        with self._lock:
+            for key in [key for key in self._tasks if key[0] == stage]:
+                self._bars.remove_task(self._tasks.pop(key))
+            self._paces.forget(stage)
+
+    def _progress(self, stage: str, event: Progress) -> None:
+        key = (stage, event.task)
+        name = safe(f"{stage} {_task_name(stage, event)}")
+        with self._lock:
+            if key not in self._tasks:
+                self._tasks[key] = self._bars.add_task(
+                    name, total=event.total, completed=event.done, info="", amount="", pace=""
+                )
+            self._bars.update(
+                self._tasks[key],
+                total=event.total,
+                completed=event.done,
+                amount=safe(_amount(event)),
+                pace=safe(self._paces.words(stage, event)),
+                info=safe(_figures(event.info)),
+            )
+            if event.done >= event.total:
+                self._bars.remove_task(self._tasks.pop(key))
+
+
+@contextmanager
+def make_display() -> Iterator[Display]:
+    """Bars where standard output is a terminal, plain lines where it is not."""
+    if sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
+        with LiveDisplay() as display:
+            yield display
+    else:
+        yield PlainDisplay()
+
+
+@contextmanager
+def make_log(stage: str = "") -> Iterator[Log]:
+    """The listener of a stage that runs in this process, picked by the environment.
+
+    Inside the flow (`GPT_PIPELINE_EVENTS` is set): JSON lines to the flow. Else on a terminal:
+    a bar with rate and time left. Else: plain lines.
+    """
+    if path := os.environ.get(EVENTS_VARIABLE):
+        # One event, one write, flushed with its line end: the flow reads whole lines only.
+        with Path(path).open("a", encoding="utf-8", buffering=1) as file:
+            yield lambda event: _write(file, event)
+    else:
+        with make_display() as display:
+            yield lambda event: display.event(stage, event)
+
+
+def _write(file: TextIO, event: Event) -> None:
+    file.write(event_to_json(event) + "\n")
+
+
+class EventReader:
+    """Follows a file of events while a stage writes it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+
+    def read(self) -> Iterator[Event]:
+        """The events since the last call; a line still being written waits for the next."""
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            written = file.read()
+        whole = written[: written.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        for line in whole.decode("utf-8").split("\n")[:-1]:
+            yield event_from_json(line)
+
+
+@contextmanager
+def following(reader: EventReader, show: Callable[[Event], None]) -> Iterator[None]:
+    """Within the block, show a stage's events as they come."""
+    ended = threading.Event()
+
+    def follow() -> None:
+        while not ended.wait(_POLL_SECONDS):
+            for event in reader.read():
+                show(event)
+
+    thread = threading.Thread(target=copy_context().run, args=(follow,), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        for event in reader.read():
+            show(event)

@@ -1,0 +1,216 @@
+"""Many trainings that differ in parameters, as one command: run, compared, the best one taken.
+
+Each point of a sweep (`pipeline.sweep.points`) is the project under other parameters, brought up to
+date beside it (`pipeline.sweep.flow`) and kept in MLflow (`pipeline.sweep.runs`). Of the project's
+own files only `params.yaml` changes, and only on request.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gpt.base.errors import InputError, RunError
+from gpt.base.files import whole_file
+from pipeline.dag.overrides import is_kept, text_with, write_params
+from pipeline.project.git import commit_of
+from pipeline.project.params import PARAMS_FILE, check_sections
+from pipeline.show.console import make_display, n_of, seconds_in_words
+from pipeline.show.markdown import NOTHING, table
+from pipeline.show.terminal import say
+from pipeline.sweep.points import Sweep, read_sweep
+
+if TYPE_CHECKING:
+    from pipeline.sweep.runs import Outcome, SweepRuns
+
+FOLDER = Path(".pipeline") / "sweep"
+PAGES = Path("reports") / "sweep"
+_SHORT_ID = 8
+
+
+def run_sweep(
+    root: Path, file: Path, *, jobs: int = 1, promote: bool = False, apply: bool = False
+) -> int:
+    """Bring every point of a sweep up to date and print what they came to, the best first.
+
+    Started again after an interruption it goes on: what was made is not made again, and MLflow's
+    runs are the same.
+
+    Args:
+        root: the project.
+        file: the sweep: see `read_sweep`.
+        jobs: so many points are worked at together.
+        promote: make the best point's version the champion.
+        apply: put the best point's values into `params.yaml`.
+
+    Returns:
+        The exit code: 0, or that of the signal which stopped it.
+
+    Raises:
+        InputError: the file, or what is asked for, cannot be; nothing has been done then.
+        RunError: points failed, or MLflow or Prefect cannot be reached.
+    """
+    from pipeline.flow.prefect_api import prefect_told, use_api
+    from pipeline.project.locks import stage_lock
+
+    commit_of(root, "HEAD")
+    check_sections(root / PARAMS_FILE)
+    sweep = read_sweep(root, file)
+    model = _promotable(sweep) if promote else ""
+    if apply and not is_kept(root):
+        raise InputError(
+            f"--apply: {PARAMS_FILE} holds edits that are kept nowhere else; commit them, or copy "
+            "the file into presets/, and try again"
+        )
+    with stage_lock(root, "sweep"):
+        server = use_api(root)
+
+        from pipeline.sweep.flow import Snapshot, run_points
+        from pipeline.sweep.runs import SweepRuns
+
+        snapshot = Snapshot(root, root / FOLDER / sweep.name)
+        whole = snapshot.key.encode() + sweep.name.encode() + file.read_bytes()
+        if server:
+            server.wait()
+        runs = SweepRuns(root, sweep, hashlib.sha256(whole).hexdigest())
+        status, stopped = "FAILED", 0
+        outcomes: list[Outcome] = []
+        page = partial(markdown, sweep)
+        try:
+            with make_display() as display, prefect_told():
+                verb = "goes on as" if runs.resumed else "is"
+                display.line("", f"{file}: {_size(sweep)}; {verb} {runs.name} in MLflow")
+                outcomes, stopped = run_points(sweep, snapshot, runs, display, jobs, page)
+            if stopped:
+                status = "KILLED"
+            elif not any(each.error for each in outcomes):
+                status = "FINISHED"
+        finally:
+            snapshot.remove()
+            try:
+                runs.give_back_candidates()
+            finally:
+                runs.close(status, best_of(sweep, outcomes), page(outcomes))
+    if stopped:
+        say("stopped; the same command goes on from here", file=sys.stderr)
+        return 128 + stopped
+    _tell(root, sweep, outcomes, runs, model, apply, snapshot.params)
+    return 0
+
+
+def _size(sweep: Sweep) -> str:
+    return f"a search of {sweep.trials} points" if sweep.search else f"{len(sweep.grid)} points"
+
+
+def _promotable(sweep: Sweep) -> str:
+    """The registered model that the sweep is about."""
+    from pipeline.project.stages import STAGES
+
+    swept = {path.partition(".")[0] for path in sweep.paths}
+    compared = [name for name, spec in STAGES.items() if sweep.metric.file in spec.outputs.values()]
+    for stages in (compared, [*swept]):
+        models = {model for each in stages if (model := STAGES[each].model)}
+        if len(models) == 1:
+            return models.pop()
+    raise InputError(
+        "--promote: it cannot be told which model; compare by the metrics of the stage that makes "
+        "it, or promote by hand: gpt-pipeline promote MODEL --version N"
+    )
+
+
+def best_of(sweep: Sweep, outcomes: Sequence[Outcome]) -> Outcome | None:
+    """The best point; None if there is none. Of equal ones the first."""
+    return next(iter(_sorted(sweep, [each for each in outcomes if each.value is not None])), None)
+
+
+def _sorted(sweep: Sweep, outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """The best first, those without a value last."""
+    sign = 1 if sweep.metric.goal == "minimize" else -1
+    return sorted(
+        outcomes, key=lambda each: (each.value is None, sign * (each.value or 0.0))
+    )  # stable
+
+
+def markdown(sweep: Sweep, outcomes: Sequence[Outcome]) -> str:
+    """The points as a page of Markdown, the best first."""
+    from pipeline.project.stages import MAIN_METRICS
+
+    titles = {sweep.metric.name: sweep.metric.name.replace("_", " ")}
+    for stage in sweep.stages:
+        for name, label in MAIN_METRICS.get(stage, {}).items():
+            for known in (name, f"{stage}/{name}"):
+                if any(known in each.metrics for each in outcomes):
+                    titles.setdefault(known, label)
+    models = list(dict.fromkeys(model for each in outcomes for model in each.versions))
+    rows: list[list[str]] = []
+    for each in _sorted(sweep, outcomes):
+        shown = [each.metrics.get(name) for name in titles]
+        rows.append(
+            [
+                each.point.name,
+                *("failed" if each.error else f"{v:.4g}" if v is not None else "" for v in shown),
+                seconds_in_words(each.seconds) if each.seconds else NOTHING,
+                *(f"v{each.versions[name]}" if name in each.versions else "" for name in models),
+                ", ".join(run[:_SHORT_ID] for run in each.runs.values()) or NOTHING,
+            ]
+        )
+    columns = ["point", *titles.values(), "took", *models, "MLflow run"]
+    lines = [
+        f"# Sweep {sweep.name}",
+        "",
+        table(columns, rows, "l" + "r" * (len(columns) - 2) + "l"),
+    ]
+    if best := best_of(sweep, outcomes):
+        lines += ["", f"Best: {best.point.name}"]
+    return "\n".join(lines) + "\n"
+
+
+def _tell(
+    root: Path,
+    sweep: Sweep,
+    outcomes: Sequence[Outcome],
+    runs: SweepRuns,
+    model: str,
+    apply: bool,
+    params: bytes,
+) -> None:
+    page = markdown(sweep, outcomes)
+    path = PAGES / f"{sweep.name}.md"
+    with whole_file(root / path) as partial_file:
+        partial_file.write_text(page, encoding="utf-8")
+    say(f"\n{page}")
+    executed = sum(len(each.executed) for each in outcomes)
+    number = n_of(executed, "stage")
+    say(f"{number} executed; the table is in {path}, the runs are\n{runs.url}")
+    best = best_of(sweep, outcomes)
+    if best is not None and model:
+        _promote(root, model, best)
+    if best is not None and apply:
+        if (root / PARAMS_FILE).read_bytes() != params:
+            raise InputError(
+                f"--apply: {PARAMS_FILE} was edited while the sweep ran, and is left as it is; "
+                "run the same command again"
+            )
+        write_params(root, text_with(params, best.point.values))
+        say(f"{PARAMS_FILE} now has {best.point.name}; `gpt-pipeline run` takes up what is there")
+    if failed := [each.point.name for each in outcomes if each.error]:
+        raise RunError(
+            f"{len(failed)} of {len(outcomes)} points failed ({'; '.join(failed)}), as was said "
+            "above; correct what was said and run the same command again"
+        )
+
+
+def _promote(root: Path, model: str, best: Outcome) -> None:
+    from pipeline.verdict.promotion import promote_by_hand
+
+    if model not in best.versions:
+        raise RunError(
+            f"--promote: MLflow has no version of {model} with the best point's files; "
+            "`gpt-pipeline run` registers one once params.yaml has its values (--apply)"
+        )
+    version = promote_by_hand(root, model, best.versions[model])
+    say(f"{model} version {version} is the champion")

@@ -1,0 +1,336 @@
+"""The connection to MLflow: where it is, whether it answers, and what its failures are called."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from filelock import FileLock
+
+from gpt.base.errors import InputError, RunError
+from pipeline.project.folders import home
+from pipeline.project.secrets import without_credentials, without_secrets
+from pipeline.tracking.database import database_file, database_uri, follow_move, reason_and_remedy
+from pipeline.tracking.keys import key_of
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+
+EXPERIMENT_PREFIX = "gpt-pipeline/"
+
+DEFAULT_UI = "http://127.0.0.1:5000"
+
+PAGES = "workflowType=machine_learning"
+"""In an address: MLflow's pages for training and models; it would show those for agents."""
+
+_ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "GIT_PYTHON_REFRESH": "quiet",
+    # MLflow's own defaults try for minutes to reach a server that is gone
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+}
+
+_REMEDY = "check that MLFLOW_TRACKING_URI answers, or unset it for the project's own mlflow.db"
+
+_DATABASE_SERVERS = ("postgresql", "mysql")
+"""How addresses begin under which MLflow's client works on a server's database by itself."""
+
+_PROBE_SECONDS = 5.0
+"""A server that says nothing for so long, twice, does not answer."""
+
+
+def tracking_uri(root: Path) -> str:
+    """`MLFLOW_TRACKING_URI` if it is set, else the database `mlflow.db` of the project."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or database_uri(_own_database(root))
+    # the driver that the extra `team` brings; SQLAlchemy 2.1 takes another one if none is named
+    return re.sub("^postgres(ql)?://", "postgresql+psycopg2://", uri)
+
+
+def _own_database(root: Path) -> Path:
+    return home(root) / "mlflow.db"
+
+
+def artifact_folder(root: Path, name: str) -> str | None:
+    """Where a new experiment keeps its files: below `mlartifacts` if MLflow is a database alone.
+
+    A server decides by itself: None.
+
+    Args:
+        root: the project.
+        name: of the folder.
+    """
+    is_server = tracking_uri(root).startswith("http")
+    return None if is_server else (home(root) / "mlartifacts" / name).as_uri()
+
+
+def quiet_environment() -> dict[str, str]:
+    """Variables under which MLflow neither phones home nor chats; what the user set, stays."""
+    return {key: os.environ.get(key, value) for key, value in _ENVIRONMENT.items()}
+
+
+def load_mlflow() -> None:
+    """Import what a stage's run needs of MLflow, for who only looks what that takes."""
+    os.environ.update(quiet_environment())
+    import mlflow
+    import mlflow.store.model_registry.sqlalchemy_store
+    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
+
+
+def connect(root: Path, uri: str = "") -> MlflowClient:
+    """A client of the project's MLflow, its database in place.
+
+    Stage processes start side by side, and creating the tables twice at once fails: the first
+    one does it under a lock while the others wait.
+
+    Args:
+        root: the project.
+        uri: the database of an unsent run, in the place of the project's MLflow.
+
+    Raises:
+        RunError: MLflow cannot be reached or its database cannot be opened.
+    """
+    os.environ.update(quiet_environment())
+    import mlflow
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    of_unsent, uri = bool(uri), uri or tracking_uri(root)
+    with named_failure(root, "does not answer", uri=uri, opens=True):
+        check_answers(uri)
+    with _unchanged_environment("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+        mlflow.set_tracking_uri(uri)
+        mlflow.set_registry_uri(uri)
+    opening = named_failure(root, "cannot be opened", uri=uri, opens=True)
+    with opening, FileLock(_lock_file(root)):
+        database = database_file(uri)
+        if database is not None and (of_unsent or database == _own_database(root)):
+            follow_move(database)
+        client = mlflow.MlflowClient(uri)
+        client.search_experiments(max_results=1)
+        client.search_registered_models(max_results=1)  # the registry keeps its own connection
+    return client
+
+
+def _lock_file(root: Path) -> Path:
+    """Held by who changes what the project's processes share in MLflow."""
+    lock = home(root) / ".pipeline" / "mlflow.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    return lock
+
+
+def reachable(root: Path) -> bool:
+    """Whether the project's MLflow answers; known within some 10 seconds."""
+    try:
+        if tracking_uri(root).startswith("http"):
+            os.environ.update(quiet_environment())
+            check_answers(tracking_uri(root))
+        else:
+            connect(root)
+    except (RunError, OSError):
+        return False
+    return True
+
+
+def check_answers(uri: str) -> None:
+    """Ask a server whether it is there; of a file nothing is asked.
+
+    Raises:
+        ConnectionError: it does not answer; the message says why.
+    """
+    if uri.startswith(_DATABASE_SERVERS):
+        _check_database(uri)
+    if not uri.startswith("http"):
+        return
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    try:
+        answer = http_request(
+            get_default_host_creds(uri),
+            "/api/2.0/mlflow/experiments/search",
+            "GET",
+            max_retries=1,
+            timeout=_PROBE_SECONDS,
+            raise_on_status=False,
+            params={"max_results": 1},
+        )
+    except (MlflowException, OSError) as error:
+        text = str(error)
+        said = re.search(r"\[Errno -?\d+\] ([^\"')]+)", text)
+        slow = f"nothing within {_PROBE_SECONDS:.0f} s" if "timed out" in text.lower() else ""
+        reason = said[1] if said else slow or next(iter(text.splitlines()), "no reason given")
+        raise ConnectionError(reason) from None
+    if answer.status_code >= 500:
+        raise ConnectionError(f"status {answer.status_code}")
+
+
+def _check_database(uri: str) -> None:
+    """Open one connection: MLflow itself tries for 100 seconds, and says nothing meanwhile."""
+    from sqlalchemy import create_engine
+    from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+    from sqlalchemy.pool import NullPool
+
+    try:
+        wait = {"connect_timeout": int(_PROBE_SECONDS)}
+        with create_engine(uri, poolclass=NullPool, connect_args=wait).connect():
+            pass
+    except ImportError as error:
+        what = f"{error.name} is not installed; `pip install 'gpt-pipeline[team]'` brings it"
+        raise ConnectionError(what) from None
+    except (SQLAlchemyError, TypeError) as error:
+        said = error.orig if isinstance(error, DBAPIError) else error
+        reason = next(iter(str(said).strip().splitlines()), "no reason given")
+        raise ConnectionError(reason) from None
+
+
+@contextlib.contextmanager
+def _unchanged_environment(*names: str) -> Iterator[None]:
+    """MLflow writes its setters into the environment, where they would count as the user's wish."""
+    before = {name: os.environ.get(name) for name in names}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def named_failure(
+    root: Path,
+    what: str,
+    kind: type[Exception] = Exception,
+    uri: str = "",
+    *,
+    opens: bool = False,
+) -> Iterator[None]:
+    """Turn whatever MLflow raises into one line that names the place and the remedy.
+
+    Args:
+        root: the project.
+        what: what MLflow did not do.
+        kind: of errors; others are none of MLflow's.
+        uri: another MLflow than the project's.
+        opens: MLflow is looked for; what it says is of its address.
+    """
+    try:
+        yield
+    except (InputError, RunError):  # they say by themselves what is wrong
+        raise
+    except kind as error:  # MLflow passes on its database's and network's own errors
+        uri = uri or tracking_uri(root)
+        reason, remedy = reason_and_remedy(error, database_file(uri))
+        if not opens and getattr(error, "error_code", None) == "INVALID_PARAMETER_VALUE":
+            remedy = "it answers, and refuses this name or value: change that one"
+        if remedy and os.environ.get("MLFLOW_TRACKING_URI") == uri:
+            remedy += ", or name another place in MLFLOW_TRACKING_URI"
+        told = without_credentials(f"{uri} {what}: {reason}")
+        raise RunError(f"MLflow at {told}; {remedy or _REMEDY}") from error
+
+
+def artifact(client: MlflowClient, run_id: str, path: str) -> bytes | None:
+    """A file that MLflow keeps with a run; None where it keeps none of that name."""
+    # asked first: what is not there is another error for each kind of store
+    listed = client.list_artifacts(run_id, path.rpartition("/")[0])
+    if path not in [each.path for each in listed]:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        return Path(client.download_artifacts(run_id, path, folder)).read_bytes()
+
+
+def run_that_made(
+    client: MlflowClient, stage: str, run_id: str | None, outputs: Mapping[str, str]
+) -> Run | None:
+    """The run of a stage that wrote what lies there now: the last one, unless DVC brought back what
+    an earlier one wrote.
+
+    Args:
+        client: of the tracking server.
+        stage: its name in `dvc.yaml`.
+        run_id: of its last run, as far as it is known.
+        outputs: path -> md5, as `dvc.lock` has it; empty: whatever was written.
+
+    Returns:
+        The run; None where there is none, or none any more.
+    """
+    from mlflow.exceptions import MlflowException
+
+    def made(run: Run, *, if_not_told: bool) -> bool:
+        tags = run.data.tags
+        told = ((tags.get(key_of(f"output.{path}")), md5) for path, md5 in outputs.items())
+        return all(if_not_told if tag is None else tag == md5 for tag, md5 in told)
+
+    if run_id is not None:
+        try:
+            last = client.get_run(run_id)
+            if made(last, if_not_told=True):
+                return last
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+    experiment = client.get_experiment_by_name(EXPERIMENT_PREFIX + stage)
+    if experiment is None or not outputs:
+        return None
+    found = client.search_runs(
+        [experiment.experiment_id],
+        "attributes.status = 'FINISHED'",
+        order_by=["attributes.start_time DESC"],
+    )
+    return next((run for run in found if made(run, if_not_told=False)), None)
+
+
+def run_url(root: Path, experiment_id: str, run_id: str) -> str:
+    """The page of a run: on the tracking server, else on the one that `make ui` started or will."""
+    uri = tracking_uri(root)
+    if not uri.startswith("http"):
+        uri = DEFAULT_UI
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            uri = json.loads((home(root) / ".pipeline" / "ui.json").read_text())["mlflow"]
+    return f"{without_secrets(uri).rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}?{PAGES}"
+
+
+def experiment_of(client: MlflowClient, stage: str, folder: str | None, description: str) -> str:
+    """The id of a stage's experiment, which is made if it is not there.
+
+    Args:
+        client: of the tracking server.
+        stage: its name in `dvc.yaml`.
+        folder: where a new one keeps its files; None leaves it to the server.
+        description: what the stage does.
+    """
+    from mlflow.exceptions import MlflowException
+
+    name = EXPERIMENT_PREFIX + stage
+    found = client.get_experiment_by_name(name)
+    if found is not None and found.lifecycle_stage == "deleted":
+        client.restore_experiment(found.experiment_id)
+    if found is not None:
+        return str(found.experiment_id)
+    tags = {
+        "mlflow.experimentKind": "custom_model_development",
+        "mlflow.note.content": description,
+    }
+    try:
+        return str(client.create_experiment(name, folder, tags))
+    except MlflowException as error:  # another process was quicker
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+        return str(client.get_experiment_by_name(name).experiment_id)

@@ -1,0 +1,89 @@
+"""What is noted of a stage's latest MLflow run, and of which run made which outputs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpt.base.files import write_json
+from pipeline.dag.graph import Dag
+from pipeline.tracking.run import StageRun
+
+
+def note_of_run(root: Path, name: str) -> Path:
+    """Where a stage's last MLflow run is noted."""
+    return root / ".pipeline" / "runs" / f"{name}.json"
+
+
+def note_of_maker(root: Path, name: str, outputs: Mapping[str, str]) -> Path:
+    """Where the stage's last MLflow run that made these outputs (path -> md5) is noted."""
+    content = json.dumps(outputs, sort_keys=True)
+    key = hashlib.sha256(content.encode()).hexdigest()
+    return root / ".pipeline" / "runs" / name / f"{key[:16]}.json"
+
+
+def last_run(root: Path, name: str) -> dict[str, Any]:
+    """What is noted of the stage's last MLflow run; empty if there is none."""
+    return _note(note_of_run(root, name))
+
+
+def made_by(dag: Dag, names: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
+    """What is noted of the MLflow run that made what `dvc.lock` records of each stage.
+
+    Of a stage for which no such run is known it is the last run, if nothing says what that one
+    made; otherwise nothing.
+
+    Args:
+        dag: the project's.
+        names: of stages; by default all.
+    """
+    notes = {}
+    for name, outputs in dag.recorded_outputs(names).items():
+        made = {each.path: each.md5 for each in outputs}
+        last = last_run(dag.root, name)
+        notes[name] = _note(note_of_maker(dag.root, name, made)) or (
+            {} if last.get("outputs", made) != made else last
+        )
+    return notes
+
+
+def _note(path: Path) -> dict[str, Any]:
+    try:
+        note = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return note if isinstance(note, dict) else {}
+
+
+@dataclass(frozen=True, slots=True)
+class RunNote:
+    """Notes a stage's MLflow run, and what made which outputs: for flow, report and status."""
+
+    root: Path
+    stage: str
+    run: StageRun
+
+    def __post_init__(self) -> None:
+        self.write("RUNNING", 0.0)
+
+    def write(self, status: str, seconds: float, outputs: Mapping[str, str] | None = None) -> None:
+        """Note how the run stands after so many seconds, and what it wrote (path -> md5)."""
+        note = {
+            "run_id": self.run.known_as,
+            "name": self.run.name,
+            "experiment_id": self.run.experiment_id,
+            "experiment": self.run.experiment,
+            "url": self.run.url,
+            "status": status,
+            "seconds": round(seconds, 2),
+            "pid": os.getpid(),
+        }
+        if outputs is not None:
+            note["outputs"] = outputs
+            write_json(note_of_maker(self.root, self.stage, outputs), note)
+        write_json(note_of_run(self.root, self.stage), note)

@@ -1,0 +1,4 @@
+"""A model in use: generate, chat, classify, export.
+
+Imports `show`.
+"""

@@ -1,0 +1,324 @@
+"""EleutherAI's lm-evaluation-harness on a model directory: scores that others can compare with.
+
+The harness is the optional extra `lm-eval`, and is imported only when something is measured with
+it. Nothing is fetched unless that is asked for: in a closed network tasks are local YAML files, or
+those whose data is in the cache of Hugging Face's `datasets`.
+
+Gao et al. (2024), "The Language Model Evaluation Harness", https://zenodo.org/records/12608602.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from numbers import Real
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from gpt.base.errors import InputError
+from gpt.base.events import Log, Message, discard
+from gpt.base.files import read_json, sha256_of, whole_file, write_json
+from gpt.model.config import NotNegative, Positive
+from gpt.model.device import pick_device
+from gpt.model.weights import load_base
+from gpt.prompts import read_template
+from pipeline.show.markdown import Cell, escaped, table
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks.manager import TaskDict
+
+RESULTS, TABLE, SAMPLES = "results.json", "results.md", "samples.jsonl"
+
+# Resamples for the standard error of scores that have no formula for it (perplexity, F1, BLEU): it
+# is known to 2 % then. The harness's own 100,000 can take longer than the model does.
+_BOOTSTRAP = 1000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid"))
+class HarnessParams:
+    """What is measured.
+
+    Raises:
+        pydantic.ValidationError (a ValueError): no task, or an impossible number.
+    """
+
+    tasks: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Names of the harness (tasks, groups, tags; `*` stands for anything), YAML files of tasks,
+    or folders of them."""
+    limit: Positive | None = None
+    """Documents of each task, the first so many; None is all."""
+    shots: NotNegative | None = None
+    """Solved examples before each question; None is the task's own number."""
+    chat: bool = False
+    """Whether questions are put in the words of the model's own template."""
+    online: bool = False
+    """Whether data may be fetched from Hugging Face."""
+
+
+def measure(params: HarnessParams, *, model: Path, out: Path, log: Log = discard) -> dict[str, Any]:
+    """Measure a language model with the harness.
+
+    Args:
+        params: what is measured.
+        model: a model directory.
+        out: a folder, for `results.json`, `results.md` and `samples.jsonl`, each written whole; the
+            last has a line for each question of each task, as `pandas.read_json(lines=True)` reads.
+        log: hears how far it is.
+
+    Returns:
+        What `results.json` holds.
+
+    Raises:
+        InputError: the harness is not installed, `model` holds no language model (or, for `chat`,
+            no template), a task is not known, its data is not there, or `out` holds files of these
+            names that were not written here.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise InputError("lm-eval is not installed: pip install '.[lm-eval]'")
+    _refuse_other_files(out)
+    template = read_template(model) if params.chat else None
+    network, tokenizer = load_base(model)
+    with _network(params.online):
+        import lm_eval
+
+        from pipeline.verdict.lm_eval_model import HarnessModel
+
+        tasks = _load_tasks(params)
+        asked = HarnessModel(network.to(pick_device()), tokenizer, template=template, log=log)
+        # what goes wrong in the model itself (no memory, say) is not the task's fault
+        with _one_line(", ".join(params.tasks), params.online, but=RuntimeError):
+            found = lm_eval.evaluate(
+                lm=asked,
+                task_dict=tasks,
+                limit=params.limit,
+                bootstrap_iters=_BOOTSTRAP,
+                apply_chat_template=params.chat,
+                fewshot_as_multiturn=params.chat,
+            )
+    if asked.shortened:
+        text = (
+            f"{asked.shortened:,} requests were longer than the context of {asked.max_length:,} "
+            "tokens and lost their beginning"
+        )
+        log(Message(text, "warning"))
+    results = {
+        "model": str(model),
+        "model_sha256": sha256_of(model / "model.safetensors"),
+        "harness": importlib.metadata.version("lm_eval"),
+        "limit": params.limit,
+        "chat": params.chat,
+        "shortened": asked.shortened,
+        "scores": list(_scores(found)),
+    }
+    _write_samples(out / SAMPLES, found["samples"])
+    with whole_file(out / TABLE) as partial:
+        partial.write_text(markdown(results), encoding="utf-8")
+    write_json(out / RESULTS, results)
+    return results
+
+
+def _refuse_other_files(out: Path) -> None:
+    there = [name for name in (RESULTS, TABLE, SAMPLES) if (out / name).exists()]
+    if not there:
+        return
+    with contextlib.suppress(InputError):
+        if "harness" in read_json(out / RESULTS, missing="", remedy=""):
+            return
+    raise InputError(f"{out}: holds a {there[0]} that was not written here; choose another --out")
+
+
+@contextlib.contextmanager
+def _network(online: bool) -> Iterator[None]:
+    """Keep Hugging Face's libraries from the network, unless they are to use it.
+
+    They read their environment (`HF_HUB_OFFLINE`, `HF_DATASETS_OFFLINE`) once, when they are first
+    imported, and that may have been before.
+    """
+    import datasets.config
+    import huggingface_hub.constants
+
+    switches = [
+        (huggingface_hub.constants, "HF_HUB_OFFLINE"),
+        (datasets.config, "HF_HUB_OFFLINE"),
+        (datasets.config, "HF_DATASETS_OFFLINE"),
+    ]
+    before = [getattr(module, name) for module, name in switches]
+    for module, name in switches:
+        setattr(module, name, not online)
+    try:
+        yield
+    finally:
+        for (module, name), value in zip(switches, before, strict=True):
+            setattr(module, name, value)
+
+
+@contextlib.contextmanager
+def _one_line(task: str, online: bool, *, but: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+    """What is wrong with a task or its data, in one line.
+
+    A task is a file from outside, with templates and perhaps code in it: it can fail in any way.
+    """
+    try:
+        yield
+    except but:
+        raise
+    except InputError as error:
+        raise InputError(f"{task}: {error}") from None
+    except OSError as error:  # a missing file, or no way to the network
+        remedy = (
+            "look at the network and the task's dataset_path"
+            if online
+            else "add --online where there is a network, or let the task name a local file"
+        )
+        raise InputError(f"{task}: the data cannot be read ({_first(error)}); {remedy}") from error
+    except Exception as error:
+        raise InputError(
+            f"{task}: not a task that the harness can run ({type(error).__name__}: "
+            f"{_first(error)}); see docs/lm-eval.md"
+        ) from error
+
+
+def _first(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".")
+
+
+def _load_tasks(params: HarnessParams) -> TaskDict:
+    """The tasks that are asked for, with their data.
+
+    The harness's own are some fourteen thousand files, which takes it half a minute to look
+    through: that is only done where one of them is named.
+    """
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+    from lm_eval.tasks import TaskManager
+
+    paths = {each: Path(each) for each in params.tasks if _is_path(each)}
+    for each, path in paths.items():
+        if not path.exists():
+            raise InputError(f"{each}: no such file; give a task's name, its YAML file or a folder")
+    manager = TaskManager(
+        include_path=[path.resolve() for path in paths.values() if path.is_dir()],
+        include_defaults=len(paths) < len(params.tasks),
+    )
+    names = [(each, name) for each in params.tasks for name in _names(each, manager)]
+    # as the harness's own command: some tasks shuffle choices when they are loaded
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
+    loaded: list[Any] = []
+    for each, name in names:
+        with _one_line(each, params.online):
+            found = manager.load(name)
+        groups = list(found["groups"].values())  # the outermost first
+        loaded += groups[:1] or found["tasks"].values()
+    with _one_line(", ".join(params.tasks), params.online):
+        tasks = manager.load(loaded)
+    for task in tasks["tasks"].values():
+        own = task.get_config("num_fewshot")
+        if own != 0:  # as the harness has it: a task that says 0 keeps to it
+            task.set_config("num_fewshot", own or 0 if params.shots is None else params.shots)
+        task.set_fewshot_seed(DEFAULT_OTHER_SEED)
+    return tasks  # type: ignore[no-any-return]
+
+
+def _is_path(task: str) -> bool:
+    return task.endswith((".yaml", ".yml")) or "/" in task or os.sep in task
+
+
+def _names(asked: str, manager: TaskManager) -> list[str]:
+    """Under which names, or at which file, the harness finds what is asked for."""
+    path = Path(asked).resolve()
+    if not _is_path(asked):
+        names = manager.match_tasks([asked])
+        near = difflib.get_close_matches(asked, manager.all_tasks, n=4)
+        hint = f"there are {', '.join(near)}" if near else "`lm-eval ls tasks` lists them all"
+        if path.is_dir():
+            hint = f"for the folder write {asked}/"
+    elif path.is_file():
+        return [str(path)]
+    else:
+        files = {name: manager.task_index[name].yaml_path for name in manager.all_subtasks}
+        names = [name for name, file in files.items() if path in file.parents]
+        hint = "a task is a YAML file with `task: NAME`, see docs/lm-eval.md"
+    if not names:
+        raise InputError(f"{asked}: no such task; {hint}")
+    return list(names)
+
+
+def _scores(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every score of every task and group, one after the other."""
+    for task, values in {**found["results"], **found.get("groups", {})}.items():
+        for key, value in values.items():
+            metric, _, filter = key.partition(",")
+            if not filter or metric.endswith("_stderr"):
+                continue
+            stderr = values.get(f"{metric}_stderr,{filter}")
+            yield {
+                "task": task,
+                "version": found["versions"].get(task),
+                "shots": found["n-shot"].get(task),
+                "samples": found["n-samples"].get(task, {}).get("effective"),
+                "metric": metric,
+                "filter": filter,
+                "value": float(value) if isinstance(value, Real) else str(value),
+                "stderr": float(stderr) if isinstance(stderr, Real) else None,  # or "N/A"
+            }
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """The results as a page."""
+    columns = ["task", "version", "shots", "samples", "metric", "filter", "value", "stderr"]
+    rows = [[_cell(score[column]) for column in columns] for score in results["scores"]]
+    lines = [
+        f"{escaped(str(results['model']))} (sha256 `{results['model_sha256'][:12]}…`), "
+        f"lm-evaluation-harness {results['harness']}"
+        + (", in the model's own template" if results["chat"] else "")
+        + (f", the first {results['limit']:,} documents of a task" if results["limit"] else "")
+        + ".",
+        "",
+        table(columns, rows, "lrrrllrr"),
+    ]
+    if results["shortened"]:
+        lines += [
+            "",
+            f"{results['shortened']:,} requests lost their beginning: the context is short.",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: Any) -> Cell:
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) >= 1 else f"{value:.4f}"
+    return value if isinstance(value, int | str | None) else str(value)
+
+
+def _write_samples(path: Path, samples: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
+    """A line for each question of each task and filter: what was asked, answered and right."""
+    with whole_file(path) as partial, partial.open("w", encoding="utf-8") as file:
+        for task, records in samples.items():
+            for record in records:
+                row = {
+                    "task": task,
+                    "doc_id": record["doc_id"],
+                    "filter": record["filter"],
+                    "target": record["target"],
+                    "requests": record["arguments"],
+                    "responses": record["resps"],
+                    "filtered": record["filtered_resps"],
+                    **{name: record[name] for name in record["metrics"]},
+                }
+                file.write(json.dumps(row, ensure_ascii=False, default=_plain) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no form for: NumPy's numbers, and whatever a task's own code makes."""
+    return value.item() if isinstance(value, np.generic) else str(value)

@@ -1,0 +1,215 @@
+"""What an agent runs of what a Prefect server asks for: what the project's prefect.yaml says."""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from gpt.base.errors import InputError
+from pipeline.flow import agent_start as agent_run
+from pipeline.flow.agent_start import COMMAND, asked_by_server, held_by_project
+from pipeline.flow.prefect_api import LocalServer
+from pipeline.project.git import commit_of
+
+ROOT = Path(__file__).parents[3]
+ENTRYPOINT = "pipeline/flow/deployed.py:gpt_pipeline_on_agent"
+PULL = [{"prefect.deployments.steps.set_working_directory": {"directory": "."}}]
+TEMPLATE = {
+    "variables": {"properties": {"command": {"default": COMMAND}, "env": {}, "working_dir": {}}},
+    "job_configuration": {name: f"{{{{ {name} }}}}" for name in ("command", "env", "working_dir")},
+}
+
+
+def asked(
+    *,
+    entrypoint: Any = ENTRYPOINT,
+    pull: Any = PULL,
+    variables: Any = None,
+    of_run: Any = None,
+    template: Any = TEMPLATE,
+) -> dict[str, Any]:
+    """What is asked by a server with one deployment, as this project's where nothing is said."""
+    deployment = SimpleNamespace(
+        entrypoint=entrypoint,
+        pull_steps=pull,
+        job_variables={"command": COMMAND} if variables is None else variables,
+    )
+    client = SimpleNamespace(
+        read_deployment=lambda _: deployment,
+        read_work_pool=lambda _: SimpleNamespace(base_job_template=template),
+    )
+    run = SimpleNamespace(deployment_id="1", work_pool_name="gpu", job_variables=of_run)
+    return asked_by_server(client, run)  # type: ignore[arg-type]
+
+
+def pool(name: str, value: Any, part: str) -> dict[str, Any]:
+    """The template of a work pool with a default, or a configuration, of its own."""
+    changed: dict[str, Any] = json.loads(json.dumps(TEMPLATE))
+    if part == "default":
+        changed["variables"]["properties"][name]["default"] = value
+    else:
+        changed["job_configuration"][name] = value
+    return changed
+
+
+@pytest.mark.parametrize(
+    "like",
+    [{}, {"variables": {}}, {"variables": {"name": "a name", "stream_output": False}}],
+    ids=["prefect.yaml's", "of the pool's command", "with what changes nothing"],
+)
+def test_what_the_projects_own_file_says_is_run(like: dict[str, Any]) -> None:
+    assert held_by_project(ROOT, asked(**like)) == (ENTRYPOINT, {})
+
+
+DOORS: dict[str, tuple[dict[str, Any], str]] = {
+    "command": ({"variables": {"command": "touch /tmp/x"}}, "command 'touch /tmp/x'"),
+    "env": ({"variables": {"command": COMMAND, "env": {"LD_PRELOAD": "x"}}}, "env "),
+    "env by a dot": ({"variables": {"env.PATH": "/tmp"}}, "env.PATH '/tmp'"),
+    "folder": ({"variables": {"working_dir": "/tmp"}}, "working_dir '/tmp'"),
+    "pull steps": ({"pull": [{"prefect.deployments.steps.run_shell_script": {}}]}, "pull steps "),
+    "storage": ({"pull": None}, "pull steps 'None'"),
+    "entrypoint": ({"entrypoint": "/tmp/x.py:f"}, "entrypoint '/tmp/x.py:f'"),
+    "the entrypoint under another name": (
+        {"entrypoint": "/tmp/x.py:f", "variables": {"entrypoint": ENTRYPOINT}},
+        "entrypoint '/tmp/x.py:f'",
+    ),
+    "the run's command": ({"of_run": {"command": "x"}}, "command 'x'"),
+    "the run's env": ({"of_run": {"env": {"PYTHONPATH": "/tmp"}}}, "env "),
+    "the pool's command": (
+        {"variables": {}, "template": pool("command", "x", "default")},
+        "command 'x'",
+    ),
+    "the pool's env": ({"template": pool("env", {"PATH": "/tmp"}, "default")}, "env "),
+    "the pool's fixed command": ({"template": pool("command", "x", "fixed")}, "command 'x'"),
+    "escapes for a terminal": ({"variables": {"command": "\x1b]0;x"}}, r"command '\x1b]0;x'"),
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_whatever_else_a_server_asks_for_is_refused_in_a_line_that_names_it(door: str) -> None:
+    like, line = DOORS[door]
+    with pytest.raises(InputError) as refused:
+        held_by_project(ROOT, asked(**like))
+    assert str(refused.value).startswith(f"refused: {line}")
+    assert str(refused.value).isprintable()
+
+
+def test_a_run_of_no_deployment_is_refused() -> None:
+    run = SimpleNamespace(deployment_id=None, work_pool_name="gpu")
+    with pytest.raises(InputError, match="without a deployment"):
+        asked_by_server(None, run)  # type: ignore[arg-type]
+
+
+def test_env_is_taken_from_the_file_that_says_the_same(tmp_path: Path) -> None:
+    content = yaml.safe_load((ROOT / "prefect.yaml").read_text())
+    content["deployments"][0]["work_pool"]["job_variables"] = {"env": {"THREADS": 2}}
+    (tmp_path / "prefect.yaml").write_text(yaml.safe_dump(content))
+    same = asked(variables={"command": COMMAND, "env": {"THREADS": 2}})
+    assert held_by_project(tmp_path, same) == (ENTRYPOINT, {"THREADS": "2"})
+
+
+def test_a_deployment_without_a_work_pool_of_its_own_is_run_and_stops_no_other(
+    tmp_path: Path,
+) -> None:
+    content = yaml.safe_load((ROOT / "prefect.yaml").read_text())
+    content["deployments"] = [{"name": "mine", "entrypoint": "mine.py:f"}, *content["deployments"]]
+    (tmp_path / "prefect.yaml").write_text(yaml.safe_dump(content))
+    assert held_by_project(tmp_path, asked()) == (ENTRYPOINT, {})
+    assert held_by_project(tmp_path, asked(entrypoint="mine.py:f")) == ("mine.py:f", {})
+
+
+@pytest.mark.parametrize("content", [None, "[]", "deployments: [1]", "deployments:\n- name: a\n"])
+def test_a_commit_without_a_file_that_can_be_read_runs_nothing(
+    tmp_path: Path, content: str | None
+) -> None:
+    if content is not None:
+        (tmp_path / "prefect.yaml").write_text(content)
+    with pytest.raises(InputError, match=r"prefect\.yaml"):
+        held_by_project(tmp_path, asked())
+
+
+@pytest.mark.parametrize("commit", ["--all", "--upload-pack=x", "--git-dir", "-n"])
+def test_a_commit_is_no_option_of_git(commit: str, tmp_path: Path) -> None:
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    with pytest.raises(InputError, match="no such commit"):
+        commit_of(tmp_path, commit)
+
+
+def test_a_worker_takes_neither_command_nor_flow_from_the_server(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from prefect.workers import process
+
+    from pipeline.flow import agent_worker
+
+    values = {"command": "touch /tmp/x", "env": {"LD_PRELOAD": "x"}, "working_dir": "/tmp"}
+    make = agent_worker.AgentWorker.job_configuration.from_template_and_values
+    made = asyncio.run(make(base_job_template=TEMPLATE, values=values, client=None))
+    assert (made.command, made.env, made.working_dir) == (COMMAND, {}, None)
+
+    monkeypatch.setattr(process, "load_flow_from_flow_run", None)
+    monkeypatch.setattr(agent_worker.anyio, "run", lambda start: None)
+    agent_worker.work("gpu", "name", 1)
+    flow = asyncio.run(process.load_flow_from_flow_run(SimpleNamespace(deployment_id="1")))
+    assert not flow.on_crashed_hooks
+    assert not flow.on_cancellation_hooks
+
+
+class Evil:
+    """Makes the file `unpickled` where it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, ("unpickled",)
+
+
+@pytest.mark.slow
+def test_no_result_that_a_server_names_is_unpickled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prefect.results import ResultRecord, ResultRecordMetadata
+    from prefect.serializers import PickleSerializer
+
+    for name in ("PREFECT_HOME", "PREFECT_SERVER_DATABASE_CONNECTION_URL"):
+        monkeypatch.delenv(name, raising=False)
+    place = tmp_path / "result"
+    where = ResultRecordMetadata(
+        storage_key=str(place), serializer=PickleSerializer(picklelib="pickle")
+    )
+    place.write_bytes(ResultRecord(result=Evil(), metadata=where).serialize())
+    ended = {"type": "COMPLETED", "data": json.loads(where.model_dump_json())}
+
+    with LocalServer(tmp_path) as server:
+
+        def ask(path: str, body: dict[str, Any]) -> Any:
+            request = urllib.request.Request(f"{server.url}/{path}", json.dumps(body).encode())
+            request.add_header("Content-Type", "application/json")
+            with urllib.request.urlopen(request, timeout=60) as response:
+                return json.load(response)
+
+        flow = ask("flows/", {"name": "gpt-pipeline"})["id"]
+        run = ask("flow_runs/", {"flow_id": flow})["id"]
+        assert ask(f"flow_runs/{run}/set_state", {"state": ended, "force": True})["state"]["data"]
+        done = subprocess.run(
+            [sys.executable, "-c", agent_run._ENGINE],
+            cwd=tmp_path,
+            env={
+                **os.environ,
+                "PYTHONPATH": str(ROOT),
+                "PREFECT_API_URL": server.url,
+                "PREFECT__FLOW_RUN_ID": run,
+                "PREFECT__FLOW_ENTRYPOINT": f"{ROOT}/{ENTRYPOINT}",
+            },
+            capture_output=True,
+            text=True,
+        )
+    assert done.returncode == 0, done.stderr
+    assert "Completed" in done.stderr
+    assert not (tmp_path / "unpickled").exists()

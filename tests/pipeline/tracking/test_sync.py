@@ -1,0 +1,484 @@
+"""MLflow that is not there, dies or comes back: what a stage does, and what is logged later.
+
+The servers are real ones, killed with SIGKILL.
+"""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import stand_in
+import torch
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from mlflow_server import MlflowServer
+
+from gpt.base.errors import RunError
+from gpt.base.events import Metrics, Text
+from gpt.model.config import GPTConfig
+from gpt.model.model import GPT
+from gpt.model.weights import load_model, save_model
+from gpt.tokens.tokenizer import byte_tokenizer
+from pipeline.dag.cache import dvc_md5
+from pipeline.project.settings import TrackingParams
+from pipeline.run import stage as runner
+from pipeline.tracking import connection, sync
+from pipeline.tracking import registry as models
+from pipeline.tracking.connection import connect
+from pipeline.tracking.provenance import Provenance
+from pipeline.tracking.run import StageRun
+from pipeline.tracking.unsent import begin, unsent_runs
+
+HERE = Path(__file__).parent.parent
+LATER = {"tracking": {"unreachable": "later"}}
+CONFIG = GPTConfig(vocab_size=257, context_length=32, n_layer=1, n_head=2, n_embd=16)
+
+
+@pytest.fixture(scope="module")
+def one_server(
+    empty_database: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[MlflowServer]:
+    folder = tmp_path_factory.mktemp("server")
+    shutil.copy(empty_database, folder / "server.db")
+    made = MlflowServer(folder)
+    made.start()
+    yield made
+    made.kill()
+
+
+@pytest.fixture
+def server(one_server: MlflowServer, monkeypatch: pytest.MonkeyPatch) -> MlflowServer:
+    """The project's MLflow: a server, which a test may kill."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", one_server.uri)
+    if one_server.process is None:
+        one_server.start()
+    return one_server
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The project's MLflow is where nothing listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{probe.getsockname()[1]}")
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    stand_in.install(monkeypatch)
+    (tmp_path / "data" / "prepared").mkdir(parents=True)
+    (tmp_path / "data" / "prepared" / "text").write_text("some text")
+    return stand_in.make_project(tmp_path)
+
+
+def start(stage: str, project: Path) -> subprocess.Popen[str]:
+    path = os.pathsep.join((str(HERE), str(HERE.parent.parent)))
+    return subprocess.Popen(
+        [sys.executable, str(HERE / "stand_in.py"), stage, str(project)],
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.05)
+
+
+def note(project: Path, stage: str = "learn") -> dict[str, Any]:
+    return json.loads((project / ".pipeline" / "runs" / f"{stage}.json").read_text())
+
+
+def steps(client: MlflowClient, run: Run, metric: str) -> list[int]:
+    return [entry.step for entry in client.get_metric_history(run.info.run_id, metric)]
+
+
+def told(project: Path) -> list[str]:
+    lines: list[str] = []
+    sync.send_all(project, lines.append)
+    return lines
+
+
+def assert_whole(project: Path, total: int) -> Run:
+    """The last run of `learn` is in MLflow: each step once, every text, the end; none is unsent."""
+    client = connect(project)
+    run = client.get_run(note(project)["run_id"])
+    assert run.info.status == "FINISHED"
+    assert steps(client, run, "loss/train") == list(range(1, total + 1))
+    assert steps(client, run, "loss/validation") == list(range(5, total + 1, 5))
+    assert steps(client, run, "result/validation_loss") == [0]
+    samples = [file.path for file in client.list_artifacts(run.info.run_id, "samples")]
+    assert samples == [f"samples/step-{step:06d}.txt" for step in range(5, total + 1, 5)]
+    plots = [file.path for file in client.list_artifacts(run.info.run_id, "plots")]
+    assert plots == ["plots/learning_rate.png", "plots/loss.png"]
+    assert run.data.tags["output.models/learnt"] == dvc_md5(project / "models/learnt")
+    assert run.info.run_id in note(project)["url"]
+    assert not unsent_runs(project)
+    return run
+
+
+# --- not there at the start -----------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_without_mlflow_a_stage_stops_before_any_work_and_within_seconds(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = time.monotonic()
+    assert runner.run_stage("learn", project) == 1
+    assert time.monotonic() - before < 15
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "does not answer: Connection refused; check that MLFLOW_TRACKING_URI answers" in error
+    assert not (project / "models").exists()
+    assert not unsent_runs(project)
+
+
+def test_a_run_made_without_mlflow_is_logged_later_as_it_was(
+    project: Path,
+    elsewhere: None,
+    one_server: MlflowServer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    stand_in.set_params(project, **LATER)
+    assert runner.run_stage("learn", project) == 0
+    shown = capsys.readouterr()
+    assert "learn runs all the same and is logged later" in shown.out
+    assert "gpt-pipeline sync" in shown.out
+    with pytest.raises(RunError, match="does not answer"):
+        told(project)
+    (kept,) = unsent_runs(project)
+    ended = time.time()
+    time.sleep(1.5)
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", one_server.uri)
+    if one_server.process is None:
+        one_server.start()
+    (line,) = told(project)
+    assert line.startswith("learn: #1")
+    assert "(finished) is in MLflow: http://127.0.0.1" in line
+    run = assert_whole(project, 20)
+    assert kept.begun - 1 < run.info.start_time / 1000 <= run.info.end_time / 1000 < ended + 0.5
+    assert run.data.params["train.learning_rate"] == "0.5"
+    assert [each.dataset.name for each in run.inputs.dataset_inputs] == ["data/prepared"]
+    files = connect(project).list_artifacts(run.info.run_id, "lineage")
+    assert [file.path for file in files] == ["lineage/code.json", "lineage/params.yaml"]
+    assert told(project) == []
+
+
+def test_the_next_run_sends_what_is_unsent(
+    project: Path, server: MlflowServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in.set_params(project, **LATER)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    assert runner.run_stage("learn", project) == 0
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    unsent = assert_unsent(project)
+    stand_in.set_params(project, learn={"train": {"learning_rate": 0.25}})
+    assert runner.run_stage("learn", project) == 0
+    client, last = connect(project), assert_whole(project, 20)
+    sent = client.search_runs(
+        [last.info.experiment_id], f"tags.`{sync.TAG}` = '{unsent}'", max_results=2
+    )
+    assert len(sent) == 1
+    assert int(last.data.tags["number"]) == int(sent[0].data.tags["number"]) + 1
+    assert last.data.tags["changed.train.learning_rate"] == "0.5 → 0.25"
+    assert last.info.run_name.endswith(" train.learning_rate=0.25")
+
+
+def assert_unsent(project: Path) -> str:
+    """The id of the run that the stage's note names, which is kept here."""
+    assert len(unsent_runs(project)) == 1
+    return str(note(project)["run_id"])
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_without_mlflow_the_promotion_waits_or_fails_as_params_say(tmp_path: Path) -> None:
+    ready, (message,) = sync.ready_for_promotion(tmp_path, TrackingParams(unreachable="later"))
+    assert not ready
+    assert message.level == "warning"
+    assert "no model is compared with its champion" in message.text
+    assert sync.ready_for_promotion(tmp_path, TrackingParams()) == (True, [])
+
+
+# --- dying in the middle --------------------------------------------------------------------------
+
+
+def trained_until_it_died(project: Path, server: MlflowServer) -> subprocess.Popen[str]:
+    """A training whose server is killed after some of its steps are there."""
+    process = start("learn", project)
+
+    def has_steps() -> bool:
+        if not (project / ".pipeline/runs/learn.json").exists():
+            return False
+        run = connect(project).get_run(note(project)["run_id"])
+        return (
+            run.data.metrics.get("throughput/tokens", run.data.metrics.get("loss/train"))
+            is not None
+        )
+
+    wait_for(has_steps)
+    server.kill()
+    return process
+
+
+@pytest.mark.slow
+def test_mlflow_killed_in_the_middle_has_the_whole_run_later(
+    project: Path, server: MlflowServer
+) -> None:
+    stand_in.set_params(project, learn={"pause": 0.05, "train": {"steps": 80}}, **LATER)
+    process = trained_until_it_died(project, server)
+    begun = note(project)["run_id"]
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    assert "does not answer (Connection refused): learn goes on, and what is missing" in out
+    assert out.count("does not answer") == 1, out
+    assert note(project)["run_id"] == begun
+    server.start()
+    (line,) = told(project)
+    assert begun in line
+    assert assert_whole(project, 80).info.run_id == begun
+
+
+@pytest.mark.slow
+def test_mlflow_killed_in_the_middle_and_stop_loses_nothing(
+    project: Path, server: MlflowServer
+) -> None:
+    stand_in.set_params(project, learn={"pause": 0.05, "train": {"steps": 160}})
+    process = trained_until_it_died(project, server)
+    begun = note(project)["run_id"]
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert error.count("\n") == 1
+    assert "Connection refused" in error
+    assert "learn goes on, but cannot end well before it answers; the state is kept" in out
+    (kept,) = (project / ".checkpoints").rglob("step.json")
+    assert json.loads(kept.read_text()) == 160, "no step is made again"
+    server.start()
+    process = start("learn", project)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 0, error
+    run = assert_whole(project, 160)
+    assert run.info.run_id == begun
+    assert run.data.tags["resumed"] == "1"
+
+
+@pytest.mark.slow
+def test_mlflow_that_comes_back_before_the_end_gets_all_of_it(
+    project: Path, server: MlflowServer
+) -> None:
+    stand_in.set_params(project, learn={"pause": 0.1, "train": {"steps": 300}}, **LATER)
+    process = trained_until_it_died(project, server)
+    time.sleep(3)
+    server.start()
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    assert "answers again" in out
+    assert not unsent_runs(project)
+    assert_whole(project, 300)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("back", [True, False], ids=["back", "still gone"])
+def test_a_stage_and_mlflow_both_killed_go_on_as_the_same_run(
+    project: Path, server: MlflowServer, back: bool
+) -> None:
+    stand_in.set_params(project, learn={"pause": 0.05, "train": {"steps": 160}}, **LATER)
+    process = trained_until_it_died(project, server)
+    begun = note(project)["run_id"]
+    time.sleep(2)
+    process.kill()
+    process.communicate()
+    if back:
+        server.start()
+    process = start("learn", project)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    if not back:
+        server.start()
+        assert len(told(project)) == 1
+    assert assert_whole(project, 160).info.run_id == begun
+
+
+@pytest.mark.slow
+def test_a_run_begun_without_mlflow_and_killed_goes_on_once_it_is_there(
+    project: Path, server: MlflowServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in.set_params(project, learn={"pause": 0.05, "train": {"steps": 160}}, **LATER)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    process = start("learn", project)
+    wait_for(lambda: bool(list((project / ".checkpoints").rglob("step.json"))))
+    process.kill()
+    process.communicate()
+    assert_unsent(project)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    process = start("learn", project)
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    assert "(killed) is in MLflow" in out
+    run = assert_whole(project, 160)
+    assert sync.TAG in run.data.tags
+    assert run.data.tags["resumed"] == "1"
+
+
+@pytest.mark.slow
+def test_a_server_that_says_nothing_is_given_up_within_seconds(
+    project: Path, server: MlflowServer
+) -> None:
+    server.freeze()
+    before = time.monotonic()
+    try:
+        assert not connection.reachable(project)
+        assert time.monotonic() - before < 15
+    finally:
+        server.kill()
+
+
+# --- sent once, whole -----------------------------------------------------------------------------
+
+
+class _Breaking:
+    """A client whose server is gone after so many calls."""
+
+    def __init__(self, client: MlflowClient, calls: int) -> None:
+        self.client, self.calls = client, calls
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self.client, name)
+
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            if self.calls == 0:
+                raise ConnectionError("cut off")
+            self.calls -= 1
+            return method(*arguments, **keywords)
+
+        return call
+
+
+def made_without_mlflow(root: Path) -> Path:
+    """A run with a registered model."""
+    torch.manual_seed(1)
+    directory = root / "models" / "pretrain"
+    save_model(GPT(CONFIG), directory, tokenizer=byte_tokenizer())
+    run = StageRun(
+        root,
+        "pretrain",
+        CONFIG,
+        {"data/tokens": "1"},
+        made_of=Provenance(files={"params.yaml": b"x: 1\n"}),
+        unreachable="later",
+    )
+    for step in range(1, 1501):
+        run(Metrics(step, {"loss/train": 1 / step, "tokens": 8.0 * step}))
+    run(Text("samples/step.txt", "once"))
+    models.register(run, "base", directory, dvc_md5(directory))
+    run.close("FINISHED", metrics={"result": {"loss": 0.5}}, outputs={"models/pretrain": "2"})
+    return directory
+
+
+@pytest.mark.slow
+def test_an_interrupted_sync_is_completed_and_sends_everything_once(
+    tmp_path: Path, server: MlflowServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    directory = made_without_mlflow(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    client = connect(tmp_path)
+    (kept,) = unsent_runs(tmp_path)
+    cuts = 0
+    while True:  # cut off at the first call, the second, and so on to the last
+        try:
+            sent = sync._send(tmp_path, _Breaking(client, cuts), kept)  # type: ignore[arg-type]
+        except ConnectionError:
+            cuts += 1
+            assert unsent_runs(tmp_path)
+        else:
+            break
+    assert cuts > 20
+    assert sent is not None
+    assert not unsent_runs(tmp_path)
+    assert not list((tmp_path / ".pipeline" / "unsent").iterdir())
+
+    experiment = client.get_experiment_by_name("gpt-pipeline/pretrain")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert sorted(steps(client, run, "loss/train")) == list(range(1, 1501))
+    assert steps(client, run, "result/loss") == [0]
+    (version,) = client.search_model_versions("name = 'base'")
+    assert version.run_id == run.info.run_id
+    assert version.tags["md5"] == dvc_md5(directory)
+    assert run.info.run_id in version.description
+    assert client.get_model_version_by_alias("base", "candidate").version == version.version
+    (model,) = client.search_logged_models([experiment.experiment_id])
+    assert [each.model_id for each in run.outputs.model_outputs] == [model.model_id]
+    assert model.status == "READY"
+    shown = {metric.key: (metric.value, metric.step) for metric in model.metrics}
+    assert shown["result/loss"] == (0.5, 0)
+    assert shown["loss/train"] == (1 / 1500, 1500)
+    assert shown["throughput/tokens"] == (12000.0, 1500)
+    assert model.params["n_embd"] == "16"
+    import mlflow
+
+    files = Path(mlflow.artifacts.download_artifacts("models:/base@candidate"))
+    described = (files / "MLmodel").read_text()
+    assert model.model_id in described
+    assert run.info.run_id in described
+    sent_model = load_model(files / "artifacts" / "pretrain")
+    assert sum(p.sum().item() for p in sent_model.parameters()) == pytest.approx(
+        sum(p.sum().item() for p in load_model(directory).parameters())
+    )
+
+
+@pytest.mark.slow
+def test_an_alias_never_goes_back_to_an_older_run(
+    tmp_path: Path, server: MlflowServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for stage in ("first", "second"):
+        (tmp_path / stage).mkdir()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    made_without_mlflow(tmp_path / "first")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    directory = tmp_path / "second" / "models" / "pretrain"
+    torch.manual_seed(2)
+    save_model(GPT(CONFIG), directory, tokenizer=byte_tokenizer())
+    run = StageRun(tmp_path / "second", "pretrain", CONFIG, {})
+    version = models.register(run, "base", directory, dvc_md5(directory))
+    run.close("FINISHED")
+    sync.send_all(tmp_path / "first", lambda line: None)
+    candidate = connect(tmp_path).get_model_version_by_alias("base", "candidate")
+    assert int(candidate.version) == version
+
+
+def test_a_run_that_is_still_written_is_not_sent(
+    tmp_path: Path, server: MlflowServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    run = StageRun(tmp_path, "learn", stand_in.LearnParams(), {}, unreachable="later")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    (line,) = told(tmp_path)
+    assert line.startswith("learn: a process is still at it")
+    run.close("FINISHED")
+    (line,) = told(tmp_path)
+    assert "(finished) is in MLflow" in line
+
+
+def test_a_run_that_another_process_has_sent_meanwhile_is_not_taken(tmp_path):
+    run = begin(tmp_path, "prepare", None, None)
+    with run.held() as held:
+        assert held
+    run.remove()
+    assert run.take(1) is None
+    assert not run.folder.exists()
