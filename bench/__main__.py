@@ -17,8 +17,15 @@ from bench.harness import Settings, Skipped, as_table, measure_machine, write_re
 from bench.worker import as_it_comes
 from gpt.base.errors import InputError, RunError
 
+BENCHMARKS = {
+    "gpt": ("training", "generation", "tokenization", "ablation", "recipe"),
+    "stages": ("classification", "instruction", "assistant"),
+    "pipeline": ("keeping", "orchestration"),
+}
+"""Folder -> the benchmarks in it."""
+FOLDER_OF = {name: folder for folder, names in BENCHMARKS.items() for name in names}
 AGAINST_PEERS = ("training", "generation", "tokenization", "classification", "instruction")
-NAMES = (*AGAINST_PEERS, "ablation", "keeping", "recipe", "assistant", "orchestration")
+NAMES = tuple(FOLDER_OF)
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -45,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(f"{machine}.", highlight=False)
         for name in options.names or AGAINST_PEERS:
             # imported when its turn comes: a benchmark needs only its own peers
-            benchmark = importlib.import_module(f"bench.{name}")
+            benchmark = importlib.import_module(f"bench.{FOLDER_OF[name]}.{name}")
             comparisons = []
             try:
                 with console.status(name):

@@ -111,7 +111,7 @@ def main() -> NoReturn:
 
 
 def _root() -> Path:
-    from pipeline.dag.graph import find_root
+    from pipeline.dag.dvc_files import find_root
 
     return find_root(Path.cwd())
 
@@ -351,7 +351,7 @@ def promote(
 @app.command()
 def judge() -> None:
     """Let another model, which params.yaml names, score the assistant's answers from 0 to 100."""
-    from pipeline.project.locks import stage_lock
+    from pipeline.project.file_locks import stage_lock
     from pipeline.project.params import PARAMS_FILE, load_params, section
     from pipeline.show.console import make_log
     from pipeline.verdict.judge import REPORT, judge_assistant, markdown
@@ -430,8 +430,8 @@ def clean(
     ] = False,
 ) -> None:
     """Remove states of stopped trainings that no run goes on from, and say what they took."""
-    from pipeline.dag.graph import mend_rwlock
-    from pipeline.project.stages import STAGES
+    from pipeline.dag.repository import mend_rwlock
+    from pipeline.project.stage_table import STAGES
     from pipeline.run.clean import Removed
     from pipeline.run.clean import clean as remove
     from pipeline.run.resume import size_in_words
@@ -490,7 +490,7 @@ def export(
 
 def _sample_text() -> Path | None:
     """The samples' prose, if this is a project's folder that has it."""
-    from pipeline.dag.graph import find_root
+    from pipeline.dag.dvc_files import find_root
 
     with contextlib.suppress(InputError):
         text = find_root(Path.cwd()) / "samples" / "stories.txt"

@@ -11,9 +11,9 @@ import pytest
 import yaml
 from import_graph import ROOT, imported, module_file
 
-from pipeline.dag.graph import code_of, is_code
+from pipeline.dag.code import code_of, is_code
 from pipeline.project.params import SECTIONS, load_params
-from pipeline.project.stages import STAGES
+from pipeline.project.stage_table import STAGES
 
 FILES = {
     folder: yaml.safe_load((ROOT / folder / "dvc.yaml").read_text(encoding="utf-8"))

@@ -124,10 +124,10 @@ def test_the_rule_is_seen_to_be_broken(module, line, said):
 def test_a_circle_is_seen():
     graph = the_project()
     graph["pipeline.project.git"] |= imports_of(
-        "if TYPE_CHECKING:\n    from pipeline.project.locks import stage_lock", types=True
+        "if TYPE_CHECKING:\n    from pipeline.project.file_locks import stage_lock", types=True
     )
-    graph["pipeline.project.locks"] |= {"pipeline.project.git"}
-    assert {"pipeline.project.git", "pipeline.project.locks"} in circles(graph)
+    graph["pipeline.project.file_locks"] |= {"pipeline.project.git"}
+    assert {"pipeline.project.git", "pipeline.project.file_locks"} in circles(graph)
 
 
 def test_every_wing_has_a_folder_that_says_what_it_is_for():

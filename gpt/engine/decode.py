@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt.base.errors import RunError
-from gpt.engine import native
+from gpt.engine import compiling
 from gpt.engine.int8 import Int8Embedding, Int8GPT, Int8Linear
 from gpt.generation import Engine, NewStep
 from gpt.model.model import GPT, LAYER_NORM_EPS, KVCache, QueryKeyValue
@@ -89,7 +89,7 @@ def why_not(model: GPT) -> str | None:
         return reason
     try:
         _find()
-    except native.UnavailableError as error:
+    except compiling.UnavailableError as error:
         return str(error)
     return None
 
@@ -104,11 +104,11 @@ def ready(model: GPT) -> bool:
     try:
         _find()
         return True
-    except native.UnavailableError:
+    except compiling.UnavailableError:
         if not _started:
             _started = True
-            with contextlib.suppress(native.UnavailableError):
-                native.compile_in_background(SOURCE)
+            with contextlib.suppress(compiling.UnavailableError):
+                compiling.compile_in_background(SOURCE)
         return False
 
 
@@ -122,13 +122,13 @@ def require(model: GPT) -> None:
     if (reason := _unsupported(model)) is not None:
         raise RunError(f"the compiled engine cannot serve this model: {reason}; use another engine")
     if _loaded is None:
-        _loaded = native.compile_and_wait(SOURCE)
+        _loaded = compiling.compile_and_wait(SOURCE)
 
 
 def _find() -> ctypes.CDLL:
     global _loaded
     if _loaded is None:
-        _loaded = native.find(SOURCE)
+        _loaded = compiling.find(SOURCE)
     return _loaded
 
 

@@ -11,16 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gpt.base.errors import InputError, RunError
-from pipeline.dag.graph import (
-    Dag,
-    Recorded,
-    files_of_code,
-    has_remote,
-    is_code,
-    md5_of_code,
-    open_repo,
-)
+from pipeline.dag.code import files_of_code, is_code, md5_of_code
+from pipeline.dag.graph import Dag, Recorded
 from pipeline.dag.objects import Objects, md5_of, remove_damaged
+from pipeline.dag.repository import has_remote, open_repo
 
 
 def dvc_md5(path: Path) -> str:

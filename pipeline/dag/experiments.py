@@ -19,7 +19,7 @@ from typing import Any
 
 from gpt.base.errors import InputError, RunError
 from gpt.base.files import write_json
-from pipeline.dag.graph import LOCK_FILE
+from pipeline.dag.dvc_files import LOCK_FILE
 from pipeline.dag.overrides import set_value
 from pipeline.project.git import git
 from pipeline.project.params import PARAMS_FILE

@@ -10,35 +10,30 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
 import os
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pathspec import GitIgnoreSpec
-
 from gpt.base.errors import InputError, RunError
-from gpt.base.files import whole_file
+from pipeline.dag.code import files_of_code, md5_of_code, note_of_code
+from pipeline.dag.dvc_files import (
+    LOCK_FILE,
+    PIPELINE_FILE,
+    pipeline_files,
+    read_stages,
+)
 from pipeline.dag.objects import Objects, md5_of
+from pipeline.dag.repository import in_one_line, mend_rwlock, open_repo
 from pipeline.project.params import PARAMS_FILE, read_params
-from pipeline.project.yaml_files import read_yaml
 
 if TYPE_CHECKING:
-    from dvc.repo import Repo
     from dvc.stage import PipelineStage
-
-PIPELINE_FILE = "dvc.yaml"
-LOCK_FILE = "dvc.lock"
-OPTIONAL = "optional"
-"""The folder of the pipeline file whose stages only run when they are asked for."""
-CODE = ("gpt", "stages")
-"""The folders of the code that stages run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,231 +89,6 @@ class Change:
         return self.how == f"output {_WORDS['not in cache']}"
 
 
-def find_root(start: Path) -> Path:
-    """The project's root: the nearest folder at or above `start` that holds its `dvc.yaml`.
-
-    Raises:
-        InputError: there is none.
-    """
-    start = start.resolve()
-    for folder in (start, *start.parents):
-        of_another = folder.name == OPTIONAL and (folder.parent / PIPELINE_FILE).is_file()
-        if (folder / PIPELINE_FILE).is_file() and not of_another:
-            return folder
-    raise InputError(f"{start}: no dvc.yaml here or above; change into the project's folder")
-
-
-def pipeline_files(root: Path) -> list[Path]:
-    """The project's `dvc.yaml`, and that of its optional stages if there is one."""
-    optional = root / OPTIONAL / PIPELINE_FILE
-    return [root / PIPELINE_FILE, *([optional] if optional.is_file() else [])]
-
-
-def pipeline_stages(root: Path) -> Iterator[Mapping[str, Any]]:
-    """What each of the project's `dvc.yaml` says of stages; nothing where it cannot be read."""
-    for file in pipeline_files(root):
-        with contextlib.suppress(InputError):
-            yield read_stages(file)
-
-
-def is_code(path: str) -> bool:
-    """Whether what a stage depends on, a file or a folder, is code and not data."""
-    return path.endswith(".py") or path.partition("/")[0] in CODE
-
-
-def code_of(root: Path, stage: str) -> list[str]:
-    """The files of code that a stage depends on, as `dvc.yaml` lists them or folders of them.
-
-    Raises:
-        InputError: `dvc.yaml` cannot be read, or names code that is not there.
-    """
-    for stages in pipeline_stages(root):
-        if isinstance(entry := stages.get(stage), dict) and isinstance(entry.get("deps"), list):
-            listed = [dep for dep in entry["deps"] if is_code(dep)]
-            break
-    else:
-        raise InputError(f"dvc.yaml: names no deps of {stage}, or cannot be read; restore the file")
-    files = []
-    for path in listed:
-        found = files_of_code(root, path)
-        if not found:
-            raise InputError(f"{path} is missing, and {stage} depends on it; restore the file")
-        files += found
-    return files
-
-
-def files_of_code(root: Path, path: str) -> list[str]:
-    """The file at a path, or those in a folder there that DVC counts: `.dvcignore` bars some."""
-    if (root / path).is_file():
-        return [path]
-    patterns = root / ".dvcignore"
-    # not through DVC, which takes ten times as long to start as all of this
-    ignored = GitIgnoreSpec.from_lines(
-        patterns.read_text(encoding="utf-8").splitlines() if patterns.is_file() else []
-    )
-    files = (each for each in (root / path).rglob("*") if each.is_file())
-    names = sorted(each.relative_to(root).as_posix() for each in files)
-    return [name for name in names if not ignored.match_file(name)]
-
-
-def md5_of_code(files: Mapping[str, str], path: str) -> str:
-    """The md5 of a file or folder of code as `dvc.lock` has it; empty where it holds none.
-
-    Args:
-        files: of code, path -> md5; folders may be among them.
-        path: of the file or folder.
-    """
-    if path in files:
-        return files[path]
-    below = [
-        {"md5": md5, "relpath": name.removeprefix(f"{path}/")}
-        for name, md5 in sorted(files.items())
-        if name.startswith(f"{path}/")
-    ]
-    listed = json.dumps(below, sort_keys=True).encode()
-    return f"{hashlib.md5(listed, usedforsecurity=False).hexdigest()}.dir" if below else ""
-
-
-def note_of_code(root: Path, stage: str) -> Path:
-    """Where it is noted which code (file -> md5) made a stage's outputs last."""
-    return root / ".pipeline" / "code" / f"{stage}.json"
-
-
-def allow_missing_git(root: Path) -> None:
-    """Let DVC work in a source archive: without a git repository it wants to be told so."""
-    local = root / ".dvc" / "config.local"
-    if any((folder / ".git").exists() for folder in (root, *root.parents)) or local.exists():
-        return
-    with whole_file(local) as partial:
-        partial.write_text("[core]\n    no_scm = true\n", encoding="utf-8")
-
-
-def open_repo(root: Path) -> Repo:
-    """DVC in this process, without the bars that it draws between our lines on a terminal.
-
-    Raises:
-        InputError: DVC cannot open the project.
-    """
-    from dvc.repo import Repo
-
-    for bars in ("dvc.progress", "dvc_data.callbacks"):
-        logging.getLogger(bars).setLevel(logging.CRITICAL)
-    allow_missing_git(root)
-    with _opening():
-        return Repo(str(root))
-
-
-def has_remote(root: Path) -> bool:
-    """Whether DVC has a remote to push to and pull from by default.
-
-    Raises:
-        InputError: its settings cannot be read.
-    """
-    from dvc.config import Config
-
-    with _opening():
-        return bool(Config(str(root / ".dvc"), validate=False)["core"].get("remote"))
-
-
-@dataclass(frozen=True, slots=True)
-class Remote:
-    """DVC's default remote: its address, and whether it is a folder that is not there yet."""
-
-    place: str
-    missing: bool
-
-
-def remote_of(root: Path) -> Remote | None:
-    """DVC's default remote, asked whether it is there; None where none is set.
-
-    Raises:
-        RunError: it cannot be reached.
-    """
-    from dvc.repo import Repo
-
-    try:
-        with Repo(str(root)) as repo:
-            if not repo.config["core"].get("remote"):
-                return None
-            remote = repo.cloud.get_remote()
-            missing = not remote.fs.exists(remote.path) and remote.fs.protocol == "local"
-            return Remote(str(remote.config.get("url", remote.path)), missing)
-    except Exception as error:  # each kind of remote has errors of its own
-        raise RunError(f"cannot be reached: {_in_one_line(error)}") from None
-
-
-@contextmanager
-def _opening() -> Iterator[None]:
-    from dvc.exceptions import DvcException
-
-    try:
-        yield
-    except (DvcException, OSError) as error:
-        what = "make it a folder that can be written"
-        if isinstance(error, DvcException):
-            what = "mend it, or take it from git: `git checkout .dvc`"
-        raise InputError(
-            f".dvc: DVC cannot open the project ({_in_one_line(error)}); {what}"
-        ) from None
-
-
-def mend_rwlock(root: Path) -> bool:
-    """Mend DVC's table of running commands where kills left it wrong; whether they did.
-
-    DVC writes it in place and does not start when it is cut off. Of a process that was killed it
-    only asks whether there is one of that number, and after a reboot, or in a container, there is.
-    """
-    from dvc.lock import LockError, make_lock
-
-    path = root / ".dvc" / "tmp" / "rwlock"
-    if _mended(path) is None:
-        return False
-    with contextlib.suppress(LockError):  # a DVC command is writing it now
-        with make_lock(f"{path}.lock", tmp_dir=str(path.parent)):
-            if (content := _mended(path)) is None:
-                return False
-            path.write_text(content, encoding="utf-8")
-        return True
-    return False
-
-
-def _mended(path: Path) -> str | None:
-    """What the table should hold; None where it holds that."""
-    try:
-        table = json.loads(path.read_bytes())
-        running = {
-            "write": {file: by for file, by in table.get("write", {}).items() if is_running(**by)},
-            "read": {
-                file: left
-                for file, by in table.get("read", {}).items()
-                if (left := [each for each in by if is_running(**each)])
-            },
-        }
-    except FileNotFoundError:
-        return None
-    except (AttributeError, TypeError, ValueError):
-        return "{}"
-    same = all(running[kind] == table.get(kind, {}) for kind in running)
-    return None if same else json.dumps(running)
-
-
-def is_running(pid: int, cmd: str) -> bool:
-    """Whether a process that DVC noted is there still, and not another one of its number."""
-    import psutil
-
-    try:
-        process = psutil.Process(int(pid))
-        there = process.cmdline()
-        if not there:  # it has just been started, or has ended and is not waited for yet
-            return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-    except psutil.Error:
-        return True
-    words = " ".join(there).split()  # an argument may hold blanks
-    return all(word in words for word in cmd.split()[1:][-1:])
-
-
 class Dag:
     """The stages in the order in which `dvc repro` would run them, optional ones behind the others.
 
@@ -352,7 +122,7 @@ class Dag:
             )
             self.stages: dict[str, Stage] = self._load()
         except DvcException as error:
-            reason = _in_one_line(error)
+            reason = in_one_line(error)
             wrong = LOCK_FILE if LOCK_FILE in reason else PIPELINE_FILE
             remedy = f"bring it back (`git checkout {wrong}`)"
             remedy += ", or remove it" if wrong == LOCK_FILE else ""
@@ -574,29 +344,6 @@ class Dag:
         with self._locked():
             stages = (stage for stage in self._repo.index.stages if hasattr(stage, "name"))
             yield {stage.name: stage for stage in stages}
-
-
-def _in_one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
-
-
-def read_stages(path: Path) -> dict[str, dict[str, Any]]:
-    """What a `dvc.yaml` or a `dvc.lock` says of each stage; nothing if there is no such file.
-
-    Raises:
-        InputError: it is no YAML, git left it with a conflict, or it holds something else.
-    """
-    if not path.exists():
-        return {}
-    name = path.relative_to(path.parents[path.parent.name == OPTIONAL]).as_posix()
-    raw = read_yaml(path, name)
-    stages = (raw.get("stages") or {}) if isinstance(raw, dict) else None
-    if not isinstance(stages, dict) or not all(isinstance(each, dict) for each in stages.values()):
-        raise InputError(
-            f"{name}: holds no stages; bring it back (`git checkout {name}`)"
-            f"{', or remove it' if path.name == LOCK_FILE else ''}"
-        )
-    return stages
 
 
 def _file(stage: PipelineStage, root: Path) -> str:

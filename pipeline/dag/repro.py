@@ -24,8 +24,10 @@ from gpt.base.errors import RunError
 from gpt.base.events import Event
 from gpt.base.files import whole_file
 from pipeline.dag.cache import mend
-from pipeline.dag.earlier import Earlier
-from pipeline.dag.graph import LOCK_FILE, Dag, has_remote, is_running, mend_rwlock
+from pipeline.dag.dvc_files import LOCK_FILE
+from pipeline.dag.graph import Dag
+from pipeline.dag.repository import has_remote, is_running, mend_rwlock
+from pipeline.dag.set_aside import Earlier
 from pipeline.project.scratch import scratch
 from pipeline.show.console import EVENTS_VARIABLE, EventReader, following
 

@@ -29,7 +29,7 @@ from gpt.model.device import pick_device
 from pipeline.estimate.plan import TRAINING, Plan, make_plan
 from pipeline.estimate.probe import EVALUATE_AFTER, WARM_UP, Probe, probe_stage
 from pipeline.project.params import PARAMS_FILE, load_params
-from pipeline.project.stages import STAGES
+from pipeline.project.stage_table import STAGES
 from pipeline.show.console import safe_console, seconds_in_words
 from pipeline.show.terminal import say_json
 

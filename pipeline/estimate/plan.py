@@ -18,7 +18,7 @@ from gpt.base.errors import InputError
 from gpt.batches.data import IGNORED, Batch, Dataset, batch_indices, batches, take
 from gpt.estimate import Memory, Shape, Tuning
 from pipeline.project.params import Params, section
-from pipeline.project.stages import STAGES
+from pipeline.project.stage_table import STAGES
 
 if TYPE_CHECKING:
     from gpt.model.config import GPTConfig

@@ -276,7 +276,7 @@ def _run(stage: str, root: Path, params_file: Path, scratch: Path, weights: int)
     import pipeline.run.stage  # noqa: F401  a stage's process holds it too
     from pipeline.dag.cache import dvc_md5
     from pipeline.project.params import load_params, section
-    from pipeline.project.stages import STAGES
+    from pipeline.project.stage_table import STAGES
     from pipeline.tracking.connection import load_mlflow
 
     watch = _Watch(scratch / "notes.jsonl")

@@ -128,7 +128,7 @@ def _check_git(root: Path) -> Check:
 
 
 def _check_remote(root: Path) -> Check:
-    from pipeline.dag.graph import remote_of
+    from pipeline.dag.repository import remote_of
     from pipeline.project.secrets import without_credentials
 
     try:
@@ -178,7 +178,7 @@ def serve(
     Raises:
         InputError: another agent works in this project, or the machine cannot do the work.
     """
-    from pipeline.project.locks import stage_lock
+    from pipeline.project.file_locks import stage_lock
 
     with stage_lock(home(root), "agent"):
         checks = check_machine(root, api)

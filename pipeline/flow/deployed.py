@@ -32,8 +32,10 @@ from prefect.variables import Variable
 
 from gpt.base.errors import InputError, RunError
 from pipeline.dag.cache import dvc_md5, mend
-from pipeline.dag.graph import LOCK_FILE, Dag, find_root, has_remote
+from pipeline.dag.dvc_files import LOCK_FILE, find_root
+from pipeline.dag.graph import Dag
 from pipeline.dag.overrides import params_with, text_with, write_params
+from pipeline.dag.repository import has_remote
 from pipeline.dag.repro import Processes, StageError
 from pipeline.flow.agent_start import AGENT_VARIABLE, WORKER_VARIABLE, run_note
 from pipeline.flow.flow import run_stages

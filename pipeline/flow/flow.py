@@ -34,7 +34,8 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from gpt.base.errors import InputError, RunError
 from gpt.base.events import Event
 from pipeline.dag.cache import are_in_place
-from pipeline.dag.graph import Change, Dag, Stage, find_root
+from pipeline.dag.dvc_files import find_root
+from pipeline.dag.graph import Change, Dag, Stage
 from pipeline.dag.repro import (
     Ended,
     Processes,
@@ -49,14 +50,14 @@ from pipeline.flow.lifetime import note_flow_run
 from pipeline.flow.resources import Resources, needs
 from pipeline.project.params import PARAMS_FILE, load_params, load_section
 from pipeline.project.settings import FlowParams, TrackingParams
-from pipeline.project.stages import STAGES
+from pipeline.project.stage_table import STAGES
 from pipeline.run.resume import size_in_words, size_of
 from pipeline.run.stage import end_killed
 from pipeline.show.console import Display, Level, PlainDisplay, make_display, seconds_in_words
 from pipeline.show.markdown import escaped, table
 from pipeline.show.terminal import safe
 from pipeline.tracking.keys import flatten_metrics
-from pipeline.tracking.notes import made_by
+from pipeline.tracking.run_notes import made_by
 
 _PASSING = ("network", "killed", "busy")
 """The kinds of failure that another try may mend."""

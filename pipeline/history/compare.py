@@ -24,12 +24,12 @@ from rich.table import Table
 from rich.text import Text
 
 from gpt.base.errors import InputError, RunError
-from pipeline.dag.graph import code_of, md5_of_code
+from pipeline.dag.code import code_of, md5_of_code
 from pipeline.history.names import find, version_name
 from pipeline.history.runs import Execution, Known, known
 from pipeline.project.git import git
 from pipeline.project.params import PARAMS_FILE, load_section
-from pipeline.project.stages import STAGES
+from pipeline.project.stage_table import STAGES
 from pipeline.show.console import n_of, report_console, some
 from pipeline.show.markdown import NOTHING, visible
 from pipeline.show.terminal import say_json
@@ -43,7 +43,7 @@ from pipeline.tracking.version_page import profile
 if TYPE_CHECKING:
     import torch
 
-    from pipeline.tracking.entities import ModelVersion
+    from pipeline.tracking.mlflow_classes import ModelVersion
     from stages.evaluate import EvaluateParams
 
 _T = TypeVar("_T")
@@ -200,7 +200,7 @@ def compare(
         InputError: there is no such thing, or the two are of different stages.
         RunError: MLflow cannot be reached.
     """
-    from pipeline.tracking.entities import MlflowException
+    from pipeline.tracking.mlflow_classes import MlflowException
 
     everything = known(root)
     if everything.client is None:
@@ -252,7 +252,7 @@ def _against_champion(everything: Known, one: str) -> tuple[str, str]:
 
 
 def _version_or_run(everything: Known, what: str) -> ModelVersion | Execution:
-    from pipeline.tracking.entities import ModelVersion
+    from pipeline.tracking.mlflow_classes import ModelVersion
 
     found = find(everything, what)
     if isinstance(found, Execution) and found.run is None:

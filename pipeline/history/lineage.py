@@ -20,7 +20,7 @@ from rich.tree import Tree
 
 from gpt.text.records import SOURCES
 from pipeline.dag.cache import DvcCache, dvc_md5, md5_now
-from pipeline.dag.graph import md5_of_code
+from pipeline.dag.code import md5_of_code
 from pipeline.history.names import Commit, File, find, version_name
 from pipeline.history.runs import Execution, Known, commit_of_path, in_lock, is_changed, known
 from pipeline.project.git import git
@@ -31,7 +31,7 @@ from pipeline.tracking.provenance import CODE
 from pipeline.tracking.registry import MD5_TAG
 
 if TYPE_CHECKING:
-    from pipeline.tracking.entities import ModelVersion
+    from pipeline.tracking.mlflow_classes import ModelVersion
 
 Kind = Literal["version", "file", "run", "source", "commit"]
 

@@ -15,7 +15,7 @@ from pipeline.history.runs import Execution, Known
 from pipeline.project.git import commit_of
 
 if TYPE_CHECKING:
-    from pipeline.tracking.entities import ModelVersion
+    from pipeline.tracking.mlflow_classes import ModelVersion
 
 _MODEL = re.compile(r"(?P<name>[\w.-]+)(?:/(?P<version>\d+)|@(?P<alias>[\w.-]+))?")
 _RUN = re.compile(r"[0-9a-f]{1,32}")

@@ -58,7 +58,7 @@ from pipeline.tracking.provenance import CODE, PATCH
 from pipeline.tracking.run import machine
 
 if TYPE_CHECKING:
-    from pipeline.tracking.entities import ModelVersion
+    from pipeline.tracking.mlflow_classes import ModelVersion
 
 FOLDER = Path(".pipeline") / "reproduced"
 TAG = "reproduced"

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt.base.errors import InputError, RunError
-from pipeline.dag.graph import LOCK_FILE, is_code, pipeline_files, read_stages
+from pipeline.dag.code import is_code
+from pipeline.dag.dvc_files import LOCK_FILE, pipeline_files, read_stages
 from pipeline.project.git import git
 from pipeline.project.yaml_files import parse_yaml
 from pipeline.tracking.connection import (
@@ -27,7 +28,7 @@ from pipeline.tracking.connection import (
 from pipeline.tracking.database import database_file
 
 if TYPE_CHECKING:
-    from pipeline.tracking.entities import MlflowClient, ModelVersion, Run
+    from pipeline.tracking.mlflow_classes import MlflowClient, ModelVersion, Run
 
 _PAGE = 1000
 _INPUT, _OUTPUT = "input.", "output."
@@ -155,7 +156,7 @@ class Known:
                 return each
         if self.client is None:
             return None
-        from pipeline.tracking.entities import MlflowException
+        from pipeline.tracking.mlflow_classes import MlflowException
 
         with contextlib.suppress(MlflowException, KeyError):  # no such run, or none of a stage
             return of_run(self.client.get_run(run_id))
@@ -219,7 +220,7 @@ def _versions(client: MlflowClient) -> Iterator[ModelVersion]:
 
 def _runs(client: MlflowClient) -> Iterator[Run]:
     """The stages' runs, deleted ones too, the newest first."""
-    from pipeline.tracking.entities import ViewType
+    from pipeline.tracking.mlflow_classes import ViewType
 
     experiments = [
         each.experiment_id

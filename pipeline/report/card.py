@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from gpt.base.errors import InputError
-from pipeline.project.stages import STAGES
+from pipeline.project.stage_table import STAGES
 from pipeline.report.content import (
     assistant_in_short,
     base_of,

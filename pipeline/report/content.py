@@ -14,7 +14,7 @@ from typing import ClassVar
 from gpt.base.labels import class_key
 from pipeline.data.facts import RawSource
 from pipeline.project.secrets import without_credentials
-from pipeline.project.stages import STAGES
+from pipeline.project.stage_table import STAGES
 from pipeline.report.facts import (
     Answer,
     Facts,

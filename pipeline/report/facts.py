@@ -21,23 +21,24 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from gpt.base.errors import InputError, RunError, first_problem
 from gpt.base.files import sha256_of, write_json
 from gpt.base.labels import class_of
-from pipeline.dag.graph import LOCK_FILE, is_code, pipeline_files, read_stages
+from pipeline.dag.code import is_code
+from pipeline.dag.dvc_files import LOCK_FILE, pipeline_files, read_stages
 from pipeline.data.facts import RAW, RawSource, raw_sources
 from pipeline.project.secrets import without_credentials
-from pipeline.project.stages import STAGES
+from pipeline.project.stage_table import STAGES
 from pipeline.tracking.connection import connect, run_that_made, tracking_uri
 from pipeline.tracking.database import database_file
 from pipeline.tracking.keys import flatten_metrics
-from pipeline.tracking.notes import last_run
 from pipeline.tracking.provenance import git_state
 from pipeline.tracking.registry import MD5_TAG
 from pipeline.tracking.run import PEAK_MEMORY
+from pipeline.tracking.run_notes import last_run
 from pipeline.verdict.promotion import ANSWERS, Decision, read_decisions
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from pipeline.tracking.entities import MlflowClient, Run
+    from pipeline.tracking.mlflow_classes import MlflowClient, Run
 
 EVALUATION = Path("reports/evaluation/metrics.json")
 PREDICTIONS = Path("reports/evaluation/predictions")
@@ -441,7 +442,7 @@ def _tracked(root: Path, recorded: Mapping[str, Recorded], ask: bool) -> _Tracke
 def _asked(
     root: Path, recorded: Mapping[str, Recorded], notes: Mapping[str, Mapping[str, Any]]
 ) -> _Tracked:
-    from pipeline.tracking.entities import MlflowException
+    from pipeline.tracking.mlflow_classes import MlflowException
 
     executions = {name: Execution(seconds=note.get("seconds")) for name, note in notes.items()}
     local = database_file(tracking_uri(root))

@@ -17,12 +17,12 @@ from rich.text import Text
 from gpt.base.errors import InputError
 from gpt.base.files import read_json
 from pipeline.dag.graph import Change, Dag, Stage
-from pipeline.project.stages import MAIN_METRICS
+from pipeline.project.stage_table import MAIN_METRICS
 from pipeline.show.console import safe_console, seconds_in_words
 from pipeline.show.markdown import NOTHING
 from pipeline.show.terminal import say_json
 from pipeline.tracking.keys import flatten_metrics
-from pipeline.tracking.notes import last_run, made_by
+from pipeline.tracking.run_notes import last_run, made_by
 
 State = Literal["up to date", "would run", "may run", "optional"]
 

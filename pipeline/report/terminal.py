@@ -104,7 +104,7 @@ def _keep_in_mlflow(root: Path, facts: Facts, report: Report) -> str:
     run_id = evaluated.run_id if evaluated else None
     if run_id is None and not facts.versions:
         return ""  # the report says why
-    from pipeline.tracking.entities import MlflowException
+    from pipeline.tracking.mlflow_classes import MlflowException
 
     try:
         client = connect(root)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt.base.errors import InputError, RunError
+from pipeline.project.file_locks import BusyError, locked, state_lock_name
 from pipeline.project.folders import home
-from pipeline.project.locks import BusyError, locked, state_lock_name
 from pipeline.run.resume import (
     FOLDER,
     PARTIAL,
@@ -24,7 +24,7 @@ from pipeline.run.resume import (
 )
 
 if TYPE_CHECKING:
-    from pipeline.project.stages import StageSpec
+    from pipeline.project.stage_table import StageSpec
 
 
 _EMPTY = "an empty folder"

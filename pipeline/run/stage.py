@@ -27,21 +27,21 @@ from gpt.base.errors import InputError, RunError, lacks_memory
 from gpt.base.events import Event, Log, Message
 from gpt.base.files import write_json
 from pipeline.dag.cache import dvc_md5
-from pipeline.dag.graph import note_of_code
+from pipeline.dag.code import note_of_code
+from pipeline.project.file_locks import BusyError, stage_lock, state_lock
 from pipeline.project.folders import home
-from pipeline.project.locks import BusyError, stage_lock, state_lock
 from pipeline.project.params import PARAMS_FILE, load_params, section
 from pipeline.project.secrets import without_secrets
 from pipeline.project.settings import TrackingParams
-from pipeline.project.stages import STAGES, StageSpec
+from pipeline.project.stage_table import STAGES, StageSpec
 from pipeline.run import launch
 from pipeline.run.resume import FOLDER as STATES
 from pipeline.run.resume import older_states, remove_state, state_folder
 from pipeline.show.console import EVENTS_VARIABLE, make_log
 from pipeline.show.terminal import say
-from pipeline.tracking.notes import RunNote, note_of_run
 from pipeline.tracking.provenance import MadeOf
 from pipeline.tracking.run import StageRun, Status, mark_killed
+from pipeline.tracking.run_notes import RunNote, note_of_run
 from pipeline.tracking.sync import send_quietly
 
 MIRROR_VARIABLE = "GPT_PIPELINE_MIRROR"

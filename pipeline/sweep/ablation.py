@@ -132,7 +132,7 @@ def ablate(root: Path, table: Path, log: Log) -> list[dict[str, Any]]:
         InputError: the table or an input cannot be used, or the project is in no git repository.
         RunError: rows failed; MLflow cannot be reached.
     """
-    from pipeline.project.locks import stage_lock
+    from pipeline.project.file_locks import stage_lock
     from pipeline.tracking.connection import connect
 
     rows = read_rows(root, table)
@@ -170,9 +170,9 @@ def _one_line(error: BaseException) -> str:
 
 def _row(root: Path, table: str, row: Row, log: Log) -> dict[str, Any]:
     from pipeline.data.sets import input_sets
-    from pipeline.project.stages import STAGES
+    from pipeline.project.stage_table import STAGES
     from pipeline.tracking.connection import connect
-    from pipeline.tracking.entities import MlflowException
+    from pipeline.tracking.mlflow_classes import MlflowException
     from pipeline.tracking.provenance import MadeOf
     from pipeline.tracking.run import StageRun
 
@@ -274,7 +274,7 @@ def _train(
 
 def _outputs(folder: Path) -> dict[str, Path]:
     """Where a row's outputs are until DVC has them, by the stage's keywords."""
-    from pipeline.project.stages import STAGES
+    from pipeline.project.stage_table import STAGES
 
     return {keyword: folder / keyword for keyword in STAGES[STAGE].outputs}
 
@@ -287,7 +287,7 @@ def _save(
     inputs: dict[str, str],
     scores: dict[str, float],
 ) -> None:
-    from pipeline.project.stages import STAGES
+    from pipeline.project.stage_table import STAGES
 
     try:
         evaluation = json.loads((root / EVALUATION).read_text(encoding="utf-8"))

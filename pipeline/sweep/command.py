@@ -55,7 +55,7 @@ def run_sweep(
         RunError: points failed, or MLflow or Prefect cannot be reached.
     """
     from pipeline.flow.prefect_api import prefect_told, use_api
-    from pipeline.project.locks import stage_lock
+    from pipeline.project.file_locks import stage_lock
 
     commit_of(root, "HEAD")
     check_sections(root / PARAMS_FILE)
@@ -108,7 +108,7 @@ def _size(sweep: Sweep) -> str:
 
 def _promotable(sweep: Sweep) -> str:
     """The registered model that the sweep is about."""
-    from pipeline.project.stages import STAGES
+    from pipeline.project.stage_table import STAGES
 
     swept = {path.partition(".")[0] for path in sweep.paths}
     compared = [name for name, spec in STAGES.items() if sweep.metric.file in spec.outputs.values()]
@@ -137,7 +137,7 @@ def _sorted(sweep: Sweep, outcomes: Sequence[Outcome]) -> list[Outcome]:
 
 def markdown(sweep: Sweep, outcomes: Sequence[Outcome]) -> str:
     """The points as a page of Markdown, the best first."""
-    from pipeline.project.stages import MAIN_METRICS
+    from pipeline.project.stage_table import MAIN_METRICS
 
     titles = {sweep.metric.name: sweep.metric.name.replace("_", " ")}
     for stage in sweep.stages:

@@ -34,7 +34,8 @@ from prefect.states import Cancelled, Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from gpt.base.errors import InputError, RunError
-from pipeline.dag.graph import LOCK_FILE, Dag, read_stages
+from pipeline.dag.dvc_files import LOCK_FILE, read_stages
+from pipeline.dag.graph import Dag
 from pipeline.dag.overrides import text_with
 from pipeline.dag.repro import Processes, failure
 from pipeline.dag.workspace import make_workspace
@@ -42,14 +43,14 @@ from pipeline.flow.lifetime import note_flow_run
 from pipeline.project.folders import environment
 from pipeline.project.git import commit_of, git
 from pipeline.project.params import PARAMS_FILE, read_params
-from pipeline.project.stages import STAGES
+from pipeline.project.stage_table import STAGES
 from pipeline.project.yaml_files import parse_yaml
 from pipeline.run.stage import end_killed
 from pipeline.show.console import Display, seconds_in_words
 from pipeline.sweep.points import Point, Sweep
 from pipeline.sweep.runs import Outcome, SweepRuns
 from pipeline.tracking.keys import flatten_metrics
-from pipeline.tracking.notes import last_run
+from pipeline.tracking.run_notes import last_run
 
 
 class Snapshot:

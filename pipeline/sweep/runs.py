@@ -31,7 +31,7 @@ from pipeline.tracking.provenance import git_state
 from pipeline.tracking.registry import CANDIDATE, version_of
 
 if TYPE_CHECKING:
-    from pipeline.tracking.entities import ModelVersion, Run
+    from pipeline.tracking.mlflow_classes import ModelVersion, Run
 
 EXPERIMENT = "sweep"
 TAG = "sweep"
@@ -98,7 +98,7 @@ class SweepRuns:
 
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:
-        from pipeline.tracking.entities import MlflowException
+        from pipeline.tracking.mlflow_classes import MlflowException
 
         with named_failure(self._root, "does not take a sweep", MlflowException):
             yield
@@ -107,7 +107,7 @@ class SweepRuns:
         return next(iter(self.client.search_runs([self._experiment_id], what, max_results=1)), None)
 
     def _create(self, key: str) -> Run:
-        from pipeline.tracking.entities import Param
+        from pipeline.tracking.mlflow_classes import Param
 
         sweep = self._sweep
         earlier = self.client.search_runs(
@@ -148,7 +148,7 @@ class SweepRuns:
         Raises:
             RunError: MLflow does not take it.
         """
-        from pipeline.tracking.entities import Param
+        from pipeline.tracking.mlflow_classes import Param
 
         with self._named(), self._lock:
             for run in self._children():
@@ -198,7 +198,7 @@ class SweepRuns:
         Raises:
             RunError: MLflow does not take it.
         """
-        from pipeline.tracking.entities import Metric, RunTag
+        from pipeline.tracking.mlflow_classes import Metric, RunTag
 
         with self._named(), self._lock:
             tags = {"error": outcome.error} if outcome.error else {}
@@ -251,7 +251,7 @@ class SweepRuns:
         Raises:
             RunError: MLflow does not take it.
         """
-        from pipeline.tracking.entities import Metric, RunTag
+        from pipeline.tracking.mlflow_classes import Metric, RunTag
 
         with self._named(), self._lock:
             tags = {"mlflow.note.content": page}

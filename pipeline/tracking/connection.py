@@ -26,9 +26,7 @@ if TYPE_CHECKING:
 
 
 EXPERIMENT_PREFIX = "gpt-pipeline/"
-
 DEFAULT_UI = "http://127.0.0.1:5000"
-
 PAGES = "workflowType=machine_learning"
 """In an address: MLflow's pages for training and models; it would show those for agents."""
 
@@ -46,7 +44,6 @@ _ENVIRONMENT = {
 }
 
 _REMEDY = "check that MLFLOW_TRACKING_URI answers, or unset it for the project's own mlflow.db"
-
 _DATABASE_SERVERS = ("postgresql", "mysql")
 """How addresses begin under which MLflow's client works on a server's database by itself."""
 

@@ -44,9 +44,7 @@ def changes(
 
 
 _RECENT = 50  # runs among which the highest number is looked for
-
 _NOTHING = "none"
-
 OF_MODELS = ("kind",)  # MLflow puts a logged model's settings beside the run's parameters
 
 

@@ -13,13 +13,10 @@ from pipeline.project.secrets import without_secrets
 NO_RESULTS = ("system", "optimizer", "health", "throughput")  # groups of metrics
 
 _VALUE_LENGTH = 500  # of a parameter; MLflow takes 6,000, a person reads less
-
 _KEY = re.compile(r"[/\w.\- :]+")  # of what a key of MLflow's may be made
 
 _KEY_LENGTH = 250  # characters
-
 NAME_LENGTH = 250  # of a run; a database on a server takes no longer one
-
 _DIGEST = re.compile(r"__[0-9a-f]{8}\Z")  # at the end of a key that differs from its name
 
 # what the loop calls a value -> what MLflow shows: the part before the slash groups the charts

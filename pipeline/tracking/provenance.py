@@ -17,7 +17,8 @@ from typing import Any
 
 from gpt.base.errors import InputError, RunError
 from pipeline.dag.cache import dvc_md5
-from pipeline.dag.graph import code_of, pipeline_stages
+from pipeline.dag.code import code_of
+from pipeline.dag.dvc_files import pipeline_stages
 from pipeline.dag.objects import md5_of
 from pipeline.project.git import git, git_output
 from pipeline.project.params import PARAMS_FILE

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.models import ModelSignature
 
-SERVED = Path(__file__).with_name("served.py")
+SERVED = Path(__file__).with_name("pyfunc.py")
 CANDIDATE = "candidate"
 MD5_TAG = "md5"
 _OF_GIT = ("git.commit", "git.dirty")

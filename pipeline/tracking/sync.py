@@ -32,8 +32,8 @@ from pipeline.tracking.connection import (
 )
 from pipeline.tracking.database import follow_move
 from pipeline.tracking.differences import what_differs
-from pipeline.tracking.notes import note_of_run
 from pipeline.tracking.run import BATCH_METRICS, BATCH_PARAMS, PEAK_MEMORY, show_on_model
+from pipeline.tracking.run_notes import note_of_run
 from pipeline.tracking.unsent import Unsent, unsent_runs
 
 if TYPE_CHECKING:

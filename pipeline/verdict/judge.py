@@ -27,7 +27,7 @@ from pipeline.project.settings import JudgeParams
 from pipeline.show.markdown import Cell
 from pipeline.show.markdown import table as in_markdown
 from pipeline.tracking.connection import connect
-from pipeline.tracking.notes import last_run
+from pipeline.tracking.run_notes import last_run
 from pipeline.verdict.chat_endpoint import NoReplyError, Reply, ask_all
 
 ANSWERS = Path("reports") / "evaluation" / "predictions" / "assistant.csv"
@@ -335,7 +335,7 @@ def judge_assistant(params: JudgeParams, root: Path, log: Log = discard) -> Judg
 
 def _track(root: Path, judged: Judged, log: Log) -> None:
     """The figures and the table in the run that made the answers, where MLflow takes them."""
-    from pipeline.tracking.entities import MlflowException
+    from pipeline.tracking.mlflow_classes import MlflowException
 
     run_id = last_run(root, "evaluate").get("run_id")
     if run_id is None:

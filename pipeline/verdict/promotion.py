@@ -24,8 +24,8 @@ from pydantic import TypeAdapter, ValidationError
 from gpt.base.errors import InputError, first_problem
 from gpt.base.files import read_json, whole_file, write_json
 from gpt.scores.bootstrap import Comparison, Score, accuracy, compare, macro_f1, mean, mean_loss
-from pipeline.dag.graph import LOCK_FILE, read_stages
-from pipeline.project.locks import stage_lock
+from pipeline.dag.dvc_files import LOCK_FILE, read_stages
+from pipeline.project.file_locks import stage_lock
 from pipeline.project.settings import PromotionParams
 from pipeline.tracking.connection import connect, named_failure
 from pipeline.tracking.registry import CANDIDATE, CHAMPION, PREVIOUS, files_of, version_of
@@ -33,7 +33,7 @@ from pipeline.tracking.registry import CANDIDATE, CHAMPION, PREVIOUS, files_of, 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from pipeline.tracking.entities import MlflowClient, ModelVersion
+    from pipeline.tracking.mlflow_classes import MlflowClient, ModelVersion
     from stages.evaluate import EvaluateParams
 
 BY_HAND = "by_hand"
@@ -122,7 +122,7 @@ def promote_the_better(root: Path, rule: PromotionParams, params: EvaluateParams
         InputError: a champion cannot be asked; no alias has moved then.
         RunError: MLflow cannot be reached.
     """
-    from pipeline.tracking.entities import MlflowException
+    from pipeline.tracking.mlflow_classes import MlflowException
 
     client = connect(root)
     with _alone(root), named_failure(root, "failed in the promotion", MlflowException):
@@ -169,7 +169,7 @@ def promote_by_hand(root: Path, name: str, version: int | None = None) -> int:
         InputError: there is no such model or version.
         RunError: MLflow cannot be reached.
     """
-    from pipeline.tracking.entities import MlflowException
+    from pipeline.tracking.mlflow_classes import MlflowException
 
     client = connect(root)
     with _alone(root), named_failure(root, "failed in the promotion", MlflowException):
@@ -198,7 +198,7 @@ def roll_back(root: Path, name: str) -> tuple[int, int]:
         InputError: there is no such model, or no other version that was its champion.
         RunError: MLflow cannot be reached.
     """
-    from pipeline.tracking.entities import MlflowException
+    from pipeline.tracking.mlflow_classes import MlflowException
 
     client = connect(root)
     with _alone(root), named_failure(root, "failed in the rollback", MlflowException):

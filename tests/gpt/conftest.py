@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gpt.base.errors import RunError
-from gpt.engine import decode, native
+from gpt.engine import compiling, decode
 from gpt.model.config import GPTConfig
 from gpt.model.model import GPT
 
@@ -39,9 +39,9 @@ def compiled_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache folder that holds the compiled engine; without a compiler its tests are skipped."""
     folder = tmp_path_factory.mktemp("cache") / "gpt-pipeline"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(native.CACHE_VARIABLE, str(folder))
+        patch.setenv(compiling.CACHE_VARIABLE, str(folder))
         try:
-            native.compile_and_wait(decode.SOURCE)
+            compiling.compile_and_wait(decode.SOURCE)
         except RunError as error:
             if _compiles_openmp(tmp_path_factory.mktemp("probe")):
                 raise  # the compiler works: the source does not
@@ -53,8 +53,14 @@ def _compiles_openmp(folder: Path) -> bool:
     source = folder / "probe.cpp"
     source.write_text("#include <omp.h>\nint n() { return omp_get_max_threads(); }\n")
     try:
-        command = [*native._compiler(), *native._FLAGS, "-o", str(folder / "probe.so"), str(source)]
-    except native.UnavailableError:
+        command = [
+            *compiling._compiler(),
+            *compiling._FLAGS,
+            "-o",
+            str(folder / "probe.so"),
+            str(source),
+        ]
+    except compiling.UnavailableError:
         return False
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
@@ -62,7 +68,7 @@ def _compiles_openmp(folder: Path) -> bool:
 @pytest.fixture
 def compiled(compiled_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The compiled engine is in the cache, and this process has not looked yet."""
-    monkeypatch.setenv(native.CACHE_VARIABLE, str(compiled_cache))
+    monkeypatch.setenv(compiling.CACHE_VARIABLE, str(compiled_cache))
     monkeypatch.setattr(decode, "_loaded", None)
     monkeypatch.setattr(decode, "_started", False)
     return compiled_cache

@@ -14,7 +14,7 @@ import pytest
 from gpt.base.errors import InputError, RunError
 from gpt.base.events import Log, Message, Metrics, Progress, Text, discard
 from gpt.base.files import whole_directory, write_json
-from pipeline.project import stages as stage_table
+from pipeline.project import stage_table
 from pipeline.project.settings import TrackingParams
 from pipeline.run import stage as runner
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gpt.base.errors import RunError
-from gpt.engine import decode, native
+from gpt.engine import compiling, decode
 from gpt.engine.int8 import quantize
 from gpt.generation import Sampling, complete
 from gpt.inference import generate
@@ -235,13 +235,13 @@ def test_auto_compiles_in_the_background_and_takes_it_next_time(
     monkeypatch.setattr(decode, "_loaded", None)
     monkeypatch.setattr(decode, "_started", False)
     started = []
-    monkeypatch.setattr(native, "compile_in_background", started.append)
-    monkeypatch.setenv(native.CACHE_VARIABLE, str(tmp_path / "empty"))
+    monkeypatch.setattr(compiling, "compile_in_background", started.append)
+    monkeypatch.setenv(compiling.CACHE_VARIABLE, str(tmp_path / "empty"))
     model, sampling = make_model(), Sampling(max_new_tokens=5)
     plain = complete(model, [[1]], sampling, engine=AUTO)
     complete(model, [[1]], sampling, engine=AUTO)
     assert started == [decode.SOURCE]  # once is enough
     assert decode.why_not(model) == "not compiled yet"
-    monkeypatch.setenv(native.CACHE_VARIABLE, str(compiled_cache))
+    monkeypatch.setenv(compiling.CACHE_VARIABLE, str(compiled_cache))
     assert decode.why_not(model) is None
     assert complete(model, [[1]], sampling, engine=AUTO) == plain

@@ -13,17 +13,10 @@ import pytest
 import pipeline
 from gpt.base.errors import InputError, RunError
 from pipeline.dag.cache import md5_now
-from pipeline.dag.graph import (
-    Change,
-    Dag,
-    code_of,
-    find_root,
-    is_code,
-    is_running,
-    mend_rwlock,
-    note_of_code,
-    read_stages,
-)
+from pipeline.dag.code import code_of, is_code, note_of_code
+from pipeline.dag.dvc_files import find_root, read_stages
+from pipeline.dag.graph import Change, Dag
+from pipeline.dag.repository import is_running, mend_rwlock
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent.parent
 

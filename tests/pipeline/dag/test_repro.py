@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.dag.cache import Flaws, mend
-from pipeline.dag.earlier import Earlier
 from pipeline.dag.graph import Dag
 from pipeline.dag.repro import Ended, Processes, failure
+from pipeline.dag.set_aside import Earlier
 
 
 @pytest.fixture

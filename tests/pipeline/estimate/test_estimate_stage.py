@@ -29,7 +29,7 @@ from pipeline.estimate import estimate, probe
 from pipeline.estimate.plan import make_plan
 from pipeline.estimate.probe import Evaluation, Probe, Step
 from pipeline.project.params import load_params
-from pipeline.project.stages import STAGES
+from pipeline.project.stage_table import STAGES
 from stages.tokenize import TokenizeParams, tokenize
 
 ROOT = Path(__file__).resolve().parents[3]

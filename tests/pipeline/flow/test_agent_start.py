@@ -20,7 +20,7 @@ from pipeline.flow.prefect_api import LocalServer
 from pipeline.project.git import commit_of
 
 ROOT = Path(__file__).parents[3]
-ENTRYPOINT = "pipeline/flow/deployed.py:gpt_pipeline_on_agent"
+ENTRYPOINT = "pipeline/agent_flow.py:gpt_pipeline_on_agent"
 PULL = [{"prefect.deployments.steps.set_working_directory": {"directory": "."}}]
 TEMPLATE = {
     "variables": {"properties": {"command": {"default": COMMAND}, "env": {}, "working_dir": {}}},

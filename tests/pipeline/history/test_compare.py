@@ -20,7 +20,7 @@ from gpt.model.model import GPT, GPTClassifier
 from gpt.model.weights import save_model
 from gpt.tokens.tokenizer import byte_tokenizer
 from pipeline.dag.cache import dvc_md5
-from pipeline.dag.graph import md5_of_code
+from pipeline.dag.code import md5_of_code
 from pipeline.history.compare import _files, compare, print_comparison
 from pipeline.history.runs import Execution, Known
 from pipeline.tracking.connection import connect

@@ -10,7 +10,7 @@ import pytest
 import pipeline
 from pipeline.dag.graph import Dag
 from pipeline.report.status import print_status, stage_statuses
-from pipeline.tracking.notes import note_of_maker
+from pipeline.tracking.run_notes import note_of_maker
 
 HERE = Path(pipeline.__file__).parent.parent
 

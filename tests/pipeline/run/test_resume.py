@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import stand_in
 import torch
-from test_runner import checkpoint, note, run_of, start, steps, wait_for
+from test_stage import checkpoint, note, run_of, start, steps, wait_for
 from typer.testing import CliRunner
 
 from gpt.base.errors import InputError
 from gpt.base.files import whole_directory, whole_file
 from gpt.train.checkpoint import Checkpoints
 from pipeline.cli import app
-from pipeline.project.locks import stage_lock
+from pipeline.project.file_locks import stage_lock
 from pipeline.run import stage as runner
 from pipeline.run.clean import clean
 from pipeline.run.resume import size_in_words

@@ -16,7 +16,7 @@ import stand_in
 import yaml
 
 from pipeline.dag.cache import dvc_md5
-from pipeline.dag.graph import is_code
+from pipeline.dag.code import is_code
 from pipeline.run import stage as runner
 from pipeline.tracking.connection import connect
 

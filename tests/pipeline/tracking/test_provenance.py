@@ -124,7 +124,7 @@ def test_what_came_to_a_folder_of_code_or_left_it_meanwhile_is_a_change(project:
     (project / "gpt").mkdir()
     (project / "gpt" / "train.py").touch()
     made_of = MadeOf.now(project, "prepare", None)
-    assert list(made_of.code) == ["gpt/train/loop.py"]
+    assert list(made_of.code) == ["gpt/train.py"]
     (project / "gpt" / ".train.py.swp").touch()
     made_of.check_unchanged()
     (project / "gpt" / "model.py").touch()

@@ -23,7 +23,7 @@ from gpt.model.model import GPT, GPTClassifier
 from gpt.model.weights import load_model, save_model
 from gpt.tokens.tokenizer import byte_tokenizer
 from pipeline.dag.cache import dvc_md5
-from pipeline.project.stages import STAGES
+from pipeline.project.stage_table import STAGES
 from pipeline.tracking import registry as models
 from pipeline.tracking.connection import connect
 from pipeline.tracking.provenance import Provenance

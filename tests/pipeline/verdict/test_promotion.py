@@ -28,7 +28,7 @@ from gpt.model.weights import save_model
 from gpt.scores.bootstrap import Comparison
 from gpt.tokens.tokenizer import byte_tokenizer
 from pipeline.dag.cache import dvc_md5
-from pipeline.project.locks import stage_lock
+from pipeline.project.file_locks import stage_lock
 from pipeline.project.settings import PromotionParams
 from pipeline.tracking.connection import connect
 from pipeline.tracking.registry import CHAMPION, PREVIOUS, register, version_of

@@ -89,7 +89,8 @@ def compile_in_background(source: Path) -> None:
     _own(place.parent)
     # The package may have been found in a way that a new interpreter does not know of.
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]);from gpt.engine.native import _child; _child()"
+        "import sys; sys.path.insert(0, sys.argv[1]);"
+        "from gpt.engine.compiling import _child; _child()"
     )
     command = [sys.executable, "-c", code, str(Path(__file__).parent.parent.parent), str(source)]
     try:

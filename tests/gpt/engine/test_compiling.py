@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gpt.base.errors import RunError
-from gpt.engine import decode, native
+from gpt.engine import compiling, decode
 
 SOURCE = 'extern "C" int answer() { return 42; }\n'
 
@@ -18,7 +18,7 @@ SOURCE = 'extern "C" int answer() { return 42; }\n'
 def cache(compiled_cache, tmp_path, monkeypatch):
     """An empty cache folder, on a machine that can compile."""
     folder = tmp_path / "cache" / "gpt-pipeline"
-    monkeypatch.setenv(native.CACHE_VARIABLE, str(folder))
+    monkeypatch.setenv(compiling.CACHE_VARIABLE, str(folder))
     return folder
 
 
@@ -34,31 +34,31 @@ def libraries(cache: Path) -> list[Path]:
 
 
 def test_a_library_is_compiled_once_and_found_again(cache, source, monkeypatch):
-    with pytest.raises(native.UnavailableError, match="not compiled yet"):
-        native.find(source)
-    assert native.compile_and_wait(source).answer() == 42
-    monkeypatch.setattr(native, "_compile", None)
-    assert native.compile_and_wait(source).answer() == 42
-    assert native.find(source).answer() == 42
+    with pytest.raises(compiling.UnavailableError, match="not compiled yet"):
+        compiling.find(source)
+    assert compiling.compile_and_wait(source).answer() == 42
+    monkeypatch.setattr(compiling, "_compile", None)
+    assert compiling.compile_and_wait(source).answer() == 42
+    assert compiling.find(source).answer() == 42
     assert len(libraries(cache)) == 1
     assert cache.stat().st_mode & 0o777 == 0o700
 
 
 def test_another_source_compiler_flag_or_cpu_is_another_library(cache, source, monkeypatch):
-    first = native._place(source)
+    first = compiling._place(source)
     places = {first}
     for name in ("_version", "_cpu"):
         with monkeypatch.context() as patch:
-            patch.setattr(native, name, lambda *_: "another")
-            places.add(native._place(source))
+            patch.setattr(compiling, name, lambda *_: "another")
+            places.add(compiling._place(source))
     with monkeypatch.context() as patch:
-        patch.setattr(native, "_FLAGS", (*native._FLAGS, "-g"))
-        places.add(native._place(source))
+        patch.setattr(compiling, "_FLAGS", (*compiling._FLAGS, "-g"))
+        places.add(compiling._place(source))
     source.write_text(SOURCE.replace("42", "43"))
-    places.add(native._place(source))
+    places.add(compiling._place(source))
     assert len(places) == 5
     source.write_text(SOURCE)
-    assert native._place(source) == first
+    assert compiling._place(source) == first
 
 
 def damage_cut(library: Path) -> None:
@@ -80,7 +80,7 @@ def damage_checksum(library: Path) -> None:
 def damage_whole(library: Path) -> None:
     """Something else, with its own right checksum."""
     library.write_bytes(b"no library")
-    (library.parent / "library.sha256").write_text(native.sha256_of(library))
+    (library.parent / "library.sha256").write_text(compiling.sha256_of(library))
 
 
 @pytest.mark.parametrize(
@@ -89,15 +89,15 @@ def damage_whole(library: Path) -> None:
 def test_a_damaged_library_is_passed_over_and_then_rebuilt(cache, source, damage):
     """In other processes: one that has loaded a library would be given it again."""
     code = f"""
-import sys; from pathlib import Path; from gpt import native
+import sys; from pathlib import Path; from gpt.engine import compiling
 source = Path({str(source)!r})
 if sys.argv[1] == "find":
     try:
-        native.find(source)
-    except native.UnavailableError as error:
+        compiling.find(source)
+    except compiling.UnavailableError as error:
         print("passed over:", error)
 else:
-    print(native.compile_and_wait(source).answer())
+    print(compiling.compile_and_wait(source).answer())
 """
 
     def run(what: str) -> str:
@@ -115,100 +115,100 @@ else:
 
 
 def test_a_cache_that_others_may_write_into_is_not_used(cache, source):
-    native.compile_and_wait(source)
+    compiling.compile_and_wait(source)
     (library,) = libraries(cache)
     for path in (cache, library.parent, library):
         mode = path.stat().st_mode
         path.chmod(mode | 0o020)
-        with pytest.raises(native.UnavailableError, match="others may write there"):
-            native.find(source)
+        with pytest.raises(compiling.UnavailableError, match="others may write there"):
+            compiling.find(source)
         path.chmod(mode)
     cache.chmod(0o777)
     with pytest.raises(RunError, match="others may write there"):
-        native.compile_and_wait(source)
+        compiling.compile_and_wait(source)
     cache.chmod(0o700)
-    assert native.find(source).answer() == 42
+    assert compiling.find(source).answer() == 42
 
 
 def test_a_cache_of_someone_else_is_not_used(cache, source, monkeypatch):
-    native.compile_and_wait(source)
+    compiling.compile_and_wait(source)
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
-    with pytest.raises(native.UnavailableError, match="belongs to someone else"):
-        native.find(source)
+    with pytest.raises(compiling.UnavailableError, match="belongs to someone else"):
+        compiling.find(source)
     with pytest.raises(RunError, match="belongs to someone else"):
-        native.compile_and_wait(source)
+        compiling.compile_and_wait(source)
 
 
 def test_a_cache_that_cannot_be_made_is_a_reason_and_no_crash(source, monkeypatch, compiled_cache):
-    monkeypatch.setenv(native.CACHE_VARIABLE, os.devnull)
-    for call in (native.find, native.compile_in_background):
-        with pytest.raises(native.UnavailableError):
+    monkeypatch.setenv(compiling.CACHE_VARIABLE, os.devnull)
+    for call in (compiling.find, compiling.compile_in_background):
+        with pytest.raises(compiling.UnavailableError):
             call(source)
-    monkeypatch.setenv(native.CACHE_VARIABLE, f"{os.devnull}/below")
-    for call in (native.find, native.compile_in_background):
-        with pytest.raises(native.UnavailableError):
+    monkeypatch.setenv(compiling.CACHE_VARIABLE, f"{os.devnull}/below")
+    for call in (compiling.find, compiling.compile_in_background):
+        with pytest.raises(compiling.UnavailableError):
             call(source)
 
 
 def test_where_the_cache_is(monkeypatch, tmp_path):
-    monkeypatch.delenv(native.CACHE_VARIABLE)
+    monkeypatch.delenv(compiling.CACHE_VARIABLE)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert native.cache_folder() == tmp_path / "xdg" / "gpt-pipeline"
+    assert compiling.cache_folder() == tmp_path / "xdg" / "gpt-pipeline"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # to be ignored, says the specification
-    assert native.cache_folder() == tmp_path / ".cache" / "gpt-pipeline"
+    assert compiling.cache_folder() == tmp_path / ".cache" / "gpt-pipeline"
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert native.cache_folder() == tmp_path / "Library" / "Caches" / "gpt-pipeline"
+    assert compiling.cache_folder() == tmp_path / "Library" / "Caches" / "gpt-pipeline"
 
 
 def test_without_a_compiler_there_is_a_reason(cache, source, monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(native.UnavailableError, match=r"no C\+\+ compiler"):
-        native.find(source)
-    with pytest.raises(native.UnavailableError, match=r"no C\+\+ compiler"):
-        native.compile_in_background(source)
+    with pytest.raises(compiling.UnavailableError, match=r"no C\+\+ compiler"):
+        compiling.find(source)
+    with pytest.raises(compiling.UnavailableError, match=r"no C\+\+ compiler"):
+        compiling.compile_in_background(source)
     with pytest.raises(RunError, match=r"answer\.cpp: cannot be compiled here: no C\+\+ compiler"):
-        native.compile_and_wait(source)
+        compiling.compile_and_wait(source)
     monkeypatch.setenv("CXX", "no-such-compiler -m64")
-    with pytest.raises(native.UnavailableError, match="no-such-compiler -m64"):
-        native.find(source)
+    with pytest.raises(compiling.UnavailableError, match="no-such-compiler -m64"):
+        compiling.find(source)
 
 
 def test_a_failed_compilation_is_told_once_and_not_tried_again_at_once(cache, source, monkeypatch):
     source.write_text("this is no C++\n")
     with pytest.raises(RunError, match=r"answer\.cpp:1:1: error"):
-        native.compile_and_wait(source)
+        compiling.compile_and_wait(source)
     (failed,) = cache.glob("answer-*/failed.txt")
     assert "this is no C++" in failed.read_text()
-    monkeypatch.setattr(native.subprocess, "Popen", pytest.fail)
-    with pytest.raises(native.UnavailableError, match="failed before, see"):
-        native.compile_in_background(source)
+    monkeypatch.setattr(compiling.subprocess, "Popen", pytest.fail)
+    with pytest.raises(compiling.UnavailableError, match="failed before, see"):
+        compiling.compile_in_background(source)
     monkeypatch.undo()
-    monkeypatch.setenv(native.CACHE_VARIABLE, str(cache))
+    monkeypatch.setenv(compiling.CACHE_VARIABLE, str(cache))
     day_before = time.time() - 2 * 24 * 3600
     os.utime(failed, (day_before, day_before))
     started = []
-    monkeypatch.setattr(native.subprocess, "Popen", lambda *a, **k: started.append(a))
-    native.compile_in_background(source)
+    monkeypatch.setattr(compiling.subprocess, "Popen", lambda *a, **k: started.append(a))
+    compiling.compile_in_background(source)
     assert started
 
 
 def test_the_background_compilation_needs_nobody_to_wait(cache, source):
     began = time.monotonic()
-    native.compile_in_background(source)
+    compiling.compile_in_background(source)
     assert time.monotonic() - began < 1
     while not libraries(cache):
         assert time.monotonic() - began < 60
         time.sleep(0.05)
-    assert native.find(source).answer() == 42
+    assert compiling.find(source).answer() == 42
 
 
 def test_two_that_compile_at_once_both_get_the_library(cache, source):
     code = f"""
-from pathlib import Path; from gpt import native
-print(native.compile_and_wait(Path({str(source)!r})).answer())
+from pathlib import Path; from gpt.engine import compiling
+print(compiling.compile_and_wait(Path({str(source)!r})).answer())
 """
     both = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -222,13 +222,13 @@ print(native.compile_and_wait(Path({str(source)!r})).answer())
 
 
 def test_a_background_compilation_leaves_it_to_one_that_runs(cache, source):
-    place = native._place(source)
-    native._own(cache)
+    place = compiling._place(source)
+    compiling._own(cache)
     with (
-        native._locked(place.with_suffix(".lock"), wait=False),
-        pytest.raises(native.UnavailableError, match="being compiled"),
+        compiling._locked(place.with_suffix(".lock"), wait=False),
+        pytest.raises(compiling.UnavailableError, match="being compiled"),
     ):
-        native._build(source, wait=False)
+        compiling._build(source, wait=False)
     assert not libraries(cache)
 
 
@@ -244,13 +244,11 @@ def test_a_compiler_that_was_killed_leaves_nothing_that_is_taken_for_a_library(
     fake.chmod(0o755)
     monkeypatch.setenv("CXX", str(fake))
     with pytest.raises(RunError, match="exit code -9"):
-        native.compile_and_wait(source)
+        compiling.compile_and_wait(source)
     assert not libraries(cache)
 
 
 def test_the_engine_ships_with_the_package():
-    """`decode.cpp` lies beside the module: MLflow copies the folder, the wheel takes its data."""
+    """`decode.cpp` lies beside the module: MLflow copies the folder."""
     assert decode.SOURCE.is_file()
     assert decode.SOURCE.parent == Path(decode.__file__).parent
-    project = Path(__file__).parents[3] / "pyproject.toml"
-    assert 'gpt = ["decode.cpp"]' in project.read_text()

@@ -1,0 +1,79 @@
+"""The code that a stage depends on: files, and folders as DVC counts them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from pathspec import GitIgnoreSpec
+
+from gpt.base.errors import InputError
+from pipeline.dag.dvc_files import pipeline_stages
+
+CODE = ("gpt", "stages")
+"""The folders of the code that stages run."""
+
+
+def is_code(path: str) -> bool:
+    """Whether what a stage depends on, a file or a folder, is code and not data."""
+    return path.endswith(".py") or path.partition("/")[0] in CODE
+
+
+def code_of(root: Path, stage: str) -> list[str]:
+    """The files of code that a stage depends on, as `dvc.yaml` lists them or folders of them.
+
+    Raises:
+        InputError: `dvc.yaml` cannot be read, or names code that is not there.
+    """
+    for stages in pipeline_stages(root):
+        if isinstance(entry := stages.get(stage), dict) and isinstance(entry.get("deps"), list):
+            listed = [dep for dep in entry["deps"] if is_code(dep)]
+            break
+    else:
+        raise InputError(f"dvc.yaml: names no deps of {stage}, or cannot be read; restore the file")
+    files = []
+    for path in listed:
+        found = files_of_code(root, path)
+        if not found:
+            raise InputError(f"{path} is missing, and {stage} depends on it; restore the file")
+        files += found
+    return files
+
+
+def files_of_code(root: Path, path: str) -> list[str]:
+    """The file at a path, or those in a folder there that DVC counts: `.dvcignore` bars some."""
+    if (root / path).is_file():
+        return [path]
+    patterns = root / ".dvcignore"
+    # not through DVC, which takes ten times as long to start as all of this
+    ignored = GitIgnoreSpec.from_lines(
+        patterns.read_text(encoding="utf-8").splitlines() if patterns.is_file() else []
+    )
+    files = (each for each in (root / path).rglob("*") if each.is_file())
+    names = sorted(each.relative_to(root).as_posix() for each in files)
+    return [name for name in names if not ignored.match_file(name)]
+
+
+def md5_of_code(files: Mapping[str, str], path: str) -> str:
+    """The md5 of a file or folder of code as `dvc.lock` has it; empty where it holds none.
+
+    Args:
+        files: of code, path -> md5; folders may be among them.
+        path: of the file or folder.
+    """
+    if path in files:
+        return files[path]
+    below = [
+        {"md5": md5, "relpath": name.removeprefix(f"{path}/")}
+        for name, md5 in sorted(files.items())
+        if name.startswith(f"{path}/")
+    ]
+    listed = json.dumps(below, sort_keys=True).encode()
+    return f"{hashlib.md5(listed, usedforsecurity=False).hexdigest()}.dir" if below else ""
+
+
+def note_of_code(root: Path, stage: str) -> Path:
+    """Where it is noted which code (file -> md5) made a stage's outputs last."""
+    return root / ".pipeline" / "code" / f"{stage}.json"
