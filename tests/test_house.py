@@ -1,6 +1,7 @@
 """The rule of the house: a wing imports lower floors only. docs/architecture.md has the picture."""
 
 import importlib
+import re
 from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 
@@ -148,3 +149,20 @@ def alone(wing: str) -> Path:
 
 def test_few_files_stand_at_the_top_of_the_pipeline():
     assert len(list((ROOT / "pipeline").glob("*.py"))) <= 6
+
+
+def test_the_walks_name_functions_that_are_there():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w.]+)`\s\(([\w/]+\.py)\)", text)
+    assert len(named) > 15
+    for name, file in named:
+        found = importlib.import_module(file.removesuffix(".py").replace("/", "."))
+        for part in name.split("."):
+            found = getattr(found, part)
+
+
+def test_the_page_names_every_folder():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    for wing in FLOOR_OF:
+        package, _, name = wing.partition(".")
+        assert f"`{package}/{name}" in text or re.search(rf"\[\"{name}(\.py)? · ", text), wing
