@@ -7,6 +7,7 @@ never imports (or makes a caller depend on) the others.
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -65,3 +66,31 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return [*globals(), *__all__]
+
+
+_FORMER = {
+    "gpt.checkpoint": "gpt.train.checkpoint",
+    "gpt.config": "gpt.model.config",
+    "gpt.data": "gpt.batches.data",
+    "gpt.decode": "gpt.engine.decode",
+    "gpt.errors": "gpt.base.errors",
+    "gpt.generate": "gpt.generation",
+    "gpt.metrics": "gpt.batches.metrics",
+    "gpt.tokenizer": "gpt.tokens.tokenizer",
+    "gpt.weights": "gpt.model.weights",
+}
+
+
+class _Former:
+    """A finder of modules, the last one that is asked: says where one is that has moved."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> None:
+        if name in _FORMER:
+            raise ModuleNotFoundError(
+                f"{name} is {_FORMER[name]} now; a model that was registered before brings its own "
+                "gpt: load it in a process that has not imported this one"
+            )
+
+
+sys.meta_path.append(_Former)

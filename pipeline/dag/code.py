@@ -37,9 +37,17 @@ def code_of(root: Path, stage: str) -> list[str]:
     for path in listed:
         found = files_of_code(root, path)
         if not found:
-            raise InputError(f"{path} is missing, and {stage} depends on it; restore the file")
+            raise missing_code(path, stage)
         files += found
     return files
+
+
+def missing_code(path: str, stage: str) -> InputError:
+    """The error to raise where code that a stage depends on is not there."""
+    return InputError(
+        f"{path} is missing, and {stage} depends on it; restore the file, or, where dvc.yaml is of "
+        "an earlier state than the code, take the code's own dvc.yaml"
+    )
 
 
 def files_of_code(root: Path, path: str) -> list[str]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt.base.errors import InputError, RunError
-from pipeline.dag.code import files_of_code, md5_of_code, note_of_code
+from pipeline.dag.code import files_of_code, is_code, md5_of_code, missing_code, note_of_code
 from pipeline.dag.dvc_files import (
     LOCK_FILE,
     PIPELINE_FILE,
@@ -132,7 +132,8 @@ class Dag:
         """The targets and all that they depend on, in order; without targets all but the optional.
 
         Raises:
-            InputError: a target is no stage, or a folder that outputs go to is a link.
+            InputError: a target is no stage, code that a stage depends on is missing, or a folder
+                that outputs go to is a link.
         """
         targets = list(targets)
         for target in targets:
@@ -143,6 +144,10 @@ class Dag:
             if name in wanted:
                 wanted.update(self.stages[name].upstream)
         plan = [name for name in self.stages if name in wanted]
+        for name in plan:
+            for path in filter(is_code, self.stages[name].inputs):
+                if not (self.root / path).exists():  # DVC would say no more than that
+                    raise missing_code(path, name)
         for path in dict.fromkeys(path for name in plan for path in self.stages[name].outputs):
             self._refuse_links(path)
         return plan

@@ -137,11 +137,11 @@ def run_stages(
         dag: of the project, if it has been read.
     """
     dag = dag or Dag(root)
-    names = dag.plan(targets)
     began = time.monotonic()
     with make_display() as display:
         recorded = dag.recorded()
         try:
+            names = dag.plan(targets)
             params = load_section(root / PARAMS_FILE, "flow", others=False) or FlowParams()
         except InputError as error:
             display.line("", str(error), "error")

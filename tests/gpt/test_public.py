@@ -41,6 +41,18 @@ def test_no_public_name_is_a_modules():
     assert set(gpt.__all__) == set(gpt._HOME) <= set(dir(gpt))
 
 
+@pytest.mark.parametrize("name", gpt._FORMER)
+def test_a_module_that_has_moved_says_where_it_is(name):
+    importlib.import_module(gpt._FORMER[name])
+    last = name.removeprefix("gpt.")  # `gpt.generate` is the function
+    own = [] if last in gpt.__all__ else [f"from gpt import {last}"]
+    for code in (f"import {name}", f"from {name} import x", *own):
+        with pytest.raises(ModuleNotFoundError, match=rf"^{name} is {gpt._FORMER[name]} now; "):
+            exec(code, {})
+    with pytest.raises(ModuleNotFoundError, match=r"^No module named 'gpt\.nothing'$"):
+        importlib.import_module("gpt.nothing")
+
+
 def test_a_public_name_is_the_same_after_every_import():
     before = {name: getattr(gpt, name) for name in gpt.__all__}
     for module in pkgutil.walk_packages(gpt.__path__, "gpt."):

@@ -47,6 +47,12 @@ def test_a_plan_is_the_targets_and_their_ancestors(project):
         dag.plan(["middle"])
 
 
+def test_code_that_dvc_yaml_names_and_nobody_has_is_told_before_any_work(project):
+    (project / "stage.py").unlink()
+    with pytest.raises(InputError, match=r"^stage\.py is missing, and first depends on it; .* own"):
+        Dag(project).plan(["left"])
+
+
 def test_the_reason_names_the_parameter_with_both_values(project, dvc):
     dag = Dag(project)
     assert changed(dag, "left") == ["dvc.lock: no run of this stage is recorded"]
