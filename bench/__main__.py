@@ -17,14 +17,22 @@ from bench.harness import Settings, Skipped, as_table, measure_machine, write_re
 from bench.worker import as_it_comes
 from gpt.base.errors import InputError, RunError
 
-BENCHMARKS = {
-    "gpt": ("training", "generation", "tokenization", "ablation", "recipe"),
-    "stages": ("classification", "instruction", "assistant"),
-    "pipeline": ("keeping", "orchestration"),
+AGAINST_PEERS = {
+    "training": "gpt",
+    "generation": "gpt",
+    "tokenization": "gpt",
+    "classification": "stages",
+    "instruction": "stages",
 }
-"""Folder -> the benchmarks in it."""
-FOLDER_OF = {name: folder for folder, names in BENCHMARKS.items() for name in names}
-AGAINST_PEERS = ("training", "generation", "tokenization", "classification", "instruction")
+"""Each benchmark, and the folder that it lies in."""
+FOLDER_OF = {
+    **AGAINST_PEERS,
+    "ablation": "gpt",
+    "keeping": "pipeline",
+    "recipe": "gpt",
+    "assistant": "stages",
+    "orchestration": "pipeline",
+}
 NAMES = tuple(FOLDER_OF)
 RESULTS = Path(__file__).parent / "results"
 
