@@ -11,8 +11,8 @@
 // thread in an order of its own, so the result depends neither on the number of threads nor on the
 // rows beside it.
 //
-// gpt/decode.py compiles this file where it runs and calls `decode_float`, `decode_bfloat16` or
-// `decode_int8`; `Layer`, `Model` and `Step` are mirrored there.
+// gpt/engine/decode.py compiles this file where it runs and calls `decode_float`, `decode_bfloat16`
+// or `decode_int8`; `Layer`, `Model` and `Step` are mirrored there.
 
 #include <cmath>
 #include <cstddef>

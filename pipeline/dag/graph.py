@@ -22,12 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpt.base.errors import InputError, RunError
 from pipeline.dag.code import files_of_code, is_code, md5_of_code, missing_code, note_of_code
-from pipeline.dag.dvc_files import (
-    LOCK_FILE,
-    PIPELINE_FILE,
-    pipeline_files,
-    read_stages,
-)
+from pipeline.dag.dvc_files import LOCK_FILE, PIPELINE_FILE, pipeline_files, read_stages
 from pipeline.dag.objects import Objects, md5_of
 from pipeline.dag.repository import in_one_line, mend_rwlock, open_repo
 from pipeline.project.params import PARAMS_FILE, read_params

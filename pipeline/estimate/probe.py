@@ -272,7 +272,7 @@ def become_probe(stage: str, root: Path, params: Path, scratch: Path, weights: i
 
 
 def _run(stage: str, root: Path, params_file: Path, scratch: Path, weights: int) -> None:
-    """The stage as the runner calls it, in `scratch`, up to where enough was seen."""
+    """The stage as `pipeline.run.stage` calls it, in `scratch`, up to where enough was seen."""
     import pipeline.run.stage  # noqa: F401  a stage's process holds it too
     from pipeline.dag.cache import dvc_md5
     from pipeline.project.params import load_params, section
@@ -319,7 +319,7 @@ def _seconds() -> Iterator[list[float]]:
 
 
 def _finish(stage: str, scratch: Path, weights: int) -> None:
-    """What the runner does behind a stage, with a history and a file of the model's size."""
+    """What `pipeline.run.stage` does behind it, with a history and a file of the model's size."""
     import pipeline.tracking.registry  # noqa: F401
     from gpt.base.files import whole_file
     from pipeline.dag.cache import dvc_md5

@@ -49,7 +49,7 @@ from pipeline.dag.repro import (
 from pipeline.flow.lifetime import note_flow_run
 from pipeline.flow.resources import Resources, needs
 from pipeline.project.params import PARAMS_FILE, load_params, load_section
-from pipeline.project.settings import FlowParams, TrackingParams
+from pipeline.project.settings import FlowParams, PromotionParams, TrackingParams
 from pipeline.project.stage_table import STAGES
 from pipeline.run.resume import size_in_words, size_of
 from pipeline.run.stage import end_killed
@@ -58,6 +58,7 @@ from pipeline.show.markdown import escaped, table
 from pipeline.show.terminal import safe
 from pipeline.tracking.keys import flatten_metrics
 from pipeline.tracking.run_notes import made_by
+from pipeline.tracking.sync import ready_for_promotion
 
 _PASSING = ("network", "killed", "busy")
 """The kinds of failure that another try may mend."""
@@ -210,8 +211,6 @@ def _verdict(run: _Run, states: dict[str, State[Any]], began: float) -> State[An
 
 def _promotion(run: _Run, evaluated: State[Any], verdict: State[Any]) -> State[Any]:
     """Compare what was evaluated with the champions, in a task of its own if there is news."""
-    from pipeline.project.settings import PromotionParams
-    from pipeline.tracking.sync import ready_for_promotion
     from pipeline.verdict.promotion import is_decided, promote_the_better
 
     root = run.dag.root

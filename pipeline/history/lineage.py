@@ -22,8 +22,8 @@ from gpt.text.records import SOURCES
 from pipeline.dag.cache import DvcCache, dvc_md5, md5_now
 from pipeline.dag.code import md5_of_code
 from pipeline.history.names import Commit, File, find, version_name
-from pipeline.history.runs import Execution, Known, commit_of_path, in_lock, is_changed, known
-from pipeline.project.git import git
+from pipeline.history.runs import Execution, Known, in_lock, known
+from pipeline.project.git import commit_of_path, git, is_changed
 from pipeline.project.secrets import without_secrets
 from pipeline.show.console import report_console, some
 from pipeline.show.terminal import say_json

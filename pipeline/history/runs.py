@@ -7,7 +7,6 @@ lay there. Both name inputs and outputs by DVC's md5, and that is what joins the
 from __future__ import annotations
 
 import contextlib
-import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -299,21 +298,6 @@ def _commits_of(root: Path, locks: Sequence[str]) -> Iterator[tuple[str, str]]:
             commit = line.split()[1]
         elif line.startswith(":"):
             yield commit, line.split()[3]
-
-
-def commit_of_path(root: Path, path: str) -> str:
-    """The last commit that changed what lies at a path; empty where git has none."""
-    with contextlib.suppress(RunError):
-        return git(root, "log", "-1", "--format=%H", "--", path)
-    return ""
-
-
-def is_changed(root: Path, path: str) -> bool:
-    """Whether what lies at a path is not what the last commit has there."""
-    try:
-        return bool(git(root, "status", "--porcelain", "--", path))
-    except (RunError, subprocess.SubprocessError):
-        return False
 
 
 def _joined(runs: Sequence[Execution], recorded: Iterable[Execution]) -> list[Execution]:

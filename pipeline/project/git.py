@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import tempfile
@@ -71,3 +72,18 @@ def commit_of(project: Path, commit: str) -> str:
         raise InputError(
             f"{commit}: no such commit in {project}; fetch it, or name another"
         ) from None
+
+
+def commit_of_path(project: Path, path: str) -> str:
+    """The last commit that changed what lies at a path; empty where git has none."""
+    with contextlib.suppress(RunError):
+        return git(project, "log", "-1", "--format=%H", "--", path)
+    return ""
+
+
+def is_changed(project: Path, path: str) -> bool:
+    """Whether what lies at a path is not what the last commit has there."""
+    try:
+        return bool(git(project, "status", "--porcelain", "--", path))
+    except RunError:
+        return False

@@ -26,11 +26,7 @@ def _place(root: Path) -> Path:
 
 @contextlib.contextmanager
 def scratch(root: Path) -> Iterator[Path]:
-    """A new folder that goes after the block; that of a killed process goes with `settle`.
-
-    Args:
-        root: the project.
-    """
+    """A new folder that goes after the block; that of a killed process is then `abandoned`."""
     place = _place(root)
     place.mkdir(parents=True, exist_ok=True)
     folder = place / uuid.uuid4().hex

@@ -7,11 +7,11 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from gpt.base.errors import InputError, RunError
 from pipeline.project.file_locks import BusyError, locked, state_lock_name
 from pipeline.project.folders import home
+from pipeline.project.stage_table import StageSpec
 from pipeline.run.resume import (
     FOLDER,
     PARTIAL,
@@ -22,10 +22,6 @@ from pipeline.run.resume import (
     states_of,
     step_of,
 )
-
-if TYPE_CHECKING:
-    from pipeline.project.stage_table import StageSpec
-
 
 _EMPTY = "an empty folder"
 

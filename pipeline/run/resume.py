@@ -1,7 +1,7 @@
-"""The resume states of training stages: where they lie, and what they depend on.
+"""The resume states of stages: where they lie, how large they are, and how they go.
 
-A state lies in `.checkpoints/STAGE/FINGERPRINT`, beside DVC's outputs and not in them: DVC deletes
-those before a stage runs.
+A state lies in `.checkpoints/STAGE/FINGERPRINT` (`MadeOf.fingerprint`), beside DVC's outputs and
+not in them: DVC deletes those before a stage runs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pipeline.tracking.provenance import MadeOf
 
 FOLDER = ".checkpoints"
 
-_STEP = re.compile(r"step-(\d+)\b.*")
+_STEP = re.compile(r"step-(\d+)\b.*")  # as `gpt.train.checkpoint` calls a state
 PARTIAL = ".*.partial"
 """What `gpt.base.files` and `gpt.train.checkpoint` call what is still being written."""
 

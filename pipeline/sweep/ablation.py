@@ -24,6 +24,8 @@ from gpt.base.events import Event, Log, Message, Progress, Text
 from gpt.base.files import remove, whole_file, write_json
 from pipeline.dag.experiments import check_git, save_experiment
 from pipeline.dag.overrides import params_with, read_beside_params
+from pipeline.project.file_locks import stage_lock
+from pipeline.project.stage_table import STAGES
 from pipeline.show.markdown import NOTHING
 from pipeline.show.markdown import table as in_markdown
 
@@ -132,7 +134,6 @@ def ablate(root: Path, table: Path, log: Log) -> list[dict[str, Any]]:
         InputError: the table or an input cannot be used, or the project is in no git repository.
         RunError: rows failed; MLflow cannot be reached.
     """
-    from pipeline.project.file_locks import stage_lock
     from pipeline.tracking.connection import connect
 
     rows = read_rows(root, table)
@@ -170,7 +171,6 @@ def _one_line(error: BaseException) -> str:
 
 def _row(root: Path, table: str, row: Row, log: Log) -> dict[str, Any]:
     from pipeline.data.sets import input_sets
-    from pipeline.project.stage_table import STAGES
     from pipeline.tracking.connection import connect
     from pipeline.tracking.mlflow_classes import MlflowException
     from pipeline.tracking.provenance import MadeOf
@@ -274,8 +274,6 @@ def _train(
 
 def _outputs(folder: Path) -> dict[str, Path]:
     """Where a row's outputs are until DVC has them, by the stage's keywords."""
-    from pipeline.project.stage_table import STAGES
-
     return {keyword: folder / keyword for keyword in STAGES[STAGE].outputs}
 
 
@@ -287,8 +285,6 @@ def _save(
     inputs: dict[str, str],
     scores: dict[str, float],
 ) -> None:
-    from pipeline.project.stage_table import STAGES
-
     try:
         evaluation = json.loads((root / EVALUATION).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING
 from gpt.base.errors import InputError, RunError
 from gpt.base.files import whole_file
 from pipeline.dag.overrides import is_kept, text_with, write_params
+from pipeline.project.file_locks import stage_lock
 from pipeline.project.git import commit_of
 from pipeline.project.params import PARAMS_FILE, check_sections
+from pipeline.project.stage_table import MAIN_METRICS, STAGES
 from pipeline.show.console import make_display, n_of, seconds_in_words
 from pipeline.show.markdown import NOTHING, table
 from pipeline.show.terminal import say
@@ -55,7 +57,6 @@ def run_sweep(
         RunError: points failed, or MLflow or Prefect cannot be reached.
     """
     from pipeline.flow.prefect_api import prefect_told, use_api
-    from pipeline.project.file_locks import stage_lock
 
     commit_of(root, "HEAD")
     check_sections(root / PARAMS_FILE)
@@ -108,8 +109,6 @@ def _size(sweep: Sweep) -> str:
 
 def _promotable(sweep: Sweep) -> str:
     """The registered model that the sweep is about."""
-    from pipeline.project.stage_table import STAGES
-
     swept = {path.partition(".")[0] for path in sweep.paths}
     compared = [name for name, spec in STAGES.items() if sweep.metric.file in spec.outputs.values()]
     for stages in (compared, [*swept]):
@@ -137,8 +136,6 @@ def _sorted(sweep: Sweep, outcomes: Sequence[Outcome]) -> list[Outcome]:
 
 def markdown(sweep: Sweep, outcomes: Sequence[Outcome]) -> str:
     """The points as a page of Markdown, the best first."""
-    from pipeline.project.stage_table import MAIN_METRICS
-
     titles = {sweep.metric.name: sweep.metric.name.replace("_", " ")}
     for stage in sweep.stages:
         for name, label in MAIN_METRICS.get(stage, {}).items():

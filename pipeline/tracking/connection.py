@@ -1,4 +1,5 @@
-"""The connection to MLflow: where it is, whether it answers, and what its failures are called."""
+"""The connection to MLflow: where it is, whether it answers, what its failures are called, and the
+addresses, experiments and runs in it."""
 
 from __future__ import annotations
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-
 EXPERIMENT_PREFIX = "gpt-pipeline/"
 DEFAULT_UI = "http://127.0.0.1:5000"
 PAGES = "workflowType=machine_learning"
@@ -43,7 +43,7 @@ _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
 }
 
-_REMEDY = "check that MLFLOW_TRACKING_URI answers, or unset it for the project's own mlflow.db"
+REMEDY = "check that MLFLOW_TRACKING_URI answers, or unset it for the project's own mlflow.db"
 _DATABASE_SERVERS = ("postgresql", "mysql")
 """How addresses begin under which MLflow's client works on a server's database by itself."""
 
@@ -113,7 +113,7 @@ def connect(root: Path, uri: str = "") -> MlflowClient:
         mlflow.set_tracking_uri(uri)
         mlflow.set_registry_uri(uri)
     opening = named_failure(root, "cannot be opened", uri=uri, opens=True)
-    with opening, FileLock(_lock_file(root)):
+    with opening, FileLock(lock_file(root)):
         database = database_file(uri)
         if database is not None and (of_unsent or database == _own_database(root)):
             follow_move(database)
@@ -123,7 +123,7 @@ def connect(root: Path, uri: str = "") -> MlflowClient:
     return client
 
 
-def _lock_file(root: Path) -> Path:
+def lock_file(root: Path) -> Path:
     """Held by who changes what the project's processes share in MLflow."""
     lock = home(root) / ".pipeline" / "mlflow.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
@@ -240,7 +240,7 @@ def named_failure(
         if remedy and os.environ.get("MLFLOW_TRACKING_URI") == uri:
             remedy += ", or name another place in MLFLOW_TRACKING_URI"
         told = without_credentials(f"{uri} {what}: {reason}")
-        raise RunError(f"MLflow at {told}; {remedy or _REMEDY}") from error
+        raise RunError(f"MLflow at {told}; {remedy or REMEDY}") from error
 
 
 def artifact(client: MlflowClient, run_id: str, path: str) -> bytes | None:

@@ -1,4 +1,5 @@
-"""What is one thing here and another there: parameters, packages, checksums."""
+"""What is one thing here and another there (parameters, packages, checksums), and a run named after
+what it does otherwise than the last one."""
 
 from __future__ import annotations
 
@@ -13,6 +14,11 @@ if TYPE_CHECKING:
 
 NOTHING = "none"
 """What stands for a value that one of both has not."""
+
+OF_MODELS = ("kind",)
+"""MLflow puts these settings of a logged model beside the run's parameters."""
+
+_RECENT = 50  # runs among which the highest number is looked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +47,6 @@ def changes(
     keys = [key for key in dict.fromkeys((*after, *before)) if key not in set(without)]
     pairs = (Change(key, before.get(key), after.get(key)) for key in keys)
     return [each for each in pairs if each.before != each.after]
-
-
-_RECENT = 50  # runs among which the highest number is looked for
-_NOTHING = "none"
-OF_MODELS = ("kind",)  # MLflow puts a logged model's settings beside the run's parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,7 @@ def what_differs(
         gone = {key for key in last if key not in params and key not in OF_MODELS}
         for key in (*changed, *sorted(gone)):
             tags[key_of(f"changed.{key}")] = (
-                f"{last.get(key, _NOTHING)} → {params.get(key, _NOTHING)}"
+                f"{last.get(key, NOTHING)} → {params.get(key, NOTHING)}"
             )
     words = [f"{key}={value}" for key, value in changed.items()]
     if not words or len(words) > 3:

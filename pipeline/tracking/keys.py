@@ -10,15 +10,13 @@ from typing import Any
 
 from pipeline.project.secrets import without_secrets
 
-NO_RESULTS = ("system", "optimizer", "health", "throughput")  # groups of metrics
-
-_VALUE_LENGTH = 500  # of a parameter; MLflow takes 6,000, a person reads less
-_KEY = re.compile(r"[/\w.\- :]+")  # of what a key of MLflow's may be made
-
-_KEY_LENGTH = 250  # characters
+VALUE_LENGTH = 500  # of a parameter; MLflow takes 6,000, a person reads less
 NAME_LENGTH = 250  # of a run; a database on a server takes no longer one
+_KEY_LENGTH = 250  # characters
+_KEY = re.compile(r"[/\w.\- :]+")  # of what a key of MLflow's may be made
 _DIGEST = re.compile(r"__[0-9a-f]{8}\Z")  # at the end of a key that differs from its name
 
+NO_RESULTS = ("system", "optimizer", "health", "throughput")  # groups of metrics
 # what the loop calls a value -> what MLflow shows: the part before the slash groups the charts
 STEP_METRICS = {
     "learning_rate": "optimizer/learning_rate",
@@ -43,7 +41,7 @@ def flatten(params: Any) -> dict[str, str]:
     Lists stay one entry: scalars joined by commas, records by their name or their first value.
     """
     flat = _flatten(dataclasses.asdict(params))
-    return {key_of(key): short(without_secrets(text), _VALUE_LENGTH) for key, text in flat}
+    return {key_of(key): short(without_secrets(text), VALUE_LENGTH) for key, text in flat}
 
 
 def _flatten(value: Any, path: str = "") -> Iterator[tuple[str, str]]:

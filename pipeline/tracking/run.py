@@ -33,39 +33,37 @@ from pipeline.project.secrets import without_credentials, without_secrets
 from pipeline.show.markdown import escaped
 from pipeline.tracking import unsent
 from pipeline.tracking.connection import (
-    _REMEDY,
     EXPERIMENT_PREFIX,
-    _lock_file,
+    REMEDY,
     artifact_folder,
     check_answers,
     connect,
     experiment_of,
+    lock_file,
     named_failure,
     run_url,
     tracking_uri,
 )
 from pipeline.tracking.differences import Differs, what_differs
 from pipeline.tracking.keys import (
-    _VALUE_LENGTH,
     NO_RESULTS,
     STEP_METRICS,
+    VALUE_LENGTH,
     flatten,
     flatten_metrics,
     key_of,
     short,
 )
 from pipeline.tracking.provenance import Provenance, git_state
+from pipeline.tracking.unsent import Unsent
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-    from pipeline.tracking.unsent import Unsent
-
 _T = TypeVar("_T")
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
-
 
 PACKAGES = (
     "torch",
@@ -329,7 +327,7 @@ class StageRun:
         except RunError as error:
             if not self._later:
                 raise
-            gone = str(error).partition(f"; {_REMEDY}")[0]
+            gone = str(error).partition(f"; {REMEDY}")[0]
         # one that could not be sent goes on where it is
         kept = unsent.find(self.root, noted.folder) if noted.folder else None
         if kept is not None and not self._hold(kept):  # sent meanwhile: its new id is noted now
@@ -453,7 +451,7 @@ class StageRun:
         from mlflow.entities import Param
 
         experiment_id = experiment_id or self.experiment_id
-        with FileLock(_lock_file(self.root)):  # else two that begin together have one number
+        with FileLock(lock_file(self.root)):  # else two that begin together have one number
             differs = what_differs(self.client, experiment_id, self._params, self._tags)
             self.name = differs.name
             made = self._create_named(experiment_id, differs)
@@ -487,7 +485,7 @@ class StageRun:
         inputs = [
             DatasetInput(
                 Dataset(
-                    short(each.name, _VALUE_LENGTH),
+                    short(each.name, VALUE_LENGTH),
                     each.digest,
                     each.source_type,
                     _place_of(each),

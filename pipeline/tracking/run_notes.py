@@ -8,11 +8,13 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gpt.base.files import write_json
 from pipeline.dag.graph import Dag
-from pipeline.tracking.run import StageRun
+
+if TYPE_CHECKING:
+    from pipeline.tracking.run import StageRun
 
 
 def note_of_run(root: Path, name: str) -> Path:
