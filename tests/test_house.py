@@ -24,7 +24,7 @@ FLOORS = (
     ("pipeline.run", "pipeline.report"),
     ("pipeline.flow", "pipeline.estimate"),
     ("pipeline.sweep",),
-    ("pipeline.cli", "pipeline.agent_flow"),
+    ("pipeline.cli", "pipeline.agent_flow", "pipeline.agent_worker"),
     ("pipeline",),
 )
 """From the lowest: folders, and files that stand alone; a package has what is in no other one."""

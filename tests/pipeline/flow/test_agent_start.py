@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import runpy
 import subprocess
 import sys
 import urllib.request
@@ -213,3 +214,14 @@ def test_no_result_that_a_server_names_is_unpickled(
     assert done.returncode == 0, done.stderr
     assert "Completed" in done.stderr
     assert not (tmp_path / "unpickled").exists()
+
+
+def test_an_agent_that_runs_on_through_an_update_starts_its_worker_as_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    began: list[tuple[Any, ...]] = []
+    worker = SimpleNamespace(work=lambda *arguments: began.append(arguments))
+    monkeypatch.setitem(sys.modules, "pipeline.flow.agent_worker", worker)
+    monkeypatch.setattr(sys, "argv", ["agent_worker.py", "gpu", "vm", "2"])
+    runpy.run_module("pipeline.agent_worker", run_name="__main__")
+    assert began == [("gpu", "vm", 2)]
