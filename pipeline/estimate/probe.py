@@ -105,7 +105,7 @@ def probe_stage(stage: str, root: Path, params: Path, weights: int) -> Probe:
         arguments = [stage, str(root), str(params), folder, str(weights)]
         with errors.open("wb") as stderr:
             process = subprocess.Popen(
-                [sys.executable, "-m", "pipeline", "probe", *arguments],
+                [sys.executable, "-P", "-m", "pipeline", "probe", *arguments],
                 env={**os.environ, "PYTHONPATH": path},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

@@ -25,7 +25,7 @@ import psutil
 from gpt.base.errors import InputError, RunError
 from gpt.base.files import write_json
 from pipeline.flow.agent_start import AGENT_VARIABLE, COMMAND, agent_folder, run_note
-from pipeline.flow.prefect_api import answers
+from pipeline.flow.prefect_api import answers, import_path
 from pipeline.flow.resources import SLOTS_VARIABLE, cards, cores
 from pipeline.project.folders import HOME_VARIABLE, home
 from pipeline.show.console import n_of
@@ -264,6 +264,7 @@ class _Agent:
         folder = agent_folder(self.root)
         folder.mkdir(parents=True, exist_ok=True)
         command = [
+            "-P",
             "-m",
             "pipeline.flow.agent_worker",
             self.pool,
@@ -277,6 +278,7 @@ class _Agent:
                 env={
                     **os.environ,
                     "PREFECT_API_URL": self.api,
+                    "PYTHONPATH": import_path(),
                     AGENT_VARIABLE: str(self.root.resolve()),
                     HOME_VARIABLE: str(home(self.root)),
                     SLOTS_VARIABLE: limit_name(),

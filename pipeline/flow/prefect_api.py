@@ -156,6 +156,7 @@ class LocalServer:
             self._process = subprocess.Popen(
                 [
                     sys.executable,
+                    "-P",
                     "-m",
                     "pipeline.flow.prefect_api",
                     str(listener.fileno()),
@@ -249,7 +250,10 @@ def use_api(root: Path) -> LocalServer | None:
 
 
 def import_path() -> str:
-    """`PYTHONPATH` of a process that runs modules of this project from any folder."""
+    """`PYTHONPATH` of a process that runs modules of this project from any folder.
+
+    With Python's `-P`: the folder may be a checkout of another commit.
+    """
     here = str(Path(__file__).resolve().parent.parent.parent)
     return os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
 

@@ -177,7 +177,7 @@ def _start(
     log = folder / f"{name.lower()}.log"
     with log.open("wb") as file:
         process = subprocess.Popen(
-            [sys.executable, *command],
+            [sys.executable, "-P", *command],
             cwd=root,
             env={**os.environ, **settings},
             stdin=subprocess.PIPE,  # its end tells Prefect's server that we are gone

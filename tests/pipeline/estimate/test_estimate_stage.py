@@ -337,7 +337,10 @@ def test_a_probe_leaves_nothing_behind_and_says_what_the_stage_refuses(tiny, tmp
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_a_probe_sees_steps_an_evaluation_and_the_memory(tiny):
+def test_a_probe_sees_steps_an_evaluation_and_the_memory(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a checkout of another commit: the code is the command's own
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "__init__.py").touch()
     before = sorted(tiny.rglob("*"))
     seen = probe.probe_stage("finetune_classifier", tiny, tiny / "params.yaml", 1000)
     assert sorted(tiny.rglob("*")) == before, "something was written into the project"

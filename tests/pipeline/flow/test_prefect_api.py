@@ -61,7 +61,12 @@ def test_tables_are_migrated_where_they_may_be_old_and_made_where_there_are_none
 
 @pytest.fixture(scope="module")
 def port(tmp_path_factory):
+    """Of a server that was started in a checkout of another commit: its code is the starter's."""
+    another = tmp_path_factory.mktemp("another")
+    (another / "pipeline").mkdir()
+    (another / "pipeline" / "__init__.py").touch()
     with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(another)
         patch.delenv("PREFECT_HOME", raising=False)
         patch.delenv("PREFECT_SERVER_DATABASE_CONNECTION_URL", raising=False)
         patch.setenv(HOSTS_VARIABLE, "prefect.example, other.example")
