@@ -1,5 +1,6 @@
 """What an agent runs of what a Prefect server asks for: what the project's prefect.yaml says."""
 
+import ast
 import asyncio
 import json
 import os
@@ -16,8 +17,16 @@ import yaml
 
 from gpt.base.errors import InputError
 from pipeline.flow import agent_start as agent_run
-from pipeline.flow.agent_start import COMMAND, asked_by_server, held_by_project
+from pipeline.flow.agent_start import (
+    AGENT_VARIABLE,
+    COMMAND,
+    WORKER_VARIABLE,
+    asked_by_server,
+    held_by_project,
+)
 from pipeline.flow.prefect_api import LocalServer
+from pipeline.flow.resources import SLOTS_VARIABLE
+from pipeline.project.folders import HOME_VARIABLE
 from pipeline.project.git import commit_of
 
 ROOT = Path(__file__).parents[3]
@@ -225,3 +234,18 @@ def test_an_agent_that_runs_on_through_an_update_starts_its_worker_as_before(
     monkeypatch.setattr(sys, "argv", ["agent_worker.py", "gpu", "vm", "2"])
     runpy.run_module("pipeline.agent_worker", run_name="__main__")
     assert began == [("gpu", "vm", 2)]
+
+
+def test_an_agent_and_a_commit_of_another_age_call_things_by_the_same_names() -> None:
+    """An agent runs on through updates and is handed earlier commits; deployments stay as made."""
+    deployments = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
+    flows = {each["entrypoint"].removeprefix("pipeline/agent_flow.py:") for each in deployments}
+    assert flows == {"gpt_pipeline_on_agent", "watch_sources"}
+    code = ast.parse((ROOT / "pipeline" / "agent_flow.py").read_text())
+    (imported,) = (each for each in code.body if isinstance(each, ast.ImportFrom))
+    assert {alias.name for alias in imported.names} == flows
+    assert COMMAND == "gpt-pipeline flow-run"
+    assert AGENT_VARIABLE == "GPT_PIPELINE_AGENT"
+    assert WORKER_VARIABLE == "GPT_PIPELINE_WORKER"
+    assert SLOTS_VARIABLE == "GPT_PIPELINE_SLOTS"
+    assert HOME_VARIABLE == "GPT_PIPELINE_HOME"
