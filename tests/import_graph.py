@@ -1,11 +1,12 @@
 """What the project's files import, read from their source."""
 
 import ast
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("gpt", "stages", "pipeline")
+_IMPORTERS = ("import_module", "__import__")
 
 
 def module_file(name: str) -> Path | None:
@@ -17,12 +18,12 @@ def module_file(name: str) -> Path | None:
     return None
 
 
-def modules() -> Iterator[str]:
+@cache
+def modules() -> frozenset[str]:
     """Every module of the three packages, the packages themselves too."""
-    for package in PACKAGES:
-        for path in sorted((ROOT / package).rglob("*.py")):
-            parts = path.relative_to(ROOT).with_suffix("").parts
-            yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+    paths = (path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+    parts = (path.relative_to(ROOT).with_suffix("").parts for path in paths)
+    return frozenset(".".join(each[:-1] if each[-1] == "__init__" else each) for each in parts)
 
 
 def imports_of(source: str, *, types: bool = False) -> set[str]:
@@ -49,11 +50,21 @@ def imports_of(source: str, *, types: bool = False) -> set[str]:
                 else str(node.module)
                 for alias in node.names
             )
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(_IMPORTERS):
+            found.update(each.value for each in node.args[:1] if isinstance(each, ast.Constant))
         for child in ast.iter_child_nodes(node):
             visit(child)
 
     visit(ast.parse(source))
     return found
+
+
+def named_in(source: str) -> set[str]:
+    """Every module of the project whose name is a string of a source: what `python -m` starts, or
+    `module:function` calls."""
+    strings = {n.value for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Constant)}
+    names = {each.partition(":")[0] for each in strings if isinstance(each, str)}
+    return {name for name in names & modules() if "." in name}
 
 
 def imported(path: Path) -> set[str]:

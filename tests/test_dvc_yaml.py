@@ -21,7 +21,6 @@ FILES = {
 }
 DVC = {name: stage for file in FILES.values() for name, stage in file["stages"].items()}
 
-
 BY_FOLDER = {
     "load_gpt2": {
         "gpt/base/labels.py",
@@ -71,8 +70,8 @@ def names(entries: list) -> set[str]:
     return {next(iter(entry)) if isinstance(entry, dict) else entry for entry in entries}
 
 
-def test_the_stages_of_dvc_yaml_params_yaml_and_the_runner_are_the_same():
-    assert set(DVC) == set(STAGES) == set(SECTIONS)
+def test_the_stages_of_dvc_yaml_params_yaml_and_the_table_are_the_same_in_one_order():
+    assert list(DVC) == list(STAGES) == list(SECTIONS)
     for name, stage in DVC.items():
         assert stage["cmd"] == f"python -m pipeline stage {name}"
         assert stage["params"] == [name]

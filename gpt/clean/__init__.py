@@ -1,4 +1,4 @@
 """Documents cleaned: texts mended, poor ones and duplicates removed.
 
-Imports `gpt.base`.
+Imports nothing of the project.
 """

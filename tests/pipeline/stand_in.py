@@ -14,9 +14,9 @@ import pytest
 from gpt.base.errors import InputError, RunError
 from gpt.base.events import Log, Message, Metrics, Progress, Text, discard
 from gpt.base.files import whole_directory, write_json
-from pipeline.project import stage_table
 from pipeline.project.settings import TrackingParams
-from pipeline.run import stage as runner
+from pipeline.project.stage_table import StageSpec
+from pipeline.run.stage import run_stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,14 +114,14 @@ def learn(
 
 STAGES = {
     **{
-        name: runner.StageSpec(
+        name: StageSpec(
             function="stand_in:prepare",
             inputs={"source": "source.txt"},
             outputs={"out": f"data/{out}", "metrics": f"reports/{name}/metrics.json"},
         )
         for name, out in (("prepare", "prepared"), ("copy", "copy"), ("third", "third"))
     },
-    "learn": runner.StageSpec(
+    "learn": StageSpec(
         function="stand_in:learn",
         inputs={"data": "data/prepared"},
         outputs={
@@ -173,12 +173,12 @@ def make_project(root: Path) -> Path:
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (stage_table, runner):
-        monkeypatch.setattr(module, "STAGES", STAGES)
-    monkeypatch.setattr(runner, "load_params", load_params)
+    for module in ("project.stage_table", "run.stage"):
+        monkeypatch.setattr(f"pipeline.{module}.STAGES", STAGES)
+    monkeypatch.setattr("pipeline.run.stage.load_params", load_params)
 
 
 if __name__ == "__main__":
     with pytest.MonkeyPatch.context() as patch:
         install(patch)
-        raise SystemExit(runner.run_stage(sys.argv[1], Path(sys.argv[2])))
+        raise SystemExit(run_stage(sys.argv[1], Path(sys.argv[2])))

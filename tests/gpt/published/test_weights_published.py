@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from published import (
+from forms import (
     FORMS,
     book_tensors,
     hparams_of,

@@ -26,7 +26,7 @@ from rich.console import Console
 from gpt.base.errors import InputError
 from pipeline.data.facts import data_facts, lengths_of
 from pipeline.data.report import print_data, write_report
-from pipeline.run import stage as runner
+from pipeline.run.stage import run_stage
 from pipeline.show.markdown import escaped, table, visible
 from pipeline.tracking.connection import connect
 
@@ -323,8 +323,8 @@ def test_a_stage_that_makes_data_keeps_the_report_and_names_its_data_sets(
     metrics.parent.mkdir(parents=True)
     metrics.write_text("{}")
     monkeypatch.setattr(stand_in, "prepare", prepare)
-    monkeypatch.setattr(runner, "STAGES", {**stand_in.STAGES, "prepare": spec})
-    assert runner.run_stage("prepare", root) == 0
+    monkeypatch.setattr("pipeline.run.stage.STAGES", {**stand_in.STAGES, "prepare": spec})
+    assert run_stage("prepare", root) == 0
 
     note = json.loads((root / ".pipeline" / "runs" / "prepare.json").read_text())
     client = connect(root)

@@ -456,7 +456,7 @@ def test_memory_and_time_are_near_those_of_the_real_run(tiny, tmp_path, stage):
     for name in TRAINING:
         params[name]["train"] |= {"steps": 300, "eval_interval": 60}
     (root / "params.yaml").write_text(yaml.safe_dump(params))
-    for folder in ("gpt", "stages", "pipeline"):  # the runner's fingerprint reads the code
+    for folder in ("gpt", "stages", "pipeline"):  # the fingerprint of a state reads the code
         (root / folder).symlink_to(ROOT / folder)
     program = (
         "import sys; from pipeline.estimate.probe import peak_memory;"

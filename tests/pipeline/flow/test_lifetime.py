@@ -18,7 +18,7 @@ from pipeline.project.scratch import scratch
 _HOLD = """
 import os, signal, sys
 from pathlib import Path
-from pipeline.flow.lifetime import scratch
+from pipeline.project.scratch import scratch
 with scratch(Path(sys.argv[1])) as folder:
     (folder / "file").write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)

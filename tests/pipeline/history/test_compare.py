@@ -75,7 +75,7 @@ def commit(root, text, **files):
 
 
 def ran(root, stage, params=None, *, inputs=None, outputs=None, metrics=None, sets=(), **more):
-    """A stage's run as the runner makes it; the run's id."""
+    """A stage's run as `pipeline.run.stage` makes it; the run's id."""
     made_of = MadeOf.now(root, stage, None).kept() if more.get("recorded", True) else None
     run = StageRun(root, stage, params or Params({}), inputs or {}, data_sets=sets, made_of=made_of)
     if more.get("tables"):

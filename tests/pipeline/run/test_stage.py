@@ -1,4 +1,4 @@
-"""A stage through the runner: exit codes, lines, the MLflow run, and going on after a kill."""
+"""A stage executed: exit codes, lines, the MLflow run, and going on after a kill."""
 
 import json
 import os
@@ -13,11 +13,9 @@ from typing import Any
 
 import pytest
 import stand_in
-import yaml
 
 from pipeline.dag.cache import dvc_md5
-from pipeline.dag.code import is_code
-from pipeline.run import stage as runner
+from pipeline.run.stage import MIRROR_VARIABLE, end_killed, run_stage, system_fault
 from pipeline.tracking.connection import connect
 
 HERE = Path(__file__).parent.parent
@@ -26,7 +24,7 @@ HERE = Path(__file__).parent.parent
 @pytest.fixture
 def fresh_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.delenv(runner.MIRROR_VARIABLE, raising=False)
+    monkeypatch.delenv(MIRROR_VARIABLE, raising=False)
     stand_in.install(monkeypatch)
     return stand_in.make_project(tmp_path)
 
@@ -75,8 +73,8 @@ def checkpoint(project: Path) -> Path | None:
 
 
 def test_a_finished_stage_leaves_a_run_with_parameters_metrics_and_lineage(project: Path) -> None:
-    assert runner.run_stage("prepare", project) == 0
-    assert runner.run_stage("learn", project) == 0
+    assert run_stage("prepare", project) == 0
+    assert run_stage("learn", project) == 0
     written = note(project, "learn")
     assert written["status"] == "FINISHED"
     assert written["experiment"] == "gpt-pipeline/learn"
@@ -97,8 +95,8 @@ def test_a_finished_stage_leaves_a_run_with_parameters_metrics_and_lineage(proje
 
 
 def test_every_step_the_samples_and_the_curves_are_in_the_run(project: Path) -> None:
-    runner.run_stage("prepare", project)
-    runner.run_stage("learn", project)
+    run_stage("prepare", project)
+    run_stage("learn", project)
     assert steps(project, "learn", "loss/train") == list(range(1, 21))
     assert steps(project, "learn", "loss/validation") == [5, 10, 15, 20]
     client, run_id = connect(project), note(project, "learn")["run_id"]
@@ -113,7 +111,7 @@ def test_every_step_the_samples_and_the_curves_are_in_the_run(project: Path) -> 
 def test_a_stage_edited_while_it_runs_fails_and_goes_on_when_that_is_put_back(
     project: Path, tmp_path: Path, what: str
 ) -> None:
-    assert runner.run_stage("prepare", project) == 0
+    assert run_stage("prepare", project) == 0
     hold = tmp_path / "hold"
     hold.touch()
     stand_in.set_params(project, learn={"hold": str(hold), "train": {"learning_rate": 0.5}})
@@ -133,17 +131,17 @@ def test_a_stage_edited_while_it_runs_fails_and_goes_on_when_that_is_put_back(
     assert not [tag for tag in failed.data.tags if tag.startswith("output.")]
 
     file.write_text(before)
-    assert runner.run_stage("learn", project) == 0
+    assert run_stage("learn", project) == 0
     run = run_of(project, "learn")
     assert (run.info.run_id, run.info.status) == (failed.info.run_id, "FINISHED")
     assert run.data.tags["resumed"] == "1"
 
 
 def test_a_second_run_is_named_after_what_differs(project: Path) -> None:
-    runner.run_stage("prepare", project)
-    runner.run_stage("learn", project)
+    run_stage("prepare", project)
+    run_stage("learn", project)
     stand_in.set_params(project, learn={"train": {"learning_rate": 0.25}})
-    runner.run_stage("learn", project)
+    run_stage("learn", project)
     assert run_of(project, "learn").info.run_name == "#2 train.learning_rate=0.25"
 
 
@@ -159,7 +157,7 @@ def test_a_failure_is_one_line_an_exit_code_and_a_failed_run(
     project: Path, capsys: pytest.CaptureFixture[str], kind: str, code: int, line: str
 ) -> None:
     stand_in.set_params(project, prepare={"fail": kind})
-    assert runner.run_stage("prepare", project) == code
+    assert run_stage("prepare", project) == code
     assert capsys.readouterr().err == f"error: {line}\n"
     verdict = json.loads((project / ".pipeline/exit/prepare.json").read_text())
     assert verdict == {"code": code, "error": line}
@@ -167,19 +165,19 @@ def test_a_failure_is_one_line_an_exit_code_and_a_failed_run(
     assert run.info.status == "FAILED"
     assert run.data.tags["error"] == line
     stand_in.set_params(project)
-    assert runner.run_stage("prepare", project) == 0
+    assert run_stage("prepare", project) == 0
     assert not (project / ".pipeline/exit/prepare.json").exists()
 
 
 def test_out_of_memory_is_told_with_what_to_lower() -> None:
-    assert runner.system_fault(MemoryError()).startswith("out of memory; lower batch_size")
+    assert system_fault(MemoryError()).startswith("out of memory; lower batch_size")
 
 
 def test_a_mistake_of_ours_shows_its_traceback_and_fails_the_run(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stand_in.set_params(project, prepare={"fail": "bug"})
-    assert runner.run_stage("prepare", project) == 1
+    assert run_stage("prepare", project) == 1
     assert "Traceback" in capsys.readouterr().err
     assert run_of(project, "prepare").info.status == "FAILED"
 
@@ -188,7 +186,7 @@ def test_a_missing_input_is_named_with_its_remedy_and_no_run_is_made(
     fresh_project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     project = fresh_project
-    assert runner.run_stage("learn", project) == 2
+    assert run_stage("learn", project) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "data/prepared" in error
@@ -201,7 +199,7 @@ def test_an_unreachable_mlflow_is_one_line(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{project}/no/such/folder/mlflow.db")
     (project / "no").write_text("a file, so no folder can be made there")
-    assert runner.run_stage("prepare", project) == 1
+    assert run_stage("prepare", project) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "MLFLOW_TRACKING_URI" in error
@@ -210,13 +208,13 @@ def test_an_unreachable_mlflow_is_one_line(
 def test_the_mirror_comes_from_the_environment(
     project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(runner.MIRROR_VARIABLE, "/a/folder")
-    runner.run_stage("prepare", project)
+    monkeypatch.setenv(MIRROR_VARIABLE, "/a/folder")
+    run_stage("prepare", project)
     assert "mirror /a/folder" in capsys.readouterr().out
 
 
 def test_a_run_killed_hard_goes_on_as_the_same_run_with_each_step_once(project: Path) -> None:
-    runner.run_stage("prepare", project)
+    run_stage("prepare", project)
     stand_in.set_params(project, learn={"pause": 0.05, "train": {"steps": 60}})
     process = start("learn", project)
     wait_for(lambda: (c := checkpoint(project)) is not None and int(c.read_text()) >= 10)
@@ -238,7 +236,7 @@ def test_a_run_killed_hard_goes_on_as_the_same_run_with_each_step_once(project: 
     ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"]
 )
 def test_a_stopped_run_is_marked_killed(project: Path, number: signal.Signals, code: int) -> None:
-    runner.run_stage("prepare", project)
+    run_stage("prepare", project)
     stand_in.set_params(project, learn={"pause": 0.05, "train": {"steps": 1000}})
     process = start("learn", project)
     wait_for(lambda: checkpoint(project) is not None)
@@ -251,7 +249,7 @@ def test_a_stopped_run_is_marked_killed(project: Path, number: signal.Signals, c
 
 
 def test_a_stage_ends_with_the_flow_that_started_it(project: Path) -> None:
-    runner.run_stage("prepare", project)
+    run_stage("prepare", project)
     stand_in.set_params(project, learn={"pause": 0.05, "train": {"steps": 1000}})
     process = start("learn", project, GPT_PIPELINE_EVENTS=str(project / "events.jsonl"))
     wait_for(lambda: checkpoint(project) is not None)
@@ -264,16 +262,16 @@ def test_a_stage_ends_with_the_flow_that_started_it(project: Path) -> None:
 def test_whoever_sees_that_a_stage_was_killed_ends_its_run_and_the_stage_goes_on_with_it(
     project: Path,
 ) -> None:
-    runner.run_stage("prepare", project)
+    run_stage("prepare", project)
     stand_in.set_params(project, learn={"pause": 0.05, "train": {"steps": 60}})
     process = start("learn", project)
     wait_for(lambda: checkpoint(project) is not None)
-    runner.end_killed(project, "learn", project)
+    end_killed(project, "learn", project)
     assert run_of(project, "learn").info.status == "RUNNING"
     process.kill()
     process.communicate()
     killed = note(project, "learn")["run_id"]
-    runner.end_killed(project, "learn", project)
+    end_killed(project, "learn", project)
     assert run_of(project, "learn").info.status == note(project, "learn")["status"] == "KILLED"
     process = start("learn", project)
     _, error = process.communicate()
@@ -283,7 +281,7 @@ def test_whoever_sees_that_a_stage_was_killed_ends_its_run_and_the_stage_goes_on
 
 
 def test_other_parameters_start_anew_and_end_the_run_that_was_left_behind(project: Path) -> None:
-    runner.run_stage("prepare", project)
+    run_stage("prepare", project)
     stand_in.set_params(project, learn={"pause": 0.05, "train": {"steps": 1000}})
     process = start("learn", project)
     wait_for(lambda: checkpoint(project) is not None)
@@ -291,7 +289,7 @@ def test_other_parameters_start_anew_and_end_the_run_that_was_left_behind(projec
     process.communicate()
     abandoned = note(project, "learn")["run_id"]
     stand_in.set_params(project, learn={"train": {"steps": 10}})
-    assert runner.run_stage("learn", project) == 0
+    assert run_stage("learn", project) == 0
     assert note(project, "learn")["run_id"] != abandoned
     assert connect(project).get_run(abandoned).info.status == "KILLED"
     assert steps(project, "learn", "loss/train") == list(range(1, 11))
@@ -301,9 +299,9 @@ def test_other_parameters_start_anew_and_end_the_run_that_was_left_behind(projec
 def test_state_is_found_again_only_under_equal_parameters_inputs_and_code(
     project: Path, changed: str
 ) -> None:
-    runner.run_stage("prepare", project)
+    run_stage("prepare", project)
     stand_in.set_params(project, learn={"fail_at": 13})
-    assert runner.run_stage("learn", project) == 1
+    assert run_stage("learn", project) == 1
     first = checkpoint(project)
     assert first is not None
     match changed:
@@ -313,7 +311,7 @@ def test_state_is_found_again_only_under_equal_parameters_inputs_and_code(
             (project / "data/prepared/text").write_text("other")
         case "code":
             (project / "code.py").write_text("x = 2\n")
-    assert runner.run_stage("learn", project) == 1
+    assert run_stage("learn", project) == 1
     assert len(list((project / ".checkpoints/learn").iterdir())) == 2
 
 
@@ -326,26 +324,3 @@ def test_stages_that_start_side_by_side_in_a_fresh_project_all_get_their_run(
     errors = [process.communicate()[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], errors
     assert [run_of(project, stage).info.status for stage in stages] == ["FINISHED"] * 3
-
-
-def test_the_table_of_stages_names_what_the_functions_take() -> None:
-    import inspect
-
-    for name, spec in runner.STAGES.items():
-        taken = inspect.signature(spec.load()).parameters
-        given = {*spec.inputs, *spec.outputs, *spec.scratch, "params", "log"}
-        given |= {"state"} if spec.continues else set()
-        assert set(taken) == given, name
-
-
-def test_the_table_of_stages_says_what_dvc_yaml_says() -> None:
-    root = HERE.parent.parent
-    files = (root / "dvc.yaml", root / "optional" / "dvc.yaml")
-    dag = {k: v for file in files for k, v in yaml.safe_load(file.read_text())["stages"].items()}
-    assert list(dag) == list(runner.STAGES)
-    for name, spec in runner.STAGES.items():
-        data = [dep for dep in dag[name]["deps"] if not is_code(dep)]
-        inputs = [path.replace("{", f"${{{name}.") for path in spec.inputs.values()]
-        assert sorted(data) == sorted(inputs), name
-        metrics = [path for entry in dag[name]["metrics"] for path in entry]
-        assert sorted([*dag[name]["outs"], *metrics]) == sorted(spec.outputs.values()), name

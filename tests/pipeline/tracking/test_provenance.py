@@ -12,7 +12,7 @@ import stand_in
 
 from gpt.base.errors import RunError
 from pipeline.dag.cache import dvc_md5
-from pipeline.run import stage as runner
+from pipeline.run.stage import run_stage
 from pipeline.tracking import provenance as module
 from pipeline.tracking.connection import connect
 from pipeline.tracking.provenance import MadeOf, Provenance, git_state
@@ -58,7 +58,7 @@ def test_a_run_keeps_the_parameters_file_and_the_codes_checksums(
     project: Path, tmp_path: Path, empty_database: Path
 ) -> None:
     shutil.copy(empty_database, project / "mlflow.db")
-    assert runner.run_stage("prepare", project) == 0
+    assert run_stage("prepare", project) == 0
     folder = kept(project, "prepare", tmp_path)
     assert sorted(path.name for path in folder.iterdir()) == ["code.json", "params.yaml"]
     assert (folder / "params.yaml").read_bytes() == (project / "params.yaml").read_bytes()
@@ -77,11 +77,11 @@ def test_tags_say_what_changed_against_the_last_run_that_ended_well(
 
     def changed(**values: object) -> dict[str, str]:
         stand_in.set_params(project, learn=values)
-        runner.run_stage("learn", project)
+        run_stage("learn", project)
         tags = run_of(project, "learn").data.tags
         return {key: value for key, value in tags.items() if key.startswith("changed.")}
 
-    assert runner.run_stage("prepare", project) == 0
+    assert run_stage("prepare", project) == 0
     assert changed() == {}
     assert changed(fail_at=3) == {"changed.fail_at": "-1 → 3"}
     # that one failed: what is compared with is the one before
@@ -179,7 +179,7 @@ def test_no_credentials_are_kept(project: Path, empty_database: Path, tmp_path: 
     mirror = "https://me:secret@host.example/a?download=1&access_token=secret"
     stand_in.set_params(project, prepare={"mirror": mirror})
     (project / "code.py").write_text('URL = "https://me:secret@host.example/b"\n')
-    assert runner.run_stage("prepare", project) == 0
+    assert run_stage("prepare", project) == 0
     folder = kept(project, "prepare", tmp_path)
     run = run_of(project, "prepare")
     for path in folder.iterdir():

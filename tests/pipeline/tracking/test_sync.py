@@ -29,7 +29,7 @@ from gpt.model.weights import load_model, save_model
 from gpt.tokens.tokenizer import byte_tokenizer
 from pipeline.dag.cache import dvc_md5
 from pipeline.project.settings import TrackingParams
-from pipeline.run import stage as runner
+from pipeline.run.stage import run_stage
 from pipeline.tracking import connection, sync
 from pipeline.tracking import registry as models
 from pipeline.tracking.connection import connect
@@ -137,7 +137,7 @@ def test_without_mlflow_a_stage_stops_before_any_work_and_within_seconds(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = time.monotonic()
-    assert runner.run_stage("learn", project) == 1
+    assert run_stage("learn", project) == 1
     assert time.monotonic() - before < 15
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -154,7 +154,7 @@ def test_a_run_made_without_mlflow_is_logged_later_as_it_was(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     stand_in.set_params(project, **LATER)
-    assert runner.run_stage("learn", project) == 0
+    assert run_stage("learn", project) == 0
     shown = capsys.readouterr()
     assert "learn runs all the same and is logged later" in shown.out
     assert "gpt-pipeline sync" in shown.out
@@ -184,11 +184,11 @@ def test_the_next_run_sends_what_is_unsent(
 ) -> None:
     stand_in.set_params(project, **LATER)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    assert runner.run_stage("learn", project) == 0
+    assert run_stage("learn", project) == 0
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     unsent = assert_unsent(project)
     stand_in.set_params(project, learn={"train": {"learning_rate": 0.25}})
-    assert runner.run_stage("learn", project) == 0
+    assert run_stage("learn", project) == 0
     client, last = connect(project), assert_whole(project, 20)
     sent = client.search_runs(
         [last.info.experiment_id], f"tags.`{sync.TAG}` = '{unsent}'", max_results=2
