@@ -17,11 +17,11 @@ from gpt import estimate as shapes
 from gpt.base.errors import InputError
 from gpt.batches.data import IGNORED, Batch, Dataset, batch_indices, batches, take
 from gpt.estimate import Memory, Shape, Tuning
+from gpt.model.config import GPTConfig
 from pipeline.project.params import Params, section
 from pipeline.project.stage_table import STAGES
 
 if TYPE_CHECKING:
-    from gpt.model.config import GPTConfig
     from gpt.train.recipe import TrainParams
     from stages import finetune_classifier, finetune_instruct, pretrain, tune_preferences
 

@@ -11,6 +11,7 @@ settings when it is imported.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import signal
 import sys
@@ -273,8 +274,6 @@ def fingerprint(root: Path) -> str:
     Raises:
         InputError: `params.yaml` is bad, or a folder that it names is missing.
     """
-    import hashlib
-
     params = load_params(root / PARAMS_FILE).download
     parts = [repr(params)]
     places = [root / params.local]

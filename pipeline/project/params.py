@@ -10,9 +10,9 @@ import difflib
 import importlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -257,14 +257,11 @@ def _problem(name: str, cls: Any, raw: Any, details: Any) -> str:
 
 def _field_class(parent: Any, name: str) -> Any:
     """The dataclass of a nested field, looked up only to name what is known there."""
-    import dataclasses
-    import typing
-
-    if parent is None or not dataclasses.is_dataclass(parent):
+    if parent is None or not is_dataclass(parent):
         return None
-    hint = typing.get_type_hints(parent).get(name)
-    candidates = [hint, *typing.get_args(hint)]
-    return next((each for each in candidates if dataclasses.is_dataclass(each)), None)
+    hint = get_type_hints(parent).get(name)
+    candidates = [hint, *get_args(hint)]
+    return next((each for each in candidates if is_dataclass(each)), None)
 
 
 def _across(params: Params) -> Iterator[str]:

@@ -40,6 +40,7 @@ from pipeline.run.resume import older_states, remove_state, state_folder
 from pipeline.show.console import EVENTS_VARIABLE, make_log
 from pipeline.show.terminal import say
 from pipeline.tracking.provenance import MadeOf
+from pipeline.tracking.registry import register
 from pipeline.tracking.run import StageRun, Status, mark_killed
 from pipeline.tracking.run_notes import RunNote, note_of_run
 from pipeline.tracking.sync import send_quietly
@@ -359,8 +360,6 @@ def _finish(
     if "predictions" in outputs:
         run.add_tables(outputs["predictions"])
     if spec.model:
-        from pipeline.tracking.registry import register
-
         directory = outputs["out"]
         model, md5 = spec.model, output_md5[_relative(root, directory)]
         version = run.keep("did not take the model", lambda: register(run, model, directory, md5))

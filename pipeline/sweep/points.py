@@ -20,6 +20,7 @@ from gpt.base.files import read_json
 from pipeline.dag.graph import Dag
 from pipeline.dag.overrides import params_with, read_beside_params
 from pipeline.project.params import SECTIONS
+from pipeline.tracking.keys import flatten_metrics
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
@@ -285,8 +286,6 @@ def _check_stages(root: Path, sweep: Sweep) -> None:
 
 def _check_metric(root: Path, metric: Metric) -> None:
     """Refuse a name that the stage did not write when it ran last, while nothing is trained yet."""
-    from pipeline.tracking.keys import flatten_metrics
-
     if not (root / metric.file).is_file():
         return
     remedy = "`git checkout` it, or run its stage again"

@@ -20,9 +20,6 @@ from pipeline.tracking.run import StageRun
 from pipeline.tracking.version_page import CHANGED_TAG, version_page
 
 if TYPE_CHECKING:
-    from mlflow.entities.model_registry import ModelVersion
-
-if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
     from mlflow.entities.model_registry import ModelVersion

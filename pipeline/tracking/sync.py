@@ -32,9 +32,11 @@ from pipeline.tracking.connection import (
 )
 from pipeline.tracking.database import follow_move
 from pipeline.tracking.differences import what_differs
+from pipeline.tracking.registry import MD5_TAG, describe, ensure_registered, version_of
 from pipeline.tracking.run import BATCH_METRICS, BATCH_PARAMS, PEAK_MEMORY, show_on_model
 from pipeline.tracking.run_notes import note_of_run
 from pipeline.tracking.unsent import Unsent, unsent_runs
+from pipeline.tracking.version_page import CHANGED_TAG
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -266,8 +268,6 @@ def _send_data_sets(server: MlflowClient, run_id: str, run: Run) -> None:
 
 def _send_models(local: MlflowClient, server: MlflowClient, target: Run, run: Run) -> None:
     """The versions that were registered; bytes that MLflow has a version of are not sent again."""
-    from pipeline.tracking.registry import MD5_TAG, version_of
-
     for version in local.search_model_versions():
         name, md5 = version.name, version.tags[MD5_TAG]
         known = version_of(server, name, md5=md5)
@@ -324,9 +324,6 @@ def _send_version(
     version: ModelVersion,
     model_id: str,
 ) -> ModelVersion:
-    from pipeline.tracking.registry import describe, ensure_registered
-    from pipeline.tracking.version_page import CHANGED_TAG
-
     name = version.name
     ensure_registered(server, name, local.get_registered_model(name).description)
     # its place is among those that MLflow has, where the run is another one
@@ -345,8 +342,6 @@ def _send_version(
 def _move(server: MlflowClient, name: str, alias: str, to: ModelVersion, run: Run) -> None:
     """Let an alias stand at a version, unless it stands at what a later run made."""
     from mlflow.exceptions import MlflowException
-
-    from pipeline.tracking.registry import version_of
 
     now = version_of(server, name, alias)
     if now is not None and now.run_id and now.run_id != run.info.run_id:
