@@ -71,13 +71,13 @@ def ui_server(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Prefect's address as `gpt-pipeline ui` starts it."""
     folder = tmp_path_factory.mktemp("ui")
     code = (
-        "from pathlib import Path; from pipeline.flow.flow import ui; ui.serve(Path(),"
+        "from pathlib import Path; from pipeline.flow import ui; ui.serve(Path(),"
         f"mlflow_port={free_port()}, prefect_port={free_port()})"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(Path(ui.__file__).parent.parent)},
+        env={**os.environ, "PYTHONPATH": str(Path(ui.__file__).parents[2])},
     )
     try:
         addresses = folder / ".pipeline" / "ui.json"

@@ -104,7 +104,7 @@ def test_ui_serves_the_databases_that_the_environment_names(
     assert (tmp_path / "mlartifacts/learn" / run.id / "artifacts/samples/a.txt").is_file()
 
     code = (
-        "from pathlib import Path; from pipeline.flow.flow import ui;"
+        "from pathlib import Path; from pipeline.flow import ui;"
         f"ui.serve(Path({str(tmp_path)!r}), mlflow_port={free_port()}, prefect_port={free_port()})"
     )
     prefect = {"PREFECT_SERVER_DATABASE_CONNECTION_URL": database.address("prefect", "asyncpg")}

@@ -50,9 +50,9 @@ def test_both_pages_are_served_and_ctrl_c_leaves_nothing_behind(
     run = StageRun(tmp_path, "learn", stand_in.LearnParams(), {})
     run(Text("samples/a.txt", "a sample"))
     run.close("FINISHED")
-    project = Path(ui.__file__).parent.parent
+    project = Path(ui.__file__).parents[2]
     code = (
-        "from pathlib import Path; from pipeline.flow.flow import ui;"
+        "from pathlib import Path; from pipeline.flow import ui;"
         f"ui.serve(Path({str(tmp_path)!r}), mlflow_port={free_port()}, prefect_port={free_port()})"
     )
     process = subprocess.Popen(
