@@ -155,7 +155,10 @@ def test_the_whole_stage_takes_little_more_memory_than_124m(tmp_path):
     root = program.parents[2]
     done = subprocess.run(
         [sys.executable, program, root / "samples" / "gpt2-nano", tmp_path / "124M"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests/gpt")])},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests/gpt/published")]),
+        },
         capture_output=True,
         text=True,
         check=True,
