@@ -2,7 +2,6 @@
 parameters."""
 
 import ast
-import importlib
 import inspect
 import os
 from pathlib import Path
@@ -160,8 +159,3 @@ def test_the_base_in_dvc_yaml_is_a_parameter(stage):
         return
     assert f"models/${{{stage}.base}}" in deps(stage)
     assert getattr(load_params(ROOT / "params.yaml"), stage).base in ("pretrain", "gpt2")
-
-
-def test_every_stage_module_can_be_imported_alone():
-    for spec in STAGES.values():
-        importlib.import_module(spec.function.partition(":")[0])

@@ -17,14 +17,9 @@ from pipeline.dag.code import is_code
 from pipeline.dag.dvc_files import LOCK_FILE, pipeline_files, read_stages
 from pipeline.project.git import git
 from pipeline.project.yaml_files import parse_yaml
-from pipeline.tracking.connection import (
-    EXPERIMENT_PREFIX,
-    artifact,
-    connect,
-    named_failure,
-    tracking_uri,
-)
+from pipeline.tracking.connection import artifact, connect, named_failure, tracking_uri
 from pipeline.tracking.database import database_file
+from pipeline.tracking.keys import EXPERIMENT_PREFIX
 
 if TYPE_CHECKING:
     from pipeline.tracking.mlflow_classes import MlflowClient, ModelVersion, Run

@@ -19,13 +19,12 @@ from gpt.base.errors import InputError, RunError
 from pipeline.project.folders import home
 from pipeline.project.secrets import without_credentials, without_secrets
 from pipeline.tracking.database import database_file, database_uri, follow_move, reason_and_remedy
-from pipeline.tracking.keys import key_of
+from pipeline.tracking.keys import EXPERIMENT_PREFIX, key_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-EXPERIMENT_PREFIX = "gpt-pipeline/"
 DEFAULT_UI = "http://127.0.0.1:5000"
 PAGES = "workflowType=machine_learning"
 """In an address: MLflow's pages for training and models; it would show those for agents."""

@@ -12,8 +12,10 @@ import sqlite3
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
+from pipeline.tracking.keys import EXPERIMENT_PREFIX
+
 _SCHEME = "sqlite:///"
-_OURS = "gpt-pipeline/%"  # experiments by name
+_OURS = f"{EXPERIMENT_PREFIX}%"  # experiments by name
 _WITHIN = re.compile(r"(file://.+?)/(?:mlartifacts/[^/]+|artifacts)/?")
 """Where an experiment of ours keeps its files, below the folder of its database."""
 _PLACES = (

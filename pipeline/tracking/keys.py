@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.project.secrets import without_secrets
 
+EXPERIMENT_PREFIX = "gpt-pipeline/"
 VALUE_LENGTH = 500  # of a parameter; MLflow takes 6,000, a person reads less
 NAME_LENGTH = 250  # of a run; a database on a server takes no longer one
 _KEY_LENGTH = 250  # characters

@@ -33,7 +33,6 @@ from pipeline.project.secrets import without_credentials, without_secrets
 from pipeline.show.markdown import escaped
 from pipeline.tracking import unsent
 from pipeline.tracking.connection import (
-    EXPERIMENT_PREFIX,
     REMEDY,
     artifact_folder,
     check_answers,
@@ -46,6 +45,7 @@ from pipeline.tracking.connection import (
 )
 from pipeline.tracking.differences import Differs, what_differs
 from pipeline.tracking.keys import (
+    EXPERIMENT_PREFIX,
     NO_RESULTS,
     STEP_METRICS,
     VALUE_LENGTH,

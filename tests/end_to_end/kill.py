@@ -485,7 +485,8 @@ def _look(scratch: Scratch, root: Path, code: int, started: Started) -> Outcome:
 
 def _runs(root: Path, stage: str) -> list[Run]:
     """All MLflow runs of a stage with every value that was logged."""
-    from pipeline.tracking.connection import EXPERIMENT_PREFIX, quiet_environment
+    from pipeline.tracking.connection import quiet_environment
+    from pipeline.tracking.keys import EXPERIMENT_PREFIX
 
     if not (root / "mlflow.db").is_file():
         return []

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.tracking.connection import EXPERIMENT_PREFIX, connect
+from pipeline.tracking.connection import connect
+from pipeline.tracking.keys import EXPERIMENT_PREFIX
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
