@@ -28,6 +28,7 @@ from pipeline.flow.agent_start import AGENT_VARIABLE, COMMAND, agent_folder, run
 from pipeline.flow.prefect_api import answers, import_path
 from pipeline.flow.resources import SLOTS_VARIABLE, cards, cores
 from pipeline.project.folders import HOME_VARIABLE, home
+from pipeline.project.secrets import without_credentials
 from pipeline.show.console import n_of
 
 if TYPE_CHECKING:
@@ -59,7 +60,6 @@ class Check:
 
 def check_machine(root: Path, api: str) -> list[Check]:
     """What an agent on this machine has to work with."""
-    from pipeline.project.secrets import without_credentials
 
     found, prefect = cards(), without_credentials(api)
     memory, disk = psutil.virtual_memory(), shutil.disk_usage(root)
@@ -98,7 +98,6 @@ def _check_port() -> Check:
 
 
 def _check_mlflow(root: Path) -> Check:
-    from pipeline.project.secrets import without_credentials
     from pipeline.tracking.connection import reachable, tracking_uri
 
     uri = tracking_uri(root)
@@ -112,7 +111,6 @@ def _check_mlflow(root: Path) -> Check:
 
 def _check_git(root: Path) -> Check:
     from pipeline.project.git import commit_of, git
-    from pipeline.project.secrets import without_credentials
 
     try:
         commit = commit_of(root, "HEAD")[:7]
@@ -129,7 +127,6 @@ def _check_git(root: Path) -> Check:
 
 def _check_remote(root: Path) -> Check:
     from pipeline.dag.repository import remote_of
-    from pipeline.project.secrets import without_credentials
 
     try:
         remote = remote_of(root)
