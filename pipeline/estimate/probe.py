@@ -323,11 +323,12 @@ def _finish(stage: str, scratch: Path, weights: int) -> None:
     import pipeline.tracking.registry  # noqa: F401
     from gpt.base.files import whole_file
     from pipeline.dag.cache import dvc_md5
+    from pipeline.project.stage_table import STAGES
     from pipeline.show.plots import draw_curves
 
     history = scratch / "probe-history.csv"
     history.write_text("step,train_loss,validation_loss,learning_rate\n1,2,2,0.1\n2,1,1,0.1\n")
-    draw_curves(history, stage, scratch)
+    draw_curves(history, STAGES[stage].title, scratch)
     model = scratch / "probe-model"
     with whole_file(model) as partial, partial.open("wb") as file:
         chunk = bytes(1 << 20)

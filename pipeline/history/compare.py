@@ -29,7 +29,7 @@ from pipeline.history.names import find, version_name
 from pipeline.history.runs import Execution, Known, known
 from pipeline.project.git import git
 from pipeline.project.params import PARAMS_FILE, load_section
-from pipeline.project.stage_table import STAGES
+from pipeline.project.stage_table import MODELS, STAGES
 from pipeline.show.console import n_of, report_console, some
 from pipeline.show.markdown import NOTHING, visible
 from pipeline.show.terminal import say_json
@@ -475,10 +475,11 @@ def _answers(
     everything: Known, stage: str, before: Side, after: Side, most: int
 ) -> tuple[list[Answer], str]:
     """Some of the answers that differ, and a line: where they are from, or why there are none."""
-    model = STAGES[stage].model if stage in STAGES else None
-    if model is None:
+    registered = STAGES[stage].model if stage in STAGES else None
+    if registered is None:
         return [], ""
-    if model == "base":
+    model = registered.name
+    if registered.serves == "base":
         texts, told = _samples(everything, before, after)
         return texts[:most], told
     (first, why), (second, why_too) = (
@@ -499,7 +500,8 @@ def _answers(
         if first[text].said != row.said
     ]
     told = (
-        f"{len(asked):,} test {_ASKED[model]} that both were asked; they differ on {len(differ):,}"
+        f"{len(asked):,} test {_ASKED[registered.serves]} that both were asked; "
+        f"they differ on {len(differ):,}"
     )
     alone = len(first) - len(asked), len(second) - len(asked)
     if any(alone):
@@ -538,15 +540,16 @@ def _asked_now(
     from stages.evaluate import EvaluateParams
     from stages.evaluate.training import read_training
 
-    data = everything.root / "data/raw" / _ASKED[model]
+    serves = MODELS[model].serves
+    data = everything.root / "data/raw" / _ASKED[serves]
     if not data.is_dir():
-        raise InputError(f"data/raw/{_ASKED[model]} is not here; `dvc pull` brings it")
+        raise InputError(f"data/raw/{_ASKED[serves]} is not here; `dvc pull` brings it")
     versions = [_registered(everything, side) for side in sides]
     params = load_section(everything.root / PARAMS_FILE, "evaluate", others=False)
     params = params or EvaluateParams()
     device = prepare_device(params.device, params.threads)
     with files_of(versions[0]) as first, files_of(versions[1]) as second:
-        ask = _classified if model == "classifier" else _answered
+        ask = _classified if serves == "classifier" else _answered
         answers, told = ask(first, second, data, device, params, most)
         splits = [(each.split, each.balance) for each in map(read_training, (first, second))]
     if splits[0] != splits[1]:
@@ -633,7 +636,8 @@ def _classifiers(row: Mapping[Any, str]) -> _Row:
 
 
 _ROWS = {"assistant": _assistants, "classifier": _classifiers}
-_ASKED = {"assistant": "instructions", "preferred": "instructions", "classifier": "messages"}
+_ASKED = {"assistant": "instructions", "classifier": "messages"}
+"""What a model is asked, by how it is served."""
 
 
 def _samples(everything: Known, before: Side, after: Side) -> tuple[list[Answer], str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from gpt.base.errors import InputError, shown
+from pipeline.project.stage_table import STAGES
 from pipeline.project.yaml_files import read_yaml
 
 if TYPE_CHECKING:
@@ -274,27 +275,31 @@ def _across(params: Params) -> Iterator[str]:
 
 def _contexts(params: Params) -> Iterator[str]:
     """Texts longer than their base model's context."""
-    from gpt.model.config import GPT2_SIZES
-
-    published = GPT2_SIZES.get(params.load_gpt2.size)
-    known = {
-        "pretrain": ("pretrain.model.context_length", params.pretrain.model.context_length),
-        "gpt2": ("load_gpt2.size", published.context_length) if published else None,
-    }
-    classifier, assistant = params.finetune_classifier, params.finetune_instruct
-    wanted = [
-        ("finetune_classifier", classifier.base, classifier.max_length),
-        ("finetune_instruct", assistant.base, assistant.max_length),
-    ]
-    if params.tune_preferences:
-        wanted.append(("tune_preferences", assistant.base, params.tune_preferences.max_length))
-    for name, base_name, longest in wanted:
-        base = known[base_name]
-        if base and longest is not None and longest > base[1]:
+    for name, spec in STAGES.items():
+        own = getattr(params, name)
+        longest = getattr(own, "max_length", None)
+        if longest is None:
+            continue
+        base = _context(params, spec.input_paths(own))
+        if base and longest > base[1]:
             yield (
                 f"{name}.max_length: at most the base's context of {base[1]} tokens "
                 f"({base[0]}) is possible (got {longest})"
             )
+
+
+def _context(params: Params, inputs: Mapping[str, str]) -> tuple[str, int] | None:
+    """The parameter that says how long the context of a stage's base model is, and its length."""
+    from gpt.model.config import GPT2_SIZES
+
+    makers = {path: name for name, spec in STAGES.items() for path in spec.outputs.values()}
+    maker = makers[next(path for path in inputs.values() if path.startswith("models/"))]
+    if maker == "pretrain":
+        return "pretrain.model.context_length", params.pretrain.model.context_length
+    if maker == "load_gpt2":
+        published = GPT2_SIZES.get(params.load_gpt2.size)
+        return ("load_gpt2.size", published.context_length) if published else None
+    return _context(params, STAGES[maker].input_paths(getattr(params, maker)))
 
 
 def _missing_model(params: Params) -> Iterator[str]:

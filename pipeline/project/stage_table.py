@@ -1,4 +1,7 @@
-"""The table of stages: what each one is called with, reads, writes and is."""
+"""The table of stages: what each one is called with, reads, writes and is.
+
+What the rest of the pipeline knows of a stage stands here: docs/extending.md adds one.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,33 @@ import dataclasses
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RegisteredModel:
+    """The model that a stage makes, as the registry and the model card show it.
+
+    Args:
+        name: of the registered model.
+        serves: how MLflow calls it: `base` continues prompts, `classifier` returns a label and
+            probabilities, `assistant` answers instructions.
+        what: what it is, in one sentence.
+        use: what it is for, and what it is not for.
+    """
+
+    name: str
+    serves: Literal["base", "classifier", "assistant"]
+    what: str
+    use: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageSpec:
-    """What a stage is called with.
+    """What a stage is called with, and what is said of it.
 
     Args:
+        title: the heading of its plots.
         function: `module:function`, imported only when the stage runs.
         inputs: keyword -> path relative to the project; `{name}` stands for the stage's
             parameter of that name.
@@ -23,10 +45,12 @@ class StageSpec:
         trains: it has a `train` section, and several processes may share its work.
         evaluates: it asks models on an accelerator where there is one, as a training does.
         continues: it can be cut off and continued, and takes a `state` folder for that.
-        model: under which name its model is registered; none if it makes no model to serve.
-        makes_data: the data report is written anew after it.
+        headline: the metrics shown where a line has room for few; without any, the first one.
+        model: the model that it registers; None if it makes none to serve.
+        makes_data: the data report is rewritten after it.
     """
 
+    title: str
     function: str
     inputs: Mapping[str, str] = field(default_factory=dict)
     outputs: Mapping[str, str]
@@ -34,7 +58,8 @@ class StageSpec:
     trains: bool = False
     evaluates: bool = False
     continues: bool = False
-    model: str | None = None
+    headline: tuple[str, ...] = ()
+    model: RegisteredModel | None = None
     makes_data: bool = False
 
     @property
@@ -56,6 +81,7 @@ class StageSpec:
 
 STAGES: dict[str, StageSpec] = {
     "download": StageSpec(
+        title="Downloading",
         function="stages.download:download",
         inputs={"local": "{local}"},
         outputs={
@@ -67,8 +93,10 @@ STAGES: dict[str, StageSpec] = {
         },
         scratch={"cache": ".pipeline/downloads"},
         makes_data=True,
+        headline=("corpus_documents", "messages_rows"),
     ),
     "tokenize": StageSpec(
+        title="Tokenizing",
         function="stages.tokenize:tokenize",
         inputs={"corpus": "data/raw/corpus", "vocabulary": "data/raw/gpt2"},
         outputs={
@@ -78,8 +106,10 @@ STAGES: dict[str, StageSpec] = {
         },
         continues=True,
         makes_data=True,
+        headline=("tokens", "bytes_per_token"),
     ),
     "pretrain": StageSpec(
+        title="Pretraining",
         function="stages.pretrain:pretrain",
         inputs={"tokens": "data/tokens"},
         outputs={
@@ -89,14 +119,26 @@ STAGES: dict[str, StageSpec] = {
         },
         trains=True,
         continues=True,
-        model="base",
+        model=RegisteredModel(
+            name="base",
+            serves="base",
+            what="A GPT (GPT-2's architecture) pretrained on raw text: it continues a prompt.",
+            use=(
+                "To be fine-tuned, and to study pretraining. It answers no questions and "
+                "follows no instructions."
+            ),
+        ),
+        headline=("validation_loss", "perplexity"),
     ),
     "load_gpt2": StageSpec(
+        title="Loading published weights",
         function="stages.load_gpt2:load_gpt2",
         inputs={"weights": "data/raw/gpt2"},
         outputs={"out": "models/gpt2", "metrics": "reports/load_gpt2/metrics.json"},
+        headline=("parameters", "perplexity"),
     ),
     "finetune_classifier": StageSpec(
+        title="Fine-tuning the classifier",
         function="stages.finetune_classifier:finetune_classifier",
         inputs={"base": "models/{base}", "messages": "data/raw/messages"},
         outputs={
@@ -106,9 +148,22 @@ STAGES: dict[str, StageSpec] = {
         },
         trains=True,
         continues=True,
-        model="classifier",
+        model=RegisteredModel(
+            name="classifier",
+            serves="classifier",
+            what=(
+                "A GPT with a classification head: the class of a short message, and the "
+                "probability of each class."
+            ),
+            use=(
+                "To sort messages like those it was trained on, with a person behind it. Not "
+                "for decisions about people, and not for other kinds of text."
+            ),
+        ),
+        headline=("validation_loss", "validation_accuracy"),
     ),
     "finetune_instruct": StageSpec(
+        title="Fine-tuning the assistant",
         function="stages.finetune_instruct:finetune_instruct",
         inputs={"base": "models/{base}", "instructions": "data/raw/instructions"},
         outputs={
@@ -118,9 +173,19 @@ STAGES: dict[str, StageSpec] = {
         },
         trains=True,
         continues=True,
-        model="assistant",
+        model=RegisteredModel(
+            name="assistant",
+            serves="assistant",
+            what="A GPT fine-tuned to follow instructions.",
+            use=(
+                "To study instruction tuning. Not for advice and not for decisions: what it "
+                "says may be wrong, and sounds no less sure then."
+            ),
+        ),
+        headline=("validation_loss", "perplexity"),
     ),
     "evaluate": StageSpec(
+        title="Evaluating",
         function="stages.evaluate:evaluate",
         inputs={
             "pretrain": "models/pretrain",
@@ -136,8 +201,10 @@ STAGES: dict[str, StageSpec] = {
             "metrics": "reports/evaluation/metrics.json",
         },
         evaluates=True,
+        headline=("classifier/accuracy", "assistant/loss"),
     ),
     "tune_preferences": StageSpec(
+        title="Tuning towards preferences",
         function="stages.tune_preferences:tune_preferences",
         inputs={"assistant": "models/assistant", "instructions": "data/raw/instructions"},
         outputs={
@@ -147,26 +214,22 @@ STAGES: dict[str, StageSpec] = {
         },
         trains=True,
         continues=True,
-        model="preferred",
+        model=RegisteredModel(
+            name="preferred",
+            serves="assistant",
+            what=(
+                "An assistant tuned towards the better of two answers (direct preference "
+                "optimization)."
+            ),
+            use=(
+                "To study preference tuning. Not for advice and not for decisions: what it "
+                "says may be wrong, and sounds no less sure then."
+            ),
+        ),
+        headline=("validation_loss", "validation_reward_accuracy"),
     ),
 }
 
 
-MAIN_METRICS: dict[str, dict[str, str]] = {
-    "download": {"corpus_documents": "documents", "messages_rows": "messages"},
-    "tokenize": {"tokens": "tokens", "bytes_per_token": "bytes a token"},
-    "pretrain": {"validation_loss": "validation loss", "perplexity": "perplexity"},
-    "load_gpt2": {"parameters": "parameters", "perplexity": "perplexity"},
-    "finetune_classifier": {
-        "validation_loss": "validation loss",
-        "validation_accuracy": "accuracy",
-    },
-    "finetune_instruct": {"validation_loss": "validation loss", "perplexity": "perplexity"},
-    "evaluate": {"classifier/accuracy": "accuracy", "assistant/loss": "assistant loss"},
-    "tune_preferences": {
-        "validation_loss": "loss",
-        "validation_reward_accuracy": "reward accuracy",
-    },
-}
-"""The metrics that a line has room for, and what they are called there; of other stages, the first.
-"""
+MODELS = {spec.model.name: spec.model for spec in STAGES.values() if spec.model}
+"""The registered models by name."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from gpt.base.errors import InputError
-from pipeline.project.stage_table import STAGES
+from pipeline.project.stage_table import MODELS, STAGES
 from pipeline.report.content import (
     assistant_in_short,
     base_of,
@@ -22,38 +22,12 @@ from pipeline.report.content import (
     what_fine_tuning_buys,
 )
 from pipeline.report.facts import Facts
-from pipeline.show.markdown import Cell, escaped, name_of, table
+from pipeline.show.markdown import Cell, escaped, label_of, name_of, table
 from pipeline.tracking.version_page import LONGEST
 
 _MOST_ROWS = 8  # of the tables of classes and of sources
 
-_ABOUT = {
-    "base": (
-        "A decoder-only transformer (GPT-2's architecture), pretrained on raw text: it continues a "
-        "prompt.",
-        "To be fine-tuned, and to study pretraining. It answers no questions and follows no "
-        "instructions.",
-    ),
-    "classifier": (
-        "A GPT with a classification head: the class of a short message, and the probability of "
-        "each class.",
-        "To sort messages like those it learnt from, with a person behind it. Not for decisions "
-        "about people, and not for other kinds of text.",
-    ),
-    "assistant": (
-        "A GPT fine-tuned to follow instructions.",
-        "To study instruction tuning. Not for advice and not for decisions: what it says may be "
-        "wrong, and sounds no less sure then.",
-    ),
-    "preferred": (
-        "An assistant tuned towards the better of two answers (direct preference optimization).",
-        "To study preference tuning. Not for advice and not for decisions: what it says may be "
-        "wrong, and sounds no less sure then.",
-    ),
-}
-"""What a model is, and what it is for."""
-
-_STAGES = {spec.model: stage for stage, spec in STAGES.items() if spec.model}
+_STAGES = {spec.model.name: stage for stage, spec in STAGES.items() if spec.model}
 
 
 def model_card(facts: Facts, name: str) -> str:
@@ -61,7 +35,7 @@ def model_card(facts: Facts, name: str) -> str:
 
     Args:
         facts: what the report tells; scores and checksums are of the last run.
-        name: the registered model: `base`, `classifier`, `assistant` or `preferred`.
+        name: of the registered model.
 
     Returns:
         At most `LONGEST` characters: the parameters are left out where there are too many.
@@ -69,8 +43,8 @@ def model_card(facts: Facts, name: str) -> str:
     Raises:
         InputError: there is no such model.
     """
-    if name not in _ABOUT:
-        raise InputError(f"{name}: no such model; use one of {', '.join(_ABOUT)}")
+    if name not in MODELS:
+        raise InputError(f"{name}: no such model; use one of {', '.join(MODELS)}")
     stage = _STAGES[name]
     card = _card(facts, name, _parameters(facts, stage))
     if len(card) > LONGEST:
@@ -80,19 +54,19 @@ def model_card(facts: Facts, name: str) -> str:
 
 def _card(facts: Facts, name: str, parameters: str) -> str:
     stage = _STAGES[name]
-    what, use = _ABOUT[name]
+    model = MODELS[name]
     version = _version(facts, name)
     parts = [
         f"# {name}" + (f", version {version}" if version else ""),
         "## Model details",
-        what,
+        model.what,
         _bullets(_details(facts, stage)),
         f'Load it: `mlflow.pyfunc.load_model("models:/{name}/{version or "VERSION"}")`',
         "## Intended use",
-        use,
+        model.use,
         "## Metrics",
         "In brackets: 95 % bootstrap intervals over the test examples.",
-        *_SCORES[name](facts),
+        *(_SCORES[name](facts) if name in _SCORES else _by_its_stage(facts, stage)),
         "## Evaluation data",
         _evaluated_on(facts, name),
         "## Training data",
@@ -145,28 +119,17 @@ def _assistant(facts: Facts) -> list[str]:
     return [escaped(assistant_in_short(facts)), table(grid.columns, grid.rows)]
 
 
-def _preferred(facts: Facts) -> list[str]:
-    figures = facts.results.get("tune_preferences", {})
-    rows: list[list[Cell]] = [
-        [words, f"{figures[key]:.3f}"] for key, words in _PREFERENCES.items() if key in figures
-    ]
-    return [table(["on test pairs", "score"], rows)]
+def _by_its_stage(facts: Facts, stage: str) -> list[str]:
+    """Of a model that the evaluation does not ask: what its own stage measured."""
+    figures = facts.results.get(stage, {})
+    rows: list[list[Cell]] = [[label_of(name), f"{value:.4g}"] for name, value in figures.items()]
+    return [table(["metric", "value"], rows)] if rows else []
 
-
-_PREFERENCES = {
-    "test_loss": "loss (nats a pair)",
-    "test_loss_before": "loss before tuning",
-    "test_reward_accuracy": "share of pairs in which the better answer has the larger reward",
-    "test_reward_margin": "reward margin (nats)",
-    "instruct_loss": "loss on instructions, validation (nats a token)",
-    "instruct_loss_before": "the same before tuning",
-}
 
 _SCORES: Mapping[str, Callable[[Facts], list[str]]] = {
     "base": _base,
     "classifier": _classifier,
     "assistant": _assistant,
-    "preferred": _preferred,
 }
 
 

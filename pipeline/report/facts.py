@@ -540,8 +540,8 @@ def _versions(client: MlflowClient, recorded: Mapping[str, Recorded]) -> dict[st
         evaluated = recorded["evaluate"].inputs if "evaluate" in recorded else {}
         md5 = evaluated.get(out) or recorded[stage].outputs.get(out, "")
         known = client.search_model_versions(
-            f"name = '{spec.model}' and tags.`{MD5_TAG}` = '{md5}'"
+            f"name = '{spec.model.name}' and tags.`{MD5_TAG}` = '{md5}'"
         )
         if known:
-            versions[spec.model] = max(int(each.version) for each in known)
+            versions[spec.model.name] = max(int(each.version) for each in known)
     return versions

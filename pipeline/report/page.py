@@ -20,6 +20,7 @@ from jinja2 import Environment, StrictUndefined
 
 from gpt.base.errors import InputError
 from gpt.base.files import whole_directory, whole_file
+from pipeline.project.stage_table import STAGES
 from pipeline.report.content import (
     Block,
     Gallery,
@@ -100,7 +101,9 @@ def _draw(facts: Facts, folder: Path) -> Pictures:
         confusion = [Picture(path.name, "Which classes were taken for which") for path in drawn]
     for stage, history in facts.histories.items():
         with tempfile.TemporaryDirectory() as scratch, _readable(history):
-            for path in draw_curves(history, stage, Path(scratch), learning_rate=False):
+            for path in draw_curves(
+                history, STAGES[stage].title, Path(scratch), learning_rate=False
+            ):
                 name = f"{stage}_{path.name}"
                 shutil.move(path, folder / name)
                 curves.append(Picture(name, f"{stage}: {path.stem.replace('_', ' ')}"))

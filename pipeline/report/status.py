@@ -17,9 +17,9 @@ from rich.text import Text
 from gpt.base.errors import InputError
 from gpt.base.files import read_json
 from pipeline.dag.graph import Change, Dag, Stage
-from pipeline.project.stage_table import MAIN_METRICS
+from pipeline.project.stage_table import STAGES
 from pipeline.show.console import safe_console, seconds_in_words
-from pipeline.show.markdown import NOTHING
+from pipeline.show.markdown import NOTHING, label_of
 from pipeline.show.terminal import say_json
 from pipeline.tracking.keys import flatten_metrics
 from pipeline.tracking.run_notes import last_run, made_by
@@ -172,9 +172,10 @@ def _cells(status: StageStatus) -> tuple[str, ...]:
 
 
 def _short_metrics(status: StageStatus) -> str:
-    labels = MAIN_METRICS.get(status.name) or {name: name for name in list(status.metrics)[:1]}
-    known = {label: status.metrics.get(name) for name, label in labels.items()}
-    shown = [f"{label} {_figure(value)}" for label, value in known.items() if value is not None]
+    spec = STAGES.get(status.name)
+    names = (spec and spec.headline) or list(status.metrics)[:1]
+    known = {name: status.metrics[name] for name in names if name in status.metrics}
+    shown = [f"{label_of(name)} {_figure(value)}" for name, value in known.items()]
     return ", ".join(shown) or NOTHING
 
 

@@ -361,7 +361,7 @@ def _finish(
         run.add_tables(outputs["predictions"])
     if spec.model:
         directory = outputs["out"]
-        model, md5 = spec.model, output_md5[_relative(root, directory)]
+        model, md5 = spec.model.name, output_md5[_relative(root, directory)]
         version = run.keep("did not take the model", lambda: register(run, model, directory, md5))
         if not run.unsent:  # there it gets the number that comes next
             log(Message(f"registered as models:/{model}/{version}"))
@@ -384,7 +384,7 @@ def _pictures(stage: str, outputs: Mapping[str, Path], folder: Path) -> list[Pat
     from pipeline.show.plots import draw_confusion, draw_curves
 
     if "history" in outputs:
-        return draw_curves(outputs["history"], stage, folder)
+        return draw_curves(outputs["history"], STAGES[stage].title, folder)
     if "predictions" in outputs:
         return draw_confusion(outputs["predictions"] / "classifier_confusion.csv", folder)
     return []

@@ -26,6 +26,11 @@ def ratio(a: float, b: float) -> str:
     return f"{a / b:.2f}" if b else NOTHING
 
 
+def label_of(metric: str) -> str:
+    """A metric's name as pages show it: `validation_loss` -> `validation loss`."""
+    return metric.replace("_", " ").replace("/", " ")
+
+
 def shown(cell: Cell) -> str:
     """A cell as plain text."""
     if cell is None:

@@ -25,12 +25,6 @@ _MOST_PANELS = 12
 _NAME_LENGTH = 24  # of a source or class in a picture
 _MOST_NAMED = 50  # classes whose names and numbers a confusion matrix has room for
 _MOST_LETTERS = 40  # of all classes together, below a confusion matrix
-_TITLES = {
-    "pretrain": "Pretraining",
-    "finetune_classifier": "Fine-tuning the classifier",
-    "finetune_instruct": "Fine-tuning the assistant",
-    "tune_preferences": "Tuning towards preferences",
-}
 _MEASURES = {
     "loss": ("loss", "nats per target"),
     "accuracy": ("accuracy", "share of texts"),
@@ -41,20 +35,19 @@ _MEASURES = {
 
 
 def draw_curves(
-    history: Path, stage: str, folder: Path, *, learning_rate: bool = True
+    history: Path, title: str, folder: Path, *, learning_rate: bool = True
 ) -> list[Path]:
     """Loss and learning rate over the steps, and what else was measured, as PNG files.
 
     Args:
         history: `reports/STAGE/history.csv`, a row an evaluation.
-        stage: whose history it is, for the titles.
+        title: what each picture's title begins with.
         folder: where the pictures go.
         learning_rate: draw it too.
     """
     import pandas as pd
 
     frame = pd.read_csv(history)
-    title = _TITLES.get(stage, stage)
     pictures = [
         _curve(folder / f"{measure}.png", f"{title}: {name}", unit, frame, measure)
         for measure, (name, unit) in _MEASURES.items()

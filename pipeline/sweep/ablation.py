@@ -264,7 +264,7 @@ def _train(
     pictures.mkdir(exist_ok=True)
     confusion = pictures / "confusion.csv"
     tables["classifier_confusion"].to_csv(confusion, index=False)
-    drawn = draw_curves(folder / "history", STAGE, pictures)
+    drawn = draw_curves(folder / "history", STAGES[STAGE].title, pictures)
     for picture in [*drawn, *draw_confusion(confusion, pictures)]:
         add_picture(picture)
     wrong: str = tables["classifier_most_wrong"].to_csv(index=False)

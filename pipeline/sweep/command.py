@@ -20,9 +20,9 @@ from pipeline.dag.overrides import is_kept, text_with, write_params
 from pipeline.project.file_locks import stage_lock
 from pipeline.project.git import commit_of
 from pipeline.project.params import PARAMS_FILE, check_sections
-from pipeline.project.stage_table import MAIN_METRICS, STAGES
+from pipeline.project.stage_table import STAGES
 from pipeline.show.console import make_display, n_of, seconds_in_words
-from pipeline.show.markdown import NOTHING, table
+from pipeline.show.markdown import NOTHING, label_of, table
 from pipeline.show.terminal import say
 from pipeline.sweep.points import Sweep, read_sweep
 
@@ -112,7 +112,7 @@ def _promotable(sweep: Sweep) -> str:
     swept = {path.partition(".")[0] for path in sweep.paths}
     compared = [name for name, spec in STAGES.items() if sweep.metric.file in spec.outputs.values()]
     for stages in (compared, [*swept]):
-        models = {model for each in stages if (model := STAGES[each].model)}
+        models = {model.name for each in stages if (model := STAGES[each].model)}
         if len(models) == 1:
             return models.pop()
     raise InputError(
@@ -136,12 +136,12 @@ def _sorted(sweep: Sweep, outcomes: Sequence[Outcome]) -> list[Outcome]:
 
 def markdown(sweep: Sweep, outcomes: Sequence[Outcome]) -> str:
     """The points as a page of Markdown, the best first."""
-    titles = {sweep.metric.name: sweep.metric.name.replace("_", " ")}
+    titles = {sweep.metric.name: label_of(sweep.metric.name)}
     for stage in sweep.stages:
-        for name, label in MAIN_METRICS.get(stage, {}).items():
+        for name in STAGES[stage].headline if stage in STAGES else ():
             for known in (name, f"{stage}/{name}"):
                 if any(known in each.metrics for each in outcomes):
-                    titles.setdefault(known, label)
+                    titles.setdefault(known, label_of(name))
     models = list(dict.fromkeys(model for each in outcomes for model in each.versions))
     rows: list[list[str]] = []
     for each in _sorted(sweep, outcomes):

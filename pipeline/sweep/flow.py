@@ -387,6 +387,6 @@ def _look_up(shared: _Shared, outcome: Outcome, folder: Path, plan: Sequence[str
             outcome.seconds += (run.info.end_time - run.info.start_time) / 1000
         spec = STAGES[name]
         if spec.model and not outcome.error:
-            version = shared.runs.version(spec.model, outputs[spec.outputs["out"]])
+            version = shared.runs.version(spec.model.name, outputs[spec.outputs["out"]])
             if version is not None:
-                outcome.versions[spec.model] = version
+                outcome.versions[spec.model.name] = version

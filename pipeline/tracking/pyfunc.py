@@ -143,7 +143,7 @@ class Assistant(_Writer):
         return pd.DataFrame({"response": responses}, index=model_input.index)
 
 
-_KINDS = {"base": Base, "classifier": Classifier, "assistant": Assistant, "preferred": Assistant}
+_KINDS = {"base": Base, "classifier": Classifier, "assistant": Assistant}
 
 if kind := mlflow.models.ModelConfig(development_config={"kind": ""}).get("kind"):
     mlflow.models.set_model(_KINDS[kind]())

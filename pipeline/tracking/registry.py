@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import gpt
 from gpt.base.errors import InputError, RunError
+from pipeline.project.stage_table import MODELS
 from pipeline.tracking.run import StageRun
 from pipeline.tracking.version_page import CHANGED_TAG, version_page
 
@@ -42,13 +43,6 @@ _REQUIREMENTS = (
     "scikit-learn",
 )
 
-_DESCRIPTIONS = {
-    "base": "A GPT pretrained by this pipeline: continues a prompt.",
-    "classifier": "A GPT fine-tuned to classify short messages: a label and each probability.",
-    "assistant": "A GPT fine-tuned to follow instructions.",
-    "preferred": "An assistant tuned towards the better of two answers.",
-}
-
 _SAMPLING = {"max_new_tokens": 128, "temperature": 0.0, "top_k": 0, "top_p": 0.0, "seed": 123}
 """What `predict(..., params=…)` takes, with defaults: greedy; 0 leaves top-k and top-p off."""
 
@@ -64,7 +58,7 @@ def register(run: StageRun, name: str, directory: Path, md5: str) -> int:
 
     Args:
         run: the run that made it.
-        name: `base`, `classifier`, `assistant` or `preferred`.
+        name: of the registered model.
         directory: a model directory.
         md5: its checksum as DVC computes it.
 
@@ -76,7 +70,7 @@ def register(run: StageRun, name: str, directory: Path, md5: str) -> int:
     if known:
         version = int(known.version)
     else:
-        ensure_registered(client, name, _DESCRIPTIONS[name])
+        ensure_registered(client, name, MODELS[name].what)
         description, told = describe(client, client.get_run(run.id), name)
         logged = _log(run, name, directory)
         run.model_id = logged.model_id
@@ -114,7 +108,7 @@ def describe(client: MlflowClient, run: Run, name: str) -> tuple[str, dict[str, 
         run: the run that made it, of that MLflow.
         name: the registered model's.
     """
-    page = version_page(client, run, name, _DESCRIPTIONS[name])
+    page = version_page(client, run, name, MODELS[name].what)
     tags = {key: run.data.tags[key] for key in _OF_GIT if key in run.data.tags}
     return page.description, {**tags, **({CHANGED_TAG: page.changed} if page.changed else {})}
 
@@ -162,7 +156,7 @@ def _log(run: StageRun, name: str, directory: Path) -> Any:
                 python_model=str(SERVED),
                 artifacts={"model": str(directory)},
                 code_paths=[str(code)],
-                model_config={"kind": name},
+                model_config={"kind": MODELS[name].serves},
                 signature=signature,
                 input_example=example,
                 pip_requirements=_requirements(),

@@ -115,6 +115,7 @@ def learn(
 STAGES = {
     **{
         name: StageSpec(
+            title=name,
             function="stand_in:prepare",
             inputs={"source": "source.txt"},
             outputs={"out": f"data/{out}", "metrics": f"reports/{name}/metrics.json"},
@@ -122,6 +123,7 @@ STAGES = {
         for name, out in (("prepare", "prepared"), ("copy", "copy"), ("third", "third"))
     },
     "learn": StageSpec(
+        title="Learning",
         function="stand_in:learn",
         inputs={"data": "data/prepared"},
         outputs={

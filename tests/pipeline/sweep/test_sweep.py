@@ -197,7 +197,7 @@ def test_the_best_stands_first_and_what_failed_last(tmp_path):
     assert best_of(sweep, outcomes) is outcomes[2]
     lines = markdown(sweep, outcomes).splitlines()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "|" in line]
-    assert rows[0] == ["point", "validation loss", "accuracy", "took", "MLflow run"]
+    assert rows[0] == ["point", "validation loss", "validation accuracy", "took", "MLflow run"]
     assert [row[1] for row in rows[2:]] == ["0.25", "0.5", "0.75", "failed"]
     assert lines[-1] == "Best: learning_rate=0.001, batch_size=8"
     high = read_sweep(ROOT, write(tmp_path, grid=GRID, metric={**METRIC, "goal": "maximize"}))

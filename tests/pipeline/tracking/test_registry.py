@@ -287,7 +287,7 @@ def test_a_versions_page_says_what_it_is_and_what_changed(
     first = _train(tmp_path, 0.001, "a")
     page = first["url"].partition("?")[0]
     assert first["said"] == (
-        "A GPT pretrained by this pipeline: continues a prompt.\n\n"
+        "A GPT (GPT-2's architecture) pretrained on raw text: it continues a prompt.\n\n"
         f"- Made by the stage pretrain, run [#1 ccccccc]({page[page.index('#/') :]})\n"
         f"- Code: commit {'c' * 40}, with uncommitted changes\n\nThe first version."
     )
