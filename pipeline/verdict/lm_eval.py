@@ -15,7 +15,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import random
 from collections.abc import Iterable, Iterator, Mapping
 from numbers import Real
 from pathlib import Path
@@ -29,14 +28,12 @@ from gpt.base.errors import InputError
 from gpt.base.events import Log, Message, discard
 from gpt.base.files import read_json, sha256_of, whole_file, write_json
 from gpt.model.config import NotNegative, Positive
-from gpt.model.device import pick_device
 from gpt.model.weights import load_base
 from gpt.prompts import read_template
 from pipeline.show.markdown import Cell, escaped, table
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
-    from lm_eval.tasks.manager import TaskDict
 
 RESULTS, TABLE, SAMPLES = "results.json", "results.md", "samples.jsonl"
 
@@ -84,27 +81,29 @@ def measure(params: HarnessParams, *, model: Path, out: Path, log: Log = discard
             no template), a task is not known, its data is not there, or `out` holds files of these
             names that were not written here.
     """
-    if importlib.util.find_spec("lm_eval") is None:
+    if not all(map(importlib.util.find_spec, ("lm_eval", "accelerate"))):
         raise InputError("lm-eval is not installed: pip install '.[lm-eval]'")
     _refuse_other_files(out)
     template = read_template(model) if params.chat else None
-    network, tokenizer = load_base(model)
+    load_base(model)  # its errors are clearer than those of `transformers`
     with _network(params.online):
         import lm_eval
 
         from pipeline.verdict.lm_eval_model import HarnessModel
 
-        tasks = _load_tasks(params)
-        asked = HarnessModel(network.to(pick_device()), tokenizer, template=template, log=log)
-        # what goes wrong in the model itself (no memory, say) is not the task's fault
-        with _one_line(", ".join(params.tasks), params.online, but=RuntimeError):
-            found = lm_eval.evaluate(
-                lm=asked,
-                task_dict=tasks,
+        manager = _task_manager(params)
+        names = [name for each in params.tasks for name in _names(each, manager)]
+        asked = HarnessModel(model, template)
+        with _one_line(", ".join(params.tasks), params.online):
+            found = lm_eval.simple_evaluate(
+                model=asked,
+                tasks=names,
+                num_fewshot=params.shots,
                 limit=params.limit,
                 bootstrap_iters=_BOOTSTRAP,
                 apply_chat_template=params.chat,
                 fewshot_as_multiturn=params.chat,
+                task_manager=manager,
             )
     if asked.shortened:
         text = (
@@ -164,27 +163,27 @@ def _network(online: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _one_line(task: str, online: bool, *, but: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+def _one_line(tasks: str, online: bool) -> Iterator[None]:
     """What is wrong with a task or its data, in one line.
 
     A task is a file from outside, with templates and perhaps code in it: it can fail in any way.
     """
     try:
         yield
-    except but:
+    except RuntimeError:  # of the model itself (no memory, say)
         raise
     except InputError as error:
-        raise InputError(f"{task}: {error}") from None
+        raise InputError(f"{tasks}: {error}") from None
     except OSError as error:  # a missing file, or no way to the network
         remedy = (
             "look at the network and the task's dataset_path"
             if online
             else "add --online where there is a network, or let the task name a local file"
         )
-        raise InputError(f"{task}: the data cannot be read ({_first(error)}); {remedy}") from error
+        raise InputError(f"{tasks}: the data cannot be read ({_first(error)}); {remedy}") from error
     except Exception as error:
         raise InputError(
-            f"{task}: not a task that the harness can run ({type(error).__name__}: "
+            f"{tasks}: not a task that the harness can run ({type(error).__name__}: "
             f"{_first(error)}); see docs/lm-eval.md"
         ) from error
 
@@ -193,41 +192,22 @@ def _first(error: Exception) -> str:
     return str(error).strip().partition("\n")[0].rstrip(".")
 
 
-def _load_tasks(params: HarnessParams) -> TaskDict:
-    """The tasks that are asked for, with their data.
+def _task_manager(params: HarnessParams) -> TaskManager:
+    """Finds tasks by their names.
 
-    The harness's own are some fourteen thousand files, which takes it half a minute to look
-    through: that is only done where one of them is named.
+    The harness's own are some fourteen thousand files, which take half a minute to read: that is
+    only done where one of them is named.
     """
-    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
     from lm_eval.tasks import TaskManager
 
-    paths = {each: Path(each) for each in params.tasks if _is_path(each)}
-    for each, path in paths.items():
+    paths = [Path(each) for each in params.tasks if _is_path(each)]
+    for path in paths:
         if not path.exists():
-            raise InputError(f"{each}: no such file; give a task's name, its YAML file or a folder")
-    manager = TaskManager(
-        include_path=[path.resolve() for path in paths.values() if path.is_dir()],
+            raise InputError(f"{path}: no such file; give a task's name, its YAML file or a folder")
+    return TaskManager(
+        include_path=[path.resolve() for path in paths if path.is_dir()],
         include_defaults=len(paths) < len(params.tasks),
     )
-    names = [(each, name) for each in params.tasks for name in _names(each, manager)]
-    # as the harness's own command: some tasks shuffle choices when they are loaded
-    random.seed(DEFAULT_RANDOM_SEED)
-    np.random.seed(DEFAULT_OTHER_SEED)
-    loaded: list[Any] = []
-    for each, name in names:
-        with _one_line(each, params.online):
-            found = manager.load(name)
-        groups = list(found["groups"].values())  # the outermost first
-        loaded += groups[:1] or found["tasks"].values()
-    with _one_line(", ".join(params.tasks), params.online):
-        tasks = manager.load(loaded)
-    for task in tasks["tasks"].values():
-        own = task.get_config("num_fewshot")
-        if own != 0:  # as the harness has it: a task that says 0 keeps to it
-            task.set_config("num_fewshot", own or 0 if params.shots is None else params.shots)
-        task.set_fewshot_seed(DEFAULT_OTHER_SEED)
-    return tasks  # type: ignore[no-any-return]
 
 
 def _is_path(task: str) -> bool:
