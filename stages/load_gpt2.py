@@ -12,7 +12,7 @@ import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from gpt.base.errors import InputError
+from gpt.base.errors import InputError, first_few
 from gpt.base.events import Log, Message, Text, discard
 from gpt.base.files import write_json
 from gpt.generation import Sampling, complete
@@ -143,8 +143,7 @@ def _say_what_was_found(published: Published, log: Log) -> None:
     config, skipped = published.config, published.skipped
     log(Message(f"load_gpt2: {config.n_layer} layers of width {config.n_embd}: {published.form}"))
     if skipped:
-        names = ", ".join(skipped[:3]) + (" …" if len(skipped) > 3 else "")
-        log(Message(f"load_gpt2: skipped {len(skipped)} that the model does not need: {names}"))
+        log(Message(f"load_gpt2: skipped, as the model does not need it: {first_few(skipped)}"))
 
 
 def _random_model(config: GPTConfig) -> GPT:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -31,8 +32,24 @@ NOT_FINITE = (
 
 def shown(value: object) -> str:
     """A value as a message shows it: on one line, and cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return shortened(repr(value), 60)
+
+
+def shortened(text: str, most: int) -> str:
+    """A text of at most so many characters; where it is cut it ends in an ellipsis."""
+    return text if len(text) <= most else f"{text[: most - 1].rstrip()}…"
+
+
+def in_one_line(what: object) -> str:
+    """A text or an error's message without line breaks; an error without one by its class."""
+    nothing = type(what).__name__ if isinstance(what, BaseException) else ""
+    return " ".join(str(what).split()) or nothing
+
+
+def first_few(words: Sequence[object], most: int = 3) -> str:
+    """The first of many for a line of text: `one, two, three and 4 more`."""
+    more = f" and {len(words) - most:,} more" if len(words) > most else ""
+    return ", ".join(map(str, words[:most])) + more
 
 
 def lacks_memory(error: BaseException) -> bool:

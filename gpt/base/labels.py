@@ -6,6 +6,8 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
+from gpt.base.errors import first_few, shortened
+
 _UNSEEN = r"\s\u00ad\u200b-\u200f\u2060-\u2064\ufeff"  # blanks, and what has no width
 _ENDS = re.compile(rf"\A[{_UNSEEN}]+|[{_UNSEEN}]+\Z")
 _OF_ALL = re.compile(r"(class )*macro(_low|_high)?")
@@ -37,7 +39,4 @@ def class_of(key: str) -> str | None:
 
 def in_short(labels: Sequence[str], most: int = 3) -> str:
     """The first of some labels for a line, long ones cut: `'ham', 'spam' and 4 more`."""
-    shown = ", ".join(
-        repr(label if len(label) <= 40 else f"{label[:39]}…") for label in labels[:most]
-    )
-    return shown + (f" and {len(labels) - most:,} more" if len(labels) > most else "")
+    return first_few([repr(shortened(label, 40)) for label in labels], most)

@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, Protocol, cast
 
 import zstandard
 
-from gpt.base.errors import InputError
+from gpt.base.errors import InputError, first_few, in_one_line, shortened, shown
 
 LONGEST_DOCUMENT = 1 << 22
 """Characters. A longer document comes in parts, so that no more than that is held."""
@@ -439,7 +439,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {_shown([twice])} is given twice")
+        raise ValueError(f"the key {shown(twice)} is given twice")
     return value
 
 
@@ -453,12 +453,6 @@ def _fault(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return error.msg
     return str(error).partition(";")[0]  # a number's many digits, and Python's way to allow them
-
-
-def _shown(names: Sequence[str]) -> str:
-    """Names of columns for a message, the first ones of many."""
-    shown = ", ".join(f"{name[:80]!r}" for name in names[:20])
-    return shown + f" and {len(names) - 20} more" * (len(names) > 20)
 
 
 def _csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
@@ -496,13 +490,13 @@ def _places_of(path: Path, there: Sequence[str], columns: Sequence[str]) -> list
         if column not in there:
             marks = [mark for mark in "\t;|" if mark in there[0]] if len(there) == 1 else []
             raise InputError(
-                f"{path}: no column {column!r}; there are {_shown(there)}"
+                f"{path}: no column {column!r}; there are {first_few(list(map(shown, there)), 20)}"
                 + "".join(f"; commas separate fields, not {mark!r}" for mark in marks[:1])
             )
         if there.count(column) > 1:
             raise InputError(
                 f"{path}: {there.count(column)} columns are called {column!r}; rename or remove "
-                f"all but one ({_shown(there)})"
+                f"all but one ({first_few(list(map(shown, there)), 20)})"
             )
     return [there.index(column) for column in columns]
 
@@ -546,7 +540,7 @@ def _values(path: Path, before: int, name: str, column: Any) -> list[Any]:
     except Exception as error:  # a date, a time or a text may be one that Python does not know
         raise InputError(
             f"{path}: row {before + len(values) + 1}: the column {name!r} ({column.type}) holds "
-            f"what cannot be read ({_in_one_line(error)}); correct or remove the row"
+            f"what cannot be read ({shortened(in_one_line(error), 200)}); correct or remove the row"
         ) from None
     return values
 
@@ -562,10 +556,6 @@ def _damage_named(path: Path) -> Iterator[None]:
         with path.open("rb") as file:
             packed = _packing(file.read(16))
         raise InputError(
-            f"{path}: not a parquet file, or damaged ({_in_one_line(error)}); "
+            f"{path}: not a parquet file, or damaged ({shortened(in_one_line(error), 200)}); "
             + ("decompress it" if packed else "fetch it again, or set its source's format")
         ) from None
-
-
-def _in_one_line(error: Exception) -> str:
-    return f"{' '.join(str(error).split()) or type(error).__name__:.200}"

@@ -36,6 +36,11 @@ def pipeline_files(root: Path) -> list[Path]:
     return [root / PIPELINE_FILE, *([optional] if optional.is_file() else [])]
 
 
+def lock_files(root: Path) -> list[Path]:
+    """The `dvc.lock` beside each pipeline file; one may not be there yet."""
+    return [file.with_name(LOCK_FILE) for file in pipeline_files(root)]
+
+
 def pipeline_stages(root: Path) -> Iterator[Mapping[str, Any]]:
     """What each of the project's `dvc.yaml` says of stages; nothing where it cannot be read."""
     for file in pipeline_files(root):

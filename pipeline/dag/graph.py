@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt.base.errors import InputError, RunError
+from gpt.base.errors import InputError, RunError, in_one_line, shortened
 from pipeline.dag.code import files_of_code, is_code, md5_of_code, missing_code, note_of_code
-from pipeline.dag.dvc_files import LOCK_FILE, PIPELINE_FILE, pipeline_files, read_stages
+from pipeline.dag.dvc_files import LOCK_FILE, PIPELINE_FILE, lock_files, pipeline_files, read_stages
 from pipeline.dag.objects import Objects, md5_of
-from pipeline.dag.repository import in_one_line, mend_rwlock, open_repo
+from pipeline.dag.repository import mend_rwlock, open_repo
 from pipeline.project.params import PARAMS_FILE, read_params
 
 if TYPE_CHECKING:
@@ -100,9 +100,8 @@ class Dag:
 
         # DVC reads them, too, but says less of what is wrong in them
         read_params(root / PARAMS_FILE)
-        for file in pipeline_files(root):
+        for file in (*pipeline_files(root), *lock_files(root)):
             read_stages(file)
-            read_stages(file.with_name(LOCK_FILE))
         self._repo = open_repo(root)
         mend_rwlock(root)
         self.root = root
@@ -285,7 +284,7 @@ class Dag:
     def recorded(self) -> list[str]:
         """The stages that have an entry in a `dvc.lock`, in its order."""
         with self._locked():
-            return [name for lock in self._locks() for name in read_stages(lock)]
+            return [name for lock in lock_files(self.root) for name in read_stages(lock)]
 
     def sort_lock(self, recorded: Iterable[str]) -> None:
         """Put the entries of each `dvc.lock` in the order that `dvc repro` gives them.
@@ -297,7 +296,7 @@ class Dag:
 
         recorded = list(recorded)
         with self._locked():
-            for lock in self._locks():
+            for lock in lock_files(self.root):
                 now = read_stages(lock)
                 order = [name for name in recorded if name in now]
                 order += [name for name in self.stages if name in now and name not in order]
@@ -306,9 +305,6 @@ class Dag:
                 with modify_yaml(str(lock)) as content:
                     entries = content["stages"]
                     content["stages"] = {name: entries[name] for name in order}
-
-    def _locks(self) -> list[Path]:
-        return [file.with_name(LOCK_FILE) for file in pipeline_files(self.root)]
 
     def _load(self) -> dict[str, Stage]:
         from dvc.repo.reproduce import get_active_graph, plan_repro
@@ -416,13 +412,8 @@ def _compare(old: Any, new: Any, path: str) -> Iterator[Change]:
         for key in [*old, *(key for key in new if key not in old)]:
             yield from _compare(old.get(key, _ABSENT), new.get(key, _ABSENT), f"{path}.{key}")
     elif old is _ABSENT:
-        yield Change(path, f"added: {_shown(new)}")
+        yield Change(path, f"added: {shortened(str(new), 60)}")
     elif new is _ABSENT:
-        yield Change(path, f"removed, was {_shown(old)}")
+        yield Change(path, f"removed, was {shortened(str(old), 60)}")
     elif old != new:
-        yield Change(path, f"{_shown(old)} → {_shown(new)}")
-
-
-def _shown(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+        yield Change(path, f"{shortened(str(old), 60)} → {shortened(str(new), 60)}")

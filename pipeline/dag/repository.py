@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpt.base.errors import InputError, RunError
+from gpt.base.errors import InputError, RunError, in_one_line
 from gpt.base.files import whole_file
 
 if TYPE_CHECKING:
@@ -151,8 +151,3 @@ def is_running(pid: int, cmd: str) -> bool:
         return True
     words = " ".join(there).split()  # an argument may hold blanks
     return all(word in words for word in cmd.split()[1:][-1:])
-
-
-def in_one_line(error: BaseException) -> str:
-    """What an error says, without line ends."""
-    return " ".join(str(error).split())

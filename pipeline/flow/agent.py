@@ -27,7 +27,7 @@ from gpt.base.files import write_json
 from pipeline.flow.agent_start import AGENT_VARIABLE, COMMAND, agent_folder, run_note
 from pipeline.flow.prefect_api import answers, import_path
 from pipeline.flow.resources import SLOTS_VARIABLE, cards, cores
-from pipeline.project.folders import HOME_VARIABLE, home
+from pipeline.project.folders import HOME_VARIABLE, shared_folder
 from pipeline.project.secrets import without_credentials
 from pipeline.show.console import n_of
 
@@ -177,7 +177,7 @@ def serve(
     """
     from pipeline.project.file_locks import stage_lock
 
-    with stage_lock(home(root), "agent"):
+    with stage_lock(shared_folder(root), "agent"):
         checks = check_machine(root, api)
         for check in checks:
             say(str(check))
@@ -277,7 +277,7 @@ class _Agent:
                     "PREFECT_API_URL": self.api,
                     "PYTHONPATH": import_path(),
                     AGENT_VARIABLE: str(self.root.resolve()),
-                    HOME_VARIABLE: str(home(self.root)),
+                    HOME_VARIABLE: str(shared_folder(self.root)),
                     SLOTS_VARIABLE: limit_name(),
                     "PREFECT_WORKER_QUERY_SECONDS": os.environ.get(
                         "PREFECT_WORKER_QUERY_SECONDS", "5"

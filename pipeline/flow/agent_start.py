@@ -23,7 +23,7 @@ import psutil
 from gpt.base.errors import InputError, RunError
 from gpt.base.files import write_json
 from pipeline.dag.workspace import make_workspace
-from pipeline.project.folders import environment, home
+from pipeline.project.folders import shared_folder, workspace_environment
 from pipeline.project.git import commit_of, git
 from pipeline.project.yaml_files import read_yaml
 from pipeline.show.terminal import say
@@ -42,7 +42,7 @@ WORKER_VARIABLE = "GPT_PIPELINE_WORKER"
 
 def agent_folder(root: Path) -> Path:
     """Where an agent keeps its notes, logs and workspaces."""
-    return home(root) / ".pipeline" / "agent"
+    return shared_folder(root) / ".pipeline" / "agent"
 
 
 def run_note(root: Path, run_id: str) -> Path:
@@ -95,7 +95,7 @@ def become_flow_run() -> int:
     settings = {
         **os.environ,
         **variables,
-        **environment(root, workspace),
+        **workspace_environment(root, workspace),
         "PREFECT__FLOW_ENTRYPOINT": entrypoint,
         WORKER_VARIABLE: str(worker),
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # the stages show themselves

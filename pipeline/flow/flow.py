@@ -31,7 +31,7 @@ from prefect.settings import PREFECT_API_URL
 from prefect.states import Cancelled, Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from gpt.base.errors import InputError, RunError
+from gpt.base.errors import InputError, RunError, first_few
 from gpt.base.events import Event
 from pipeline.dag.cache import are_in_place
 from pipeline.dag.dvc_files import find_root
@@ -279,7 +279,7 @@ def _bring_up_to_date(run: _Run, stage: Stage) -> State[Any]:
     logger.info("runs because %s", why)
     began = time.monotonic()
     try:
-        executed, failed = _execute(run, stage, _short(reasons) or "forced")
+        executed, failed = _execute(run, stage, first_few(reasons, 1) or "forced")
     except RunError as error:  # no slots to be had
         executed, failed = False, StageError(str(error))
     run.display.done(name)
@@ -309,11 +309,6 @@ def _renew_data_report(root: Path, name: str) -> None:
 
         with contextlib.suppress(InputError):  # a rendering is no reason to fail
             write_report(root)
-
-
-def _short(reasons: Sequence[Change]) -> str:
-    more = f" and {len(reasons) - 1} more" if len(reasons) > 1 else ""
-    return f"{reasons[0]}{more}" if reasons else ""
 
 
 # --- one stage through DVC ---------------------------------------------------------------------

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Self
 from gpt.base.errors import InputError, RunError
 from gpt.base.files import whole_file
 from pipeline.flow.lifetime import settle
-from pipeline.project.folders import home
+from pipeline.project.folders import shared_folder
 from pipeline.project.processes import collect_seldom
 from pipeline.project.secrets import without_secrets
 from pipeline.show.terminal import say
@@ -64,7 +64,7 @@ def environment(root: Path) -> dict[str, str]:
     What the user set stays.
     """
     defaults = {
-        "PREFECT_HOME": str(home(root) / ".prefect"),
+        "PREFECT_HOME": str(shared_folder(root) / ".prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         # in memory, Prefect's default, a restart of the server loses who holds a slot
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": (
@@ -94,7 +94,7 @@ def running_api(root: Path) -> str | None:
     if url := os.environ.get("PREFECT_API_URL"):
         return url
     try:
-        told = (home(root) / ".pipeline" / "ui.json").read_text(encoding="utf-8")
+        told = (shared_folder(root) / ".pipeline" / "ui.json").read_text(encoding="utf-8")
         url = json.loads(told)["prefect"]
     except (OSError, ValueError, KeyError, TypeError):
         return None

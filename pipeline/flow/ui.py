@@ -19,7 +19,7 @@ from types import FrameType
 from gpt.base.errors import InputError, RunError
 from gpt.base.files import write_json
 from pipeline.flow import prefect_api as server
-from pipeline.project.folders import home
+from pipeline.project.folders import shared_folder
 from pipeline.project.secrets import without_secrets
 from pipeline.tracking.connection import PAGES, connect, quiet_environment, tracking_uri
 
@@ -88,7 +88,7 @@ def serve(
             f"{server.HOSTS_VARIABLE}: lets Prefect be reached from elsewhere, and it asks nobody "
             "who they are; set PREFECT_SERVER_API_AUTH_STRING (docs/servers.md), or unset this"
         )
-    folder = home(root) / ".pipeline"
+    folder = shared_folder(root) / ".pipeline"
     addresses = folder / "ui.json"
     services: list[_Service] = []
     with _one_interrupt():
@@ -142,7 +142,7 @@ def free_port(first: int) -> int:
 
 def _start_mlflow(root: Path, url: str, folder: Path) -> _Service:
     connect(root)  # the tables are made here, under our lock, not by the server beside a stage
-    artifacts = (home(root) / "mlartifacts").as_uri()
+    artifacts = (shared_folder(root) / "mlartifacts").as_uri()
     command = ["-m", "mlflow", "server", "--artifacts-destination", artifacts, "--workers", "1"]
     command += ["--host", HOST, "--port", url.rpartition(":")[2]]
     settings = {

@@ -23,14 +23,14 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from gpt.base.errors import InputError, RunError
+from gpt.base.errors import InputError, RunError, first_few
 from pipeline.dag.code import code_of, md5_of_code
 from pipeline.history.names import find, version_name
 from pipeline.history.runs import Execution, Known, known
 from pipeline.project.git import git
 from pipeline.project.params import PARAMS_FILE, load_section
 from pipeline.project.stage_table import MODELS, STAGES
-from pipeline.show.console import n_of, report_console, some
+from pipeline.show.console import n_of, report_console
 from pipeline.show.markdown import NOTHING, visible
 from pipeline.show.terminal import say_json
 from pipeline.tracking.connection import PAGES, named_failure, run_url
@@ -345,7 +345,7 @@ def _data_in_words(
     yield from _sources_in_words(makers[0], makers[1], change.what)
     one, other = (f"#{each.tags.get('number', '?')}" for each in makers if each)
     params = [str(each) for each in changes(_params(makers[0]), _params(makers[1]), OF_MODELS)]
-    told = f" ({some(params)})" if params else ""
+    told = f" ({first_few(params)})" if params else ""
     if one != other:
         yield f"made by {makers[0].stage} {one} → {other}{told}"
 

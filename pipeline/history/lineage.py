@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
 
+from gpt.base.errors import first_few
 from gpt.text.records import SOURCES
 from pipeline.dag.cache import DvcCache, dvc_md5, md5_now
 from pipeline.dag.code import md5_of_code
@@ -25,7 +26,7 @@ from pipeline.history.names import Commit, File, find, version_name
 from pipeline.history.runs import Execution, Known, in_lock, known
 from pipeline.project.git import commit_of_path, git, is_changed
 from pipeline.project.secrets import without_secrets
-from pipeline.show.console import report_console, some
+from pipeline.show.console import report_console
 from pipeline.show.terminal import say_json
 from pipeline.tracking.provenance import CODE
 from pipeline.tracking.registry import MD5_TAG
@@ -522,10 +523,10 @@ def _run_node(key: str, run: Execution, others: list[Execution], without: bool) 
         title=title,
         facts=(
             *_run_facts(run),
-            f"changed: {some([f'{k} {v}' for k, v in changed.items()])}" if changed else "",
+            f"changed: {first_few([f'{k} {v}' for k, v in changed.items()])}" if changed else "",
             f"params {params[:8]}",
             f"in dvc.lock since commit {run.commits[0][:10]}" if run.run and run.commits else "",
-            f"the same bytes came from {some([_number(e) for e in others])}" if others else "",
+            f"the same bytes came from {first_few([_number(e) for e in others])}" if others else "",
         ),
         missing="; ".join(_run_missing(run, without)),
         data={

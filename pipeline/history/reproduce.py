@@ -39,7 +39,7 @@ from pipeline.dag.graph import Dag
 from pipeline.dag.workspace import make_workspace
 from pipeline.history.names import Commit, File, find, version_name
 from pipeline.history.runs import Execution, Known, known
-from pipeline.project.folders import HOME_VARIABLE, home
+from pipeline.project.folders import HOME_VARIABLE, shared_folder
 from pipeline.project.git import commit_of, git
 from pipeline.project.params import PARAMS_FILE, load_params, section
 from pipeline.show.console import (
@@ -188,7 +188,9 @@ def _job(root: Path, what: str) -> _Job:
     commit = run.tags.get("git.commit", "")
     if not commit:
         raise InputError(f"{what}: no commit is recorded with its run, so its code is not known")
-    return _Job(root, everything, run, version, commit_of(root, commit), home(root) / FOLDER / name)
+    return _Job(
+        root, everything, run, version, commit_of(root, commit), shared_folder(root) / FOLDER / name
+    )
 
 
 @contextlib.contextmanager
@@ -483,7 +485,7 @@ def _execute(job: _Job, stage: str, display: Display) -> None:
 def _environment(job: _Job, events: Path) -> dict[str, str]:
     """Nothing of the project's is found by it: no state, no MLflow; but what was downloaded is."""
     downloads = job.folder / _DOWNLOADS
-    shared = home(job.root) / _DOWNLOADS
+    shared = shared_folder(job.root) / _DOWNLOADS
     if shared.is_dir() and not downloads.exists():
         # the sha256 in the parameters decides what is taken, so nothing is fetched twice for this
         downloads.parent.mkdir(parents=True, exist_ok=True)

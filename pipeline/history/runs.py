@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt.base.errors import InputError, RunError
-from pipeline.dag.code import is_code
-from pipeline.dag.dvc_files import LOCK_FILE, pipeline_files, read_stages
+from pipeline.dag.dvc_files import lock_files
+from pipeline.dag.lock import LockEntry, parse_lock, read_lock
 from pipeline.project.git import git
-from pipeline.project.yaml_files import parse_yaml
 from pipeline.tracking.connection import artifact, connect, named_failure, tracking_uri
 from pipeline.tracking.database import database_file
 from pipeline.tracking.keys import EXPERIMENT_PREFIX
@@ -241,40 +240,30 @@ def _runs(client: MlflowClient) -> Iterator[Run]:
 
 def _recorded(root: Path) -> Iterator[Execution]:
     """What the `dvc.lock` that lies here records, then those of git's commits, the oldest first."""
-    locks = [file.with_name(LOCK_FILE) for file in pipeline_files(root)]
-    for lock in locks:
-        for each in _executions(read_stages(lock)):
-            yield replace(each, here=True)
-    for commit, blob in _commits_of(root, [each.relative_to(root).as_posix() for each in locks]):
+    for each in _executions(read_lock(root)):
+        yield replace(each, here=True)
+    locks = [each.relative_to(root).as_posix() for each in lock_files(root)]
+    for commit, blob in _commits_of(root, locks):
         for each in in_lock(git(root, "cat-file", "blob", blob)):
             yield replace(each, commits=(commit,))
 
 
-def in_lock(text: str) -> Iterator[Execution]:
+def in_lock(text: str) -> list[Execution]:
     """The executions that a `dvc.lock` records; none of what is no such file."""
-    try:
-        found = list(_executions(parse_yaml(text.encode(), LOCK_FILE)["stages"]))
-    except (InputError, KeyError, TypeError, AttributeError):
-        return
-    yield from found
+    return _executions(parse_lock(text))
 
 
-def _executions(stages: Mapping[str, Any]) -> Iterator[Execution]:
-    for name, entry in stages.items():
-        deps = {each["path"]: each.get("md5", "") for each in entry.get("deps") or ()}
-        code = {path: md5 for path, md5 in deps.items() if is_code(path)}
-        yield Execution(
+def _executions(entries: Mapping[str, LockEntry]) -> list[Execution]:
+    return [
+        Execution(
             stage=name,
-            inputs={path: md5 for path, md5 in deps.items() if path not in code},
-            outputs={each["path"]: each.get("md5", "") for each in entry.get("outs") or ()},
-            params=_params(entry.get("params") or {}),
-            code=code,
+            inputs=each.inputs,
+            outputs=each.outputs,
+            params=each.params,
+            code=each.code,
         )
-
-
-def _params(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """All parameters of the entry: it lists them by their file."""
-    return {key: value for each in recorded.values() for key, value in each.items()}
+        for name, each in entries.items()
+    ]
 
 
 def _commits_of(root: Path, locks: Sequence[str]) -> Iterator[tuple[str, str]]:

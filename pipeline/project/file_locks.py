@@ -15,7 +15,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from gpt.base.errors import InputError
-from pipeline.project.folders import home
+from pipeline.project.folders import shared_folder
 
 
 class BusyError(InputError):
@@ -45,7 +45,9 @@ def state_lock(root: Path, stage: str, state: Path) -> Iterator[None]:
         InputError: it cannot be taken.
     """
     name = state_lock_name(stage, state)
-    with _held(home(root), name, stage, "makes just this in another checkout of the project"):
+    with _held(
+        shared_folder(root), name, stage, "makes just this in another checkout of the project"
+    ):
         yield
 
 

@@ -13,7 +13,7 @@ HOME_VARIABLE = "GPT_PIPELINE_HOME"
 _DVC_ROOT = "DVC_ROOT"
 
 
-def home(root: Path) -> Path:
+def shared_folder(root: Path) -> Path:
     """The folder with the shared things of the checkout `root`: mostly `root` itself.
 
     `GPT_PIPELINE_HOME` names another one. Within a stage that DVC starts it is the folder that DVC
@@ -23,10 +23,10 @@ def home(root: Path) -> Path:
     return Path(named).resolve() if named else root.resolve()
 
 
-def environment(project: Path, folder: Path) -> dict[str, str]:
+def workspace_environment(project: Path, folder: Path) -> dict[str, str]:
     """Variables for a process that works in a workspace: its code, and what it shares."""
     others = os.environ.get("PYTHONPATH")
     return {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(folder), others])),
-        HOME_VARIABLE: str(home(project)),
+        HOME_VARIABLE: str(shared_folder(project)),
     }

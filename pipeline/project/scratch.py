@@ -16,12 +16,12 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from pipeline.project.folders import home
+from pipeline.project.folders import shared_folder
 
 
 def _place(root: Path) -> Path:
     machine = "".join(each if each.isalnum() else "-" for each in socket.gethostname())
-    return home(root) / ".pipeline" / "tmp" / machine
+    return shared_folder(root) / ".pipeline" / "tmp" / machine
 
 
 @contextlib.contextmanager

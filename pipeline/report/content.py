@@ -250,7 +250,8 @@ def _from(facts: Facts, stage: str) -> str:
 def base_of(facts: Facts, stage: str) -> str | None:
     """The base that a stage fine-tuned."""
     recorded = facts.recorded.get(stage)
-    return recorded.base if recorded else None
+    section = recorded.params.get(stage) if recorded else None
+    return section.get("base") if isinstance(section, dict) else None
 
 
 def _when(facts: Facts) -> str:

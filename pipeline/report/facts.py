@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
-from gpt.base.errors import InputError, RunError, first_problem
+from gpt.base.errors import InputError, RunError, first_problem, in_one_line
 from gpt.base.files import sha256_of, write_json
 from gpt.base.labels import class_of
-from pipeline.dag.code import is_code
-from pipeline.dag.dvc_files import LOCK_FILE, pipeline_files, read_stages
+from pipeline.dag.lock import LockEntry, read_lock
 from pipeline.data.facts import RAW, RawSource, raw_sources
 from pipeline.project.secrets import without_credentials
 from pipeline.project.stage_table import STAGES
@@ -154,23 +153,6 @@ class Wrong:
 
 
 @dataclass(frozen=True, slots=True)
-class Recorded:
-    """A stage as `dvc.lock` has it.
-
-    Attributes:
-        inputs: path -> md5, but for the code.
-        code: the number of its code files.
-        outputs: path -> md5.
-        base: from which base it fine-tunes; None where it does not.
-    """
-
-    inputs: Mapping[str, str]
-    code: int
-    outputs: Mapping[str, str]
-    base: str | None
-
-
-@dataclass(frozen=True, slots=True)
 class Difference:
     """A parameter, an input or the code of a stage's run that was another in the run before."""
 
@@ -243,7 +225,7 @@ class Facts:
     answers: Sequence[Answer]
     wrong: Sequence[Wrong]
     sources: Mapping[str, Sequence[RawSource]]
-    recorded: Mapping[str, Recorded]
+    recorded: Mapping[str, LockEntry]
     executions: Mapping[str, Execution]
     versions: Mapping[str, int]
     tracking: str
@@ -271,7 +253,7 @@ def report_facts(root: Path, *, ask: bool = True) -> Facts:
         root / EVALUATION, TypeAdapter(dict[str, dict[str, float]]), again
     )
     git = git_state(root)
-    recorded = _recorded(root)
+    recorded = read_lock(root)
     judgement: Judgement | None = _read(root / JUDGE, TypeAdapter(Judgement))
     if judgement and judgement.answers != sha256_of(predictions / "assistant.csv"):
         judgement = None  # it is of an earlier version's answers
@@ -379,7 +361,7 @@ def _table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     try:
         table = pd.read_csv(path, keep_default_na=False, dtype=str)
     except (OSError, ValueError) as error:
-        why = " ".join(str(error).split())
+        why = in_one_line(error)
         raise InputError(f"{path}: cannot be read ({why}); {remedy}") from None
     if missing := [name for name in columns if name not in table]:
         raise InputError(f"{path}: has no column {missing[0]}; {remedy}")
@@ -389,23 +371,6 @@ def _table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
 def _sources(root: Path) -> dict[str, list[RawSource]]:
     names = ("corpus", "messages", "instructions", "gpt2")
     return {name: found for name in names if (found := raw_sources(root / RAW / name))}
-
-
-def _recorded(root: Path) -> dict[str, Recorded]:
-    found = {}
-    for file in pipeline_files(root):
-        for name, stage in read_stages(file.with_name(LOCK_FILE)).items():
-            deps = stage.get("deps", ())
-            inputs = {e["path"]: str(e.get("md5", "")) for e in deps if not is_code(e["path"])}
-            params: dict[str, Any] = next(iter(stage.get("params", {}).values()), {})
-            section = params.get(name)
-            found[name] = Recorded(
-                inputs=inputs,
-                code=sum(e.get("nfiles", 1) for e in deps if is_code(e["path"])),
-                outputs={each["path"]: str(each.get("md5", "")) for each in stage.get("outs", ())},
-                base=section.get("base") if isinstance(section, dict) else None,
-            )
-    return found
 
 
 # --- MLflow ---------------------------------------------------------------------------------------
@@ -420,7 +385,7 @@ class _Tracked:
     missing: str = ""
 
 
-def _tracked(root: Path, recorded: Mapping[str, Recorded], ask: bool) -> _Tracked:
+def _tracked(root: Path, recorded: Mapping[str, LockEntry], ask: bool) -> _Tracked:
     notes = {name: last_run(root, name) for name in STAGES}
     notes = {name: note for name, note in notes.items() if note.get("status") == "FINISHED"}
     outputs = {name: dict(each.outputs) for name, each in recorded.items()}
@@ -440,7 +405,7 @@ def _tracked(root: Path, recorded: Mapping[str, Recorded], ask: bool) -> _Tracke
 
 
 def _asked(
-    root: Path, recorded: Mapping[str, Recorded], notes: Mapping[str, Mapping[str, Any]]
+    root: Path, recorded: Mapping[str, LockEntry], notes: Mapping[str, Mapping[str, Any]]
 ) -> _Tracked:
     from pipeline.tracking.mlflow_classes import MlflowException
 
@@ -460,7 +425,7 @@ def _asked(
                     gone.append(name)
             versions = _versions(client, recorded)
     except (RunError, MlflowException) as error:
-        why = without_credentials(" ".join(str(error).split()))
+        why = without_credentials(in_one_line(error))
         return _Tracked(executions, missing=f"MLflow was not asked: {why}")
     missing = f"MLflow has no run of {', '.join(gone)} any more" if gone else ""
     return _Tracked(executions, versions, missing)
@@ -529,7 +494,7 @@ def _time(milliseconds: int | None) -> datetime | None:
     )
 
 
-def _versions(client: MlflowClient, recorded: Mapping[str, Recorded]) -> dict[str, int]:
+def _versions(client: MlflowClient, recorded: Mapping[str, LockEntry]) -> dict[str, int]:
     """By registered model: the version whose bytes were evaluated, or were written last."""
     versions = {}
     for stage, spec in STAGES.items():

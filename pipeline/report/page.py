@@ -18,7 +18,7 @@ from pathlib import Path
 from filelock import FileLock
 from jinja2 import Environment, StrictUndefined
 
-from gpt.base.errors import InputError
+from gpt.base.errors import InputError, in_one_line, shortened
 from gpt.base.files import whole_directory, whole_file
 from pipeline.project.stage_table import STAGES
 from pipeline.report.content import (
@@ -116,7 +116,7 @@ def _readable(table: Path) -> Iterator[None]:
     try:
         yield
     except (KeyError, ValueError) as error:
-        why = " ".join(str(error).split())
+        why = in_one_line(error)
         raise InputError(
             f"{table}: cannot be drawn ({why}); run the stage again: `gpt-pipeline run --force`"
         ) from None
@@ -152,9 +152,7 @@ def _lines(text: str) -> str:
 
 def _excerpt(text: str) -> str:
     text = text.strip()
-    if not text:
-        return "(empty)"
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 1].rstrip() + "…"
+    return shortened(text, _LONGEST) or "(empty)"
 
 
 # --- Markdown -------------------------------------------------------------------------------------

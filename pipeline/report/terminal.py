@@ -18,7 +18,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from gpt.base.errors import RunError
+from gpt.base.errors import RunError, in_one_line
 from gpt.base.files import write_json
 from pipeline.report.card import model_card
 from pipeline.report.content import (
@@ -113,7 +113,7 @@ def _keep_in_mlflow(root: Path, facts: Facts, report: Report) -> str:
         if run_id is not None:
             client.log_artifact(run_id, str(report.page), "report")
     except (RunError, MlflowException, OSError) as error:
-        why = " ".join(str(error).split())
+        why = in_one_line(error)
         return f"MLflow did not take the report; `gpt-pipeline report` tries again: {why}"
     return ""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from gpt.base.errors import InputError, RunError
 from pipeline.project.file_locks import BusyError, locked, state_lock_name
-from pipeline.project.folders import home
+from pipeline.project.folders import shared_folder
 from pipeline.project.stage_table import StageSpec
 from pipeline.run.resume import (
     FOLDER,
@@ -72,7 +72,7 @@ def clean(
     Raises:
         RunError: something cannot be removed.
     """
-    folder = home(root) / FOLDER
+    folder = shared_folder(root) / FOLDER
     found = sorted(each.name for each in folder.iterdir()) if folder.is_dir() else []
     others = [name for name in found if name not in stages and not name.startswith(".")]
     for stage in [*stages, *others]:
@@ -86,7 +86,7 @@ def _clean_stage(
     spec: StageSpec | None,
     next_state: Callable[[str], Path] | None,
 ) -> Iterator[Removed | Kept]:
-    folder = home(root) / FOLDER / stage
+    folder = shared_folder(root) / FOLDER / stage
     going_on, unknown = None, ""
     if next_state and spec and spec.continues and states_of(root, stage):
         # before the lock is taken: to hash the inputs takes long, and a run need not wait for it
@@ -121,7 +121,7 @@ def _clean_stage(
 def _clean_state(root: Path, stage: str, state: Path) -> Removed | Kept:
     """Remove a state, unless a run in another checkout works with it."""
     try:
-        with locked(home(root), state_lock_name(stage, state), stage):
+        with locked(shared_folder(root), state_lock_name(stage, state), stage):
             step = step_of(state)
             return _remove(root, state, "" if step is None else f"of step {step}")
     except BusyError:
@@ -155,4 +155,6 @@ def _remove(root: Path, path: Path, what: str) -> Removed:
 
 
 def _shown(root: Path, path: Path) -> str:
-    return path.relative_to(home(root) if path.is_relative_to(home(root)) else root).as_posix()
+    return path.relative_to(
+        shared_folder(root) if path.is_relative_to(shared_folder(root)) else root
+    ).as_posix()

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 from gpt.base.events import Message
-from pipeline.project.folders import home
+from pipeline.project.folders import shared_folder
 from pipeline.tracking.provenance import MadeOf
 
 FOLDER = ".checkpoints"
@@ -23,7 +23,7 @@ PARTIAL = ".*.partial"
 
 def state_folder(made_of: MadeOf) -> Path:
     """Where the state of a training that is made of this lies."""
-    return home(made_of.root) / FOLDER / made_of.stage / made_of.fingerprint()
+    return shared_folder(made_of.root) / FOLDER / made_of.stage / made_of.fingerprint()
 
 
 def older_states(root: Path, stage: str, state: Path) -> Message | None:
@@ -46,7 +46,7 @@ def size_in_words(size: int) -> str:
 def states_of(root: Path, stage: str) -> list[Path]:
     """The folders of a stage's states, in order of their names."""
     try:
-        found = sorted((home(root) / FOLDER / stage).iterdir())
+        found = sorted((shared_folder(root) / FOLDER / stage).iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return []
     return [each for each in found if is_folder(each) and not each.name.startswith(".")]

@@ -29,7 +29,7 @@ from gpt.base.files import write_json
 from pipeline.dag.cache import dvc_md5
 from pipeline.dag.code import note_of_code
 from pipeline.project.file_locks import BusyError, stage_lock, state_lock
-from pipeline.project.folders import home
+from pipeline.project.folders import shared_folder
 from pipeline.project.params import PARAMS_FILE, load_params, section
 from pipeline.project.secrets import without_secrets
 from pipeline.project.settings import TrackingParams
@@ -154,7 +154,7 @@ def _follow(name: str, root: Path) -> int:
                 params,
                 **_inputs(name, root, params),
                 **{keyword: root / path for keyword, path in spec.outputs.items()},
-                state=home(root) / STATES / name,
+                state=shared_folder(root) / STATES / name,
             )
     except Dismissed:
         return EXIT_OK
@@ -287,7 +287,7 @@ def _run_held(name: str, root: Path, held: contextlib.ExitStack) -> None:
                 _with_mirror(params),
                 **inputs,
                 **outputs,
-                **{keyword: home(root) / path for keyword, path in spec.scratch.items()},
+                **{keyword: shared_folder(root) / path for keyword, path in spec.scratch.items()},
                 **({"state": state} if state else {}),
                 log=_to_both(log, run),
             )

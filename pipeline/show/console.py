@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import copy_context
 from pathlib import Path
@@ -32,6 +32,7 @@ from rich.progress import Progress as Bars
 from rich.segment import Segment
 from rich.text import Text as Styled
 
+from gpt.base.errors import in_one_line, shortened
 from gpt.base.events import Event, Log, Message, Metrics, Progress, Text
 from pipeline.show.terminal import safe, say
 
@@ -103,12 +104,6 @@ def report_console(console: Console | None = None) -> Console:
     return console
 
 
-def some(words: Sequence[str], most: int = 3) -> str:
-    """The first of them, and how many more there are."""
-    more = f" and {len(words) - most} more" if len(words) > most else ""
-    return ", ".join(words[:most]) + more
-
-
 def n_of(n: int, what: str) -> str:
     """So many of something: `1 slot`, `2 slots`."""
     return f"{n} {what}{'' if n == 1 else 's'}"
@@ -141,18 +136,13 @@ def _amount(event: Progress) -> str:
     return f"{event.unit} {event.done}/{event.total}"
 
 
-def _in_one_line(text: str, width: int = 96) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= width else line[: width - 1] + "…"
-
-
 def _line_of(stage: str, event: Event) -> tuple[str, Level] | None:
     """The line for an event that is no progress; None for what a terminal need not show."""
     match event:
         case Message(text, level):
             return text.removeprefix(f"{stage}: "), level
         case Text(name, text):
-            return f"{name}: {_in_one_line(text)}", "quiet"
+            return f"{name}: {shortened(in_one_line(text), 96)}", "quiet"
     return None
 
 

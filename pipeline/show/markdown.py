@@ -6,6 +6,8 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 
+from gpt.base.errors import shortened
+
 Cell = str | int | float | None
 
 EXCERPT = 160
@@ -85,8 +87,8 @@ _LINE_END = re.compile(r"\s*[\n\r\v\f\x85\u2028\u2029]\s*")
 def visible(text: str, limit: int | None = EXCERPT) -> str:
     """Text in one line, shortened; what cannot be seen is spelt out, as ⟨U+202E⟩."""
     line = " ".join(_LINE_END.sub(" ↵ ", text.strip()).split())
-    if limit is not None and len(line) > limit:
-        line = line[: limit - 1].rstrip() + "…"
+    if limit is not None:
+        line = shortened(line, limit)
     return "".join(f"⟨U+{ord(c):04X}⟩" if unicodedata.category(c)[0] == "C" else c for c in line)
 
 

@@ -33,14 +33,15 @@ from prefect.settings import PREFECT_API_URL
 from prefect.states import Cancelled, Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from gpt.base.errors import InputError, RunError
-from pipeline.dag.dvc_files import LOCK_FILE, read_stages
+from gpt.base.errors import InputError, RunError, in_one_line
+from pipeline.dag.dvc_files import LOCK_FILE
 from pipeline.dag.graph import Dag
+from pipeline.dag.lock import read_lock
 from pipeline.dag.overrides import text_with
 from pipeline.dag.repro import Processes, failure
 from pipeline.dag.workspace import make_workspace
 from pipeline.flow.lifetime import note_flow_run
-from pipeline.project.folders import environment
+from pipeline.project.folders import workspace_environment
 from pipeline.project.git import commit_of, git
 from pipeline.project.params import PARAMS_FILE, read_params
 from pipeline.project.stage_table import STAGES
@@ -256,7 +257,7 @@ def _task_of(shared: _Shared, point: Point) -> Any:
         except Exception as error:
             if not isinstance(error, InputError | RunError):  # a mistake of ours
                 traceback.print_exc()
-            outcome.error = outcome.error or " ".join(str(error).split()) or type(error).__name__
+            outcome.error = outcome.error or in_one_line(error)
         finally:
             shared.display.done(point.name)
         shared.outcomes[point.key] = outcome
@@ -327,7 +328,7 @@ def _repro(shared: _Shared, point: Point, dag: Dag, names: Sequence[str]) -> Non
         show=lambda event: shared.display.event(point.name, event),
         say=lambda text, _: logger.info("%s", text),
         warn=lambda text: shared.display.line(point.name, text, "warning"),
-        environment=environment(shared.snapshot.root, dag.root),
+        environment=workspace_environment(shared.snapshot.root, dag.root),
     )
     if done.code:
         for name in names:
@@ -369,16 +370,14 @@ def _value(sweep: Sweep, metrics: Mapping[str, float]) -> float:
 
 def _look_up(shared: _Shared, outcome: Outcome, folder: Path, plan: Sequence[str]) -> None:
     """Which runs and versions hold what the point is, and what was executed for it now."""
-    locked: dict[str, Any] = {}
-    for file in (folder / LOCK_FILE, folder / "optional" / LOCK_FILE):
-        locked |= read_stages(file)
+    locked = read_lock(folder)
     for name in plan:
         note = last_run(folder, name)  # a workspace is new: only an execution leaves one
         if note:
             outcome.executed.append(name)
         elif name not in shared.sweep.stages or outcome.error:
             continue
-        outputs = {out["path"]: out["md5"] for out in locked.get(name, {}).get("outs", ())}
+        outputs = locked[name].outputs if name in locked else {}
         run = shared.runs.stage_run(name, note.get("run_id"), outputs)
         if run is None:
             continue

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpt.base.errors import RunError
+from gpt.base.errors import RunError, shortened
 from pipeline.show.markdown import escaped
 from pipeline.sweep.points import Choices, Point, Sweep
 from pipeline.tracking.connection import (
@@ -26,7 +26,7 @@ from pipeline.tracking.connection import (
     run_that_made,
     run_url,
 )
-from pipeline.tracking.keys import key_of, short
+from pipeline.tracking.keys import NAME_LENGTH, key_of
 from pipeline.tracking.provenance import git_state
 from pipeline.tracking.registry import CANDIDATE, version_of
 
@@ -124,7 +124,9 @@ class SweepRuns:
             **{f"sweep.candidate.{model}": version for model, version in self._candidates()},
         }
         run = self.client.create_run(
-            self._experiment_id, tags=tags, run_name=short(f"{sweep.name} #{number}")
+            self._experiment_id,
+            tags=tags,
+            run_name=shortened(f"{sweep.name} #{number}", NAME_LENGTH),
         )
         params = {
             "stages": ", ".join(sweep.stages),
@@ -164,7 +166,7 @@ class SweepRuns:
                 **git_state(self._root),
             }
             created = self.client.create_run(
-                self._experiment_id, tags=tags, run_name=short(point.name)
+                self._experiment_id, tags=tags, run_name=shortened(point.name, NAME_LENGTH)
             )
             run_id = str(created.info.run_id)
             params = [Param(path, str(value)) for path, value in point.values.items()]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from filelock import FileLock
 
 from gpt.base.errors import InputError, RunError
-from pipeline.project.folders import home
+from pipeline.project.folders import shared_folder
 from pipeline.project.secrets import without_credentials, without_secrets
 from pipeline.tracking.database import database_file, database_uri, follow_move, reason_and_remedy
 from pipeline.tracking.keys import EXPERIMENT_PREFIX, key_of
@@ -58,7 +58,7 @@ def tracking_uri(root: Path) -> str:
 
 
 def _own_database(root: Path) -> Path:
-    return home(root) / "mlflow.db"
+    return shared_folder(root) / "mlflow.db"
 
 
 def artifact_folder(root: Path, name: str) -> str | None:
@@ -71,7 +71,7 @@ def artifact_folder(root: Path, name: str) -> str | None:
         name: of the folder.
     """
     is_server = tracking_uri(root).startswith("http")
-    return None if is_server else (home(root) / "mlartifacts" / name).as_uri()
+    return None if is_server else (shared_folder(root) / "mlartifacts" / name).as_uri()
 
 
 def quiet_environment() -> dict[str, str]:
@@ -124,7 +124,7 @@ def connect(root: Path, uri: str = "") -> MlflowClient:
 
 def lock_file(root: Path) -> Path:
     """Held by who changes what the project's processes share in MLflow."""
-    lock = home(root) / ".pipeline" / "mlflow.lock"
+    lock = shared_folder(root) / ".pipeline" / "mlflow.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
     return lock
 
@@ -299,7 +299,7 @@ def run_url(root: Path, experiment_id: str, run_id: str) -> str:
     if not uri.startswith("http"):
         uri = DEFAULT_UI
         with contextlib.suppress(OSError, ValueError, KeyError):
-            uri = json.loads((home(root) / ".pipeline" / "ui.json").read_text())["mlflow"]
+            uri = json.loads((shared_folder(root) / ".pipeline" / "ui.json").read_text())["mlflow"]
     return f"{without_secrets(uri).rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}?{PAGES}"
 
 

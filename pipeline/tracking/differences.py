@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pipeline.tracking.keys import key_of, short
+from gpt.base.errors import shortened
+from pipeline.tracking.keys import key_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -97,4 +98,4 @@ def what_differs(
     words = [f"{key}={value}" for key, value in changed.items()]
     if not words or len(words) > 3:
         words = [git["git.commit"][:7]] if "git.commit" in git else []
-    return Differs(" ".join((f"#{number}", *(short(word, 60) for word in words))), tags)
+    return Differs(" ".join((f"#{number}", *(shortened(word, 60) for word in words))), tags)

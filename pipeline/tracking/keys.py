@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from gpt.base.errors import shortened
 from pipeline.project.secrets import without_secrets
 
 EXPERIMENT_PREFIX = "gpt-pipeline/"
@@ -42,7 +43,7 @@ def flatten(params: Any) -> dict[str, str]:
     Lists stay one entry: scalars joined by commas, records by their name or their first value.
     """
     flat = _flatten(dataclasses.asdict(params))
-    return {key_of(key): short(without_secrets(text), VALUE_LENGTH) for key, text in flat}
+    return {key_of(key): shortened(without_secrets(text), VALUE_LENGTH) for key, text in flat}
 
 
 def _flatten(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
@@ -59,11 +60,6 @@ def _summary(item: Any) -> str:
     if isinstance(item, Mapping):
         return str(item.get("name") or next(iter(item.values()), ""))
     return str(item)
-
-
-def short(text: str, most: int = NAME_LENGTH) -> str:
-    """A text, or of a longer one its beginning; by default as long as a run's name may be."""
-    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def key_of(name: str) -> str:

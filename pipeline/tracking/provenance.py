@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gpt.base.errors import InputError, RunError
+from gpt.base.errors import InputError, RunError, first_few
 from pipeline.dag.cache import dvc_md5
 from pipeline.dag.code import code_of
 from pipeline.dag.dvc_files import pipeline_stages
@@ -151,10 +151,7 @@ class MadeOf:
                 files[PATCH] = patch
             tags["git.patch"] = "kept" if patch else f"too large ({size / 1e6:.1f} MB)"
         if tags and (untracked := _untracked(self.root, [*self.code, *self.inputs])):
-            more = len(untracked) - _NAMED
-            tags["git.untracked"] = ", ".join(untracked[:_NAMED]) + (
-                f" and {more} more" if more > 0 else ""
-            )
+            tags["git.untracked"] = first_few(untracked, _NAMED)
         tags["code"] = hashlib.md5(files[CODE], usedforsecurity=False).hexdigest()
         shown = {name: _redacted(content) for name, content in files.items()}
         if hidden := [name for name in files if shown[name] != files[name]]:

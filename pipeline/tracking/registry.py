@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gpt
-from gpt.base.errors import InputError, RunError
+from gpt.base.errors import InputError, RunError, in_one_line
 from pipeline.project.stage_table import MODELS
 from pipeline.tracking.run import StageRun
 from pipeline.tracking.version_page import CHANGED_TAG, version_page
@@ -227,7 +227,7 @@ def files_of(version: ModelVersion, whose: str = "its", remedy: str = "") -> Ite
             fetched = Path(mlflow.artifacts.download_artifacts(uri, dst_path=folder))
             (directory,) = (fetched / "artifacts").iterdir()
         except (MlflowException, OSError, ValueError) as error:
-            why = " ".join(str(error).split())
+            why = in_one_line(error)
             raise InputError(
                 f"{uri}: {whose} files are gone or cannot be fetched ({why}){remedy}"
             ) from None

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO, TypeVar
 
 from filelock import FileLock, Timeout
 
-from gpt.base.errors import RunError
+from gpt.base.errors import RunError, shortened
 from gpt.base.events import Event, Message, Metrics, Text
 from gpt.base.files import write_json
 from pipeline.project.secrets import without_credentials, without_secrets
@@ -52,7 +52,6 @@ from pipeline.tracking.keys import (
     flatten,
     flatten_metrics,
     key_of,
-    short,
 )
 from pipeline.tracking.provenance import Provenance, git_state
 from pipeline.tracking.unsent import Unsent
@@ -485,7 +484,7 @@ class StageRun:
         inputs = [
             DatasetInput(
                 Dataset(
-                    short(each.name, VALUE_LENGTH),
+                    shortened(each.name, VALUE_LENGTH),
                     each.digest,
                     each.source_type,
                     _place_of(each),

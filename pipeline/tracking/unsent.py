@@ -19,7 +19,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from gpt.base.files import write_json
-from pipeline.project.folders import home
+from pipeline.project.folders import shared_folder
 from pipeline.tracking.database import database_uri
 
 FOLDER = Path(".pipeline") / "unsent"
@@ -104,7 +104,7 @@ def begin(
     root: Path, stage: str, state: Path | None, continues: str | None, model_id: str | None = None
 ) -> Unsent:
     """A place for a run; arguments are as the attributes of `Unsent`."""
-    folder = home(root) / FOLDER / f"{stage}-{uuid.uuid4().hex[:12]}"
+    folder = shared_folder(root) / FOLDER / f"{stage}-{uuid.uuid4().hex[:12]}"
     folder.mkdir(parents=True)
     made = Unsent(
         folder=folder,
@@ -116,14 +116,14 @@ def begin(
         begun=time.time(),
     )
     about = dataclasses.asdict(made) | {"folder": folder.name, "root": str(made.root)}
-    about |= {"state": str(state) if state else None, "home": str(home(root))}
+    about |= {"state": str(state) if state else None, "home": str(shared_folder(root))}
     write_json(folder / _ABOUT, about)
     return made
 
 
 def unsent_runs(root: Path) -> list[Unsent]:
     """What is to be sent, as it was begun one after the other; what a kill left is removed."""
-    folder = home(root) / FOLDER
+    folder = shared_folder(root) / FOLDER
     found = []
     for each in sorted(folder.iterdir()) if folder.is_dir() else ():
         if each.name.startswith(_GONE):
@@ -135,7 +135,7 @@ def unsent_runs(root: Path) -> list[Unsent]:
 
 def find(root: Path, name: str) -> Unsent | None:
     """The run in the folder of that name; None if there is none, any more or yet."""
-    folder = home(root) / FOLDER / name
+    folder = shared_folder(root) / FOLDER / name
     try:
         about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -146,7 +146,7 @@ def find(root: Path, name: str) -> Unsent | None:
 
     def here(path: Path) -> Path:
         """The place since the project was moved or copied."""
-        return home(root) / path.relative_to(was) if path.is_relative_to(was) else path
+        return shared_folder(root) / path.relative_to(was) if path.is_relative_to(was) else path
 
     places = {"folder": folder, "root": here(made_in), "state": state and here(state)}
     return Unsent(**{**about, **places})

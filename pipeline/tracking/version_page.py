@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from gpt.base.errors import first_few, shortened
 from pipeline.show.markdown import escaped
 from pipeline.tracking.connection import artifact
 from pipeline.tracking.differences import OF_MODELS, Change, changes
@@ -189,10 +190,8 @@ def _recorded(client: MlflowClient, run: Run) -> dict[str, str]:
 def _shown(change: Change) -> str:
     """A change that is not too long for one line."""
 
-    def short(value: str | None) -> str | None:
-        return value if value is None or len(value) <= _VALUE else f"{value[: _VALUE - 1]}…"
-
-    return str(Change(change.what, short(change.before), short(change.after)))
+    before, after = (each and shortened(each, _VALUE) for each in (change.before, change.after))
+    return str(Change(change.what, before, after))
 
 
 def _lines(differs: _Differs) -> Iterator[str]:
@@ -208,6 +207,5 @@ def _lines(differs: _Differs) -> Iterator[str]:
     if differs.code is None:
         yield f"code{f': commit {differs.commits}' * bool(differs.commits)}"
     elif differs.code:
-        files = ", ".join(differs.code[:_MOST])
-        files += f" and {len(differs.code) - _MOST} more" if differs.code[_MOST:] else ""
+        files = first_few(differs.code, _MOST)
         yield escaped(f"code: {files}" + f" (commit {differs.commits})" * bool(differs.commits))

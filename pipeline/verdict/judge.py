@@ -20,7 +20,7 @@ from typing import Any, Literal
 import pandas as pd
 from pydantic import TypeAdapter, ValidationError
 
-from gpt.base.errors import InputError, RunError, first_problem
+from gpt.base.errors import InputError, RunError, first_problem, in_one_line
 from gpt.base.events import Log, Message, Progress, discard
 from gpt.base.files import read_json, whole_directory, write_json
 from pipeline.project.settings import JudgeParams
@@ -312,7 +312,7 @@ def judge_assistant(params: JudgeParams, root: Path, log: Log = discard) -> Judg
     except FileNotFoundError:
         raise InputError(f"{ANSWERS} is missing; `gpt-pipeline run evaluate` makes it") from None
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        reason = in_one_line(error)
         raise InputError(f"{ANSWERS}: cannot be read ({reason}); run evaluate again") from None
     judged = judge_answers(params, table, COLUMNS, folder=root / CACHE, log=log)
     with whole_directory(root / REPORT) as folder:
@@ -348,5 +348,5 @@ def _track(root: Path, judged: Judged, log: Log) -> None:
                     client.log_metric(run_id, f"judge/{name}/{key}", float(value))
         client.log_artifacts(run_id, str(root / REPORT), "judge")
     except (RunError, MlflowException, OSError) as error:
-        why = " ".join(str(error).split())
+        why = in_one_line(error)
         log(Message(f"MLflow did not take the scores, which are in {REPORT}: {why}", "warning"))

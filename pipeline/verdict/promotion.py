@@ -24,7 +24,8 @@ from pydantic import TypeAdapter, ValidationError
 from gpt.base.errors import InputError, first_problem
 from gpt.base.files import read_json, whole_file, write_json
 from gpt.scores.bootstrap import Comparison, Score, accuracy, compare, macro_f1, mean, mean_loss
-from pipeline.dag.dvc_files import LOCK_FILE, read_stages
+from pipeline.dag.dvc_files import LOCK_FILE
+from pipeline.dag.lock import read_lock
 from pipeline.project.file_locks import stage_lock
 from pipeline.project.settings import PromotionParams
 from pipeline.tracking.connection import connect, named_failure
@@ -265,15 +266,15 @@ class _Evaluated:
 
 def _evaluated(root: Path) -> _Evaluated:
     try:
-        stage = read_stages(root / LOCK_FILE)["evaluate"]
-        read = {each["path"]: each["md5"] for each in stage["deps"]}
+        entry = read_lock(root)["evaluate"]
+        read = entry.inputs | entry.code
         models = {name: read.pop(path.as_posix()) for name, path in MODELS.items()}
-    except (KeyError, TypeError):
+    except KeyError:
         raise InputError(
             f"{root / LOCK_FILE}: holds no run of evaluate, so there is nothing to compare; run "
             "`gpt-pipeline run`"
         ) from None
-    rest = json.dumps([read, stage.get("params")], sort_keys=True)
+    rest = json.dumps([read, entry.params], sort_keys=True)
     return _Evaluated(models, hashlib.md5(rest.encode(), usedforsecurity=False).hexdigest())
 
 

@@ -17,7 +17,7 @@ from typing import Annotated
 from pydantic import ConfigDict, Field, field_validator
 from pydantic.dataclasses import dataclass
 
-from gpt.base.errors import InputError
+from gpt.base.errors import InputError, first_few
 from gpt.base.events import Log, Message, discard
 from gpt.base.files import whole_directory, write_json
 from gpt.text.records import (
@@ -306,5 +306,4 @@ def _size(files: Sequence[_File]) -> dict[str, int]:
 
 def _names(files: Sequence[_File]) -> str:
     """The files' names, the first ones of many."""
-    names = [file.raw.file for file in files[:5]]
-    return ", ".join(names) + (f" and {len(files) - 5} more" if len(files) > 5 else "")
+    return first_few([file.raw.file for file in files], 5)

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from gpt.base.errors import InputError
+from gpt.base.errors import InputError, first_few
 from gpt.base.labels import in_short, plain_label
 from gpt.batches.data import ClassificationDataset, batches
 from gpt.batches.metrics import (
@@ -48,7 +48,7 @@ def messages_by_part(directory: Path, messages: Path) -> tuple[list[str], dict[s
     frame, parts = usable_parts(messages, training.split, training.balance)
     unknown = sorted(set(frame["label"]) - set(labels))
     if unknown:
-        known = ", ".join(labels[:_NAMED]) + (", …" if len(labels) > _NAMED else "")
+        known = first_few(labels, _NAMED)
         raise InputError(
             f"{messages}: the class {in_short(unknown[:1])} is unknown to {directory} ({known}); "
             "run finetune_classifier on these messages"

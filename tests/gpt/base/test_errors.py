@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from gpt.base.errors import lacks_memory, shown
+from gpt.base.errors import first_few, in_one_line, lacks_memory, shown
 
 
 @pytest.mark.parametrize(
@@ -24,4 +24,7 @@ def test_memory_that_is_not_there_is_told_from_other_failures(ask):
 
 
 def test_a_long_value_is_shown_on_one_short_line():
-    assert shown("a\n" * 5000) == repr("a\n" * 5000)[:57] + "..."
+    assert shown("a\n" * 5000) == repr("a\n" * 5000)[:59] + "…"
+    assert in_one_line(ValueError("a\n  b")) == "a b"
+    assert in_one_line(KeyboardInterrupt()) == "KeyboardInterrupt"
+    assert first_few([*range(5)]) == "0, 1, 2 and 2 more"
