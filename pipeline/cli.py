@@ -206,8 +206,10 @@ def preset(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="The one to use.")] = None,
 ) -> None:
     """List the presets; or put one in place as params.yaml."""
+    from pipeline.project.params import preset_file, preset_files
+
     root = _root()
-    presets = {path.stem: path for path in sorted((root / "presets").glob("*.yaml"))}
+    presets = preset_files(root)
     current = root / "params.yaml"
     now = current.read_bytes() if current.exists() else None
     if name is None:
@@ -216,9 +218,7 @@ def preset(
             mark = "*" if path.read_bytes() == now else " "
             say(f"{mark} {each:<{width}}  {_description(path)}")
         return
-    if name not in presets:
-        raise InputError(f"{name}: no such preset; there are {', '.join(presets)}")
-    chosen = presets[name].read_bytes()
+    chosen = preset_file(root, name).read_bytes()
     if now is not None and now not in [_committed(root), *map(Path.read_bytes, presets.values())]:
         _keep(root, now)
     with whole_file(current) as partial:

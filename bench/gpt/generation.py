@@ -22,7 +22,7 @@ from bench.harness import (
 )
 from bench.worker import Alternative, Job, as_ours
 from gpt.engine.int8 import quantize
-from gpt.estimate import n_multiplied
+from gpt.estimate import Counts
 from gpt.inference import generate
 from gpt.model.config import GPT2_SIZES, GPTConfig
 from gpt.model.device import Precision
@@ -134,8 +134,13 @@ def bytes_per_token(shape: Shape, precision: Precision) -> float:
     rows, and the keys and values of each layer.
     """
     config, length = shape.config, shape.prompt + shape.new / 2
-    n_weights = n_multiplied(config) / shape.rows
+    n_weights = _multiplied(config) / shape.rows
     return DTYPES[precision].itemsize * (n_weights + 2 * config.n_layer * config.n_embd * length)
+
+
+def _multiplied(config: GPTConfig) -> int:
+    with torch.device("meta"):
+        return Counts(GPT(config)).multiplied
 
 
 def flops_per_prompt_token(config: GPTConfig, length: int) -> float:
@@ -143,7 +148,7 @@ def flops_per_prompt_token(config: GPTConfig, length: int) -> float:
 
     The head is needed for the last position only; attention as if every position saw all others.
     """
-    n_params = n_multiplied(config) - config.vocab_size * config.n_embd
+    n_params = _multiplied(config) - config.vocab_size * config.n_embd
     return 2 * n_params + 4 * config.n_layer * config.n_embd * length
 
 

@@ -22,7 +22,8 @@ from bench.harness import (
 from bench.worker import Alternative, Job, as_ours
 from gpt.batches.data import Batch
 from gpt.batches.metrics import lm_loss_sum
-from gpt.estimate import flops_per_token
+from gpt.estimate import Counts, step_flops
+from gpt.estimate import Shape as BatchShape
 from gpt.model.config import GPT2_SIZES, GPTConfig
 from gpt.model.device import Precision, autocast
 from gpt.model.model import GPT
@@ -109,6 +110,9 @@ def compare_steps(
 ) -> Comparison:
     """Alternatives of one training step, held against the matmul peak of `precision`."""
     peak = machine.matmul[DTYPES[precision]].of_a_comparison()
+    length = shape.config.context_length
+    with torch.device("meta"):
+        counts = Counts(GPT(shape.config))
     runs = compare_in_workers(
         alternatives,
         settings,
@@ -121,7 +125,7 @@ def compare_steps(
         unit="tokens",
         seconds=seconds_of(runs),
         peak=peak,
-        cost=flops_per_token(shape.config, shape.config.context_length),
+        cost=step_flops(counts, BatchShape.full(1, length)) / length,
         columns={"peak memory": peak_memory_of(runs)},
     )
 

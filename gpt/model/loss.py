@@ -15,10 +15,10 @@ from torch import Tensor
 
 CHUNK_BYTES = 128 << 20
 """At most so much of the logits at a time."""
-_LANES = 64
+LANES = 64
 """The buffer's rows begin at multiples of so many numbers: 50,257 is odd, and matrix products
 into rows that begin anywhere take up to a third longer."""
-_SOFTMAX_ROWS = 32
+SOFTMAX_ROWS = 32
 """So many rows of a chunk go through the softmax at a time on a CPU, to stay in its cache."""
 
 
@@ -71,7 +71,7 @@ def _loss_and_gradients(
     """The loss, and if wanted the gradients of `hidden` (N, C) and of `weight` (V, C), in fp32."""
     N, C = hidden.shape
     V = weight.shape[0]
-    width = -(-V // _LANES) * _LANES
+    width = -(-V // LANES) * LANES
     chunks = max(1, -(-N * width * hidden.element_size() // CHUNK_BYTES))
     rows = max(1, -(-N // chunks))
     buffer = hidden.new_zeros(min(rows, N), width)  # the columns past V stay zero
@@ -100,7 +100,7 @@ def _loss_and_gradients(
 
 def _softmax_gradient(logits: Tensor, targets: Tensor, gradients: bool) -> Tensor:
     """The summed log-probability of the targets; `logits` (n, V) become their own gradient."""
-    at_once = _SOFTMAX_ROWS if logits.device.type == "cpu" else max(1, len(logits))
+    at_once = SOFTMAX_ROWS if logits.device.type == "cpu" else max(1, len(logits))
     sums = []
     for rows, targets_of in zip(
         torch.split(logits, at_once), torch.split(targets, at_once), strict=True

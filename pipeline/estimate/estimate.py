@@ -11,8 +11,8 @@ import contextlib
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,27 +28,12 @@ from gpt.estimate import ACCELERATORS, UTILISATION, Accelerator, Memory
 from gpt.model.device import pick_device
 from pipeline.estimate.plan import TRAINING, Plan, make_plan
 from pipeline.estimate.probe import EVALUATE_AFTER, WARM_UP, Probe, probe_stage
-from pipeline.project.params import PARAMS_FILE, load_params
+from pipeline.project.params import PARAMS_FILE, load_params, preset_file
 from pipeline.project.stage_table import STAGES
 from pipeline.show.console import safe_console, seconds_in_words
 from pipeline.show.terminal import say_json
 
 # --- what it takes --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Seconds:
-    """The time of a stage by part."""
-
-    start: float
-    training: float
-    evaluations: float
-    end: float
-
-    @property
-    def total(self) -> float:
-        """The sum."""
-        return self.start + self.training + self.evaluations + self.end
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +45,7 @@ class Estimate:
         memory: its parts.
         peak: the process's memory as measured, and on a graphics card; else the sum of the parts.
         libraries: what is no part: Python and its libraries, or a device's own.
-        seconds: the time by part; for a named device only in all.
+        seconds: the time by part (`TIMES`); empty for a named device.
         total_seconds: in all.
         devices: how many of a named device are needed, None for none that would do.
     """
@@ -70,9 +55,14 @@ class Estimate:
     peak: int
     libraries: int
     device_peak: int | None = None
-    seconds: Seconds | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
     total_seconds: float
     devices: int | None = None
+
+    @property
+    def flops_per_token(self) -> float:
+        """Of all steps, evaluations left out."""
+        return float(self.plan.step_flops.sum()) / self.plan.tokens
 
     def as_json(self) -> dict[str, Any]:
         """All figures under plain names: bytes, seconds, FLOPs."""
@@ -83,7 +73,7 @@ class Estimate:
             "steps": plan.steps,
             "tokens": plan.tokens,
             "evaluations": plan.evaluations,
-            "flops_per_token": float(plan.step_flops.sum()) / plan.tokens,
+            "flops_per_token": self.flops_per_token,
             "flops": plan.flops,
             "memory_bytes": {
                 **dataclasses.asdict(self.memory),
@@ -91,10 +81,7 @@ class Estimate:
                 "peak": self.peak,
                 "device_peak": self.device_peak,
             },
-            "seconds": {
-                **(dataclasses.asdict(self.seconds) if self.seconds else {}),
-                "total": self.total_seconds,
-            },
+            "seconds": {**self.seconds, "total": self.total_seconds},
             "devices": self.devices,
         }
 
@@ -120,18 +107,19 @@ def here(plan: Plan, probe: Probe) -> Estimate:
         libraries=max(0, peak - memory.total) if on_host else probe.peak,
         device_peak=None if probe.device_peak is None else probe.device_peak + later,
         seconds=time,
-        total_seconds=time.total,
+        total_seconds=sum(time.values()),
     )
 
 
-def seconds(plan: Plan, probe: Probe) -> Seconds:
+def seconds(plan: Plan, probe: Probe) -> dict[str, float]:
     """The whole stage's time from its first steps, which are weighed by their FLOPs."""
     timed = probe.timed
-    rate = sum(step.seconds for step in timed) / sum(_flops_of(plan, step.number) for step in timed)
+    flops = [float(plan.step_flops[step.number - 1]) for step in probe.steps]
+    rate = sum(step.seconds for step in timed) / sum(flops[-len(timed) :])
     training = rate * float(plan.step_flops.sum())
-    for step in probe.steps[:WARM_UP]:
-        training += step.seconds - rate * _flops_of(plan, step.number)
-    # between two steps: what listens to them
+    for step, own in zip(probe.steps[:WARM_UP], flops, strict=False):
+        training += step.seconds - rate * own
+    # between two steps: the listeners to their events
     interval = min(EVALUATE_AFTER, int(plan.train.eval_interval))
     gaps = [
         after.end - after.seconds - before.end
@@ -145,16 +133,12 @@ def seconds(plan: Plan, probe: Probe) -> Seconds:
     else:  # a forward pass costs as much as it does in a step
         whole = validation = rate * plan.evaluation_flops
     final = validation * plan.final_flops / plan.evaluation_flops
-    return Seconds(
-        start=probe.start,
-        training=training,
-        evaluations=plan.evaluations * whole,
-        end=final + probe.finish,
-    )
-
-
-def _flops_of(plan: Plan, number: int) -> float:
-    return float(plan.step_flops[number - 1])
+    return {
+        "start": probe.start,
+        "training": training,
+        "evaluations": plan.evaluations * whole,
+        "end": final + probe.finish,
+    }
 
 
 def on_device(plan: Plan, device: Accelerator) -> Estimate:
@@ -195,7 +179,7 @@ def estimate(
     Args:
         root: the project.
         stage: one that trains; None is all of them for which there is data.
-        preset: take its parameters in place of `params.yaml`, with the data that is there.
+        preset: use its parameters instead of `params.yaml`, with the data that is there.
         device: a name of `ACCELERATORS`; None measures this machine.
         as_json: print JSON and nothing else.
         console: where to print to.
@@ -212,72 +196,55 @@ def estimate(
         raise InputError(f"{stage}: {trains}; use one of {', '.join(TRAINING)}")
     if device is not None and device not in ACCELERATORS:
         raise InputError(f"--device {device}: not known; use one of {', '.join(ACCELERATORS)}")
-    file = _params_file(root, preset)
+    file = preset_file(root, preset) if preset else root / PARAMS_FILE
     params = load_params(file)
     console = safe_console(console)
     results: dict[str, Estimate] = {}
     missing: dict[str, str] = {}
-    busy = None if device else _busy()
+    notes = [] if device else _busy()
     for name in [stage] if stage else TRAINING:
         try:
             plan = make_plan(name, params, root)
             if device:
                 results[name] = on_device(plan, ACCELERATORS[device])
                 continue
-            with _status(console, f"measuring {name} …", quiet=as_json):
+            measuring = console.status(f"measuring {name} …")
+            with contextlib.nullcontext() if as_json else measuring:
                 weights = shapes.FP32 * plan.parameters
                 results[name] = here(plan, probe_stage(name, root, file, weights))
+            if (devices := plan.train.devices) != 1:
+                notes.append(f"{name}: measured on one device; train.devices is {devices}.")
         except InputError as error:
             missing[name] = str(error)
     if not results:
         raise InputError(next(iter(missing.values())))
     if as_json:
         data = {name: each.as_json() for name, each in results.items()}
-        whole = {"preset": preset, "device": device, "stages": data, "missing": missing}
-        say_json(whole)
+        say_json({"preset": preset, "device": device, "stages": data, "missing": missing})
         return results
-    notes = [f"{name}: {why}." for name, why in missing.items()]
-    notes += [
-        f"{name}: measured on one device; train.devices is {each.plan.train.devices}."
-        for name, each in results.items()
-        if device is None and each.plan.train.devices != 1
-    ]
-    if busy:
-        notes.append(busy)
     if preset:
         notes.append(
             f"With the parameters of presets/{preset}.yaml, and data and base models as they are "
             "in the project now."
         )
-    _print(console, results, device, notes)
+    notes = [*_basis(device), *(f"{name}: {why}." for name, why in missing.items()), *notes]
+    console.print()
+    console.print(_table(results, device))
+    console.print()
+    for line in notes:
+        console.print(Text(line, style="dim"), soft_wrap=False)
     return results
 
 
-def _busy() -> str | None:
-    """Says that others were at work here, which a measured time cannot leave out."""
+def _busy() -> list[str]:
+    """Says that other processes used the machine, which a measured time cannot leave out."""
     cores = os.cpu_count() or 1
-    if not hasattr(os, "getloadavg") or (load := os.getloadavg()[0]) < cores:
-        return None
-    return (
+    if (load := os.getloadavg()[0]) < cores:
+        return []
+    return [
         f"The machine was busy (load {load:.1f} on {cores} cores): the times are those of a busy "
         "machine, and hold as long as it is."
-    )
-
-
-def _status(
-    console: Console, text: str, *, quiet: bool
-) -> contextlib.AbstractContextManager[object]:
-    return contextlib.nullcontext() if quiet else console.status(text)
-
-
-def _params_file(root: Path, preset: str | None) -> Path:
-    if preset is None:
-        return root / PARAMS_FILE
-    file = root / "presets" / f"{preset}.yaml"
-    known = sorted(path.stem for path in (root / "presets").glob("*.yaml"))
-    if preset not in known:
-        raise InputError(f"{preset}: no such preset; there are {', '.join(known) or 'none'}")
-    return file
+    ]
 
 
 _PARTS = {
@@ -293,9 +260,15 @@ _PARTS = {
 }
 
 
-def _print(
-    console: Console, results: Mapping[str, Estimate], device: str | None, notes: Iterable[str]
-) -> None:
+TIMES = {
+    "start": "start and data",
+    "training": "all steps",
+    "evaluations": "evaluations",
+    "end": "last evaluation, saving",
+}
+
+
+def _table(results: Mapping[str, Estimate], device: str | None) -> Table:
     each = list(results.values())
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column("")
@@ -306,66 +279,53 @@ def _print(
         table.add_row(label, *(Text(value(result), style=style) for result in each), style=style)
 
     row("parameters", lambda r: f"{r.plan.parameters:,}")
-    row("  trained", lambda r: _share(r.plan.trained, r.plan.parameters))
+    row(
+        "  trained",
+        lambda r: "all" if r.plan.trained == r.plan.parameters else f"{r.plan.trained:,}",
+    )
     row("steps", lambda r: f"{r.plan.steps:,}")
     row("tokens", lambda r: f"{r.plan.tokens:,}")
-    row("FLOPs a token", lambda r: _flops(float(r.plan.step_flops.sum()) / r.plan.tokens))
+    row("FLOPs a token", lambda r: _flops(r.flops_per_token))
     row("FLOPs in all", lambda r: _flops(r.plan.flops))
     table.add_section()
     for part, label in _PARTS.items():
         if any(getattr(result.memory, part) for result in each):
             row(label, lambda r, part=part: _bytes(getattr(r.memory, part)))  # type: ignore[misc]
-    if device is None and any(result.device_peak is not None for result in each):
+    if any(result.device_peak is not None for result in each):
         row("on the graphics card", lambda r: _bytes(r.device_peak or 0), "bold")
         row("in the machine's memory", lambda r: _bytes(r.peak), "bold")
     else:
         row("CUDA itself" if device else "Python and libraries", lambda r: _bytes(r.libraries))
         row("memory", lambda r: _bytes(r.peak), "bold")
     table.add_section()
-    if device is None:
-        for label, part in (
-            ("start and data", "start"),
-            ("all steps", "training"),
-            ("evaluations", "evaluations"),
-            ("last evaluation, saving", "end"),
-        ):
-            row(label, lambda r, part=part: _time(getattr(r.seconds, part)))  # type: ignore[misc]
-    else:
+    if device:
         row("fits on", lambda r: _devices(r.devices))
+    else:
+        for part, label in TIMES.items():
+            row(label, lambda r, part=part: _time(r.seconds[part]))  # type: ignore[misc]
     row("time", lambda r: _time(r.total_seconds), "bold")
-    console.print()
-    console.print(table)
-    console.print()
-    for line in [*_basis(device), *notes]:
-        console.print(Text(line, style="dim"), soft_wrap=False)
+    return table
 
 
-def _basis(device: str | None) -> Iterator[str]:
+def _basis(device: str | None) -> list[str]:
     """What the figures rest on."""
     if device is None:
-        yield (
+        return [
             "Time and memory of each stage by itself, as a process of its own: its first steps "
-            "were run here."
-        )
-        yield (
+            "were run here.",
             "The parts are counted; what they leave of the measured memory is Python, its "
-            "libraries and what the allocator keeps."
-        )
-        return
+            "libraries and what the allocator keeps.",
+        ]
     card = ACCELERATORS[device]
     rate = f"{card.bf16 / 1e12:g} TFLOP/s in bf16" if card.bf16 else "no bf16"
-    yield (
+    return [
         f"{card.name}: {card.memory / 1e9:.1f} GB, {rate}, {card.fp32 / 1e12:g} in fp32 "
-        f"({card.source})."
-    )
-    yield (
+        f"({card.source}).",
         f"Time: that {UTILISATION:.0%} of the peak is reached is assumed, not measured; small "
-        "models reach less. Start-up, samples and saving are not in it."
-    )
-    yield (
+        "models reach less. Start-up, samples and saving are not in it.",
         f"Memory: the sum of the parts, and {_bytes(shapes.CONTEXT_BYTES)} assumed for CUDA itself."
-        " More than one device as FSDP shards them, each with batches as large as here."
-    )
+        " More than one device as FSDP shards them, each with batches as large as here.",
+    ]
 
 
 def _time(seconds: float) -> str:
@@ -376,10 +336,6 @@ def _devices(needed: int | None) -> str:
     if needed is None:
         return "none: lower batch_size"
     return "1 device" if needed == 1 else f"{needed} devices (FSDP)"
-
-
-def _share(trained: int, parameters: int) -> str:
-    return "all" if trained == parameters else f"{trained:,}"
 
 
 def _bytes(size: int) -> str:

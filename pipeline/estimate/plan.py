@@ -1,29 +1,30 @@
-"""What a training stage will do, counted from its parameters and its data; nothing of it is run."""
+"""What a training stage will do, counted from its parameters and its data without running it."""
 
 from __future__ import annotations
 
 import functools
 import importlib
 import itertools
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from gpt import estimate as shapes
 from gpt.base.errors import InputError
 from gpt.batches.data import IGNORED, Batch, Dataset, batch_indices, batches, take
-from gpt.estimate import Memory, Shape, Tuning
-from gpt.model.config import GPTConfig
+from gpt.estimate import Counts, Memory, Shape
+from gpt.model.model import GPT, GPTClassifier
+from gpt.tune.lora import wrap
 from pipeline.project.params import Params, section
 from pipeline.project.stage_table import STAGES
 
 if TYPE_CHECKING:
     from gpt.train.recipe import TrainParams
-    from stages import finetune_classifier, finetune_instruct, pretrain, tune_preferences
+    from stages import finetune_classifier
 
 TRAINING = tuple(name for name, spec in STAGES.items() if spec.trains)
 """The stages that train, in the order of the pipeline."""
@@ -31,7 +32,7 @@ TRAINING = tuple(name for name, spec in STAGES.items() if spec.trains)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """A training stage as its parameters and its data make it.
+    """A training stage with its parameters and its data, counted.
 
     Attributes:
         train: its recipe.
@@ -39,14 +40,13 @@ class Plan:
         trained: how many of them get gradients.
         steps: optimizer steps.
         tokens: real tokens in all of them.
-        passes: batches by shape, in all steps.
         step_flops: of each step, (steps,).
         largest: the batch that takes the most memory.
-        flops_before: done once before the first step.
-        evaluation_flops: of one evaluation's validation.
-        final_flops: of what is measured behind the last step.
+        flops_before: computed once before the first step.
+        evaluation_flops: of the validation loss of one evaluation.
+        final_flops: of what is measured after the last step.
         memory: from the largest batch, whether products are in `bf16`, and the `kernel`.
-        shapes_of: the passes of a step, counted from 0.
+        shapes_of: the batches of a step, counted from 0.
     """
 
     train: TrainParams
@@ -54,7 +54,6 @@ class Plan:
     trained: int
     steps: int
     tokens: int
-    passes: Mapping[Shape, int]
     step_flops: np.ndarray
     largest: Shape
     flops_before: float
@@ -102,166 +101,96 @@ def make_plan(stage: str, params: Params, root: Path) -> Plan:
                 f"`gpt-pipeline run {makers[0]}` makes it"
             )
     ready = importlib.import_module(spec.function.partition(":")[0]).prepare(own, **paths)
-    tuning = _tuning(own)
-    if shapes.trunk_depth(ready.config, tuning) < 0:
-        base, where = next(iter(paths.values())), "lora.blocks" if tuning.lora else "blocks"
-        raise InputError(
-            f"{stage}.{where}: {base} has {ready.config.n_layer} blocks; use at most that"
-        )
-    return _PLANS[stage](own, ready, tuning)
+    plan = _plan_classifier if stage == "finetune_classifier" else _plan_language_model
+    return plan(own, ready)
 
 
-def _tuning(params: Any) -> Tuning:
-    """What a stage's parameters let be trained."""
-    return Tuning(
-        blocks=getattr(params, "last", None),
-        lora=getattr(params, "adapters", None),
-        mean=getattr(params, "pooling", "last") == "mean",
+def _plan_language_model(params: Any, ready: Any) -> Plan:
+    with torch.device("meta"):
+        language_model = GPT(ready.config)
+        if lora := getattr(params, "adapters", None):
+            wrap(language_model, lora)
+    model = Counts(language_model)
+    train = getattr(params, "recipe", params.train)
+    pairs = hasattr(ready, "pairs")
+    cache = (len(ready.shown), max(map(len, ready.shown)) + params.sample_tokens)
+    before, evaluation, final = (
+        sum(_forward(model, data, train.batch_size) for data in each) for each in _measured(ready)
     )
-
-
-def _plan_pretrain(
-    params: pretrain.PretrainParams, ready: pretrain.Prepared, tuning: Tuning
-) -> Plan:
-    one = shapes.forward_flops(ready.config, Shape.full(1, ready.config.context_length))
-    return _language_plan(
-        params,
-        ready,
-        tuning,
-        train=params.recipe,
-        flops_before=0.0,
-        evaluation_flops=one * len(ready.some),
-        final_flops=one * sum(map(len, (ready.data["validation"], *ready.sources.values()))),
-    )
-
-
-def _plan_instruct(
-    params: finetune_instruct.FinetuneInstructParams,
-    ready: finetune_instruct.Prepared,
-    tuning: Tuning,
-) -> Plan:
-    validation = _forward(ready.config, ready.data["validation"], params.train.batch_size)
-    return _language_plan(
-        params,
-        ready,
-        tuning,
-        flops_before=validation,
-        evaluation_flops=validation,
-        final_flops=validation,
-    )
-
-
-def _plan_preferences(
-    params: tune_preferences.TunePreferencesParams,
-    ready: tune_preferences.Prepared,
-    tuning: Tuning,
-) -> Plan:
-    size = params.train.batch_size
-    each = {name: _forward(ready.config, data, size) for name, data in ready.data.items()}
-    scored = each["validation"] + each["test"] + _forward(ready.config, ready.answers, size)
-    return _language_plan(
-        params,
-        ready,
-        tuning,
-        pairs=True,
-        flops_before=sum(each.values()) + scored,
-        evaluation_flops=each["validation"],
-        final_flops=scored,
-    )
-
-
-def _forward(config: GPTConfig, data: Dataset, size: int) -> float:
-    """The FLOPs of going through some texts once, as an evaluation does."""
-    rows = batches(data, size, by_length=True)
-    return sum(shapes.forward_flops(config, _shape(batch)) for batch in rows)
-
-
-def _language_plan(
-    params: Any,
-    ready: Any,
-    tuning: Tuning,
-    *,
-    train: TrainParams | None = None,
-    pairs: bool = False,
-    **known: float,
-) -> Plan:
-    config, train = ready.config, train or params.train
-    adapters = shapes.n_adapters(config, tuning.lora) if tuning.lora else 0
     return _plan(
         train,
         ready.data["train"],
-        lambda shape: shapes.step_flops(config, shape, tuning),
-        parameters=shapes.n_parameters(config) + adapters,
-        trained=shapes.n_trained(config, tuning),
-        memory=functools.partial(
-            shapes.lm_memory,
-            config,
-            optimizer=train.optimizer,
-            keep_best=train.keep == "best",
-            cache=(len(ready.shown), max(map(len, ready.shown)) + params.sample_tokens),
-            tuning=tuning,
-            pairs=pairs,
-        ),
-        **known,
+        model,
+        functools.partial(shapes.step_flops, model),
+        memory=functools.partial(shapes.lm_memory, model, train=train, cache=cache, pairs=pairs),
+        flops_before=before,
+        evaluation_flops=evaluation,
+        final_flops=final,
     )
+
+
+def _measured(ready: Any) -> tuple[list[Dataset], list[Dataset], list[Dataset]]:
+    """What a language model goes through before the first step, in an evaluation and at the end."""
+    data = ready.data
+    if hasattr(ready, "some"):  # pretrain
+        return [], [ready.some], [data["validation"], *ready.sources.values()]
+    if hasattr(ready, "pairs"):  # tune_preferences
+        scored = [data["validation"], data["test"], ready.answers]
+        return [*data.values(), *scored], [data["validation"]], scored
+    return [data["validation"]], [data["validation"]], [data["validation"]]
+
+
+def _forward(model: Counts, data: Dataset, size: int) -> float:
+    """The FLOPs of going through some texts once, as an evaluation does."""
+    if data.lengths is None:  # windows
+        return len(data) * shapes.forward_flops(model, Shape.full(1, model.config.context_length))
+    rows = batches(data, size, by_length=True)
+    return sum(shapes.forward_flops(model, _shape(batch)) for batch in rows)
 
 
 def _plan_classifier(
-    params: finetune_classifier.FinetuneClassifierParams,
-    ready: finetune_classifier.Prepared,
-    tuning: Tuning,
+    params: finetune_classifier.FinetuneClassifierParams, ready: finetune_classifier.Prepared
 ) -> Plan:
-    from stages.finetune_classifier import ROWS_AT_ONCE
+    from stages.finetune_classifier import ROWS_AT_ONCE, freeze
 
-    config, classes, train = ready.config, len(ready.labels), params.train
-    depth = shapes.trunk_depth(config, tuning)
+    with torch.device("meta"):
+        classifier = GPTClassifier(ready.config, ready.labels, params.pooling)
+        depth = freeze(classifier, params.trainable, params.blocks, params.lora)
+    model = Counts(classifier)
     kept = depth > 0 and ready.keeps
     lengths = [int(n) for each in ready.data.values() for n in each.lengths] if kept else []
-    one_vector = depth == config.n_layer and not tuning.mean  # of each text
-    flops = functools.partial(
-        shapes.classifier_flops, config, tuning=tuning, classes=classes, kept=kept
-    )
+    one_vector = depth == ready.config.n_layer and not model.mean  # of each text
+    flops = functools.partial(shapes.classifier_flops, model, kept=kept)
     scored = {
         name: sum(flops(_shape(batch)) / 3 for batch in batches(each, ROWS_AT_ONCE))
         for name, each in ready.data.items()
     }
-    adapters = shapes.n_adapters(config, tuning.lora, classes) if tuning.lora else 0
+    texts = [Shape(rows=1, length=n, tokens=n, targets=1) for n in lengths]
     return _plan(
-        train,
+        params.train,
         ready.data["train"],
+        model,
         flops,
-        parameters=shapes.n_parameters(config, classes) + adapters,
-        trained=shapes.n_trained(config, tuning, classes),
         memory=functools.partial(
             shapes.classifier_memory,
-            config,
-            tuning=tuning,
-            classes=classes,
-            optimizer=train.optimizer,
-            keep_best=train.keep == "best",
+            model,
+            train=params.train,
             features=len(lengths) if one_vector else sum(lengths),
         ),
-        flops_before=sum(
-            shapes.trunk_flops(
-                config, Shape(rows=1, length=n, tokens=n, targets=1), depth, mean=tuning.mean
-            )
-            for n in lengths
-        ),
+        flops_before=sum(shapes.trunk_flops(model, text, depth) for text in texts),
         evaluation_flops=scored["validation"],
         final_flops=sum(scored.values()),
     )
 
 
-_PLANS: dict[str, Callable[..., Plan]] = {
-    "pretrain": _plan_pretrain,
-    "finetune_classifier": _plan_classifier,
-    "finetune_instruct": _plan_instruct,
-    "tune_preferences": _plan_preferences,
-}
-
-
-def _plan(train: TrainParams, data: Dataset, flops: Callable[[Shape], float], **known: Any) -> Plan:
-    """The steps of `gpt.train.loop.fit` over these rows, none of them taken."""
+def _plan(
+    train: TrainParams,
+    data: Dataset,
+    model: Counts,
+    flops: Callable[[Shape], float],
+    **known: Any,
+) -> Plan:
+    """The steps that `gpt.train.loop.fit` would take over these rows."""
     n = len(data)
     per_step = min(train.rows, n)
     steps = train.steps or (train.epochs or 0) * (n // per_step)
@@ -277,14 +206,15 @@ def _plan(train: TrainParams, data: Dataset, flops: Callable[[Shape], float], **
 
     each = [shapes_of(step) for step in range(1 if alike else steps)]
     times = steps if alike else 1
-    passes = Counter(itertools.chain.from_iterable(each))
+    of_steps = list(itertools.chain.from_iterable(each))
     return Plan(
         train=train,
+        parameters=model.parameters,
+        trained=model.trained,
         steps=steps,
-        tokens=times * sum(shape.tokens * count for shape, count in passes.items()),
-        passes={shape: count * times for shape, count in passes.items()},
+        tokens=times * sum(shape.tokens for shape in of_steps),
         step_flops=np.tile([sum(map(flops, batch)) for batch in each], times),
-        largest=max(passes, key=_size),
+        largest=max(of_steps, key=_size),
         shapes_of=shapes_of,
         **known,
     )

@@ -2,20 +2,22 @@
 
 The process is what `python -m pipeline stage NAME` would be: the same imports, the same function
 with the same parameters and inputs, its outputs in a scratch folder. No MLflow run, nothing in the
-project. It notes what it hears with the time and its memory, and stops once it has seen enough.
+project. It notes each event with the time and its memory, and stops once it has seen enough.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import re
+import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,13 +26,13 @@ from gpt.base.errors import InputError, RunError
 from gpt.base.events import Event, Metrics, Text
 
 WARM_UP = 2
-"""The first steps, which are slower: memory is new, kernels are chosen."""
+"""The first steps, which are slower: memory is allocated, kernels are chosen."""
 STEPS, SECONDS, PATIENCE = 5, 3.0, 20.0
 """Enough is an evaluation and so many steps after the warm-up, of so many seconds together or of
 however many in so many seconds."""
 EVALUATE_AFTER = 6
 LIMIT = 60.0
-"""Seconds from the first step after which the process is ended with what is known."""
+"""Seconds from the first step after which the process ends with what is known."""
 START_LIMIT = 600.0
 """Seconds to the first step."""
 
@@ -60,9 +62,8 @@ class Probe:
         steps: those that were seen, from the first.
         evaluations: those that were seen.
         peak: the largest resident size of the process.
-        device_peak: the most that was taken of a graphics card's memory; None without one.
-        finish: what a run does behind its stage: pictures, checksums, writing the model.
-        complete: the whole stage was over before enough was seen.
+        device_peak: the largest amount of a graphics card's memory; None without one.
+        finish: what a run does after its stage: pictures, checksums, writing the model.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -70,7 +71,6 @@ class Probe:
     peak: int = 0
     device_peak: int | None = None
     finish: float = 0.0
-    complete: bool = False
 
     @property
     def start(self) -> float:
@@ -98,65 +98,45 @@ def probe_stage(stage: str, root: Path, params: Path, weights: int) -> Probe:
     """
     with tempfile.TemporaryDirectory(prefix="gpt-pipeline-") as folder:
         notes = Path(folder) / "notes.jsonl"
-        errors = Path(folder) / "errors.txt"
+        notes.touch()
         started = time.time()
         code = Path(__file__).resolve().parent.parent.parent
         path = os.pathsep.join(filter(None, [str(code), os.environ.get("PYTHONPATH")]))
         arguments = [stage, str(root), str(params), folder, str(weights)]
-        with errors.open("wb") as stderr:
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "pipeline", "probe", *arguments],
-                env={**os.environ, "PYTHONPATH": path},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=stderr,
-            )
-            try:
-                _wait(process, notes)
-            finally:
-                process.kill()
-                process.wait()
-        lines = list(_read(notes))
-        said = [line["text"] for line in lines if line["what"] == "input"]
-        if said:
-            raise InputError(said[0])
-        probe = read_notes(lines, started)
-        if not probe.steps:
-            failed = [line["text"] for line in lines if line["what"] == "failed"]
-            last = (failed or errors.read_text(errors="replace").strip().splitlines() or ["?"])[-1]
-            raise RunError(f"{stage}: could not be measured: {last}")
-        return probe
-
-
-def _wait(process: subprocess.Popen[bytes], notes: Path) -> None:
-    """Until the process has ended or had its time."""
-    began = time.monotonic()
-    look = LIMIT
-    while process.poll() is None:
-        time.sleep(0.05)
-        waited = time.monotonic() - began
-        if waited < look:
-            continue
-        look = waited + 1
-        seen = [line["at"] for line in _read(notes) if line["what"] == "step"]
-        if seen and time.time() - seen[0] > LIMIT:
-            return
-        if not seen and waited > START_LIMIT:
-            return
-
-
-def _read(notes: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines; the last may be cut off."""
-    if notes.exists():
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "pipeline", "probe", *arguments],
+            env={**os.environ, "PYTHONPATH": path},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            check=False,
+        )
         written = notes.read_text(encoding="utf-8")
-        for line in written[: written.rfind("\n") + 1].splitlines():
-            yield json.loads(line)
+    said = (done.stderr.strip().splitlines() or ["?"])[-1].removeprefix("error: ")
+    if done.returncode == 2:
+        raise InputError(said)
+    # of a process that was killed, the last line may be cut off
+    whole = written[: written.rfind("\n") + 1].splitlines()
+    probe = read_notes([json.loads(line) for line in whole], started)
+    if not probe.steps:
+        raise RunError(f"{stage}: could not be measured: {said}")
+    return probe
 
 
 def read_notes(lines: list[dict[str, Any]], started: float) -> Probe:
-    """What the notes of a process say that was started at `started`."""
+    """What was seen by a process that was started at `started`, from its notes."""
     probe = Probe()
-    evaluated: list[tuple[float, float]] = []  # validation, and the end of what is known
+    evaluated: tuple[float, float] | None = None  # seconds of validation, and the end of all of it
+
+    def add_evaluation(next_step: float = 0.0) -> None:
+        if evaluated:
+            validation, end = evaluated
+            probe.evaluations.append(
+                Evaluation(validation, max(end, next_step) - probe.steps[-1].end)
+            )
+
     for line in lines:
         at = line["at"] - started
         probe.peak = max(probe.peak, line["peak"])
@@ -164,22 +144,16 @@ def read_notes(lines: list[dict[str, Any]], started: float) -> Probe:
             probe.device_peak = max(probe.device_peak or 0, line["device_peak"])
         match line["what"]:
             case "step":
-                if evaluated:
-                    validation, _ = evaluated.pop()
-                    whole = at - line["seconds"] - probe.steps[-1].end
-                    probe.evaluations.append(Evaluation(validation, max(whole, validation)))
+                add_evaluation(at - line["seconds"])
+                evaluated = None
                 probe.steps.append(Step(line["step"], at, line["seconds"]))
             case "validation" if probe.steps:
-                evaluated = [(at - probe.steps[-1].end, at)]
+                evaluated = (at - probe.steps[-1].end, at)
             case "sample" if evaluated:
-                evaluated = [(evaluated[0][0], at)]
-            case "end":
-                probe.complete = line["complete"]
+                evaluated = (evaluated[0], at)
             case "finished":
                 probe.finish = line["seconds"]
-    if evaluated:
-        validation, end = evaluated.pop()
-        probe.evaluations.append(Evaluation(validation, end - probe.steps[-1].end))
+    add_evaluation()
     return probe
 
 
@@ -191,15 +165,16 @@ class _Enough(BaseException):
 
 
 class _Watch:
-    """Notes what a stage says, and ends it once that is enough."""
+    """Notes a stage's events, and ends it once that is enough."""
 
     def __init__(self, notes: Path) -> None:
         self._file = notes.open("a", encoding="utf-8", buffering=1)
+        self._limit = _end_after(START_LIMIT)
         self._began = 0.0
         self._tokens = 0.0
         self._evaluated = False
-        self._timed: list[float] = []
-        self._steps = 0
+        self._seconds: list[float] = []
+        """Of each step."""
 
     def note(self, what: str, **more: Any) -> None:
         """One line, flushed with its end."""
@@ -220,34 +195,32 @@ class _Watch:
 
     def _step(self, step: int, seconds: float) -> None:
         self.note("step", step=step, seconds=seconds)
-        self._steps += 1
         now = time.monotonic()
-        if self._steps == 1:
+        if not self._seconds:
             self._began = now
-        if self._steps > WARM_UP:
-            self._timed.append(seconds)
-        long = sum(self._timed) >= SECONDS or now - self._began >= PATIENCE
-        if self._evaluated and len(self._timed) >= STEPS and long:
+            self._limit.cancel()
+            _end_after(LIMIT)
+        self._seconds.append(seconds)
+        timed = self._seconds[WARM_UP:]
+        long = sum(timed) >= SECONDS or now - self._began >= PATIENCE
+        if self._evaluated and len(timed) >= STEPS and long:
             raise _Enough
+
+
+def _end_after(seconds: float) -> threading.Timer:
+    timer = threading.Timer(seconds, os._exit, [1])
+    timer.daemon = True
+    timer.start()
+    return timer
 
 
 def peak_memory() -> int:
     """The largest resident size of this process so far, in bytes."""
-    try:
-        with Path("/proc/self/status").open(encoding="ascii") as status:
-            for line in status:
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
-    except (OSError, ValueError):
-        pass
-    try:
-        import resource
-    except ImportError:  # Windows
-        import psutil
-
-        return int(getattr(psutil.Process().memory_info(), "peak_wset"))  # noqa: B009
-    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return size if sys.platform == "darwin" else size * 1024
+    status = Path("/proc/self/status")
+    if status.exists():  # what `getrusage` says there may be the size of who started the process
+        found = re.search(r"VmHWM:\s*(\d+)", status.read_text(encoding="ascii"))
+        return int(found[1]) * 1024 if found else 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of macOS, in bytes
 
 
 def _device_peak() -> int | None:
@@ -258,21 +231,21 @@ def _device_peak() -> int | None:
 
 
 def shortened(params: Any) -> Any:
-    """The stage's own parameters, but that an evaluation comes soon, and on one device."""
+    """The stage's own parameters, except that an evaluation comes soon, and on one device."""
     train = params.train
     changes = {"eval_interval": min(EVALUATE_AFTER, train.eval_interval), "devices": 1}
     return dataclasses.replace(params, train=dataclasses.replace(train, **changes))
 
 
-def become_probe(stage: str, root: Path, params: Path, scratch: Path, weights: int) -> NoReturn:
-    """Be the process that `probe_stage` starts, whose arguments these are."""
-    _run(stage, root, params, scratch, weights)
-    # at once: a state may still be on its way to the scratch folder, and no one will read it
-    os._exit(0)
+def become_probe(
+    stage: str, root: Path, params_file: Path, scratch: Path, weights: int
+) -> NoReturn:
+    """Be the process that `probe_stage` starts: the stage as `pipeline.run.stage` calls it, in
+    `scratch`, until enough was seen.
 
-
-def _run(stage: str, root: Path, params_file: Path, scratch: Path, weights: int) -> None:
-    """The stage as `pipeline.run.stage` calls it, in `scratch`, up to where enough was seen."""
+    Raises:
+        InputError: what the stage says of its input.
+    """
     import pipeline.run.stage  # noqa: F401  a stage's process holds it too
     from pipeline.dag.cache import dvc_md5
     from pipeline.project.params import load_params, section
@@ -281,45 +254,30 @@ def _run(stage: str, root: Path, params_file: Path, scratch: Path, weights: int)
 
     watch = _Watch(scratch / "notes.jsonl")
     spec = STAGES[stage]
-    try:
-        params = section(load_params(params_file), stage)
-        inputs = {keyword: root / path for keyword, path in spec.input_paths(params).items()}
-        function = spec.load()
-        for path in inputs.values():
-            dvc_md5(path)
-        load_mlflow()
-        complete = False
-        try:
-            function(
-                shortened(params),
-                **inputs,
-                **{keyword: scratch / path for keyword, path in spec.outputs.items()},
-                state=scratch / "state",
-                log=watch,
-            )
-            complete = True
-        except _Enough:
-            pass
-        watch.note("end", complete=complete)
-        with _seconds() as took:
-            _finish(stage, scratch, weights)
-        watch.note("finished", seconds=took[0])
-    except InputError as error:
-        watch.note("input", text=str(error))
-    except Exception as error:
-        watch.note("failed", text=f"{type(error).__name__}: {error}".splitlines()[0])
-
-
-@contextmanager
-def _seconds() -> Iterator[list[float]]:
+    params = section(load_params(params_file), stage)
+    inputs = {keyword: root / path for keyword, path in spec.input_paths(params).items()}
+    function = spec.load()
+    for path in inputs.values():
+        dvc_md5(path)
+    load_mlflow()
+    with contextlib.suppress(_Enough):
+        function(
+            shortened(params),
+            **inputs,
+            **{keyword: scratch / path for keyword, path in spec.outputs.items()},
+            state=scratch / "state",
+            log=watch,
+        )
     began = time.monotonic()
-    took: list[float] = []
-    yield took
-    took.append(time.monotonic() - began)
+    _finish(stage, scratch, weights)
+    watch.note("finished", seconds=time.monotonic() - began)
+    # at once: a state may still be on its way to the scratch folder, and no one will read it
+    os._exit(0)
 
 
 def _finish(stage: str, scratch: Path, weights: int) -> None:
-    """What `pipeline.run.stage` does behind it, with a history and a file of the model's size."""
+    """What `pipeline.run.stage` does after the stage, with a history and a file of the model's
+    size."""
     import pipeline.tracking.registry  # noqa: F401
     from gpt.base.files import whole_file
     from pipeline.dag.cache import dvc_md5

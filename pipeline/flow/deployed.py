@@ -40,7 +40,7 @@ from pipeline.dag.repository import has_remote
 from pipeline.dag.repro import Processes, StageError
 from pipeline.flow.agent_start import AGENT_VARIABLE, WORKER_VARIABLE, run_note
 from pipeline.flow.flow import run_stages
-from pipeline.project.params import PARAMS_FILE, SECTIONS, load_params, read_params
+from pipeline.project.params import PARAMS_FILE, SECTIONS, load_params, preset_file, read_params
 from pipeline.project.settings import FlowParams
 
 NEW_DATA = "gpt-pipeline.new-data"
@@ -125,12 +125,7 @@ def set_params(
     for name in targets:
         if name not in SECTIONS:
             raise InputError(f"{name}: no such stage; use one of {', '.join(SECTIONS)}")
-    file = root / PARAMS_FILE
-    if preset is not None:
-        file = root / "presets" / f"{preset}.yaml"
-        if Path(preset).name != preset or not file.is_file():
-            known = ", ".join(sorted(path.stem for path in (root / "presets").glob("*.yaml")))
-            raise InputError(f"{preset}: no such preset; there are {known}")
+    file = root / PARAMS_FILE if preset is None else preset_file(root, preset)
     content = file.read_bytes()
     load_params(file)
     if overrides:

@@ -156,6 +156,23 @@ def load_section(path: Path, name: str, *, others: bool = True) -> Any:
     return value
 
 
+def preset_files(root: Path) -> dict[str, Path]:
+    """The presets of a project by name: files that may take the place of `params.yaml`."""
+    return {path.stem: path for path in sorted((root / "presets").glob("*.yaml"))}
+
+
+def preset_file(root: Path, name: str) -> Path:
+    """The file of a preset.
+
+    Raises:
+        InputError: there is no such preset.
+    """
+    known = preset_files(root)
+    if name not in known:
+        raise InputError(f"{name}: no such preset; there are {', '.join(known) or 'none'}")
+    return known[name]
+
+
 def check_sections(path: Path) -> None:
     """Check the file's form and its sections' names only, which is quick.
 

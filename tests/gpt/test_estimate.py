@@ -8,7 +8,7 @@ import torch
 from gpt import estimate
 from gpt.batches.data import Batch, take
 from gpt.batches.metrics import class_loss_sum, lm_loss_sum
-from gpt.estimate import ACCELERATORS, Memory, Shape, Tuning
+from gpt.estimate import ACCELERATORS, Counts, Memory, Shape
 from gpt.model.attention import causal_attention
 from gpt.model.config import GPT2_SIZES, GPTConfig
 from gpt.model.device import autocast
@@ -41,13 +41,24 @@ CHOICES = {
     "head": {"trainable": "head"},
     **{name: {"trainable": "lora", "lora": lora} for name, lora in LORAS.items()},
 }
-TUNINGS = {
-    "all": Tuning(),
-    "last_block": Tuning(blocks=1),
-    "last_blocks": Tuning(blocks=2),
-    "head": Tuning(blocks=0),
-    **{name: Tuning(lora=lora) for name, lora in LORAS.items()},
-}
+RECIPE = TrainParams(steps=1)
+
+
+def language_model(config, trained="all"):
+    """A model and its counts; `lora` is without an adapter of the head, which is tied here."""
+    model = GPT(config)
+    if trained != "all":
+        lora = LORAS[trained]
+        layers = tuple(name for name in lora.layers if name != "head")
+        wrap(model, replace(lora, layers=layers))
+    return model, Counts(model)
+
+
+def classifier(config, trained, pooling="last"):
+    """A model, how many blocks come before what is trained, and its counts."""
+    model = GPTClassifier(config, ["ham", "spam"], pooling)
+    depth = freeze(model, **CHOICES[trained])
+    return model, depth, Counts(model)
 
 
 def kept_bytes(model, batch, loss, precision):
@@ -83,29 +94,23 @@ def texts(config):
     return batch, Shape(rows=4, length=T, tokens=int(lengths.sum()), targets=4)
 
 
-@pytest.mark.parametrize("changes", ARCHITECTURES)
-def test_every_parameter_is_counted(changes):
-    config = GPTConfig(**{**BASE, **changes})
-    assert estimate.n_parameters(config) == GPT(config).n_params
-    model = GPTClassifier(config, ["ham", "spam"])
-    assert estimate.n_parameters(config, 2) == model.n_params
-    for trained, tuning in TUNINGS.items():
-        if config.n_layer < (tuning.blocks or 0):
-            continue
-        model = GPTClassifier(config, ["ham", "spam"])
-        depth = freeze(model, **CHOICES[trained])
-        assert estimate.trunk_depth(config, tuning) == depth
-        own = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        assert estimate.n_trained(config, tuning, 2) == own
+@pytest.mark.parametrize("trained", CHOICES)
+def test_what_is_frozen_and_what_is_adapted_is_told_apart(trained):
+    model, depth, counts = classifier(GPTConfig(**BASE), trained)
+    assert counts.depth == depth
+    assert counts.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert counts.block == Counts(GPT(model.config)).block
+    assert (counts.adapters > 0) == (trained in LORAS)
 
 
 def test_the_published_sizes_are_those_of_their_names():
-    for name, config in GPT2_SIZES.items():
-        millions = estimate.n_parameters(config) / 1e6
-        assert millions == pytest.approx(float(name[:-1]), rel=0.01)
+    with torch.device("meta"):
+        counts = {name: Counts(GPT(config)) for name, config in GPT2_SIZES.items()}
+        untied = Counts(GPT(replace(GPT2_SIZES["124M"], tie_weights=False)))
+    for name, each in counts.items():
+        assert each.parameters / 1e6 == pytest.approx(float(name[:-1]), rel=0.01)
     # what is only looked up is in no product
-    untied = replace(GPT2_SIZES["124M"], tie_weights=False)
-    assert estimate.n_multiplied(untied) == estimate.n_multiplied(GPT2_SIZES["124M"])
+    assert untied.multiplied == counts["124M"].multiplied
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -115,11 +120,10 @@ def test_activations_of_a_language_model_are_those_that_autograd_keeps(changes, 
     batch = windows(config)
     shape = Shape.full(4, config.context_length)
     bf16 = precision == "bf16"
-    counted = estimate.lm_activations(config, shape, bf16=bf16, kernel="blocked")
-    counted += estimate.lm_loss_kept(config, shape.targets)
-    if bf16:
-        counted += estimate.lm_memory(config, shape, bf16=True, kernel="blocked").copies
-    measured = kept_bytes(GPT(config), batch, lm_loss_sum, precision)
+    model, counts = language_model(config)
+    memory = estimate.lm_memory(counts, shape, train=RECIPE, bf16=bf16, kernel="blocked")
+    counted = memory.activations + memory.copies + estimate.lm_loss_kept(counts, shape.targets)
+    measured = kept_bytes(model, batch, lm_loss_sum, precision)
     assert counted == pytest.approx(measured, rel=0.05)
 
 
@@ -128,9 +132,10 @@ def test_targets_that_do_not_count_cost_no_logits():
     batch = windows(config)
     batch.targets[:, :80] = -100
     shape = replace(Shape.full(4, 96), targets=4 * 16)
-    counted = estimate.lm_activations(config, shape, bf16=False, kernel="blocked")
-    counted += estimate.lm_loss_kept(config, shape.targets)
-    assert counted == pytest.approx(kept_bytes(GPT(config), batch, lm_loss_sum, "fp32"), rel=0.05)
+    model, counts = language_model(config)
+    counted = estimate.lm_activations(counts, shape, bf16=False, kernel="blocked")
+    counted += estimate.lm_loss_kept(counts, shape.targets)
+    assert counted == pytest.approx(kept_bytes(model, batch, lm_loss_sum, "fp32"), rel=0.05)
 
 
 def pairs(config):
@@ -148,19 +153,14 @@ def pairs(config):
 @pytest.mark.parametrize("vocab_size", [500, 5000])
 def test_what_preference_tuning_keeps_is_counted(trained, precision, vocab_size):
     config = GPTConfig(**{**BASE, "vocab_size": vocab_size})
-    model, tuning = GPT(config), TUNINGS[trained]
-    if tuning.lora:
-        layers = tuple(name for name in tuning.lora.layers if name != "head")
-        tuning = Tuning(lora=replace(tuning.lora, layers=layers))
-        wrap(model, tuning.lora)
+    model, counts = language_model(config, trained)
     batch, shape = pairs(config)
     bf16 = precision == "bf16"
     memory = estimate.lm_memory(
-        config, shape, bf16=bf16, kernel="blocked", tuning=tuning, pairs=True
+        counts, shape, train=RECIPE, bf16=bf16, kernel="blocked", pairs=True
     )
-    counted = memory.activations + estimate.pair_loss_kept(config, shape.targets, bf16=bf16)
-    if bf16:
-        counted += memory.copies
+    counted = memory.activations + estimate.pair_loss_kept(counts, shape.targets, bf16=bf16)
+    counted += memory.copies
     measured = kept_bytes(model, batch, PreferenceLoss(), precision)
     assert counted == pytest.approx(measured, rel=0.1)
     own = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -185,7 +185,7 @@ def test_the_loss_of_pairs_takes_no_more_than_what_is_counted_for_it(precision):
             peak = max(peak, allocated)
     assert loss.item() == again.item()
     memory = estimate.lm_memory(
-        config, shape, bf16=precision == "bf16", kernel="blocked", pairs=True
+        Counts(model), shape, train=RECIPE, bf16=precision == "bf16", kernel="blocked", pairs=True
     )
     # the gradients come while it is freed; a tied head's is added to that of the embedding
     assert 0.9 * (memory.loss + memory.activations) < peak
@@ -200,9 +200,7 @@ def test_activations_of_a_classifier_are_those_that_autograd_keeps(
     trained, precision, kept, pooling
 ):
     config = GPTConfig(**{**BASE, "n_layer": 3})
-    tuning = replace(TUNINGS[trained], mean=pooling == "mean")
-    model = GPTClassifier(config, ["ham", "spam"], pooling)
-    depth = freeze(model, **CHOICES[trained])
+    model, depth, counts = classifier(config, trained, pooling)
     batch, shape = texts(config)
     top = model
     if kept and depth:
@@ -210,10 +208,8 @@ def test_activations_of_a_classifier_are_those_that_autograd_keeps(
             batch = replace(batch, inputs=model.trunk(batch.inputs, batch.lengths, depth))
         top = model.top(depth)
     bf16 = precision == "bf16"
-    counted = estimate.classifier_activations(config, shape, tuning, bf16=bf16, kernel="blocked")
-    if bf16 and "head" not in trained:
-        memory = estimate.classifier_memory(config, shape, tuning, 2, bf16=True, kernel="blocked")
-        counted += memory.copies
+    memory = estimate.classifier_memory(counts, shape, train=RECIPE, bf16=bf16, kernel="blocked")
+    counted = memory.activations + (0 if "head" in trained else memory.copies)
     assert counted == pytest.approx(kept_bytes(top, batch, class_loss_sum, precision), rel=0.1)
 
 
@@ -230,7 +226,7 @@ def test_the_loss_takes_no_more_than_what_is_counted_for_it(vocab_size, targets)
         if event.name() == "[memory]":
             allocated += event.nbytes()
             peak = max(peak, allocated)
-    counted = estimate.lm_loss_bytes(config, targets, bf16=False)
+    counted = estimate.lm_loss_bytes(Counts(GPT(config)), targets, bf16=False)
     assert counted == pytest.approx(peak, rel=0.1)
 
 
@@ -238,28 +234,31 @@ def test_the_loss_takes_no_more_than_what_is_counted_for_it(vocab_size, targets)
 def test_optimizer_state_is_two_numbers_a_parameter_and_one_for_muons_matrices(optimizer):
     config = GPTConfig(**BASE)
     model = GPT(config)
-    made = make_optimizers(model, TrainParams(steps=1, optimizer=optimizer))
+    recipe = replace(RECIPE, optimizer=optimizer)
+    made = make_optimizers(model, recipe)
     lm_loss_sum(model, windows(config))[0].backward()
     state = 0
     for each in made:
         each.step()
         held = [value for kept in each.state.values() for value in kept.values()]
         state += sum(value.nbytes for value in held if value.numel() > 1)
-    assert estimate.optimizer_bytes(config, optimizer=optimizer) == state
+    assert estimate.optimizer_bytes(Counts(model), recipe) == state
 
 
 def test_a_cache_takes_what_it_is_counted_for():
     config = GPTConfig(**BASE)
-    cache = GPT(config).new_cache(3, 40)
-    assert estimate.kv_cache_bytes(config, 3, 40) == cache.keys.nbytes + cache.values.nbytes
-    assert estimate.kv_cache_bytes(config, 1, 500) == estimate.kv_cache_bytes(config, 1, 96)
+    model, counts = language_model(config)
+    cache = model.new_cache(3, 40)
+    assert estimate.kv_cache_bytes(counts, 3, 40) == cache.keys.nbytes + cache.values.nbytes
+    assert estimate.kv_cache_bytes(counts, 1, 500) == estimate.kv_cache_bytes(counts, 1, 96)
 
 
 def test_the_kernel_of_a_graphics_card_keeps_no_probabilities():
     config = GPTConfig(**{**BASE, "context_length": 1024})
     shape = Shape.full(4, 1024)
+    _, counts = language_model(config)
     blocked, fused = (
-        estimate.lm_activations(config, shape, bf16=False, kernel=kernel)
+        estimate.lm_activations(counts, shape, bf16=False, kernel=kernel)
         for kernel in ("blocked", "fused")
     )
     probabilities = 4 * 3 * 4 * 4 * estimate.attention_probabilities(1024)
@@ -279,10 +278,10 @@ def test_the_kernel_of_a_graphics_card_keeps_no_probabilities():
 
 
 def test_flops_of_a_full_batch_are_the_usual_six_a_parameter_and_attention():
-    config = GPTConfig(**BASE)
+    _, counts = language_model(GPTConfig(**BASE))
     shape = Shape.full(4, 96)
-    usual = estimate.flops_per_token(config, 96) * shape.tokens
-    assert estimate.step_flops(config, shape) == pytest.approx(usual, rel=0.001)
+    usual = 6 * counts.multiplied + 12 * 3 * 64 * 96
+    assert estimate.step_flops(counts, shape) == pytest.approx(usual * shape.tokens, rel=0.001)
 
 
 def test_flops_of_a_forward_pass_are_those_that_torch_counts():
@@ -293,7 +292,7 @@ def test_flops_of_a_forward_pass_are_those_that_torch_counts():
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(windows(config).inputs)
     attention = 3 * 4 * 64 * 96 * 4 * 96  # of the fused kernel, which the counter passes over
-    counted = estimate.forward_flops(config, Shape.full(4, 96)) - attention
+    counted = estimate.forward_flops(Counts(model), Shape.full(4, 96)) - attention
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.03)
 
 
@@ -302,14 +301,10 @@ def test_flops_of_a_training_step_are_those_that_torch_counts(trained):
     from torch.utils.flop_counter import FlopCounterMode
 
     config = GPTConfig(**{**BASE, "n_layer": 4})
-    model, tuning = GPT(config), TUNINGS[trained]
-    if tuning.lora:
-        layers = tuple(name for name in tuning.lora.layers if name != "head")
-        tuning = Tuning(lora=replace(tuning.lora, layers=layers))
-        wrap(model, tuning.lora)
+    model, counts = language_model(config, trained)
     with FlopCounterMode(display=False) as counter:
         model(windows(config).inputs).sum().backward()
-    counted = estimate.step_flops(config, Shape.full(4, 96), tuning)
+    counted = estimate.step_flops(counts, Shape.full(4, 96))
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.1)
 
 
@@ -318,9 +313,9 @@ def test_what_is_frozen_costs_a_forward_pass_or_nothing():
     shape = Shape(rows=4, length=96, tokens=300, targets=4)
 
     def flops(trained, kept):
-        return estimate.classifier_flops(config, shape, TUNINGS[trained], 2, kept=kept)
+        return estimate.classifier_flops(classifier(config, trained)[2], shape, kept=kept)
 
-    frozen = estimate.trunk_flops(config, shape, 2)
+    frozen = estimate.trunk_flops(classifier(config, "all")[2], shape, 2)
     assert flops("last_block", kept=False) - flops("last_block", kept=True) == frozen
     assert flops("head", kept=True) < flops("last_block", kept=True) / 100
     assert flops("all", kept=False) > 3 * frozen
