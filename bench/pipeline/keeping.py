@@ -72,7 +72,7 @@ def _tracking_share(folder: Path, seconds: float) -> float:
 
 def _metrics(step: int, loss: float) -> Metrics:
     """What `fit` says of a step."""
-    names = ("loss/train", "learning_rate", "grad_norm", "tokens", "tokens_per_second")
+    names = ("train_loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second")
     return Metrics(step, dict.fromkeys(names, loss))
 
 

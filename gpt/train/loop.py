@@ -316,7 +316,7 @@ class _Run:
         self._look_for_spike(step_loss)
         seconds = time.perf_counter() - started
         values = {
-            "loss/train": step_loss,
+            "train_loss": step_loss,
             "learning_rate": rate,
             "grad_norm": norm,
             "tokens": loop.tokens,
@@ -328,7 +328,7 @@ class _Run:
             values["update_ratio"] = _norm(change).item() / max(values["param_norm"], 1e-12)
             del before, change
         self.log(Metrics(loop.step, values))
-        self.log(Progress(self.task, loop.step, self.total, "step", {"loss": step_loss}))
+        self.log(Progress(self.task, loop.step, self.total, "step", {"train_loss": step_loss}))
         if evaluates:
             self._evaluate(values)
         if world().size == 1:
@@ -367,9 +367,7 @@ class _Run:
             }
         )
         loop.losses = []
-        self.log(
-            Metrics(loop.step, {_metric_name(name): value for name, value in measured.items()})
-        )
+        self.log(Metrics(loop.step, measured))
         loop.stale += 1
         if measured["validation_loss"] < loop.best_loss:
             loop.best_loss, loop.stale = measured["validation_loss"], 0
@@ -491,12 +489,6 @@ class _Run:
             f"{self.loop.step + 1}, on {named}{more}; lower the learning rate, raise warmup_steps, "
             f"or mend the data.{kept}"
         )
-
-
-def _metric_name(name: str) -> str:
-    """`validation_loss` -> `loss/validation`: the same measure of both splits side by side."""
-    split, _, measure = name.partition("_")
-    return f"{measure}/{split}" if measure else name
 
 
 def _seed(seed: int, step: int, place: int) -> int:

@@ -183,11 +183,11 @@ class _Watch:
 
     def __call__(self, event: Event) -> None:
         match event:
-            case Metrics(step, values) if "loss/train" in values:
+            case Metrics(step, values) if "train_loss" in values:
                 tokens = values["tokens"] - self._tokens
                 self._tokens = values["tokens"]
                 self._step(step, tokens / values["tokens_per_second"])
-            case Metrics(_, values) if "loss/validation" in values:
+            case Metrics(_, values) if "validation_loss" in values:
                 self._evaluated = True
                 self.note("validation")
             case Text():

@@ -35,7 +35,7 @@ from pipeline.show.markdown import NOTHING, visible
 from pipeline.show.terminal import say_json
 from pipeline.tracking.connection import PAGES, named_failure, run_url
 from pipeline.tracking.differences import OF_MODELS, Change, changes
-from pipeline.tracking.keys import NO_RESULTS, packages_of
+from pipeline.tracking.keys import is_result, packages_of, present_metrics
 from pipeline.tracking.provenance import CODE, PATCH
 from pipeline.tracking.registry import CANDIDATE, CHAMPION, MD5_TAG, files_of
 from pipeline.tracking.version_page import profile
@@ -451,8 +451,8 @@ def _machine(before: Execution, after: Execution) -> list[Change]:
 
 def _figures(run: Execution) -> dict[str, float]:
     """The last values of a run, without those of the machine and of the training's course."""
-    metrics = run.run.data.metrics if run.run else {}
-    return {k: v for k, v in sorted(metrics.items()) if k.partition("/")[0] not in NO_RESULTS}
+    metrics = present_metrics(run.run.data.metrics) if run.run else {}
+    return {key: value for key, value in sorted(metrics.items()) if is_result(key)}
 
 
 def _scores(stage: str, side: Side) -> dict[str, float]:
@@ -767,7 +767,8 @@ def _parts(found: Comparison) -> Iterator[tuple[str, str, list[RenderableType]]]
     names = found.sides[0].name, found.sides[1].name
     yield "Metrics of the runs", *_figures_shown(found.metrics, names)
     if any(side.evaluation for side in found.sides):
-        yield "Scores on the test data", *_figures_shown(found.scores, names)
+        scores = [each for each in found.scores if not each.name.startswith(_NOT_TEST)]
+        yield "Scores on the test data", *_figures_shown(scores, names)
     if found.asked:
         yield "Answers", found.asked, list(_answer_lines(found.answers, names))
 
@@ -809,9 +810,7 @@ def _figures_shown(
 ) -> tuple[str, list[RenderableType]]:
     """A table of the figures that differ; how many do not."""
     ends = {f"{each.name}{end}" for each in metrics for end in _INTERVAL}
-    shown = [
-        each for each in metrics if each.name not in ends and not each.name.startswith(_NOT_TEST)
-    ]
+    shown = [each for each in metrics if each.name not in ends]
     differ = [each for each in shown if each.before != each.after]
     if not metrics:
         return "none", []

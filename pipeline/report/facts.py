@@ -27,7 +27,7 @@ from pipeline.project.secrets import without_credentials
 from pipeline.project.stage_table import STAGES
 from pipeline.tracking.connection import connect, run_that_made, tracking_uri
 from pipeline.tracking.database import database_file
-from pipeline.tracking.keys import flatten_metrics
+from pipeline.tracking.keys import flatten_metrics, present_metrics
 from pipeline.tracking.provenance import git_state
 from pipeline.tracking.registry import MD5_TAG
 from pipeline.tracking.run import PEAK_MEMORY
@@ -45,8 +45,6 @@ JUDGE = Path("reports/judge/summary.json")
 
 SHOWN_WRONG = 10
 """So many of the messages are shown that the classifier was most wrong about."""
-TOKENS = ("throughput/tokens", "tokens")
-"""The metrics of a stage's run that may hold the tokens it processed; the first there is counts."""
 
 _ANSWERS = Path(".pipeline/tracked.json")
 """What MLflow said, and of which runs."""
@@ -446,8 +444,8 @@ def _impatient() -> Iterator[None]:
 
 def _execution(client: MlflowClient, run: Run, note: Mapping[str, Any]) -> Execution:
     before = _run_before(client, run)
-    metrics, tags = run.data.metrics, run.data.tags
-    tokens = next((metrics[name] for name in TOKENS if name in metrics), None)
+    metrics, tags = present_metrics(run.data.metrics), run.data.tags
+    tokens = metrics.get("tokens")
     seconds = note.get("seconds")
     if run.info.run_id != note["run_id"] and run.info.end_time:
         seconds = (run.info.end_time - run.info.start_time) / 1000

@@ -373,10 +373,7 @@ def _finish(
         run.add_data_sets(made_sets(root, run.inputs, output_md5))
         run.add_report(report.page, report.pictures)
         log(Message(f"the data report: {_relative(root, report.page)}"))
-    # a group of their own beside the curves of a training run; named to come after the losses
-    run.close(
-        "FINISHED", metrics={"result": metrics} if spec.trains else metrics, outputs=output_md5
-    )
+    run.close("FINISHED", metrics=metrics, outputs=output_md5)
     return output_md5
 
 

@@ -222,7 +222,7 @@ def _row(root: Path, table: str, row: Row, log: Log) -> dict[str, Any]:
                 "FAILED" if isinstance(error, Exception) else "KILLED", error=_one_line(error)
             )
         raise
-    run.close("FINISHED", metrics={"result": final, "classifier": scores})
+    run.close("FINISHED", metrics={**final, "classifier": scores})
     record = {
         "name": row.name,
         "choice": row.choice,

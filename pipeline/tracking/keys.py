@@ -18,17 +18,40 @@ _KEY_LENGTH = 250  # characters
 _KEY = re.compile(r"[/\w.\- :]+")  # of what a key of MLflow's may be made
 _DIGEST = re.compile(r"__[0-9a-f]{8}\Z")  # at the end of a key that differs from its name
 
-NO_RESULTS = ("system", "optimizer", "health", "throughput")  # groups of metrics
-# what the loop calls a value -> what MLflow shows: the part before the slash groups the charts
-STEP_METRICS = {
-    "learning_rate": "optimizer/learning_rate",
-    "grad_norm": "optimizer/grad_norm",
-    "param_norm": "optimizer/param_norm",
-    "update_ratio": "optimizer/update_ratio",
-    "loss_spike": "health/loss_spike",
-    "tokens": "throughput/tokens",
-    "tokens_per_second": "throughput/tokens_per_second",
+_DURING_TRAINING = {  # metrics that describe the training and not what it achieved
+    "learning_rate",
+    "grad_norm",
+    "param_norm",
+    "update_ratio",
+    "loss_spike",
+    "tokens_per_second",
 }
+_FORMER = re.compile(
+    r"(?:result|optimizer|health|throughput)/(.+)|(loss|accuracy|reward_[a-z]+)/(train|validation)"
+)
+
+
+def is_result(name: str) -> bool:
+    """Whether a metric says what a stage achieved, not how the machine and the training did."""
+    return not name.startswith("system/") and name not in _DURING_TRAINING
+
+
+def present_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """A run's metrics under the names of `metrics.json` and `history.csv`.
+
+    Older runs have groups (`result/perplexity`, `optimizer/grad_norm`) and both `loss/validation`,
+    the curve, and `result/validation_loss`, the final value, which is taken.
+    """
+    final_last = sorted(metrics, key=lambda key: key.startswith("result/"))
+    return {_present_name(key): metrics[key] for key in final_last}
+
+
+def _present_name(key: str) -> str:
+    former = _FORMER.fullmatch(key)
+    if not former:
+        return key
+    name, measure, split = former.groups()
+    return name or f"{split}_{measure}"
 
 
 def packages_of(tags: Mapping[str, str]) -> dict[str, str]:

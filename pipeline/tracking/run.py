@@ -46,11 +46,10 @@ from pipeline.tracking.connection import (
 from pipeline.tracking.differences import Differs, what_differs
 from pipeline.tracking.keys import (
     EXPERIMENT_PREFIX,
-    NO_RESULTS,
-    STEP_METRICS,
     VALUE_LENGTH,
     flatten,
     flatten_metrics,
+    is_result,
     key_of,
 )
 from pipeline.tracking.provenance import Provenance, git_state
@@ -297,11 +296,10 @@ class StageRun:
         if error:
             tags |= {"error": error, "mlflow.note.content": escaped(error)}
         now = int(time.time() * 1000)
-        for name, value in flatten_metrics(metrics or {}).items():
-            name = key_of(name)
-            self._last[name] = (value, now, 0)
-            if 0 not in self._seen.get(name, ()):  # else logged by one killed right after it
-                self._metrics.append((name, value, now, 0))
+        # one step after the curves: of a metric's values MLflow shows the one of the highest step
+        curves = [step for key, (_, _, step) in self._last.items() if is_result(key)]
+        final = {key_of(name): value for name, value in flatten_metrics(metrics or {}).items()}
+        self._take(max(curves, default=-1) + 1, final, now)
         self._sample_system()
         self._metrics.append((PEAK_MEMORY, _peak_memory(), now, 0))
 
@@ -412,13 +410,12 @@ class StageRun:
         """Queue the values that the run does not have yet, and return them."""
         new: dict[str, float] = {}
         for key, value in values.items():
-            name = STEP_METRICS.get(key, key)
-            seen = self._seen.setdefault(name, set())
-            self._last[name] = (float(value), when, step)
+            seen = self._seen.setdefault(key, set())
+            self._last[key] = (float(value), when, step)
             if step not in seen:
                 seen.add(step)
-                new[name] = float(value)
-                self._metrics.append((name, new[name], when, step))
+                new[key] = float(value)
+                self._metrics.append((key, new[key], when, step))
         return new
 
     def _open_journal(self, state: Path) -> TextIO:
@@ -585,9 +582,7 @@ def show_on_model(
     from mlflow.entities import Metric
 
     metrics = [
-        Metric(name, *entry, model_id=model_id)
-        for name, entry in last.items()
-        if name == STEP_METRICS["tokens"] or name.partition("/")[0] not in NO_RESULTS
+        Metric(name, *entry, model_id=model_id) for name, entry in last.items() if is_result(name)
     ]
     for start in range(0, len(metrics), BATCH_METRICS):
         client.log_batch(run_id, metrics=metrics[start : start + BATCH_METRICS])

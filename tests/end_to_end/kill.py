@@ -59,7 +59,7 @@ _TOOLS = {".dvc", ".pipeline", "mlartifacts", "mlflow.db", "mlflow.db-journal"}
 
 _DVC_WAS_CUT = "Unable to read RWLock-file"
 
-_TIMED = ("system/", "throughput/tokens_per_second")
+_TIMED = ("system/", "tokens_per_second")
 """Metrics that measure the machine and the time."""
 
 _CONTINUING = re.compile(r"continuing from step (\d+) of (\d+)(?:, (\d+) passes into the next)?")

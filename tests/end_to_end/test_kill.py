@@ -70,16 +70,16 @@ def test_the_comparison_finds_a_byte_a_leftover_and_a_value(pretraining):
     files[".checkpoints/pretrain/0123/step-00000001.pt"] = "0" * 64
     del files["reports/pretrain/history.csv"]
     curves = dict(reference.runs[0].curves)
-    (step, value), *rest = curves["loss/train"]
-    curves["loss/train"] = [(step, value + 1e-9), *rest, rest[-1]]
+    (step, value), *rest = curves["train_loss"]
+    curves["train_loss"] = [(step, value + 1e-9), *rest, rest[-1]]
     runs = [replace(reference.runs[0], curves=curves)]
     found = "\n".join(compare(reference, replace(reference, files=files, runs=runs)))
     for what in (
         "model.safetensors has other bytes",
         "step-00000001.pt was left behind",
         "history.csv is missing",
-        "loss/train is there more than once at step 60",
-        "loss/train differs at step 1:",
+        "train_loss is there more than once at step 61",
+        "train_loss differs at step 1:",
     ):
         assert what in found, found
 

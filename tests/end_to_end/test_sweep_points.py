@@ -122,7 +122,7 @@ def test_six_points_execute_nothing_that_they_share(made):
         run = of_stage[child.data.tags["run.finetune_classifier"]].data
         assert run.params["train.learning_rate"] == str(values[RATE])
         assert run.params["train.batch_size"] == str(values[SIZE])
-        assert run.metrics["result/validation_loss"] == child.data.metrics["validation_loss"]
+        assert run.metrics["validation_loss"] == child.data.metrics["validation_loss"]
         assert run.tags["sweep"] == parent.info.run_name == "six #1"
         assert (
             child.data.tags["run.finetune_classifier"] in child.data.tags["url.finetune_classifier"]

@@ -94,10 +94,10 @@ def learn(
         time.sleep(params.pause)
         while step == 10 and params.hold and Path(params.hold).exists():
             time.sleep(0.05)
-        log(Metrics(step, {"loss/train": 1 / step, "learning_rate": params.train.learning_rate}))
+        log(Metrics(step, {"train_loss": 1 / step, "learning_rate": params.train.learning_rate}))
         log(Progress("learn", step, steps))
         if step % 5 == 0:
-            log(Metrics(step, {"loss/validation": 2 / step}))
+            log(Metrics(step, {"validation_loss": 2 / step}))
             log(Text(f"samples/step-{step:06d}.txt", f"sample {step}"))
             if saved:
                 write_json(saved, step)

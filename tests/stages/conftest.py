@@ -165,7 +165,7 @@ def interrupt_at():
 
     def listener(step):
         def log(event):
-            if isinstance(event, Metrics) and "loss/train" in event.values and event.step == step:
+            if isinstance(event, Metrics) and "train_loss" in event.values and event.step == step:
                 os.kill(os.getpid(), signal.SIGINT)
 
         return log

@@ -65,8 +65,8 @@ def train(
     def log(event):
         if isinstance(event, Message):
             seen.messages.append(event.text)
-        if isinstance(event, Metrics) and "loss/train" in event.values:
-            seen.losses.append(event.values["loss/train"])
+        if isinstance(event, Metrics) and "train_loss" in event.values:
+            seen.losses.append(event.values["train_loss"])
             if event.step == stop_at:
                 os.kill(os.getpid(), 15)
 

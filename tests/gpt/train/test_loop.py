@@ -223,7 +223,7 @@ def test_a_stopped_run_continues_to_the_same_bits_and_the_same_curve(
         assert _equal(_weights(again), _weights(straight))
         assert result.history == expected.history
         assert Message(f"train: continuing from step {stop_at} of 12") in heard
-        steps = [e.step for e in heard if isinstance(e, Metrics) and "loss/train" in e.values]
+        steps = [e.step for e in heard if isinstance(e, Metrics) and "train_loss" in e.values]
         assert steps == list(range(stop_at + 1, 13))
 
 
@@ -498,17 +498,17 @@ def test_each_step_and_each_evaluation_is_heard(make_model):
         log=heard.append,
         sample=lambda _: "words",
     )
-    train = [e for e in heard if isinstance(e, Metrics) and "loss/train" in e.values]
+    train = [e for e in heard if isinstance(e, Metrics) and "train_loss" in e.values]
     assert [e.step for e in train] == [1, 2, 3, 4]
     assert set(train[0].values) == {
-        "loss/train",
+        "train_loss",
         "learning_rate",
         "grad_norm",
         "tokens",
         "tokens_per_second",
     }
     assert [e.values["tokens"] for e in train] == [32, 64, 96, 128]
-    assert [e.step for e in heard if isinstance(e, Metrics) and "loss/validation" in e.values] == [
+    assert [e.step for e in heard if isinstance(e, Metrics) and "validation_loss" in e.values] == [
         2,
         4,
     ]

@@ -308,7 +308,7 @@ def test_mlflow_tells_the_cost_the_version_and_what_differs_from_the_run_before(
         run = client.create_run(experiment, 1000 * (i + 1), tags, run_name=f"#{i + 1} |x")
         for key, value in (("rate", rate), ("same", "1"), *([("new", "|`")] if i == 2 else ())):
             client.log_param(run.info.run_id, key, value)
-        client.log_metric(run.info.run_id, "throughput/tokens", 614400)
+        client.log_metric(run.info.run_id, "throughput/tokens", 614400)  # its former name
         client.log_metric(run.info.run_id, PEAK_MEMORY, 1234.4)
         client.set_terminated(run.info.run_id, status)
     add_note(tmp_path, "pretrain", 83.4, run_id=run.info.run_id)

@@ -138,7 +138,7 @@ def test_a_stage_that_is_running_is_not_run_a_second_time(
     assert first.communicate()[1] == ""
     assert first.returncode == 0
     assert note(project, "learn")["run_id"] == before["run_id"]
-    assert steps(project, "learn", "loss/train") == list(range(1, 101))
+    assert steps(project, "learn", "train_loss") == list(range(1, 101))
     assert run_of(project, "learn").info.status == "FINISHED"
     assert len(connect(project).search_runs([before["experiment_id"]])) == 1
     assert (project / ".checkpoints/learn/0123456789abcdef").exists()

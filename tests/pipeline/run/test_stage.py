@@ -84,7 +84,7 @@ def test_a_finished_stage_leaves_a_run_with_parameters_metrics_and_lineage(proje
     assert run.info.status == "FINISHED"
     assert run.data.params["train.learning_rate"] == "0.5"
     assert run.data.params["sources"] == "a, b"
-    assert run.data.metrics["result/validation_loss"] == 0.1
+    assert run.data.metrics["validation_loss"] == 0.1
     assert run.data.tags["dvc.stage"] == "learn"
     assert run.data.tags["input.data/prepared"] == dvc_md5(project / "data/prepared")
     assert run.data.tags["output.models/learnt"] == dvc_md5(project / "models/learnt")
@@ -97,8 +97,8 @@ def test_a_finished_stage_leaves_a_run_with_parameters_metrics_and_lineage(proje
 def test_every_step_the_samples_and_the_curves_are_in_the_run(project: Path) -> None:
     run_stage("prepare", project)
     run_stage("learn", project)
-    assert steps(project, "learn", "loss/train") == list(range(1, 21))
-    assert steps(project, "learn", "loss/validation") == [5, 10, 15, 20]
+    assert steps(project, "learn", "train_loss") == list(range(1, 21))
+    assert steps(project, "learn", "validation_loss") == [5, 10, 15, 20, 21]
     client, run_id = connect(project), note(project, "learn")["run_id"]
     assert "system/cpu_utilization_percentage" in client.get_run(run_id).data.metrics
     samples = [file.path for file in client.list_artifacts(run_id, "samples")]
@@ -226,8 +226,8 @@ def test_a_run_killed_hard_goes_on_as_the_same_run_with_each_step_once(project: 
     _, error = process.communicate()
     assert process.returncode == 0, error
     assert note(project, "learn")["run_id"] == killed["run_id"]
-    assert steps(project, "learn", "loss/train") == list(range(1, 61))
-    assert steps(project, "learn", "loss/validation") == list(range(5, 61, 5))
+    assert steps(project, "learn", "train_loss") == list(range(1, 61))
+    assert steps(project, "learn", "validation_loss") == [*range(5, 61, 5), 61]
     assert run_of(project, "learn").data.tags["resumed"] == "1"
     assert not list((project / ".checkpoints/learn").iterdir())
 
@@ -292,7 +292,7 @@ def test_other_parameters_start_anew_and_end_the_run_that_was_left_behind(projec
     assert run_stage("learn", project) == 0
     assert note(project, "learn")["run_id"] != abandoned
     assert connect(project).get_run(abandoned).info.status == "KILLED"
-    assert steps(project, "learn", "loss/train") == list(range(1, 11))
+    assert steps(project, "learn", "train_loss") == list(range(1, 11))
 
 
 @pytest.mark.parametrize("changed", ["params", "input", "code"])

@@ -117,7 +117,7 @@ def wait_for_state(root: Path) -> None:
 def curve(root: Path) -> list[tuple[int, float]]:
     """The training losses that the stage's last run has in MLflow."""
     note = json.loads((root / ".pipeline" / "runs" / "pretrain.json").read_text())
-    history = connect(root).get_metric_history(note["run_id"], "loss/train")
+    history = connect(root).get_metric_history(note["run_id"], "train_loss")
     return sorted((metric.step, metric.value) for metric in history)
 
 

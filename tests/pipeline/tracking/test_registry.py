@@ -240,24 +240,27 @@ def test_a_versions_page_shows_what_its_run_came_to(
     save_model(GPT(CONFIG), directory, tokenizer=byte_tokenizer())
     run = StageRun(tmp_path, "pretrain", CONFIG, {})
     for step in (1, 2, 3):
-        run(Metrics(step, {"loss/train": 4.0 - step, "tokens": 8 * step, "grad_norm": 1.0}))
-    run(Metrics(2, {"loss/validation": 2.5}))
+        run(Metrics(step, {"train_loss": 4.0 - step, "tokens": 8 * step, "grad_norm": 1.0}))
+    run(Metrics(2, {"validation_loss": 2.5}))
     models.register(run, "base", directory, "0")
-    run.close("FINISHED", metrics={"result": {"perplexity": 9.0}})
+    run.close("FINISHED", metrics={"validation_loss": 2.25, "perplexity": 9.0})
     (version,) = run.client.search_model_versions("name = 'base'")
     model = run.client.get_logged_model(version.source.removeprefix("models:/"))
     shown = {metric.key: (metric.value, metric.step) for metric in model.metrics}
     # the machine is looked at when the time for it has come, which it may have
     assert {key: shown[key] for key in shown if not key.startswith("system/")} == {
-        "loss/train": (1.0, 3),
-        "loss/validation": (2.5, 2),
-        "throughput/tokens": (24.0, 3),
-        "result/perplexity": (9.0, 0),
+        "train_loss": (1.0, 3),
+        "validation_loss": (2.25, 4),
+        "tokens": (24.0, 3),
+        "perplexity": (9.0, 4),
     }
     assert model.params["n_embd"] == "16"
-    # the run itself has each of them once
-    assert len(run.client.get_metric_history(run.id, "loss/train")) == 3
-    assert len(run.client.get_metric_history(run.id, "result/perplexity")) == 1
+    # the final value follows the curve and is the one that MLflow shows; the run has each once
+    curve = run.client.get_metric_history(run.id, "validation_loss")
+    assert [(each.step, each.value) for each in curve] == [(2, 2.5), (4, 2.25)]
+    assert run.client.get_run(run.id).data.metrics["validation_loss"] == 2.25
+    assert len(run.client.get_metric_history(run.id, "train_loss")) == 3
+    assert len(run.client.get_metric_history(run.id, "perplexity")) == 1
 
 
 def _train(root: Path, rate: float, data: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from pipeline.dag.cache import dvc_md5
 from pipeline.data.sets import input_sets, made_sets
 from pipeline.tracking import connection
 from pipeline.tracking import run as tracking
-from pipeline.tracking.keys import key_of
+from pipeline.tracking.keys import is_result, key_of, present_metrics
 from pipeline.tracking.run import DataSet, StageRun
 
 
@@ -126,10 +126,35 @@ def test_a_run_killed_right_after_its_end_was_written_has_its_results_once(proje
     state.mkdir()
     for _ in range(2):  # the second is the start after the kill, which finds the state still there
         run = StageRun(project, "learn", stand_in.LearnParams(), {}, state=state)
-        run(Metrics(1, {"loss/train": 2.0}))
-        run.close("FINISHED", metrics={"result": {"accuracy": 0.5}})
-    for name in ("result/accuracy", "loss/train"):
+        run(Metrics(1, {"train_loss": 2.0}))
+        run.close("FINISHED", metrics={"accuracy": 0.5})
+    for name in ("accuracy", "train_loss"):
         assert len(run.client.get_metric_history(run.id, name)) == 1, name
+
+
+def test_metrics_of_earlier_runs_are_read_under_their_present_names() -> None:
+    earlier = {
+        "result/validation_loss": 2.0,
+        "loss/validation": 2.5,
+        "reward_accuracy/validation": 0.75,
+        "result/validation_loss/docs": 3.0,
+        "throughput/tokens": 64.0,
+        "optimizer/grad_norm": 1.0,
+        "system/cpu_utilization_percentage": 5.0,
+        "pretrain/loss/docs": 4.0,
+    }
+    present = {
+        "validation_loss": 2.0,  # the final value, not the last of the curve
+        "validation_reward_accuracy": 0.75,
+        "validation_loss/docs": 3.0,
+        "tokens": 64.0,
+        "grad_norm": 1.0,
+        "system/cpu_utilization_percentage": 5.0,
+        "pretrain/loss/docs": 4.0,
+    }
+    assert present_metrics(earlier) == present_metrics(present) == present
+    results = {name for name in present if is_result(name)}
+    assert present.keys() - results == {"grad_norm", "system/cpu_utilization_percentage"}
 
 
 # --- names from outside ----------------------------------------------------------------------

@@ -116,9 +116,8 @@ def assert_whole(project: Path, total: int) -> Run:
     client = connect(project)
     run = client.get_run(note(project)["run_id"])
     assert run.info.status == "FINISHED"
-    assert steps(client, run, "loss/train") == list(range(1, total + 1))
-    assert steps(client, run, "loss/validation") == list(range(5, total + 1, 5))
-    assert steps(client, run, "result/validation_loss") == [0]
+    assert steps(client, run, "train_loss") == list(range(1, total + 1))
+    assert steps(client, run, "validation_loss") == [*range(5, total + 1, 5), total + 1]
     samples = [file.path for file in client.list_artifacts(run.info.run_id, "samples")]
     assert samples == [f"samples/step-{step:06d}.txt" for step in range(5, total + 1, 5)]
     plots = [file.path for file in client.list_artifacts(run.info.run_id, "plots")]
@@ -225,10 +224,7 @@ def trained_until_it_died(project: Path, server: MlflowServer) -> subprocess.Pop
         if not (project / ".pipeline/runs/learn.json").exists():
             return False
         run = connect(project).get_run(note(project)["run_id"])
-        return (
-            run.data.metrics.get("throughput/tokens", run.data.metrics.get("loss/train"))
-            is not None
-        )
+        return "train_loss" in run.data.metrics
 
     wait_for(has_steps)
     server.kill()
@@ -382,10 +378,10 @@ def made_without_mlflow(root: Path) -> Path:
         unreachable="later",
     )
     for step in range(1, 1501):
-        run(Metrics(step, {"loss/train": 1 / step, "tokens": 8.0 * step}))
+        run(Metrics(step, {"train_loss": 1 / step, "tokens": 8.0 * step}))
     run(Text("samples/step.txt", "once"))
     models.register(run, "base", directory, dvc_md5(directory))
-    run.close("FINISHED", metrics={"result": {"loss": 0.5}}, outputs={"models/pretrain": "2"})
+    run.close("FINISHED", metrics={"loss": 0.5}, outputs={"models/pretrain": "2"})
     return directory
 
 
@@ -415,8 +411,8 @@ def test_an_interrupted_sync_is_completed_and_sends_everything_once(
     experiment = client.get_experiment_by_name("gpt-pipeline/pretrain")
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FINISHED"
-    assert sorted(steps(client, run, "loss/train")) == list(range(1, 1501))
-    assert steps(client, run, "result/loss") == [0]
+    assert sorted(steps(client, run, "train_loss")) == list(range(1, 1501))
+    assert steps(client, run, "loss") == [1501]
     (version,) = client.search_model_versions("name = 'base'")
     assert version.run_id == run.info.run_id
     assert version.tags["md5"] == dvc_md5(directory)
@@ -426,9 +422,9 @@ def test_an_interrupted_sync_is_completed_and_sends_everything_once(
     assert [each.model_id for each in run.outputs.model_outputs] == [model.model_id]
     assert model.status == "READY"
     shown = {metric.key: (metric.value, metric.step) for metric in model.metrics}
-    assert shown["result/loss"] == (0.5, 0)
-    assert shown["loss/train"] == (1 / 1500, 1500)
-    assert shown["throughput/tokens"] == (12000.0, 1500)
+    assert shown["loss"] == (0.5, 1501)
+    assert shown["train_loss"] == (1 / 1500, 1500)
+    assert shown["tokens"] == (12000.0, 1500)
     assert model.params["n_embd"] == "16"
     import mlflow
 
