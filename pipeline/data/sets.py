@@ -1,7 +1,7 @@
-"""The data sets of a stage's run, as MLflow lists them on its page.
+"""The data sets of a stage's run, as MLflow lists them on the run's page.
 
-A data set in MLflow is told by its name and its digest, and keeps what the first run said of it: so
-the digest has all in it that is said of the set.
+MLflow identifies a data set by its name and digest and keeps what the first run recorded of it, so
+the digest covers everything that is recorded.
 """
 
 from __future__ import annotations
@@ -9,17 +9,19 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gpt.text.records import SOURCES
 from gpt.tokens.token_files import Counts, read_manifest
 from pipeline.data.facts import RawSource, raw_sources
 from pipeline.tracking.run import DataSet
 
-_DATA = "data/"
-_DIGEST = 16  # hexadecimal digits
+_SHA256_DIGITS = 16  # in a digest: MLflow keeps at most 36 characters
+_COUNTED = {"documents": "documents", "messages": "rows", "instructions": "records"}
+"""What is counted in files that hold data, by their kind."""
+_MANIFEST = "manifest.json"
 
 
 def input_sets(root: Path, inputs: Mapping[str, str], trains: bool) -> list[DataSet]:
@@ -31,14 +33,7 @@ def input_sets(root: Path, inputs: Mapping[str, str], trains: bool) -> list[Data
         trains: the stage learns from those of them that are data.
     """
     return [
-        DataSet(
-            name=path,
-            digest=md5,
-            context="training" if trains and path.startswith(_DATA) else "input",
-            source_type="local",
-            source={"uri": path},
-            profile=_profile(root / path),
-        )
+        _local_set(root, path, md5, "training" if trains and path.startswith("data/") else "input")
         for path, md5 in inputs.items()
     ]
 
@@ -51,57 +46,58 @@ def made_sets(root: Path, inputs: Mapping[str, str], outputs: Mapping[str, str])
         inputs: path relative to `root` -> md5 as DVC computes it.
         outputs: the same of what it made.
     """
-    found = []
-    for path, md5 in {**inputs, **outputs}.items():
-        found += [_raw_set(path, source) for source in raw_sources(root / path) if _is_data(source)]
-        if path in outputs and (root / path / "manifest.json").is_file():
-            found.append(
-                DataSet(
-                    name=path,
-                    digest=md5,
-                    context="train",
-                    source_type="local",
-                    source={"uri": path},
-                    profile=_profile(root / path),
-                )
-            )
-    return found
+    raw = [
+        _raw_set(path, source)
+        for path in {**inputs, **outputs}
+        for source in raw_sources(root / path)
+        if _is_data(source)
+    ]
+    tokens = {path: md5 for path, md5 in outputs.items() if (root / path / _MANIFEST).is_file()}
+    return raw + [_local_set(root, path, md5, "train") for path, md5 in tokens.items()]
+
+
+def _local_set(
+    root: Path, path: str, md5: str, context: Literal["train", "training", "input"]
+) -> DataSet:
+    return DataSet(
+        name=path,
+        digest=md5,
+        context=context,
+        source_type="local",
+        source={"uri": path},
+        profile=_profile(root / path),
+    )
 
 
 def _is_data(source: RawSource) -> bool:
-    return any(file.kind != "file" for file in source.files)
+    return source.files[0].kind in _COUNTED
 
 
 def _raw_set(folder: str, source: RawSource) -> DataSet:
-    sums = [file.sha256 for file in source.files]
-    one = sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
-    urls = source.urls
-    place: dict[str, Any] = {"url": urls[0]} if urls else {"uri": folder}
-    if len(urls) > 1:
-        place["urls"] = urls
-    place["sha256"] = one
+    sums = "".join(file.sha256 for file in source.files)
+    sha256 = source.sha256 or hashlib.sha256(sums.encode()).hexdigest()
+    place: dict[str, Any] = {"url": source.urls[0]} if source.urls else {"uri": folder}
+    if len(source.urls) > 1:
+        place["urls"] = source.urls
     return DataSet(
         name=source.name,
         # the same bytes are other documents where another separator or split is given
-        digest=f"{one[:_DIGEST]}-{source.records}",
+        digest=f"{sha256[:_SHA256_DIGITS]}-{source.records}",
         context="raw",
-        source_type="http" if urls else "local",
-        source=place,
+        source_type="http" if source.urls else "local",
+        source={**place, "sha256": sha256},
         profile=_raw_profile([source]),
     )
 
 
 def _profile(path: Path) -> dict[str, Any]:
-    """What is in a folder of data; nothing of what is none."""
+    """What is in a folder of data; empty for any other path."""
     if (path / SOURCES).is_file():
-        return _raw_profile(source for source in raw_sources(path) if _is_data(source))
-    if (path / "manifest.json").is_file():
-        return _token_profile(path)
-    return {}
+        return _raw_profile([source for source in raw_sources(path) if _is_data(source)])
+    return _token_profile(path) if (path / _MANIFEST).is_file() else {}
 
 
-def _raw_profile(sources: Iterable[RawSource]) -> dict[str, Any]:
-    sources = list(sources)
+def _raw_profile(sources: Sequence[RawSource]) -> dict[str, Any]:
     if not sources:
         return {}
     counted: Counter[str] = Counter()
@@ -112,9 +108,6 @@ def _raw_profile(sources: Iterable[RawSource]) -> dict[str, Any]:
         "files": sum(len(source.files) for source in sources),
         "bytes": sum(source.bytes for source in sources),
     }
-
-
-_COUNTED = {"documents": "documents", "messages": "rows", "instructions": "records"}
 
 
 def _token_profile(path: Path) -> dict[str, Any]:

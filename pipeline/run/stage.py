@@ -369,10 +369,10 @@ def _finish(
         from pipeline.data.report import write_report
         from pipeline.data.sets import made_sets
 
-        report = write_report(root)
+        page, plots = write_report(root)
         run.add_data_sets(made_sets(root, run.inputs, output_md5))
-        run.add_report(report.page, report.pictures)
-        log(Message(f"the data report: {_relative(root, report.page)}"))
+        run.add_report(page, plots)
+        log(Message(f"the data report: {_relative(root, page)}"))
     run.close("FINISHED", metrics=metrics, outputs=output_md5)
     return output_md5
 

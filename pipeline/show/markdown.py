@@ -51,9 +51,20 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Cell]], align: str = "
     align = align or "l" + "r" * (len(columns) - 1)
     lines = [[escaped(column) for column in columns]]
     lines += [[escaped(shown(cell)) for cell in row] for row in rows]
+    return _padded(lines, align)
+
+
+def padded_table(text: str) -> str:
+    """The same of a Markdown table whose cells are escaped already."""
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    align = "".join("r" if rule.endswith(":") else "l" for rule in lines.pop(1))
+    return _padded(lines, align) + "\n"
+
+
+def _padded(lines: Sequence[Sequence[str]], align: str) -> str:
     if len(lines) == 1:
         return "None."
-    widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(columns))]
+    widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
     if align[-1] == "l":
         widths[-1] = max(3, len(lines[0][-1]))  # excerpts: padding would only be blanks
     pad: dict[str, Callable[[str, int], str]] = {"l": str.ljust, "r": str.rjust}
