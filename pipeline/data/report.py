@@ -14,10 +14,10 @@ from filelock import FileLock
 from jinja2 import UndefinedError
 from rich.console import Console
 
-from gpt.base.errors import InputError
+from gpt.base.errors import InputError, first_few
 from gpt.base.files import whole_directory, whole_file
 from pipeline.data.facts import CORPUS_FACTS, DATA_SETS, DataFacts, data_facts
-from pipeline.show.console import safe_console, some
+from pipeline.show.console import safe_console
 from pipeline.show.documents import fill, print_markdown
 from pipeline.show.markdown import name_of, share_of
 from pipeline.show.plots import draw_bars, draw_lengths, draw_mixture
@@ -91,7 +91,7 @@ def _values(facts: DataFacts) -> dict[str, Any]:
         "duplicates": _duplicates(corpus, not_asked) if corpus else "",
         "steps": {what: _steps(corpus, what) for what in ("removed", "changed")} if corpus else {},
         "not_asked": not_asked,
-        "classes": some(
+        "classes": first_few(
             [f"{name_of(label, 28)} {share_of(n, n_messages)}" for label, n in classes.items()], 4
         ),
         "shares": _shares(corpus) if corpus and corpus["mixture"] else {},
@@ -116,7 +116,7 @@ def _steps(corpus: Mapping[str, Any], what: str) -> list[dict[str, Any]]:
     found = []
     for step, of in steps.items():
         most = sorted(of, key=lambda name: -of[name])
-        words = some([f"{name_of(name, 28)} {of[name]:,}" for name in most], 4)
+        words = first_few([f"{name_of(name, 28)} {of[name]:,}" for name in most], 4)
         found.append({"step": step, "n": sum(of.values()), "by_source": words})
     return sorted(found, key=lambda each: (-each["n"], each["step"]))
 

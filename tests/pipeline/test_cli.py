@@ -221,7 +221,7 @@ def test_data_writes_the_report_and_says_it_in_short(project, command):
     code, shown, _ = command("data")
     assert code == 0
     assert "pretraining text (documents)" in shown
-    assert "reports/data.md: the whole report, with pictures" in shown
+    assert "reports/data.md: the whole report, with plots" in shown
     assert (project / "reports" / "data.md").read_text().startswith("# The data\n")
     assert " data " in command("--help")[1]
 
