@@ -113,7 +113,8 @@ def _plan_language_model(params: Any, ready: Any) -> Plan:
     model = Counts(language_model)
     train = getattr(params, "recipe", params.train)
     pairs = hasattr(ready, "pairs")
-    cache = (len(ready.shown), max(map(len, ready.shown)) + params.sample_tokens)
+    shown = getattr(ready, "shown", ())  # what the samples continue; a stage may take none
+    cache = (len(shown), max(map(len, shown)) + params.sample_tokens) if shown else (0, 0)
     before, evaluation, final = (
         sum(_forward(model, data, train.batch_size) for data in each) for each in _measured(ready)
     )
