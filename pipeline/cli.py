@@ -9,7 +9,6 @@ import contextlib
 import errno
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
@@ -138,12 +137,10 @@ def run(
 
 def _run_flow(root: Path, stages: list[str], force: bool, jobs: int) -> int:
     from pipeline.flow.prefect_api import prefect_told, use_api
-    from pipeline.project.params import PARAMS_FILE, SECTIONS, check_sections, load_params
+    from pipeline.project.params import PARAMS_FILE, check_sections, check_stages, load_params
     from pipeline.tracking.unsent import unsent_runs
 
-    for name in stages:
-        if name not in SECTIONS:
-            raise InputError(f"{name}: no such stage; use one of {', '.join(SECTIONS)}")
+    check_stages(stages)
     check_sections(root / PARAMS_FILE)
     os.chdir(root)
     server = use_api(root)
@@ -177,11 +174,10 @@ def stage(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A stage of dvc.yaml.")],
 ) -> None:
     """Execute one stage here and now, as DVC does; `run` is what you want."""
-    from pipeline.project.params import SECTIONS
+    from pipeline.project.params import check_stages
 
     root = _root()
-    if name not in SECTIONS:
-        raise InputError(f"{name}: no such stage; use one of {', '.join(SECTIONS)}")
+    check_stages([name])
     from pipeline.run.stage import run_stage
 
     raise typer.Exit(run_stage(name, root))
@@ -206,63 +202,34 @@ def preset(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="The one to use.")] = None,
 ) -> None:
     """List the presets; or put one in place as params.yaml."""
-    from pipeline.project.params import preset_file, preset_files
+    from pipeline.project.overrides import is_kept, write_params
+    from pipeline.project.params import PARAMS_FILE, preset_file, preset_files
 
     root = _root()
-    presets = preset_files(root)
-    current = root / "params.yaml"
+    current = root / PARAMS_FILE
     now = current.read_bytes() if current.exists() else None
     if name is None:
+        presets = preset_files(root)
         width = max(map(len, presets), default=0)
         for each, path in presets.items():
-            mark = "*" if path.read_bytes() == now else " "
-            say(f"{mark} {each:<{width}}  {_description(path)}")
+            text = path.read_bytes()
+            comments = (line for line in text.decode().splitlines() if line.startswith("#"))
+            mark = "*" if text == now else " "
+            say(f"{mark} {each:<{width}}  {next(comments, '').strip('# ')}")
         return
     chosen = preset_file(root, name).read_bytes()
-    if now is not None and now not in [_committed(root), *map(Path.read_bytes, presets.values())]:
-        _keep(root, now)
-    with whole_file(current) as partial:
-        partial.write_bytes(chosen)
-    say(f"params.yaml is now presets/{name}.yaml; `gpt-pipeline status` says what would run")
-
-
-def _keep(root: Path, params: bytes) -> None:
-    """Nothing that is kept nowhere else is written over.
-
-    Without git no one can tell edits from the file as it came, so it becomes a preset.
-    """
-    kept = root / "presets" / "replaced.yaml"
-    if _has_git(root) or kept.exists():
-        raise InputError(
-            "params.yaml: holds edits that are kept nowhere else; commit them, or copy the file "
-            "into presets/, and try again"
-        )
-    with whole_file(kept) as partial:
-        partial.write_bytes(params)
-    say("what was in params.yaml is now the preset `replaced`")
-
-
-def _description(path: Path) -> str:
-    """The first comment of a preset."""
-    with path.open(encoding="utf-8") as file:
-        return next((line.strip("# \n") for line in file if line.startswith("#")), "")
-
-
-def _has_git(root: Path) -> bool:
-    return any((folder / ".git").exists() for folder in (root, *root.parents))
-
-
-def _committed(root: Path) -> bytes | None:
-    """params.yaml as git has it; None if it has not."""
-    if not _has_git(root):
-        return None
-    try:
-        shown = subprocess.run(
-            ["git", "show", "HEAD:./params.yaml"], cwd=root, capture_output=True, check=False
-        )
-    except FileNotFoundError:
-        return None
-    return shown.stdout if shown.returncode == 0 else None
+    if now is not None and not is_kept(root):
+        kept = root / "presets" / "replaced.yaml"
+        if kept.exists():
+            raise InputError(
+                f"{PARAMS_FILE}: holds edits that are kept nowhere else; commit them, or copy the "
+                "file into presets/, and try again"
+            )
+        with whole_file(kept) as partial:
+            partial.write_bytes(now)
+        say(f"what was in {PARAMS_FILE} is now the preset `replaced`")
+    write_params(root, chosen)
+    say(f"{PARAMS_FILE} is now presets/{name}.yaml; `gpt-pipeline status` says what would run")
 
 
 @app.command()

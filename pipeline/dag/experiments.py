@@ -20,8 +20,8 @@ from typing import Any
 from gpt.base.errors import InputError, RunError
 from gpt.base.files import write_json
 from pipeline.dag.dvc_files import LOCK_FILE
-from pipeline.dag.overrides import set_value
 from pipeline.project.git import git
+from pipeline.project.overrides import text_with, write_params
 from pipeline.project.params import PARAMS_FILE
 
 FOLDER = Path(".pipeline")
@@ -126,11 +126,10 @@ def _copy_project(root: Path, tree: Path) -> Path:
 
 
 def _change(tree: Path, stage: str, changes: Mapping[str, Any], cache: Path) -> None:
-    from dvc.utils.serialize import modify_yaml  # keeps comments, as `dvc exp run --set-param` does
+    from dvc.utils.serialize import modify_yaml
 
-    with modify_yaml(str(tree / PARAMS_FILE)) as params:
-        for path, value in changes.items():
-            set_value(params[stage], path, value)
+    values = {f"{stage}.{path}": value for path, value in changes.items()}
+    write_params(tree, text_with((tree / PARAMS_FILE).read_bytes(), values))
 
     def cache_has(out: Mapping[str, Any]) -> bool:
         md5 = str(out.get("md5", ""))

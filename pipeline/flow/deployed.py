@@ -35,12 +35,12 @@ from gpt.base.errors import InputError, RunError
 from pipeline.dag.cache import dvc_md5, mend
 from pipeline.dag.dvc_files import LOCK_FILE, find_root
 from pipeline.dag.graph import Dag
-from pipeline.dag.overrides import params_with, text_with, write_params
 from pipeline.dag.repository import has_remote
 from pipeline.dag.repro import Processes, StageError
 from pipeline.flow.agent_start import AGENT_VARIABLE, WORKER_VARIABLE, run_note
 from pipeline.flow.flow import run_stages
-from pipeline.project.params import PARAMS_FILE, SECTIONS, load_params, preset_file, read_params
+from pipeline.project.overrides import params_with, text_with, write_params
+from pipeline.project.params import PARAMS_FILE, check_stages, load_params, preset_file, read_params
 from pipeline.project.settings import FlowParams
 
 NEW_DATA = "gpt-pipeline.new-data"
@@ -122,9 +122,7 @@ def set_params(
         InputError: there is no such stage, preset or parameter, or a value is impossible: as
             `params.yaml` would be told.
     """
-    for name in targets:
-        if name not in SECTIONS:
-            raise InputError(f"{name}: no such stage; use one of {', '.join(SECTIONS)}")
+    check_stages(targets)
     file = root / PARAMS_FILE if preset is None else preset_file(root, preset)
     content = file.read_bytes()
     load_params(file)

@@ -143,7 +143,7 @@ def run_stages(
         recorded = dag.recorded()
         try:
             names = dag.plan(targets)
-            params = load_section(root / PARAMS_FILE, "flow", others=False) or FlowParams()
+            params = load_section(root / PARAMS_FILE, "flow") or FlowParams()
         except InputError as error:
             display.line("", str(error), "error")
             return Failed(message=str(error), data=StageError(str(error), 2, "input"))

@@ -545,7 +545,7 @@ def _asked_now(
     if not data.is_dir():
         raise InputError(f"data/raw/{_ASKED[serves]} is not here; `dvc pull` brings it")
     versions = [_registered(everything, side) for side in sides]
-    params = load_section(everything.root / PARAMS_FILE, "evaluate", others=False)
+    params = load_section(everything.root / PARAMS_FILE, "evaluate")
     params = params or EvaluateParams()
     device = prepare_device(params.device, params.threads)
     with files_of(versions[0]) as first, files_of(versions[1]) as second:

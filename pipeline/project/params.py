@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
@@ -114,46 +114,68 @@ def read_params(path: Path) -> dict[Any, Any]:
 
 
 def load_params(path: Path) -> Params:
-    """Read and validate every section.
+    """Read and check the file: see `check_params`.
 
     Raises:
-        InputError: the file is missing or no YAML, or a parameter is unknown, missing, of a wrong
-            type or impossible; the problems are named in one line, each with its full path.
+        InputError: also where the file is missing or is not YAML.
     """
-    raw, problems = _read(path)
-    values: dict[str, Any] = {}
-    for name in _KNOWN:
-        value, found = _validate(name, raw[name]) if name in raw else (None, [])
-        values[name] = value
-        problems += found
-    if not problems:
-        params = Params(**values)
-        problems = list(_across(params))
-        if not problems:
-            return params
-    raise _input_error(path, problems)
+    return check_params(read_params(path), path.name)
 
 
-def load_section(path: Path, name: str, *, others: bool = True) -> Any:
-    """One section alone, checked by itself; None where it may be left out, and is.
+def check_params(raw: Mapping[str, Any], file: str = PARAMS_FILE) -> Params:
+    """Check every section.
 
     Args:
-        path: of the file.
-        name: of the section.
-        others: whether the names of the other sections are checked too.
+        raw: the sections, as YAML has them.
+        file: what messages call the file.
 
     Raises:
-        InputError: as `load_params`, but for mistakes within other sections.
+        InputError: a parameter is unknown, missing, of a wrong type or impossible; the problems are
+            named in one line, each with its full path.
     """
-    raw, problems = _read(path)
-    problems = problems if others else []
-    value = None
-    if name in raw:
-        value, found = _validate(name, raw[name])
+    problems = _wrong_names(raw)
+    values: dict[str, Any] = {}
+    for name in _KNOWN:
+        values[name], found = _validate(name, raw[name]) if name in raw else (None, [])
         problems += found
-    if problems:
-        raise _input_error(path, problems)
+    _refuse(file, problems)
+    params = Params(**values)
+    _refuse(file, list(_across(params)))
+    return params
+
+
+def load_section(path: Path, name: str) -> Any:
+    """One section, without a look at the others; None where it may be left out, and is.
+
+    Raises:
+        InputError: the file cannot be read, or something in the section is wrong.
+    """
+    raw = read_params(path)
+    if name not in raw:
+        return None
+    value, problems = _validate(name, raw[name])
+    _refuse(path.name, problems)
     return value
+
+
+def check_sections(path: Path) -> None:
+    """Check the file's form and its sections' names only, which is quick.
+
+    Raises:
+        InputError: the file is missing or is not YAML, or a section is unknown or missing.
+    """
+    _refuse(path.name, _wrong_names(read_params(path)))
+
+
+def check_stages(names: Iterable[str]) -> None:
+    """Whether there are stages of these names.
+
+    Raises:
+        InputError: there is none of a name.
+    """
+    for name in names:
+        if name not in SECTIONS:
+            raise InputError(f"{name}: no such stage; use one of {', '.join(SECTIONS)}")
 
 
 def preset_files(root: Path) -> dict[str, Path]:
@@ -173,30 +195,19 @@ def preset_file(root: Path, name: str) -> Path:
     return known[name]
 
 
-def check_sections(path: Path) -> None:
-    """Check the file's form and its sections' names only, which is quick.
-
-    Raises:
-        InputError: the file is missing or no YAML, or a section is unknown or missing.
-    """
-    _, problems = _read(path)
+def _refuse(file: str, problems: Sequence[str]) -> None:
     if problems:
-        raise _input_error(path, problems)
+        more = len(problems) - _MOST_PROBLEMS
+        also = f"; and {more} more" if more > 0 else ""
+        raise InputError(f"{file}: {'; '.join(problems[:_MOST_PROBLEMS])}{also}")
 
 
-def _input_error(path: Path, problems: Sequence[str]) -> InputError:
-    shown = "; ".join(problems[:_MOST_PROBLEMS])
-    more = len(problems) - _MOST_PROBLEMS
-    return InputError(f"{path.name}: {shown}" + (f"; and {more} more" if more > 0 else ""))
-
-
-def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """The file's sections as they stand in it, and what is wrong with their names."""
-    raw = read_params(path)
+def _wrong_names(raw: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the sections' names."""
     problems = [_unknown(str(key), _KNOWN) for key in raw if key not in _KNOWN]
     if missing := [name for name in _REQUIRED if name not in raw]:
         problems.append(f"{', '.join(missing)}: missing; each stage has a section")
-    return raw, problems
+    return problems
 
 
 def _unknown(path: str, known: Sequence[str]) -> str:
@@ -209,42 +220,26 @@ def _unknown(path: str, known: Sequence[str]) -> str:
 def _validate(name: str, raw: Any) -> tuple[Any, list[str]]:
     """The section's dataclass, and what is wrong with its values."""
     cls = params_class(name)
-    problems = [
-        f"{path}: must be a finite number (got {value})"
-        for path, value in _leaves(raw, name)
-        if isinstance(value, float) and not math.isfinite(value)
-    ]
-    if problems:
-        return None, problems
     try:
         # A section without a value (`evaluate:`) holds the defaults.
         value = TypeAdapter(cls).validate_python({} if raw is None else raw)
     except ValidationError as error:
         return None, [_problem(name, cls, raw, details) for details in error.errors()]
-    return value, list(_disguised(raw, value, name))
+    return value, list(_misread(raw, value, name))
 
 
-def _disguised(raw: Any, value: Any, path: str) -> Iterator[str]:
-    """Yes and no where a number belongs: pydantic reads them as 1 and 0."""
+def _misread(raw: Any, value: Any, path: str) -> Iterator[str]:
+    """What pydantic lets pass: true and false as 1 and 0, and numbers that are not finite."""
     if isinstance(raw, bool) and not isinstance(value, bool):
         yield f"{path}: should be a number (got {str(raw).lower()})"
+    elif isinstance(raw, float) and not math.isfinite(raw):
+        yield f"{path}: must be a finite number (got {raw})"
     elif isinstance(raw, dict):
         for key, below in raw.items():
-            yield from _disguised(below, getattr(value, str(key), below), f"{path}.{key}")
+            yield from _misread(below, getattr(value, str(key), below), f"{path}.{key}")
     elif isinstance(raw, list):
         for index, (below, item) in enumerate(zip(raw, value, strict=True)):
-            yield from _disguised(below, item, f"{path}[{index}]")
-
-
-def _leaves(raw: Any, path: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(raw, dict):
-        for key, value in raw.items():
-            yield from _leaves(value, f"{path}.{key}")
-    elif isinstance(raw, list):
-        for index, value in enumerate(raw):
-            yield from _leaves(value, f"{path}[{index}]")
-    else:
-        yield path, raw
+            yield from _misread(below, item, f"{path}[{index}]")
 
 
 def _problem(name: str, cls: Any, raw: Any, details: Any) -> str:

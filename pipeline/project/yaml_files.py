@@ -1,114 +1,26 @@
-"""YAML as a person or git may have left it: read within bounds, and refused with file and place.
+"""YAML 1.2 as a person or git may have left it: bounded, and refused with its file and line.
 
-All YAML comes in here: parameters, presets, tables of ablations and sweeps, `dvc.yaml`, `dvc.lock`.
+Every YAML file is read here, by the library that DVC reads its own with: parameters, presets,
+tables of ablations and sweeps, `dvc.yaml`, `dvc.lock`.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import yaml
-from yaml.composer import Composer
-from yaml.constructor import ConstructorError
-from yaml.nodes import MappingNode, Node, ScalarNode
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, NodeEvent
 
-from gpt.base.errors import InputError, shown
+from gpt.base.errors import InputError, in_one_line, shortened
 from gpt.base.files import refuse_conflict
 
-_LONGEST = 1 << 20
-"""Bytes of a file; the project's own `dvc.lock` has 26,000."""
+_MOST_BYTES = 1 << 20
+"""Of a file; the project's own `dvc.lock` has 14,000."""
 _MOST_VALUES = 50_000
+"""In a file, counting what an alias stands for each time."""
 _DEEPEST = 64
-"""Both with an alias taken for all that it stands for."""
-_LONGEST_NUMBER = 100
-"""Characters of a number: with any more it fits no float."""
-
-_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
-
-if TYPE_CHECKING:
-    _Base = yaml.SafeLoader
-elif yaml.__with_libyaml__:
-
-    class _Base(Composer, yaml.CSafeLoader):
-        """libyaml reads, PyYAML puts together: libyaml's own way knows no bounds."""
-
-        def __init__(self, text: str) -> None:
-            yaml.CSafeLoader.__init__(self, text)
-            Composer.__init__(self)
-
-else:
-    _Base = yaml.SafeLoader
-
-
-class _Loader(_Base):
-    """Bounds what it walks, and refuses a key given twice, as YAML itself does.
-
-    Raises:
-        yaml.YAMLError: nothing else, and with a place.
-    """
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self._values = self._depth = self._reached = 0
-        self._extent: dict[Node, tuple[int, int]] = {}
-        """Of each whole node: how many values it holds, itself among them, and how deep."""
-
-    def compose_node(self, parent: Node | None, index: int) -> Node | None:
-        """The next node; an alias is the node that it names."""
-        mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-        alias = self.check_event(yaml.AliasEvent)
-        outside, values = self._reached, self._values
-        self._depth += 1
-        self._reached = self._depth
-        self._values += not alias
-        if self._depth > _DEEPEST:  # before the nodes below, each of which is a call
-            raise _problem(f"nested more than {_DEEPEST} deep", mark)
-        node = super().compose_node(parent, index)
-        assert node is not None  # an unknown alias is refused
-        if alias:
-            if node not in self._extent:
-                raise _problem("an alias of what it stands in", mark)
-            self._values += self._extent[node][0]
-            self._reached += self._extent[node][1]
-        else:
-            self._extent[node] = (self._values - values, self._reached - self._depth)
-        if self._values > _MOST_VALUES:
-            raise _problem(f"more than {_MOST_VALUES:,} values, aliases followed", mark)
-        if self._reached > _DEEPEST:
-            raise _problem(f"nested more than {_DEEPEST} deep, aliases followed", mark)
-        self._depth -= 1
-        self._reached = max(outside, self._reached)
-        return node
-
-    def compose_mapping_node(self, anchor: Any) -> MappingNode:
-        """A mapping whose keys differ."""
-        node = super().compose_mapping_node(anchor)
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, ScalarNode):
-                if (key.tag, key.value) in seen:
-                    raise _problem(f"the key {shown(key.value)} is given twice", key.start_mark)
-                seen.add((key.tag, key.value))
-        return node
-
-    def construct_object(self, node: Node, deep: bool = False) -> Any:
-        """The value of a node."""
-        if node.tag in _NUMBERS and len(node.value) > _LONGEST_NUMBER:
-            raise _problem(f"a number of {len(node.value):,} characters", node.start_mark)
-        try:
-            return super().construct_object(node, deep)
-        except yaml.YAMLError:
-            raise
-        except Exception as error:  # of int(), float(), date() and others: `!!int abc`, 2026-02-30
-            reason = f" ({error})" if isinstance(error, ValueError) else ""
-            value = shown(node.value) if isinstance(node, ScalarNode) else "this"
-            kind = node.tag.rpartition(":")[2]
-            raise _problem(f"{value} is no {kind}{reason}", node.start_mark) from None
-
-
-def _problem(what: str, mark: Any) -> ConstructorError:
-    return ConstructorError(None, None, what, mark)
 
 
 def read_yaml(path: Path, name: str = "", *, missing: str = "no such file") -> Any:
@@ -124,14 +36,14 @@ def read_yaml(path: Path, name: str = "", *, missing: str = "no such file") -> A
     """
     try:
         size = path.stat().st_size
-        content = path.read_bytes() if size <= _LONGEST else b""
+        content = path.read_bytes() if size <= _MOST_BYTES else b""
     except FileNotFoundError:
         raise InputError(f"{path}: {missing}") from None
     except OSError as error:
         raise InputError(
             f"{path}: cannot be read ({error.strerror or error}); make it a file that can"
         ) from None
-    if size > _LONGEST:
+    if size > _MOST_BYTES:
         raise InputError(f"{name or path}: {size:,} bytes are no such file's size; correct it")
     return parse_yaml(content, name or str(path))
 
@@ -144,8 +56,8 @@ def parse_yaml(content: bytes, name: str) -> Any:
         name: what messages call it.
 
     Raises:
-        InputError: it is no YAML, one of its values is none, a key is given twice, it is unusually
-            large or deep, or git left it with a conflict; with the line.
+        InputError: it is not YAML, one of its values is impossible, a key is given twice, it is
+            unusually large or deep, or git left it with a conflict; with the line where known.
     """
     refuse_conflict(content, name)
     try:
@@ -155,34 +67,51 @@ def parse_yaml(content: bytes, name: str) -> Any:
             f"{name}: byte {error.start} is not UTF-8; save the file as UTF-8"
         ) from None
     try:
-        return _unshared(yaml.load(text, _Loader))
-    except yaml.reader.ReaderError as error:
-        line = content[: error.position].count(b"\n") + 1
-        reason = " ".join(str(error).split())
-        raise InputError(f"{name}: line {line}: not YAML ({reason}); correct it") from None
-    except yaml.MarkedYAMLError as error:
+        _check_bounds(text)
+        return _without_sharing(YAML(typ="safe").load(text))
+    except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        assert mark is not None
-        place = f"line {mark.line + 1}, column {mark.column + 1}"
-        reason = _shortened(", ".join(filter(None, (error.context, error.problem))))
-        line_there = "".join(text.split("\n")[mark.line : mark.line + 1])
-        if line_there.lstrip(" ").startswith("\t"):
+        reason = ", ".join(filter(None, (error.context, error.problem)))
+        reason = reason.partition(" with value ")[0]  # of a key that is given twice
+        line = "".join(text.split("\n")[mark.line : mark.line + 1])
+        if line.lstrip(" ").startswith("\t"):
             reason = "the line begins with a tab, and YAML takes none; use spaces"
-        raise InputError(f"{name}: {place}: {reason}; correct the YAML there") from None
-    except yaml.YAMLError as error:
-        reason = _shortened(str(error))
-        raise InputError(f"{name}: not YAML ({reason}); correct it") from None
+        reason = f"line {mark.line + 1}, column {mark.column + 1}: {reason}"
+    except RecursionError:
+        reason = "nested too deeply"
+    except (YAMLError, ValueError) as error:  # a ValueError is of int(), float() or date()
+        reason = f"not YAML ({in_one_line(error)})"
+    raise InputError(f"{name}: {shortened(in_one_line(reason), 200)}; correct the YAML there")
 
 
-def _shortened(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= 200 else f"{line[:197]}..."
+def _check_bounds(text: str) -> None:
+    """Refuse what would take all memory or crash the parser when it is loaded.
+
+    Raises:
+        YAMLError: it is nested too deeply, or holds too many values.
+    """
+    values = 0
+    started: list[tuple[str | None, int]] = []
+    sizes: dict[str | None, int] = {}
+    for event in YAML(typ="safe").parse(text):
+        if isinstance(event, AliasEvent):
+            values += sizes.get(event.anchor, 1)
+        elif isinstance(event, NodeEvent):
+            values += 1
+        if isinstance(event, CollectionStartEvent):
+            started.append((event.anchor, values))
+        elif isinstance(event, CollectionEndEvent):
+            anchor, before = started.pop()
+            sizes[anchor] = values - before + 1
+        if values > _MOST_VALUES or len(started) > _DEEPEST:
+            problem = f"more than {_MOST_VALUES:,} values or {_DEEPEST} levels, aliases followed"
+            raise MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
 
 
-def _unshared(value: Any) -> Any:
-    """Each alias a value of its own: what is put into one appears in no other."""
+def _without_sharing(value: Any) -> Any:
+    """Each alias as a value of its own, so that a change of one changes no other."""
     if isinstance(value, dict):
-        return {key: _unshared(each) for key, each in value.items()}
+        return {key: _without_sharing(each) for key, each in value.items()}
     if isinstance(value, list):
-        return [_unshared(each) for each in value]
+        return [_without_sharing(each) for each in value]
     return value

@@ -23,9 +23,11 @@ from gpt.base.errors import InputError, RunError
 from gpt.base.events import Event, Log, Message, Progress, Text
 from gpt.base.files import remove, whole_file, write_json
 from pipeline.dag.experiments import check_git, save_experiment
-from pipeline.dag.overrides import params_with, read_beside_params
 from pipeline.project.file_locks import stage_lock
+from pipeline.project.overrides import params_with
+from pipeline.project.params import PARAMS_FILE, read_params
 from pipeline.project.stage_table import STAGES
+from pipeline.project.yaml_files import read_yaml
 from pipeline.show.markdown import NOTHING
 from pipeline.show.markdown import table as in_markdown
 
@@ -67,7 +69,7 @@ def read_rows(root: Path, table: Path) -> list[Row]:
     Raises:
         InputError: the table cannot be read, or a row is impossible; each named.
     """
-    raw, base = read_beside_params(root, table)
+    raw, base = read_yaml(table), read_params(root / PARAMS_FILE)
     entries = raw.get("rows") if isinstance(raw, dict) else None
     if not isinstance(entries, list) or not 0 < len(entries) <= _MOST_ROWS:
         raise InputError(f"{table}: must hold `rows`, a list of 1 to {_MOST_ROWS}; see docs")

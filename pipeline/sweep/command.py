@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 from gpt.base.errors import InputError, RunError
 from gpt.base.files import whole_file
-from pipeline.dag.overrides import is_kept, text_with, write_params
 from pipeline.project.file_locks import stage_lock
 from pipeline.project.git import commit_of
+from pipeline.project.overrides import is_kept, text_with, write_params
 from pipeline.project.params import PARAMS_FILE, check_sections
 from pipeline.project.stage_table import STAGES
 from pipeline.show.console import make_display, n_of, seconds_in_words

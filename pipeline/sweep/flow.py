@@ -37,12 +37,12 @@ from gpt.base.errors import InputError, RunError, in_one_line
 from pipeline.dag.dvc_files import LOCK_FILE
 from pipeline.dag.graph import Dag
 from pipeline.dag.lock import read_lock
-from pipeline.dag.overrides import text_with
 from pipeline.dag.repro import Processes, failure
 from pipeline.dag.workspace import make_workspace
 from pipeline.flow.lifetime import note_flow_run
 from pipeline.project.folders import workspace_environment
 from pipeline.project.git import commit_of, git
+from pipeline.project.overrides import text_with
 from pipeline.project.params import PARAMS_FILE, read_params
 from pipeline.project.stage_table import STAGES
 from pipeline.project.yaml_files import parse_yaml

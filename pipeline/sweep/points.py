@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from gpt.base.errors import InputError, shown
 from gpt.base.files import read_json
 from pipeline.dag.graph import Dag
-from pipeline.dag.overrides import params_with, read_beside_params
-from pipeline.project.params import SECTIONS
+from pipeline.project.overrides import params_with
+from pipeline.project.params import PARAMS_FILE, SECTIONS, read_params
+from pipeline.project.yaml_files import read_yaml
 from pipeline.tracking.keys import flatten_metrics
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ _DIGITS = 4
 """Of a number that a search proposes: more say nothing, and make a file hard to read."""
 
 _KEYS = ("stages", "metric", "grid", "search", "trials", "seed")
-_EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +198,7 @@ def read_sweep(root: Path, file: Path) -> Sweep:
     Raises:
         InputError: the file cannot be read, or a point is impossible; each named.
     """
-    raw, base = read_beside_params(root, file)
+    raw, base = read_yaml(file), read_params(root / PARAMS_FILE)
     try:
         return _sweep(root, file, raw, base)
     except _FileError as error:
@@ -318,7 +318,7 @@ def _grid(raw: Any) -> list[Point]:
         raise _FileError(f"grid: {number} points, and at most {_MOST_POINTS} are possible")
     names = _short_names(list(map(str, raw)))
     points = [
-        _point(names, dict(zip(map(str, raw), map(_number, values), strict=True)))
+        _point(names, dict(zip(map(str, raw), values, strict=True)))
         for values in itertools.product(*raw.values())
     ]
     if len({point.key for point in points}) < len(points):
@@ -341,14 +341,14 @@ def _dimension(path: str, raw: Any) -> Range | Choices:
     if isinstance(raw, dict) and set(raw) == {"choices"}:
         if not isinstance(raw["choices"], list) or not raw["choices"]:
             raise _FileError(f"search: {path}: choices must be a list of values")
-        return Choices([_number(value) for value in raw["choices"]])
+        return Choices(list(raw["choices"]))
     if not isinstance(raw, dict) or not {"low", "high"} <= set(raw) <= {
         *("low", "high", "log", "step"),
     }:
         raise _FileError(
             f"search: {path}: must hold `low`, `high` and perhaps `log` and `step`, or `choices`"
         )
-    low, high, step = (_number(raw.get(key)) for key in ("low", "high", "step"))
+    low, high, step = raw["low"], raw["high"], raw.get("step")
     log = raw.get("log", False)
     for key, value in (("low", low), ("high", high), *((("step", step),) if "step" in raw else ())):
         if type(value) not in (int, float) or not math.isfinite(value):
@@ -365,11 +365,6 @@ def _dimension(path: str, raw: Any) -> Range | Choices:
     if not whole:
         low, high = float(low), float(high)
     return Range(low, high, log, step)
-
-
-def _number(value: Any) -> Any:
-    """YAML reads `1e-4` as text."""
-    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
 
 
 def _point(names: Mapping[str, str], values: dict[str, Any]) -> Point:

@@ -161,13 +161,18 @@ def test_a_preset_replaces_the_committed_file_and_another_preset(with_presets, c
         assert params.read_bytes() == (with_presets / "presets" / f"{name}.yaml").read_bytes()
 
 
-def test_a_preset_does_not_replace_uncommitted_edits(with_presets, command):
+def test_what_a_preset_replaces_becomes_a_preset_unless_it_is_kept(with_presets, command):
     params = with_presets / "params.yaml"
     params.write_text("first: {a: 99}\n")
+    assert command("preset", "small")[0] == 0
+    assert command("preset", "replaced")[0] == 0
+    assert params.read_text() == "first: {a: 99}\n"
+
+    params.write_text("first: {a: 100}\n")
     code, _, errors = command("preset", "small")
     assert code == 2
     assert errors.startswith("error: params.yaml: holds edits that are kept nowhere else; commit")
-    assert params.read_text() == "first: {a: 99}\n"
+    assert params.read_text() == "first: {a: 100}\n"
 
     git("commit", "-q", "-a", "-m", "kept")
     assert command("preset", "small")[0] == 0
@@ -184,11 +189,7 @@ def test_without_git_what_a_preset_replaces_becomes_a_preset(make_project, comma
     (root / "presets" / "small.yaml").write_text("# Small\nfirst: {a: 2}\n")
     before = (root / "params.yaml").read_bytes()
     assert command("preset", "small")[0] == 0
-    assert command("preset", "replaced")[0] == 0
-    assert (root / "params.yaml").read_bytes() == before
-
-    (root / "params.yaml").write_text("first: {a: 99}\n")
-    assert command("preset", "small")[0] == 2
+    assert (root / "presets" / "replaced.yaml").read_bytes() == before
 
 
 def test_a_python_without_the_packages_hands_over_to_the_projects_environment(tmp_path):

@@ -92,10 +92,12 @@ def test_what_is_no_whole_number_is_not_taken_for_one(smoke, refuse, value):
     assert "pretrain.model.n_layer: " in refuse(smoke)
 
 
-@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_no_finite_number_is_refused(smoke, refuse, value):
-    text = yaml.safe_dump(smoke).replace("learning_rate: 0.003", f"learning_rate: {value}")
-    assert "pretrain.train.learning_rate: must be a finite number" in refuse(text)
+    smoke["pretrain"]["train"]["learning_rate"] = value
+    line = refuse(smoke)
+    assert "pretrain.train.learning_rate: " in line
+    assert line.endswith(f"(got {value})")
 
 
 def test_an_unknown_parameter_is_named_with_the_nearest_known_one(smoke, refuse):
@@ -205,7 +207,10 @@ def test_pretraining_on_rows_that_the_classifier_is_tested_on_is_refused(smoke, 
     ("content", "expected"),
     [
         ("pretrain:\n  model: {a: 1\ntokenize: 2\n", "line 3, column 9: "),
-        ("pretrain: {}\npretrain: {}\n", "line 2, column 1: the key 'pretrain' is given twice"),
+        (
+            "pretrain: {}\npretrain: {}\n",
+            'line 2, column 1: while constructing a mapping, found duplicate key "pretrain";',
+        ),
         ("a: \x07\n", "not YAML (unacceptable character"),
         ("- 1\n", "must hold the sections download, tokenize"),
         ("", "must hold the sections download, tokenize"),

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from gpt.base.errors import InputError
-from pipeline.dag.overrides import params_with, text_with
+from pipeline.project.overrides import params_with, text_with
 from pipeline.sweep.command import _promotable, best_of, markdown
 from pipeline.sweep.points import Sweep, read_sweep
 from pipeline.sweep.runs import Outcome
