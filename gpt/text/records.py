@@ -57,10 +57,17 @@ MOST_CLASSES = 1000
 """Of messages: each has a probability for every message, and figures of its own."""
 
 
-def _inside(path: str) -> str:
+def inside_path(path: str) -> str:
+    """`path`, if it stays in its folder on every system.
+
+    Raises:
+        ValueError: it does not, or holds a character that no file name should have.
+    """
     parts = PurePosixPath(path).parts
     if not parts or path.startswith("/") or ".." in parts or "\\" in path or ":" in path:
-        raise ValueError(f"{path!r} must be a path inside the folder, with / between its parts")
+        raise ValueError(f"{path!r} must be a path inside its folder, with / between the parts")
+    if any(char < " " or char == "\x7f" or "\ud800" <= char <= "\udfff" for char in path):
+        raise ValueError(f"{path!r} has a character that no file name should have")
     return path
 
 
@@ -103,7 +110,7 @@ class RawFile:
     """
 
     name: str
-    file: Annotated[str, AfterValidator(_inside)]
+    file: Annotated[str, AfterValidator(inside_path)]
     kind: Kind
     format: Format
     bytes: int

@@ -22,8 +22,7 @@ from pipeline.project.yaml_files import read_yaml
 
 if TYPE_CHECKING:
     from pipeline.project.settings import FlowParams, JudgeParams, PromotionParams, TrackingParams
-    from stages.download import DownloadParams
-    from stages.download.sources import Source
+    from stages.download.sources import DownloadParams, Source
     from stages.evaluate import EvaluateParams
     from stages.finetune_classifier import FinetuneClassifierParams
     from stages.finetune_instruct import FinetuneInstructParams

@@ -129,11 +129,11 @@ def _kind(error: BaseException) -> str:
     from requests import ConnectionError as NoConnection
     from requests import Timeout
 
-    from stages.download.faults import TryAgainError
+    from stages.download.faults import TransientError
 
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, NoConnection | Timeout | TryAgainError | ConnectionError):
+        if isinstance(cause, NoConnection | Timeout | TransientError | ConnectionError):
             return "network"
         cause = cause.__cause__ or cause.__context__
     return ""

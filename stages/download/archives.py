@@ -1,13 +1,11 @@
-"""Files out of an archive, one after the other: bounded, and none of them outside its folder.
+"""Members of an archive, extracted one after the other: bounded, and none outside its folder.
 
-An archive is somebody else's: its names, sizes and links are believed in nothing.
+An archive comes from outside: its names, sizes and links are not trusted. No link is ever created,
+and only members that were asked for are written.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import gzip
 import lzma
 import posixpath
 import stat
@@ -16,27 +14,28 @@ import tarfile
 import threading
 import zipfile
 import zlib
-from bz2 import BZ2File
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, Literal, Self, cast
+from typing import IO, Any, Self, cast
 
-import zstandard
-
-from stages.download.blocks import BLOCK, GENERAL_LIMIT, blocks_of, too_many, write_blocks
-from stages.download.faults import NotHadError
-from stages.download.sources import inside_path
+from gpt.base.errors import InputError, in_one_line
+from gpt.text.formats import open_raw
+from gpt.text.records import inside_path
+from stages.download.blocks import GENERAL_LIMIT, READ_SIZE, blocks_of, write_blocks
+from stages.download.faults import UnavailableError
 
 EXPANSION, EXPANSION_FLOOR = 200, 1 << 26
-"""An archive may become so many times its size, or so many bytes, whichever is more."""
+"""An archive may expand to so many times its size, or to so many bytes, whichever is more."""
 
 MEMBERS_LIMIT = 200_000
-_HEADERS_LIMIT = 1 << 20  # bytes of the headers of one of a tar's members, held in memory
-_XZ_MEMORY = 1 << 29
-_LINK_LIMIT = 4096  # bytes of a link's target
-_ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2)
+_HEADERS_LIMIT = 1 << 20  # bytes of the headers of one member of a tar, which are held in memory
+_DAMAGE = (
+    *(zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error),
+    *(OSError, EOFError, RuntimeError, ValueError, OverflowError, LookupError),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +45,6 @@ class Unpacked:
     name: str
     bytes: int
     sha256: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """What an archive says of a member; `target` is where a link leads, in the archive."""
-
-    name: str
-    kind: Literal["a file", "a folder", "a link", "an encrypted file", "a special file"]
-    open: Callable[[], IO[bytes]]
-    target: str | None = None
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -73,19 +62,19 @@ def _fits(parts: Sequence[str], pattern: Sequence[str]) -> bool:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file, or a folder on the way to it, has a name that begins with a dot."""
-    return any(part.startswith(".") for part in name.split("/"))
+    """Whether a file, or a folder that it is in, has a name that begins with a dot."""
+    return any(part.startswith(".") and part != ".." for part in name.split("/"))
 
 
 def is_archive(path: Path) -> bool:
-    """Whether a file is a zip, or a tar as it is or in gz, bz2, xz or zst."""
+    """Whether a file is a zip, or a tar, plain or compressed by gzip, bzip2, xz or zstd."""
     return _is_tar(path) or zipfile.is_zipfile(path)
 
 
 def unpack(
     archive: Path,
     wanted: Callable[[str], bool],
-    place: Callable[[str], Path],
+    target_of: Callable[[str], Path],
     limit: int | None,
     stop: threading.Event,
 ) -> list[Unpacked]:
@@ -94,147 +83,72 @@ def unpack(
     Args:
         archive: the file.
         wanted: which paths in the archive to write.
-        place: where the member with this path goes.
-        limit: the most bytes that they may have together; by default a general bound.
-        stop: set when there is no use in going on.
+        target_of: where the member with this path goes.
+        limit: the most bytes of all members together; by default a general bound.
+        stop: set to cancel.
 
     Raises:
-        NotHadError: it is no archive, is damaged, or is one that nobody well-meaning made: a name
-            or link that leads out of it, a member that is no file or there twice, more bytes than
-            there should be.
-        OSError: the disk is full, say.
+        UnavailableError: it is not an archive or damaged, expands to more bytes than it may, or a
+            wanted member has a path out of its folder, is there twice, or is a link or device.
     """
-    with _faults_told():
-        size = archive.stat().st_size
-        ordinary = max(EXPANSION * size, EXPANSION_FLOOR)
-        left = limit = limit or min(GENERAL_LIMIT, ordinary)
-        written: dict[str, Unpacked] = {}
-        for count, entry in enumerate(_entries(archive, max(limit, ordinary)), start=1):
+    ordinary = max(EXPANSION * archive.stat().st_size, EXPANSION_FLOOR)
+    left = limit = limit or min(GENERAL_LIMIT, ordinary)
+    written: list[Unpacked] = []
+    name = ""
+    try:
+        for count, (path, open_member) in enumerate(_members(archive), start=1):
             if count > MEMBERS_LIMIT:
-                raise NotHadError(f"the archive has more than {MEMBERS_LIMIT} members")
-            _refuse_a_way_out(entry)
-            name = posixpath.normpath(entry.name)
-            if entry.kind == "a folder" or not wanted(name):
+                raise UnavailableError(f"the archive has more than {MEMBERS_LIMIT} members")
+            name = posixpath.normpath(path)
+            if not wanted(name):
                 continue
-            if entry.kind != "a file":
-                raise NotHadError(f"member {name!r} of the archive is {entry.kind}, no plain one")
-            if name in written:
-                raise NotHadError(f"member {name!r} is in the archive twice")
-            with _unfit_name_told(name):
-                target = place(inside_path(name))
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.touch(exist_ok=False)
-                target.unlink()
-            with entry.open() as stream:
-                n, sha256 = write_blocks(target, _within(blocks_of(stream, stop), left, limit))
-            left -= n
-            written[name] = Unpacked(name, n, sha256)
-    return list(written.values())
+            if open_member is None:
+                raise UnavailableError(f"member {name!r} of the archive is not a plain file")
+            target = target_of(inside_path(name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with open_member() as stream:
+                size, sha256 = write_blocks(target, blocks_of(stream, stop), left, limit)
+            left -= size
+            written.append(Unpacked(name, size, sha256))
+    except _DAMAGE as error:
+        reason = getattr(error, "strerror", None) or str(error).replace(f"{archive}: ", "")
+        at = f" at member {name!r}" if name else ""
+        raise UnavailableError(f"cannot be unpacked{at}: {in_one_line(reason)}") from None
+    return written
 
 
-def _within(blocks: Iterator[bytes], left: int, limit: int) -> Iterator[bytes]:
-    """Pass `blocks` on as long as they are `left` bytes at most."""
-    for block in blocks:
-        left -= len(block)
-        if left < 0:
-            raise too_many(limit)
-        yield block
+def _members(archive: Path) -> Iterator[tuple[str, Callable[[], IO[bytes]] | None]]:
+    """The members but folders: paths, and how to open each before the next is asked for.
 
-
-def _refuse_a_way_out(entry: _Entry) -> None:
-    if _leads_out(entry.name):
-        raise NotHadError(f"member {entry.name!r} leads out of the archive's folder")
-    if entry.target is not None and _leads_out(entry.target):
-        raise NotHadError(
-            f"member {entry.name!r} is a link to {entry.target!r}, out of the archive's folder"
-        )
-
-
-def _leads_out(path: str) -> bool:
-    path = path.replace("\\", "/")
-    return path.startswith("/") or path[1:2] == ":" or ".." in path.split("/")
-
-
-@contextlib.contextmanager
-def _unfit_name_told(name: str) -> Iterator[None]:
-    """A name that is no path, too long for the disk, or a file's and a folder's at once."""
-    try:
-        yield
-    except ValueError as error:
-        raise NotHadError(f"the archive's {error}") from None
-    except OSError as error:
-        raise NotHadError(f"member {name!r} cannot be written: {error.strerror}") from None
-
-
-@contextlib.contextmanager
-def _faults_told() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        # Without a number it is a decoder's, with that of a bad argument an archive's false offset.
-        if error.errno not in (None, errno.EINVAL):
-            raise
-        raise _unreadable(error) from None
-    except (
-        *(zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, zstandard.ZstdError),
-        *(EOFError, struct.error, RuntimeError, ValueError, OverflowError, LookupError),
-    ) as error:
-        raise _unreadable(error) from None
-
-
-def _unreadable(error: Exception) -> NotHadError:
-    return NotHadError(f"not an archive that can be read: {' '.join(str(error).split())}")
-
-
-def _entries(archive: Path, limit: int) -> Iterator[_Entry]:
-    """The members of an archive; each can be opened until the next one is asked for."""
-    if _is_tar(archive):
-        return _tar_entries(archive, limit)
-    return _zip_entries(archive)
-
-
-# --- zip ------------------------------------------------------------------------------------------
-
-
-def _zip_entries(archive: Path) -> Iterator[_Entry]:
-    with zipfile.ZipFile(archive) as opened:
-        for info in opened.infolist():
-
-            def stream(info: zipfile.ZipInfo = info) -> IO[bytes]:
-                if info.compress_type not in _ZIP_METHODS:
-                    raise NotHadError(
-                        f"member {info.filename!r} is packed by method {info.compress_type}; "
-                        "pack the archive by deflate"
+    What is not a plain file (a link, a device) cannot be opened.
+    """
+    if not _is_tar(archive):
+        with zipfile.ZipFile(archive) as opened:
+            for info in opened.infolist():
+                kind = stat.S_IFMT(info.external_attr >> 16)
+                if not info.is_dir():
+                    plain = kind in (0, stat.S_IFREG)
+                    yield info.filename, partial(opened.open, info) if plain else None
+        return
+    with open_raw(archive) as expanded:
+        file = _BoundedHeaders(expanded)
+        with tarfile.open(
+            fileobj=cast(Any, file), mode="r|", tarinfo=_Member, errors="surrogateescape"
+        ) as tar:
+            for member in tar:
+                file.allowance = member.size + _HEADERS_LIMIT
+                if not member.isdir():
+                    plain = member.isreg() and not member.issparse()
+                    yield (
+                        member.name,
+                        cast(Any, partial(tar.extractfile, member)) if plain else None,
                     )
-                return opened.open(info)
-
-            yield _zip_entry(info, stream)
-
-
-def _zip_entry(info: zipfile.ZipInfo, stream: Callable[[], IO[bytes]]) -> _Entry:
-    mode = info.external_attr >> 16
-    if stat.S_ISLNK(mode) and not info.flag_bits & 1:
-        with stream() as content:
-            target = content.read(_LINK_LIMIT).decode("utf-8", "surrogateescape")
-        return _Entry(info.filename, "a link", stream, _from_root(info.filename, target))
-    if info.is_dir() or stat.S_ISDIR(mode):
-        return _Entry(info.filename, "a folder", stream)
-    if info.flag_bits & 1:
-        return _Entry(info.filename, "an encrypted file", stream)
-    plain = stat.S_IFMT(mode) in (0, stat.S_IFREG)
-    return _Entry(info.filename, "a file" if plain else "a special file", stream)
-
-
-def _from_root(name: str, target: str) -> str:
-    """Where a link leads, seen from the archive's root."""
-    return posixpath.normpath(posixpath.join(posixpath.dirname(name), target.replace("\\", "/")))
-
-
-# --- tar ------------------------------------------------------------------------------------------
+        for _ in iter(partial(expanded.read, READ_SIZE), b""):  # a checksum may come last
+            pass
 
 
 class _Member(tarfile.TarInfo):
-    """A member whose damaged header is told; tarfile takes it for the end of the archive."""
+    """A member whose damaged header is an error; tarfile takes it for the end of the archive."""
 
     @classmethod
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> Self:
@@ -246,131 +160,37 @@ class _Member(tarfile.TarInfo):
         """
         try:
             return super().fromtarfile(tarfile_)
-        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # in none of its docs
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # undocumented
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(str(error)) from None
 
 
-class _Forwards:
-    """Blocks as the file that tarfile reads, forwards only.
+class _BoundedHeaders:
+    """The file that tarfile reads, which holds headers of any length in memory.
 
-    `allowance`, where it is set, is how many bytes may still be read. What tarfile reads to find a
-    member it keeps in memory, in pieces that differ between versions of Python: so the bound is
-    here, below all of them.
+    Attributes:
+        allowance: bytes that may be read up to the end of the next member's headers.
     """
 
-    def __init__(self, blocks: Iterator[bytes]) -> None:
-        self._blocks = blocks
-        self._held = memoryview(b"")
-        self._position = 0
-        self.allowance: int | None = None
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, position: int) -> None:
-        if position < self._position:
-            raise tarfile.StreamError("its members are not one after the other")
-        for _ in self._parts(position - self._position):
-            pass
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.allowance = _HEADERS_LIMIT
 
     def read(self, size: int) -> bytes:
         """At most `size` bytes, fewer at the end."""
-        if self.allowance is not None:
-            self.allowance -= size
-            if self.allowance < 0:
-                raise NotHadError(
-                    f"a member's headers in the archive have more than {_HEADERS_LIMIT} bytes"
-                )
-        return b"".join(self._parts(size))
-
-    def _parts(self, size: int) -> Iterator[memoryview]:
-        while size > 0:
-            self._held = self._held or memoryview(next(self._blocks, b""))
-            if not self._held:
-                return
-            part, self._held = self._held[:size], self._held[size:]
-            size -= len(part)
-            self._position += len(part)
-            yield part
-
-
-def _tar_entries(archive: Path, limit: int) -> Iterator[_Entry]:
-    blocks = _within(_expanded(archive), limit, limit)
-    file = _Forwards(blocks)
-    file.allowance = _HEADERS_LIMIT
-    with tarfile.TarFile(
-        fileobj=cast(Any, file), tarinfo=_Member, errors="surrogateescape"
-    ) as opened:
-        for info in opened:
-
-            def stream(info: tarfile.TarInfo = info) -> IO[bytes]:
-                return cast(IO[bytes], opened.extractfile(info))
-
-            file.allowance = None
-            yield _tar_entry(info, stream)
-            file.allowance = _HEADERS_LIMIT
-        for _ in blocks:  # the checksum of what it is packed in comes last
-            pass
-
-
-def _tar_entry(info: tarfile.TarInfo, stream: Callable[[], IO[bytes]]) -> _Entry:
-    if info.issym():
-        return _Entry(info.name, "a link", stream, _from_root(info.name, info.linkname))
-    if info.islnk():
-        return _Entry(info.name, "a link", stream, info.linkname)
-    if info.isdir():
-        return _Entry(info.name, "a folder", stream)
-    plain = info.isreg() and not info.issparse()
-    return _Entry(info.name, "a file" if plain else "a special file", stream)
+        self.allowance -= size
+        if self.allowance < 0:
+            raise UnavailableError(
+                f"a member's headers in the archive have more than {_HEADERS_LIMIT} bytes"
+            )
+        return self._file.read(size)
 
 
 def _is_tar(path: Path) -> bool:
-    start = b""
     try:
-        for block in _expanded(path):
-            start += block
-            if len(start) >= tarfile.BLOCKSIZE:
-                break
-        tarfile.TarInfo.frombuf(start[: tarfile.BLOCKSIZE], "utf-8", "surrogateescape")
-    except tarfile.HeaderError:
-        return len(start) >= tarfile.BLOCKSIZE and not any(start[: tarfile.BLOCKSIZE])
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError):
+        with open_raw(path) as file:
+            tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
+    except (tarfile.HeaderError, InputError):
         return False
     return True
-
-
-def _expanded(path: Path) -> Iterator[bytes]:
-    """The bytes of a file, unpacked if they are packed in gz, bz2, xz or zst; no block is empty."""
-    with path.open("rb") as file:
-        start = file.read(6)
-        file.seek(0)
-        if start.startswith(b"\xfd7zXZ\0"):
-            yield from filter(None, _from_xz(file))
-            return
-        stream: Any = file
-        if start.startswith(b"\x1f\x8b"):
-            stream = gzip.GzipFile(fileobj=file)
-        elif start.startswith(b"BZh"):
-            stream = BZ2File(file)
-        elif start.startswith(b"\x28\xb5\x2f\xfd"):
-            stream = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
-        while block := stream.read(BLOCK):
-            yield block
-
-
-def _from_xz(file: IO[bytes]) -> Iterator[bytes]:
-    """As LZMAFile reads, but for a bound on memory, which it lacks."""
-    decoder = None
-    while True:
-        if decoder is None or decoder.eof:
-            data = (decoder.unused_data if decoder else b"").lstrip(b"\0") or file.read(BLOCK)
-            if not data.lstrip(b"\0"):
-                return
-            decoder = lzma.LZMADecompressor(memlimit=_XZ_MEMORY)
-        elif not decoder.needs_input:
-            data = b""
-        elif not (data := file.read(BLOCK)):
-            raise EOFError("it ends in the middle")
-        yield decoder.decompress(data, BLOCK)

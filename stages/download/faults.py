@@ -1,4 +1,4 @@
-"""How bringing a file here can fail, short of a line that the user has to read."""
+"""How fetching a file can fail, before it becomes a line that the user reads."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from pathlib import Path
 from gpt.base.errors import InputError
 
 
-class NotHadError(Exception):
-    """One place does not give the file; others may."""
+class UnavailableError(Exception):
+    """One place does not provide the file; another may."""
 
 
-class WrongFileError(NotHadError):
-    """What a place gives is whole, but not the file that is wanted."""
+class WrongFileError(UnavailableError):
+    """A place provides a complete file, but not the one that is wanted."""
 
 
-class TryAgainError(Exception):
+class TransientError(Exception):
     """A fault that may pass: a lost connection, a busy server.
 
     Attributes:
-        seconds: how long the server asks to be left alone; 0 where it does not ask.
+        seconds: the pause that the server asks for; 0 if it asks for none.
     """
 
     def __init__(self, fault: str, seconds: float = 0) -> None:
@@ -29,13 +29,13 @@ class TryAgainError(Exception):
         self.seconds = seconds
 
 
-class StoppedError(Exception):
-    """Another source has failed, or the run was interrupted: there is no use in going on."""
+class CancelledDownloadError(Exception):
+    """Another source has failed, or the run was interrupted, so this one stops."""
 
 
 @contextlib.contextmanager
 def errors_at(path: Path, origin: str) -> Iterator[None]:
-    """Let errors name where a file came from: `path` is gone once they are read."""
+    """Let errors name the origin of a file: its `path` no longer exists when they are read."""
     try:
         yield
     except InputError as error:

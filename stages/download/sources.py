@@ -6,11 +6,11 @@ from pathlib import PurePosixPath
 from typing import Annotated, Literal
 from urllib.parse import unquote, urlsplit
 
-from pydantic import AfterValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
 from gpt.text.formats import PACKINGS
-from gpt.text.records import FORMATS, SOURCES, Balance, Format, Kind, Split
+from gpt.text.records import FORMATS, SOURCES, Balance, Format, Kind, Split, inside_path
 
 _BY_SUFFIX: dict[str, Format] = {
     ".jsonl": "jsonl",
@@ -24,20 +24,6 @@ _ARCHIVES = (
     *(".zip", ".tar", ".tgz", ".tbz2", ".txz", ".tzst"),
     *(f".tar{suffix}" for suffix in (".gz", ".bz2", ".xz", ".zst")),
 )
-
-
-def inside_path(path: str) -> str:
-    """`path` if it stays in its folder, on every system.
-
-    Raises:
-        ValueError: it does not, or no file should be called so.
-    """
-    parts = PurePosixPath(path).parts
-    if not parts or path.startswith("/") or ".." in parts or "\\" in path or ":" in path:
-        raise ValueError(f"{path!r} must be a path inside its folder, with / between the parts")
-    if any(char < " " or char == "\x7f" or "\ud800" <= char <= "\udfff" for char in path):
-        raise ValueError(f"{path!r} has a character that no file name should have")
-    return path
 
 
 def format_of(kind: Kind, name: str) -> Format:
@@ -161,7 +147,8 @@ class Source:
     @property
     def read_as(self) -> Kind:
         """What its files hold."""
-        return "file"
+        kind: Kind = getattr(self, "kind", "file")
+        return kind
 
     def format_of(self, name: str) -> Format:
         """How one of its files is written, from the file's name where nothing else says it."""
@@ -274,11 +261,6 @@ class CorpusSource(TextSource):
             raise ValueError(f"{where} balance is for messages with a split")
         return self
 
-    @property
-    def read_as(self) -> Kind:
-        """What its files hold."""
-        return self.kind
-
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_CONFIG)
 class MessagesSource(TextSource):
@@ -286,11 +268,6 @@ class MessagesSource(TextSource):
 
     builtin: None = None
     kind: Literal["messages"] = "messages"
-
-    @property
-    def read_as(self) -> Kind:
-        """What its files hold."""
-        return "messages"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_CONFIG)
@@ -300,14 +277,48 @@ class InstructionsSource(TextSource):
     builtin: None = None
     kind: Literal["instructions"] = "instructions"
 
-    @property
-    def read_as(self) -> Kind:
-        """What its files hold."""
-        return "instructions"
-
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_CONFIG)
 class ModelSource(Source):
     """A file of a published model, kept as it is under GPT-2's name for it (`save_as`)."""
 
     builtin: None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_CONFIG)
+class DownloadParams:
+    """What to fetch, and from where.
+
+    Attributes:
+        local: the folder that sources with `file`, `folder` and `glob` are in.
+        mirror: a folder or web address that is asked before a source's own addresses.
+        offline: never open a connection.
+        parallel: how many sources are fetched at the same time.
+        timeout_seconds: for one file from one address, all attempts together.
+        corpus: text to pretrain on.
+        messages: labelled messages for the classifier.
+        instructions: records for the assistant.
+        gpt2: the files of the published model; may be empty where it is not used.
+    """
+
+    local: str
+    mirror: str | None = None
+    offline: bool = False
+    parallel: Annotated[int, Field(ge=1, le=64)] = 4
+    timeout_seconds: Annotated[float, Field(gt=0, le=1_000_000)] = 3600.0
+    corpus: Annotated[tuple[CorpusSource, ...], Field(min_length=1)]
+    messages: Annotated[tuple[MessagesSource, ...], Field(min_length=1)]
+    instructions: Annotated[tuple[InstructionsSource, ...], Field(min_length=1)]
+    gpt2: tuple[ModelSource, ...] = ()
+
+    @field_validator("corpus", "messages", "instructions", "gpt2")
+    @classmethod
+    def _distinct(cls, sources: tuple[Source, ...]) -> tuple[Source, ...]:
+        for kind, names in (
+            ("name", [source.name for source in sources]),
+            ("file name", [source.saved_name for source in sources]),
+        ):
+            twice = next((name for name in names if names.count(name) > 1), None)
+            if twice is not None:
+                raise ValueError(f"two sources have the {kind} {twice!r}; set another for one")
+        return sources

@@ -11,7 +11,8 @@ import pytest
 from pydantic import TypeAdapter
 
 from gpt.base.errors import InputError
-from stages.download import DownloadParams, download
+from stages.download import download
+from stages.download.sources import DownloadParams
 
 STORY = b"Once upon a time.\n\n\nAnd then.\n"
 MESSAGES = b"".join(b"%s\tmessage %d\n" % (b"ham" if i % 3 else b"spam", i) for i in range(30))

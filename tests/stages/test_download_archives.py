@@ -26,8 +26,9 @@ from downloads import (
     story,
 )
 
+from gpt.text import formats
 from stages.download import archives
-from stages.download.faults import NotHadError
+from stages.download.faults import UnavailableError
 
 PACKERS = {
     "zip": None,
@@ -71,7 +72,7 @@ def link(name, target, kind=tarfile.SYMTYPE):
     return header
 
 
-def zip_link(name, mode=stat.S_IFLNK | 0o777):
+def zip_link(name, mode):
     info = zipfile.ZipInfo(name)
     info.create_system, info.external_attr = 3, mode << 16
     return info
@@ -111,58 +112,47 @@ def test_a_tars_own_way_of_writing_paths_is_understood(tmp_path, local):
 @pytest.mark.parametrize(
     ("name", "complaint"),
     [
-        ("../outside.txt", "leads out of the archive's folder"),
-        ("in/../../outside.txt", "leads out of the archive's folder"),
-        ("/tmp/outside.txt", "leads out of the archive's folder"),
-        ("..\\outside.txt", "leads out of the archive's folder"),
-        ("C:/outside.txt", "leads out of the archive's folder"),
-        ("in/a.txt", "in the archive twice"),
-        ("./in/a.txt", "in the archive twice"),
-        ("in/a.txt/b.txt", "cannot be written"),
+        ("../outside.txt", "must be a path inside its folder"),
+        ("in/../../outside.txt", "must be a path inside its folder"),
+        ("/tmp/outside.txt", "must be a path inside its folder"),
+        ("in\\..\\outside.txt", "must be a path inside its folder"),
+        ("C:/outside.txt", "must be a path inside its folder"),
+        ("in/a.txt", "'in/a.txt': File exists"),
+        ("./in/a.txt", "'in/a.txt': File exists"),
+        ("in/a.txt/b.txt", "cannot be unpacked at member"),
         ("in/new\nline.txt", "no file name should have"),
-        ("in/" + "n" * 300, "cannot be written: File name too long"),
+        ("in/" + "n" * 300, "n': File name too long"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_a_hostile_name_is_refused(tmp_path, local, form, name, complaint):
     make_archive(local / f"all.{form}", [("in/a.txt", STORY), (name, b"evil")], form)
-    source = {"name": "x", "file": f"all.{form}", "members": "in/**"}
+    source = {"name": "x", "file": f"all.{form}", "members": "**"}
     refused(tmp_path, params(corpus=[source]), complaint)
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "raw") == ["samples"]
 
 
 @pytest.mark.parametrize(
-    ("header", "complaint"),
+    "header",
     [
-        (link("in/b.txt", "/etc/passwd"), "a link to '/etc/passwd', out of"),
-        (link("in/b.txt", "../../b.txt"), r"a link to '\.\./b\.txt', out of"),
-        (link("in/b.txt", "../b.txt", tarfile.LNKTYPE), r"a link to '\.\./b\.txt', out of"),
-        (link("other/b", "/etc"), "a link to '/etc', out of"),
-        (link("in/b.txt", "a.txt"), "is a link, no plain one"),
-        (link("in/b.txt", "in/a.txt", tarfile.LNKTYPE), "is a link, no plain one"),
-        (link("in/b.txt", "", tarfile.CHRTYPE), "is a special file, no plain one"),
-        (link("in/b.txt", "", tarfile.FIFOTYPE), "is a special file, no plain one"),
+        link("in/b.txt", "/etc/passwd"),
+        link("in/b.txt", "a.txt"),
+        link("in/b.txt", "in/a.txt", tarfile.LNKTYPE),
+        link("in/b.txt", "", tarfile.CHRTYPE),
+        link("in/b.txt", "", tarfile.FIFOTYPE),
     ],
 )
-def test_a_tars_links_and_devices_are_refused(tmp_path, local, header, complaint):
+def test_a_tars_links_and_devices_are_refused(tmp_path, local, header):
     make_archive(local / "all.tar", [("in/a.txt", STORY), (header, b"")], "tar")
     source = {"name": "x", "file": "all.tar", "members": "in/*"}
-    refused(tmp_path, params(corpus=[source]), complaint)
+    refused(tmp_path, params(corpus=[source]), "'in/b.txt' of the archive is not a plain file")
 
 
-@pytest.mark.parametrize(
-    ("info", "content", "complaint"),
-    [
-        (zip_link("in/b.txt"), "/etc/passwd", "a link to '/etc/passwd', out of"),
-        (zip_link("other"), "../../x", r"a link to '\.\./\.\./x', out of"),
-        (zip_link("in/b.txt"), "a.txt", "is a link, no plain one"),
-        (zip_link("in/b.txt", stat.S_IFIFO), "", "is a special file, no plain one"),
-    ],
-)
-def test_a_zips_links_and_devices_are_refused(tmp_path, local, info, content, complaint):
-    make_archive(local / "all.zip", [("in/a.txt", STORY), (info, content)])
+@pytest.mark.parametrize("mode", [stat.S_IFLNK | 0o777, stat.S_IFIFO])
+def test_a_zips_links_and_devices_are_refused(tmp_path, local, mode):
+    make_archive(local / "all.zip", [("in/a.txt", STORY), (zip_link("in/b.txt", mode), "/etc")])
     source = {"name": "x", "file": "all.zip", "members": "in/*"}
-    refused(tmp_path, params(corpus=[source]), complaint)
+    refused(tmp_path, params(corpus=[source]), "'in/b.txt' of the archive is not a plain file")
 
 
 def test_a_harmless_link_that_nobody_asked_for_is_passed_over(tmp_path, local):
@@ -172,17 +162,14 @@ def test_a_harmless_link_that_nobody_asked_for_is_passed_over(tmp_path, local):
     assert corpus_files(tmp_path) == {"x/in/a.txt": STORY}
 
 
-def test_an_encrypted_or_oddly_packed_member_is_refused(tmp_path, local):
+def test_an_encrypted_member_is_refused(tmp_path, local):
     make_archive(local / "all.zip", [("a.txt", STORY)])
     content = bytearray((local / "all.zip").read_bytes())
     for marker, at in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
         content[content.index(marker) + at] |= 1
     (local / "secret.zip").write_bytes(content)
-    with zipfile.ZipFile(local / "lzma.zip", "w", zipfile.ZIP_LZMA) as archive:
-        archive.writestr("a.txt", STORY)
-    for name, complaint in (("secret", "an encrypted file"), ("lzma", "packed by method 14")):
-        source = {"name": "x", "file": f"{name}.zip", "member": "a.txt"}
-        refused(tmp_path, params(corpus=[source]), complaint)
+    source = {"name": "x", "file": "secret.zip", "member": "a.txt"}
+    refused(tmp_path, params(corpus=[source]), "at member 'a.txt': File .* is encrypted")
 
 
 @pytest.mark.parametrize("form", PACKERS)
@@ -206,11 +193,11 @@ def test_a_bomb_stops_at_the_sources_bytes_or_at_the_general_bound(
 
 
 def test_a_bomb_beside_the_member_that_is_wanted_is_found_too(tmp_path, local, monkeypatch):
-    monkeypatch.setattr(archives, "EXPANSION_FLOOR", 1 << 20)
-    monkeypatch.setattr(archives, "EXPANSION", 20)
+    monkeypatch.setattr(formats, "_SMALL", 1 << 20)
+    monkeypatch.setattr(formats, "_SWELLING", 20)
     make_archive(local / "all.tar.gz", [("a.txt", STORY), ("b", b"0" * (1 << 22))], "tar.gz")
     corpus = story(file="all.tar.gz", member="a.txt")
-    refused(tmp_path, params(corpus=corpus), f"more than {1 << 20} bytes")
+    refused(tmp_path, params(corpus=corpus), "swells to more than 20 times its size")
 
 
 def extended(kind=tarfile.XHDTYPE, size=1 << 26):
@@ -253,7 +240,7 @@ def test_a_tar_whose_later_header_is_damaged_is_not_read_as_if_it_ended_there(tm
     content[content.index(b"b.txt")] = ord("c")  # its checksum is another now
     path.write_bytes(content)
     source = {"name": "x", "file": "all.tar", "members": "*"}
-    refused(tmp_path, params(corpus=[source]), "not an archive that can be read")
+    refused(tmp_path, params(corpus=[source]), "cannot be unpacked")
 
 
 def test_too_many_members_are_refused(tmp_path, local, monkeypatch):
@@ -274,12 +261,12 @@ def test_a_damaged_or_cut_off_archive_is_refused_and_a_missing_member_named(tmp_
     corpus = [{"name": "x", "file": path.name, "members": "*"}]
     for broken in (whole[:2000], whole[:-30] if form != "tar" else whole[:5700], b"<html>", b""):
         path.write_bytes(broken)
-        refused(tmp_path, params(corpus=corpus), "not an archive that can be read")
+        refused(tmp_path, params(corpus=corpus), "cannot be unpacked")
     if form != "tar":  # which has no checksum of its members
         damaged = bytearray(whole)
         damaged[1000] ^= 1
         path.write_bytes(damaged)
-        refused(tmp_path, params(corpus=corpus), "not an archive that can be read")
+        refused(tmp_path, params(corpus=corpus), "cannot be unpacked")
 
 
 @pytest.mark.parametrize("form", PACKERS)
@@ -293,7 +280,7 @@ def test_no_damage_ends_in_anything_but_members_or_a_refusal(tmp_path, form):
                 damaged[draw.randrange(len(damaged))] = draw.choice([0, 255, draw.randrange(256)])
         path, out = tmp_path / "damaged", tmp_path / str(attempt)
         path.write_bytes(damaged)
-        with contextlib.suppress(NotHadError):
+        with contextlib.suppress(UnavailableError):
             archives.unpack(path, bool, out.joinpath, None, threading.Event())
 
 
