@@ -35,7 +35,7 @@ from pipeline.show.markdown import NOTHING, visible
 from pipeline.show.terminal import say_json
 from pipeline.tracking.connection import PAGES, named_failure, run_url
 from pipeline.tracking.differences import OF_MODELS, Change, changes
-from pipeline.tracking.keys import is_result, packages_of, present_metrics
+from pipeline.tracking.keys import is_result, machine_of, present_metrics
 from pipeline.tracking.provenance import CODE, PATCH
 from pipeline.tracking.registry import CANDIDATE, CHAMPION, MD5_TAG, files_of
 from pipeline.tracking.version_page import profile
@@ -52,7 +52,6 @@ ANSWERS = 4
 """So many answers are shown side by side."""
 
 _EVALUATE = "evaluate"
-_MACHINE = ("python", "machine", "machine.cores", "machine.threads")
 _INTERVAL = ("_low", "_high")
 _NOT_TEST = ("validation_", "train_", "base_")  # scores of other parts, or of another model
 _COMMITS = 10  # of a log
@@ -224,7 +223,7 @@ def compare(
             params=changes(_params(first), _params(second), OF_MODELS),
             data=_data(everything, first, second),
             code=_code(everything, first, second),
-            machine=_machine(first, second),
+            machine=changes(machine_of(first.tags), machine_of(second.tags)),
             metrics=_metrics(_figures(first), _figures(second)),
             scores=_metrics(_scores(stage, before), _scores(stage, after)),
             answers=shown,
@@ -436,14 +435,6 @@ def _folded(code: Mapping[str, str], folders: Sequence[str]) -> Mapping[str, str
         if not any(path.startswith(f"{folder}/") for folder in folders)
     }
     return alone | {path: md5 for path in folders if (md5 := md5_of_code(code, path))}
-
-
-def _machine(before: Execution, after: Execution) -> list[Change]:
-    def told(run: Execution) -> dict[str, str]:
-        told = {key: run.tags[key] for key in _MACHINE if key in run.tags}
-        return {**told, **packages_of(run.tags)}
-
-    return changes(told(before), told(after))
 
 
 # --- what they came to ----------------------------------------------------------------------------

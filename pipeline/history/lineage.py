@@ -1,18 +1,18 @@
 """`gpt-pipeline lineage`: from a model, file, run or commit back to its sources, and on to its use.
 
-What joins the links is the md5 of the bytes, as MLflow's runs and `dvc.lock` name them
-(`pipeline.history.runs`). A link that is missing is said where it is missing.
+The links are joined by the md5 of the bytes, as MLflow's runs and `dvc.lock` name them
+(`pipeline.history.runs`). A link that is missing is reported where it is missing.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from rich.console import Console
 from rich.text import Text
@@ -20,10 +20,11 @@ from rich.tree import Tree
 
 from gpt.base.errors import first_few
 from gpt.text.records import SOURCES
-from pipeline.dag.cache import DvcCache, dvc_md5, md5_now
+from pipeline.dag.cache import DvcCache, md5_now
 from pipeline.dag.code import md5_of_code
+from pipeline.dag.lock import LockEntry, parse_lock
 from pipeline.history.names import Commit, File, find, version_name
-from pipeline.history.runs import Execution, Known, in_lock, known
+from pipeline.history.runs import Execution, Known, known
 from pipeline.project.git import commit_of_path, git, is_changed
 from pipeline.project.secrets import without_secrets
 from pipeline.show.console import report_console
@@ -34,10 +35,8 @@ from pipeline.tracking.registry import MD5_TAG
 if TYPE_CHECKING:
     from pipeline.tracking.mlflow_classes import ModelVersion
 
-Kind = Literal["version", "file", "run", "source", "commit"]
-
 _RAW = "data/raw/"
-_STYLES: dict[str, str] = {
+_STYLES = {
     "version": "bold magenta",
     "file": "bold",
     "run": "bold cyan",
@@ -51,16 +50,16 @@ class Node:
     """Something in the chain.
 
     Attributes:
-        key: tells it from others.
+        key: identifies it.
         kind: what it is.
-        title: what it is called.
-        facts: what there is to say of it, for a person.
+        title: its name.
+        facts: what is known of it, for a person; empty ones are left out.
         missing: what should be known or there and is not; empty if nothing.
         data: the same for a program.
     """
 
     key: str
-    kind: Kind
+    kind: Literal["version", "file", "run", "source", "commit"]
     title: str
     facts: tuple[str, ...] = ()
     missing: str = ""
@@ -90,12 +89,7 @@ class Lineage:
 
 
 def lineage(
-    root: Path,
-    what: str,
-    *,
-    up: bool = True,
-    down: bool = True,
-    folder: Path | None = None,
+    root: Path, what: str, *, up: bool = True, down: bool = True, folder: Path | None = None
 ) -> Lineage:
     """The chain of a thing, from its raw sources to what was made of it.
 
@@ -113,392 +107,316 @@ def lineage(
     asked = find(everything, what, folder)
     cache = DvcCache(root)
     try:
-        return _Tracer(everything, cache).trace(asked, up=up, down=down)
+        tracer = _Tracer(everything, cache, asked)
+        if up:
+            tracer.follow(asked, tracer.chain.up, tracer.came_from)
+        if down:
+            tracer.follow(asked, tracer.chain.down, tracer.made_of)
+        return tracer.chain
     finally:
         cache.close()
 
 
-class _Tracer:
-    """Follows the links; a node is looked at once."""
+_Thing: TypeAlias = "ModelVersion | Execution | File | Commit | Node"
 
-    def __init__(self, everything: Known, cache: DvcCache) -> None:
+
+class _Tracer:
+    """Follows the links; a node is looked at once in each direction."""
+
+    def __init__(self, everything: Known, cache: DvcCache, asked: _Thing) -> None:
         self._known = everything
         self._cache = cache
         self._root = everything.root
-        self._chain = Lineage("")
+        self._asked = asked
         self._code: dict[str, Mapping[str, str]] = {}
+        self._md5s: dict[str, str] = {}
+        self.chain = Lineage("", notes=[everything.without] if everything.without else [])
+        self.chain.asked = self._node(asked)
 
-    def trace(
-        self, asked: ModelVersion | Execution | File | Commit, *, up: bool, down: bool
-    ) -> Lineage:
-        chain = self._chain
-        chain.notes = [self._known.without] if self._known.without else []
-        if isinstance(asked, Commit):
-            chain.asked = self._commit(asked, up=up, down=down)
-        elif isinstance(asked, Execution):
-            chain.asked = self._run(asked)
-            if up:
-                self._run_up(asked)
-            if down:
-                self._run_down(asked)
-        elif isinstance(asked, File):
-            chain.asked = self._asked_file(asked, up=up, down=down)
-        else:
-            chain.asked = self._asked_version(asked, up=up, down=down)
-        return chain
+    def follow(
+        self,
+        thing: _Thing,
+        links: dict[str, list[str]],
+        next_of: Callable[[_Thing], Iterator[_Thing]],
+    ) -> str:
+        """Link a thing to what comes next, and so on; its key."""
+        key = self._node(thing)
+        if key not in links:
+            links[key] = []
+            following = [self.follow(each, links, next_of) for each in next_of(thing)]
+            links[key] = list(dict.fromkeys(following))
+        return key
 
-    # --- the beginning ---
+    def came_from(self, thing: _Thing) -> Iterator[_Thing]:
+        """What a version, run, file or commit came from."""
+        match thing:
+            case Commit():
+                for entry in self._recorded_at(thing.sha):
+                    yield from (File(path, md5) for path, md5 in entry.outputs.items())
+            case Execution():
+                for path, md5 in thing.inputs.items():
+                    yield File(path, md5, read_at=thing.started)
+            case File() if thing.member and not thing.path.startswith(_RAW):
+                yield replace(thing, member="")
+            case File():
+                maker = self._known.maker(thing.path, thing.md5, thing.read_at)
+                if maker is not None:
+                    yield maker
+                if thing.path.startswith(_RAW):
+                    yield from self._sources(thing, maker)
+            case Node():
+                pass  # a source: nothing is before it
+            case version:
+                yield from self._makers(version)
 
-    def _asked_version(self, version: ModelVersion, *, up: bool, down: bool) -> str:
-        run = self._known.by_run(version.run_id) if version.run_id else None
+    def made_of(self, thing: _Thing) -> Iterator[_Thing]:
+        """What was made of a version, run, file or commit."""
+        match thing:
+            case Commit():
+                yield from self._runs_at(thing.sha)
+            case Execution():
+                yield from (File(path, md5) for path, md5 in thing.outputs.items())
+            case File() if thing.member:
+                yield replace(thing, member="")
+            case File() if thing.is_code:
+                yield from (e for e in self._known.executions[::-1] if self._ran(e, thing))
+            case File():
+                yield from self._known.readers(thing.path, thing.md5)
+                yield from reversed(self._known.registered(thing.md5))
+            case Node():
+                pass  # a source: it is followed upwards only
+            case version:
+                if thing is self._asked:  # another one is beside the readers of its bytes
+                    md5, makers = version.tags.get(MD5_TAG, ""), self._makers(version)
+                    paths = (p for e in makers for p, each in e.outputs.items() if each == md5)
+                    yield from self._known.readers(next(paths, ""), md5)
+
+    def _makers(self, version: ModelVersion) -> list[Execution]:
+        """The run that made a version; if it is gone, another one that made the same bytes."""
+        if run := self._known.by_run(version.run_id or ""):
+            return [run]
         md5 = version.tags.get(MD5_TAG, "")
-        if run is not None:
-            made_by, gone = [run], ""
-        else:
-            # the version still says which bytes it is: whoever else made them is told
-            made_by = [e for e in self._known.executions if md5 in e.outputs.values()][:1]
-            gone = f"the run {version.run_id} that made it is gone from MLflow"
-        key = self._version(version, missing=gone)
-        path = next((p for each in made_by for p, m in each.outputs.items() if m == md5), "")
-        if up:
-            for each in made_by:
-                self._link(self._chain.up, key, self._run_up(each))
-        if down and path:
-            self._readers(key, path, md5)
-        return key
+        return [e for e in self._known.executions if md5 in e.outputs.values()][:1]
 
-    def _asked_file(self, file: File, *, up: bool, down: bool) -> str:
-        key = self._artifact(file.path, file.md5)
-        own = ""
-        if file.member:
-            own = f"{file.path}/{file.member}@{file.md5}"
-            self._add(
-                Node(
-                    key=own,
-                    kind="file",
-                    title=f"{file.path}/{file.member}",
-                    facts=(f"in {file.path}", *self._member_facts(file)),
-                    missing=self._member_missing(file),
-                    data={"path": f"{file.path}/{file.member}", "in": file.path},
-                )
-            )
-            if up:
-                self._link(self._chain.up, own, key)
-            if down:
-                self._link(self._chain.down, own, key)
-        if up:
-            only = file.member if file.path.startswith(_RAW) else ""
-            self._artifact_up(file.path, file.md5, only=only)
-        if down:
-            if file.is_code:
-                for each in self._runs_of_code(file):
-                    self._link(self._chain.down, key, self._run_down(each))
-            else:
-                self._artifact_down(file.path, file.md5)
-        return own or key
-
-    def _member_facts(self, file: File) -> Iterator[str]:
-        place = self._root / file.path / file.member
-        if place.is_file():
-            with place.open("rb") as opened:
-                yield f"sha256 {hashlib.file_digest(opened, 'sha256').hexdigest()}"
-
-    def _member_missing(self, file: File) -> str:
-        there = (self._root / file.path / file.member).exists()
-        members = self._cache.members(file.md5) or {}
-        inside = any(m == file.member or m.startswith(f"{file.member}/") for m in members)
-        return "" if there or inside else "no such file is in it here or in DVC's cache"
-
-    def _commit(self, commit: Commit, *, up: bool, down: bool) -> str:
-        subject = git(self._root, "log", "-1", "--format=%cs %s", commit.sha)
-        runs = [e for e in self._known.executions if e.tags.get("git.commit") == commit.sha]
-        recorded = list(self._locks_at(commit.sha))
-        missing = []
-        if not runs:
-            missing.append("no run is known that was made at it")
-        if not recorded:
-            missing.append("it has no dvc.lock")
-        key = f"commit:{commit.sha}"
-        self._add(
-            Node(
-                key=key,
-                kind="commit",
-                title=f"commit {commit.sha[:10]}",
-                facts=(subject,),
-                missing="; ".join(missing),
-                data={"commit": commit.sha},
-            )
-        )
-        if up:
-            for record in recorded:
-                made = self._same(record)
-                node = self._run(made)
-                self._link(self._chain.up, key, node)
-                for path, md5 in made.outputs.items():
-                    self._link(self._chain.up, node, self._artifact(path, md5))
-        if down:
-            for each in runs:
-                node = self._run(each)
-                self._link(self._chain.down, key, node)
-                for path, md5 in each.outputs.items():
-                    self._link(self._chain.down, node, self._artifact(path, md5))
-                    self._versions_of(md5, self._artifact(path, md5))
-        return key
-
-    def _locks_at(self, sha: str) -> Iterator[Execution]:
+    def _recorded_at(self, sha: str) -> Iterator[LockEntry]:
         names = git(self._root, "ls-tree", "-r", "--name-only", sha, "dvc.lock", "optional")
         for name in names.splitlines():
             if Path(name).name == "dvc.lock":
-                yield from in_lock(git(self._root, "show", f"{sha}:{name}"))
+                yield from parse_lock(git(self._root, "show", f"{sha}:{name}")).values()
 
-    def _same(self, record: Execution) -> Execution:
-        """The execution that a record in a `dvc.lock` is of."""
-        for each in self._known.executions:
-            same = each.stage == record.stage and each.outputs == record.outputs
-            if same and all(record.inputs.get(p) == md5 for p, md5 in each.inputs.items()):
-                return each
-        return record
+    def _runs_at(self, sha: str) -> list[Execution]:
+        return [e for e in self._known.executions if e.tags.get("git.commit") == sha]
 
-    # --- upward ---
-
-    def _artifact_up(self, path: str, md5: str, before: int = 0, only: str = "") -> str:
-        key = self._artifact(path, md5)
-        if key in self._chain.up:
-            return key
-        self._chain.up[key] = []
-        maker = self._known.maker(path, md5, before)
-        if maker is not None:
-            self._link(self._chain.up, key, self._run_up(maker))
-        if path.startswith(_RAW):
-            for node in self._sources(path, md5, maker):
-                if only and node.data.get("file") not in (None, only):
-                    continue
-                self._add(node)
-                self._link(self._chain.up, key, node.key)
-        return key
-
-    def _run_up(self, run: Execution) -> str:
-        key = self._run(run)
-        if key not in self._chain.up:
-            self._chain.up[key] = []
-            for path, md5 in run.inputs.items():
-                self._link(self._chain.up, key, self._artifact_up(path, md5, run.started))
-        return key
-
-    def _sources(self, path: str, md5: str, maker: Execution | None) -> Iterator[Node]:
-        """Where a raw folder's files came from: as it says itself, else as its run says."""
-        section = path.removeprefix(_RAW)
-        listed = self._cache.read(md5, SOURCES)
-        if listed is None and (self._root / path / SOURCES).is_file():
-            here = self._root / path
-            listed = (here / SOURCES).read_bytes() if dvc_md5(here) == md5 else None
-        params = (maker.params if maker else {}).get("download") or {}
-        local = str(params.get("local") or "")
-        asked = {str(each.get("name")): each for each in params.get(section) or ()}
-        if listed is not None:
-            yield from _listed_sources(path, json.loads(listed), asked, local)
-            return
-        names = [*asked]
-        told: dict[str, dict[str, Any]] = {}
-        if maker and maker.run:
-            names = names or list(filter(None, maker.run.data.params.get(section, "").split(", ")))
-            for used in maker.run.inputs.dataset_inputs if maker.run.inputs else ():
-                told[used.dataset.name] = json.loads(used.dataset.source)
-        for name in names:
-            own, run = asked.get(name, {}), told.get(name, {})
-            yield _source(
-                path,
-                name,
-                url=next(iter(own.get("urls") or ()), run.get("url") or ""),
-                file=_local_place(own, local),
-                sha256=str(run.get("sha256") or own.get("sha256") or ""),
-                told="as the run says" if run else "as its parameters say",
-            )
-        if not names:
-            yield Node(
-                key=f"source:{path}@{md5}",
-                kind="source",
-                title="its sources",
-                missing=f"not known: {SOURCES} is neither here nor in DVC's cache, and no run "
-                "names them",
-            )
-
-    # --- downward ---
-
-    def _artifact_down(self, path: str, md5: str) -> str:
-        key = self._artifact(path, md5)
-        if key not in self._chain.down:
-            self._chain.down[key] = []
-            self._readers(key, path, md5)
-            self._versions_of(md5, key)
-        return key
-
-    def _readers(self, key: str, path: str, md5: str) -> None:
-        for each in self._known.readers(path, md5):
-            self._link(self._chain.down, key, self._run_down(each))
-
-    def _versions_of(self, md5: str, key: str) -> None:
-        for version in reversed(self._known.registered(md5)):
-            self._link(self._chain.down, key, self._version(version))
-
-    def _run_down(self, run: Execution) -> str:
-        key = self._run(run)
-        if key not in self._chain.down:
-            self._chain.down[key] = []
-            for path, md5 in run.outputs.items():
-                self._link(self._chain.down, key, self._artifact_down(path, md5))
-        return key
-
-    def _runs_of_code(self, file: File) -> list[Execution]:
-        """The executions that ran the code as it is here, the oldest first."""
-        now = {file.path: file.md5}
-
-        def ran(code: Mapping[str, str]) -> bool:
-            path = file.path
-            if not md5_of_code(code, path):  # of what `dvc.lock` alone knows it has the folder
-                path = next((each for each in code if path.startswith(f"{each}/")), path)
-            if path not in now:
-                now[path] = md5_now(self._root, path)
-            return md5_of_code(code, path) == now[path] != ""
-
-        return [e for e in self._known.executions if ran(self._code_of(e))][::-1]
+    def _ran(self, run: Execution, file: File) -> bool:
+        """Whether a run used the code as it is here; a `dvc.lock` may only know its folder."""
+        code, path = self._code_of(run), file.path
+        if not md5_of_code(code, path):
+            path = next((each for each in code if path.startswith(f"{each}/")), path)
+        return md5_of_code(code, path) == self._md5_here(path) != ""
 
     def _code_of(self, run: Execution) -> Mapping[str, str]:
-        """Path -> md5 of the code that it ran; its own list names files, `dvc.lock` folders too."""
-        whole = run.code and not any(md5.endswith(".dir") for md5 in run.code.values())
-        if whole or not (told := run.tags.get("code")):
+        """Path -> md5 of the code of a run: of its files, or as `dvc.lock` has it."""
+        digest = run.tags.get("code", "")
+        if not digest:
             return run.code
-        if told not in self._code:
+        if digest not in self._code:
             content = self._known.kept(run, f"lineage/{CODE}")
-            self._code[told] = json.loads(content) if content else run.code
-        return self._code[told]
+            self._code[digest] = json.loads(content) if content else run.code
+        return self._code[digest]
+
+    def _md5_here(self, path: str) -> str:
+        """The md5 of what lies at a path; of a directory that `dvc.lock` records, as recorded."""
+        if path not in self._md5s:
+            here = self._root / path
+            recorded = (
+                e.outputs[path] for e in self._known.executions if e.here and path in e.outputs
+            )
+            told = next(recorded, "") if here.is_dir() else ""
+            self._md5s[path] = told or (md5_now(self._root, path) if here.exists() else "")
+        return self._md5s[path]
+
+    def _sources(self, folder: File, maker: Execution | None) -> Iterator[Node]:
+        """Where a raw folder's files came from: as it says itself, or as its parameters say."""
+        download = (maker.params if maker else {}).get("download") or {}
+        section = download.get(folder.path.removeprefix(_RAW)) or ()
+        params = {str(each.get("name")): each for each in section}
+        content = self._cache.read(folder.md5, SOURCES)
+        here = self._root / folder.path / SOURCES
+        if content is None and here.is_file() and self._md5_here(folder.path) == folder.md5:
+            content = here.read_bytes()
+        listed = json.loads(content) if content else [{"name": name} for name in params]
+        for each in listed:
+            if folder.member in ("", each.get("file")):
+                own = params.get(each["name"], {})
+                yield _source(folder.path, each, own, str(download.get("local") or ""))
+        if not listed:
+            yield Node(
+                key=f"source:{folder.path}@{folder.md5}",
+                kind="source",
+                title="its sources",
+                missing=f"not known: {SOURCES} is neither here nor in DVC's cache, and no dvc.lock "
+                "has the parameters of its download",
+            )
 
     # --- nodes ---
 
-    def _add(self, node: Node) -> None:
-        self._chain.nodes.setdefault(node.key, node)
-
-    @staticmethod
-    def _link(links: dict[str, list[str]], key: str, other: str) -> None:
-        if other not in links.setdefault(key, []):
-            links[key].append(other)
-
-    def _artifact(self, path: str, md5: str) -> str:
-        key = f"{path}@{md5}"
-        if key not in self._chain.nodes:
-            place, missing = self._place(path, md5)
-            self._add(
-                Node(
-                    key=key,
-                    kind="file",
-                    title=path,
-                    facts=(f"md5 {md5}" if md5 else "", *place),
-                    missing=missing,
-                    data={"path": path, "md5": md5},
-                )
-            )
+    def _node(self, thing: _Thing) -> str:
+        """Add the node of a thing, unless it is there already; its key."""
+        key = _key(thing)
+        if key not in self.chain.nodes:
+            self.chain.nodes[key] = self._described(key, thing)
         return key
 
-    def _place(self, path: str, md5: str) -> tuple[list[str], str]:
-        """Where the bytes are now, and what is missing about them."""
-        made = self._known.makers(path, md5)
-        output = made or any(path in each.outputs for each in self._known.executions)
-        here = self._root / path
-        if not output:
-            return self._place_in_git(path, md5)
-        locked = any(each.here for each in made) and here.is_dir()  # of a file it costs nothing
-        place: list[str] = []
-        missing: list[str] = []
-        if locked or (here.is_file() and dvc_md5(here) == md5):
-            place.append("here")
-        elif self._cache.has(md5):
-            place.append("in DVC's cache")
-        elif here.is_dir() and dvc_md5(here) == md5:
-            place.append("here")
-        else:
-            missing.append("these bytes are neither here nor in DVC's cache")
-        if not made:
-            missing.append("nothing is known that made these bytes")
-        if names := self._answers(path, md5):
-            place.append(f"with {names}")
-        return place, "; ".join(missing)
+    def _described(self, key: str, thing: _Thing) -> Node:
+        match thing:
+            case Node():
+                return thing
+            case Commit():
+                return self._commit_node(key, thing.sha)
+            case Execution():
+                return _run_node(key, thing, self._others(thing), bool(self._known.without))
+            case File() if thing.member:
+                return self._member_node(key, thing)
+            case File():
+                return self._file_node(key, thing)
+            case version:
+                return self._version_node(key, version)
 
-    def _place_in_git(self, path: str, md5: str) -> tuple[list[str], str]:
-        """The same of what no stage makes: git keeps it, or nobody."""
-        here = self._root / path
-        if not here.exists():
-            return [], "it is not here any more"
-        if md5_now(self._root, path) != md5:
-            return [], "what is here now is not what was read then"
-        commit = commit_of_path(self._root, path)
-        if not commit:
-            return [], "git does not keep it"
-        edited = is_changed(self._root, path)
-        return [f"last changed in commit {commit[:10]}"], (
-            "it has edits that no commit has" if edited else ""
+    def _commit_node(self, key: str, sha: str) -> Node:
+        runs, recorded = self._runs_at(sha), any(self._recorded_at(sha))
+        missing = [
+            "" if runs else "no run is known that was made at it",
+            "" if recorded else "it has no dvc.lock",
+        ]
+        return Node(
+            key=key,
+            kind="commit",
+            title=f"commit {sha[:10]}",
+            facts=(git(self._root, "log", "-1", "--format=%cs %s", sha),),
+            missing="; ".join(filter(None, missing)),
+            data={"commit": sha},
         )
 
-    def _answers(self, path: str, md5: str) -> str:
-        """The names of the tables of predictions."""
-        if not path.endswith("/predictions"):
-            return ""
-        return ", ".join(sorted(self._cache.members(md5) or ()))
+    def _member_node(self, key: str, file: File) -> Node:
+        place, inside = self._root / file.whole_path, f"{file.member}/"
+        sha256 = ""
+        if place.is_file():
+            with place.open("rb") as opened:
+                sha256 = f"sha256 {hashlib.file_digest(opened, 'sha256').hexdigest()}"
+        members = self._cache.members(file.md5) or ()
+        there = place.exists() or any(f"{each}/".startswith(inside) for each in members)
+        return Node(
+            key=key,
+            kind="file",
+            title=file.whole_path,
+            facts=(f"in {file.path}", sha256),
+            missing="" if there else "no such file is in it here or in DVC's cache",
+            data={"path": file.whole_path, "in": file.path},
+        )
 
-    def _run(self, run: Execution) -> str:
-        key = f"run:{run.run_id}" if run.run else _record_key(run)
-        if key not in self._chain.nodes:
-            self._add(_run_node(key, run, self._others(run), bool(self._known.without)))
-        return key
+    def _file_node(self, key: str, file: File) -> Node:
+        is_output = any(file.path in each.outputs for each in self._known.executions)
+        facts, missing = self._output_state(file) if is_output else self._source_state(file)
+        return Node(
+            key=key,
+            kind="file",
+            title=file.path,
+            facts=(f"md5 {file.md5}" if file.md5 else "", *facts),
+            missing="; ".join(missing),
+            data={"path": file.path, "md5": file.md5},
+        )
+
+    def _output_state(self, file: File) -> tuple[list[str], list[str]]:
+        """Where the bytes that a stage wrote are now, and what is missing."""
+        facts, missing = [], []
+        if self._md5_here(file.path) == file.md5:
+            facts.append("here")
+        elif self._cache.has(file.md5):
+            facts.append("in DVC's cache")
+        else:
+            missing.append("these bytes are neither here nor in DVC's cache")
+        if not self._known.makers(file.path, file.md5):
+            missing.append("nothing is known that made these bytes")
+        if file.path.endswith("/predictions") and (tables := self._cache.members(file.md5)):
+            facts.append(f"with {', '.join(sorted(tables))}")
+        return facts, missing
+
+    def _source_state(self, file: File) -> tuple[list[str], list[str]]:
+        """The same of what no stage makes: git keeps it, or nothing does."""
+        if not (self._root / file.path).exists():
+            return [], ["it is not here any more"]
+        if self._md5_here(file.path) != file.md5:
+            return [], ["what is here now is not what was read then"]
+        commit = commit_of_path(self._root, file.path)
+        if not commit:
+            return [], ["git does not keep it"]
+        edited = is_changed(self._root, file.path)
+        missing = ["it has edits that no commit has"] if edited else []
+        return [f"last changed in commit {commit[:10]}"], missing
 
     def _others(self, run: Execution) -> list[Execution]:
         """Runs of the stage that read and wrote just the same."""
-        if not run.run or not run.outputs:
-            return []
+        same = (run.stage, run.outputs, run.inputs)
         return [
             each
             for each in self._known.executions
-            if each.run
+            if run.run
+            and run.outputs
+            and each.run
             and each.run_id != run.run_id
-            and (each.stage, each.outputs, each.inputs) == (run.stage, run.outputs, run.inputs)
+            and (each.stage, each.outputs, each.inputs) == same
         ]
 
-    def _version(self, version: ModelVersion, missing: str = "") -> str:
-        key = version_name(version)
-        aliases = self._known.aliases_of(version)
-        tags = version.tags
-        facts = [
-            ", ".join(sorted(aliases)),
-            f"md5 {tags[MD5_TAG]}" if MD5_TAG in tags else "",
-            f"registered {_when(int(version.creation_timestamp))}",
-            f"reproduced {tags['reproduced']}" if "reproduced" in tags else "",
-        ]
-        self._add(
-            Node(
-                key=key,
-                kind="version",
-                title=key,
-                facts=tuple(facts),
-                missing=missing,
-                data={
-                    "model": version.name,
-                    "version": int(version.version),
-                    "aliases": sorted(aliases),
-                    "md5": tags.get(MD5_TAG),
-                    "run_id": version.run_id,
-                },
-            )
+    def _version_node(self, key: str, version: ModelVersion) -> Node:
+        aliases, tags = sorted(self._known.aliases_of(version)), version.tags
+        gone = not self._known.by_run(version.run_id or "")
+        return Node(
+            key=key,
+            kind="version",
+            title=key,
+            facts=(
+                ", ".join(aliases),
+                f"md5 {tags[MD5_TAG]}" if MD5_TAG in tags else "",
+                f"registered {_when(int(version.creation_timestamp))}",
+                f"reproduced {tags['reproduced']}" if "reproduced" in tags else "",
+            ),
+            missing=f"the run {version.run_id} that made it is gone from MLflow" if gone else "",
+            data={
+                "model": version.name,
+                "version": int(version.version),
+                "aliases": aliases,
+                "md5": tags.get(MD5_TAG),
+                "run_id": version.run_id,
+            },
         )
-        return key
 
 
-def _record_key(run: Execution) -> str:
-    commit = run.commits[0] if run.commits else "here"
-    return f"record:{run.stage}:{commit}:{_digest(run.outputs)[:12]}"
+def _key(thing: _Thing) -> str:
+    match thing:
+        case Node():
+            return thing.key
+        case Commit():
+            return f"commit:{thing.sha}"
+        case Execution() if thing.run:
+            return f"run:{thing.run_id}"
+        case Execution():
+            return (
+                f"record:{thing.stage}:{_commit_of(thing) or 'here'}:{_digest(thing.outputs)[:12]}"
+            )
+        case File():
+            return f"{thing.whole_path}@{thing.md5}"
+        case version:
+            return version_name(version)
+
+
+def _commit_of(run: Execution) -> str:
+    """The first commit whose `dvc.lock` records it; empty where none does."""
+    return run.commits[0] if run.commits else ""
 
 
 def _digest(value: Mapping[str, Any]) -> str:
-    told = json.dumps(dict(value), sort_keys=True, default=str)
-    return hashlib.md5(told.encode(), usedforsecurity=False).hexdigest()
+    text = json.dumps(dict(value), sort_keys=True, default=str)
+    return hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
 
 
 def _when(milliseconds: int) -> str:
@@ -506,126 +424,90 @@ def _when(milliseconds: int) -> str:
 
 
 def _run_node(key: str, run: Execution, others: list[Execution], without: bool) -> Node:
-    tags = run.tags
-    commit = tags.get("git.commit", "")
+    tags, recorded = run.tags, _commit_of(run)[:10]
     changed = {k.removeprefix("changed."): v for k, v in tags.items() if k.startswith("changed.")}
     params = _digest(run.run.data.params if run.run else run.params)
-    if run.run:
-        # its name begins with its number, and says in short what changed
-        title = f"{run.stage} {tags.get('mlflow.runName') or '#' + tags.get('number', '?')}"
-        when = datetime.fromtimestamp(run.started / 1000).astimezone().isoformat()
-    else:
-        at = f"in dvc.lock of commit {run.commits[0][:10]}" if run.commits else "in dvc.lock"
-        title, when = f"{run.stage} {at}", None
+    commit, dirty = tags.get("git.commit", ""), tags.get("git.dirty") == "true"
+    kept = tags.get("git.patch") == "kept"
+    data = {
+        "stage": run.stage,
+        "run_id": run.run_id or None,
+        "number": int(tags["number"]) if "number" in tags else None,
+        "status": run.run.info.status if run.run else None,
+        "started": None,
+        "commit": commit or None,
+        "dirty": dirty if commit else None,
+        "params_md5": params,
+        "changed": changed,
+        "recorded_by": list(run.commits),
+    }
+    if not run.run:
+        place = f"in dvc.lock of commit {recorded}" if recorded else "in dvc.lock"
+        return Node(
+            key=key,
+            kind="run",
+            title=f"{run.stage} {place}",
+            facts=(f"params {params[:8]}",),
+            missing="its run is not known here" if without else "no run is known",
+            data=data,
+        )
+    data["started"] = datetime.fromtimestamp(run.started / 1000).astimezone().isoformat()
+    edits = f"with edits{', which are kept' if kept else ''}" if dirty else "clean"
+    changes = [f"{name} {change}" for name, change in changed.items()]
     return Node(
         key=key,
         kind="run",
-        title=title,
+        # its name begins with its number, and says in short what changed
+        title=f"{run.stage} {tags.get('mlflow.runName') or run.number}",
         facts=(
-            *_run_facts(run),
-            f"changed: {first_few([f'{k} {v}' for k, v in changed.items()])}" if changed else "",
+            _when(run.started),
+            f"run {run.run_id}",
+            f"commit {commit[:10]}, {edits}" if commit else "",
+            f"changed: {first_few(changes)}" if changes else "",
             f"params {params[:8]}",
-            f"in dvc.lock since commit {run.commits[0][:10]}" if run.run and run.commits else "",
-            f"the same bytes came from {first_few([_number(e) for e in others])}" if others else "",
+            f"in dvc.lock since commit {recorded}" if recorded else "",
+            f"the same bytes came from {first_few([e.number for e in others])}" if others else "",
         ),
-        missing="; ".join(_run_missing(run, without)),
-        data={
-            "stage": run.stage,
-            "run_id": run.run_id or None,
-            "number": int(tags["number"]) if "number" in tags else None,
-            "status": run.run.info.status if run.run else None,
-            "started": when,
-            "commit": commit or None,
-            "dirty": tags.get("git.dirty") == "true" if commit else None,
-            "params_md5": params,
-            "changed": changed,
-            "recorded_by": list(run.commits),
-        },
+        missing="; ".join(_run_missing(run.run.info.status, run, commit, dirty and not kept)),
+        data=data,
     )
 
 
-def _run_facts(run: Execution) -> Iterator[str]:
-    if not run.run:
-        return
-    yield _when(run.started)
-    yield f"run {run.run_id}"
-    if commit := run.tags.get("git.commit"):
-        edits = "with edits, which are kept" if _keeps_edits(run) else "with edits"
-        yield f"commit {commit[:10]}, {edits if run.tags.get('git.dirty') == 'true' else 'clean'}"
-
-
-def _run_missing(run: Execution, without: bool) -> Iterator[str]:
-    if not run.run:
-        yield "its run is not known here" if without else "no run is known"
-        return
-    status = run.run.info.status
+def _run_missing(status: str, run: Execution, commit: str, lost_edits: bool) -> Iterator[str]:
     if status == "RUNNING":
         yield "it is still running, or was killed"
     elif status != "FINISHED":
         yield f"it ended {status}"
     if run.deleted:
         yield "the run is deleted in MLflow"
-    if not run.tags.get("git.commit"):
+    if not commit:
         yield "no commit is known"
-    elif run.tags.get("git.dirty") == "true" and not _keeps_edits(run):
+    elif lost_edits:
         yield "the edits of its code are kept nowhere"
 
 
-def _keeps_edits(run: Execution) -> bool:
-    return run.tags.get("git.patch") == "kept"
+def _source(folder: str, listed: Mapping[str, Any], params: Mapping[str, Any], local: str) -> Node:
+    """A source of a raw folder.
 
-
-def _number(run: Execution) -> str:
-    return f"#{run.tags.get('number', '?')}"
-
-
-def _listed_sources(
-    path: str,
-    files: Iterable[Mapping[str, Any]],
-    asked: Mapping[str, Mapping[str, Any]],
-    local: str,
-) -> Iterator[Node]:
-    """The sources that a raw folder lists."""
-    for each in files:
-        params = asked.get(each["name"], {})
-        yield _source(
-            path,
-            each["name"],
-            url=each.get("url") or "",
-            file=each["file"],
-            local=_local_place(params, local),
-            sha256=each["sha256"],
-            size=each.get("bytes"),
-        )
-
-
-def _local_place(source: Mapping[str, Any], folder: str) -> str:
-    """Where a source that is not from the web lies: a path, or `python-docs`; empty if unknown."""
-    if file := source.get("file"):
-        return f"{folder}/{file}"
-    return str(source.get("builtin") or "")
-
-
-def _source(
-    path: str,
-    name: str,
-    *,
-    url: str,
-    file: str,
-    sha256: str,
-    local: str = "",
-    size: int | None = None,
-    told: str = "",
-) -> Node:
-    url = without_secrets(url)
+    Args:
+        folder: the raw folder.
+        listed: its entry in `sources.json`; where that is gone, its name alone.
+        params: its entry in `params.yaml`.
+        local: the folder of the sources that are not from the web.
+    """
+    name, size = listed["name"], listed.get("bytes")
+    url = without_secrets(listed.get("url") or next(iter(params.get("urls") or ()), ""))
+    place = f"{local}/{params['file']}" if params.get("file") else str(params.get("builtin") or "")
+    file = listed.get("file") or place
+    sha256 = str(listed.get("sha256") or params.get("sha256") or "")
     return Node(
-        key=f"source:{path}/{name}/{file}",
+        key=f"source:{folder}/{name}/{file}",
         kind="source",
-        title=f"{name}: {url or local or file}",
+        title=f"{name}: {url or place or file}",
         facts=(
             f"sha256 {sha256}" if sha256 else "",
             f"{size:,} bytes" if size is not None else "",
-            told,
+            "" if "file" in listed else "as its parameters say",
         ),
         missing="" if sha256 else "its sha256 is not known",
         data={

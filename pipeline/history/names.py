@@ -30,12 +30,20 @@ class File:
         md5: of its bytes as DVC knows them.
         member: what was asked for below it; empty if it is the whole.
         is_code: it is code that stages run.
+        read_at: when a run read it, in milliseconds: of several runs that wrote the same bytes the
+            last before that counts; 0 where it is not known.
     """
 
     path: str
     md5: str
     member: str = ""
     is_code: bool = False
+    read_at: int = 0
+
+    @property
+    def whole_path(self) -> str:
+        """With what was asked for below it."""
+        return f"{self.path}/{self.member}" if self.member else self.path
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,9 @@
 """`gpt-pipeline reproduce`: a model version made again, and every byte of it compared.
 
-In a workspace of its own (`pipeline.dag.workspace`) with the run's commit, parameters, edits and
-inputs the stage is executed anew: not taken from DVC's run cache, no resume state gone on from,
-tracked in an MLflow that goes with the workspace. Of the project nothing is touched but the
-version's tag `reproduced`. What may make the bytes differ is said before.
+The stage is executed in a workspace of its own (`pipeline.dag.workspace`) with the run's commit,
+parameters, edits and inputs, without DVC's run cache and resume states, and tracked in an MLflow
+that is removed with the workspace. Nothing of the project changes but the version's tag
+`reproduced`. What may make the bytes differ is reported first.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -26,7 +25,6 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from filelock import FileLock, Timeout
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -34,11 +32,13 @@ from rich.text import Text
 
 from gpt.base.errors import InputError, RunError
 from gpt.base.events import Event, Message
+from gpt.base.files import remove
 from pipeline.dag.cache import DvcCache, dvc_md5
-from pipeline.dag.graph import Dag
+from pipeline.dag.objects import md5_of
 from pipeline.dag.workspace import make_workspace
 from pipeline.history.names import Commit, File, find, version_name
 from pipeline.history.runs import Execution, Known, known
+from pipeline.project.file_locks import locked
 from pipeline.project.folders import HOME_VARIABLE, shared_folder
 from pipeline.project.git import commit_of, git
 from pipeline.project.params import PARAMS_FILE, load_params, section
@@ -53,16 +53,17 @@ from pipeline.show.console import (
 )
 from pipeline.tracking.connection import connect, named_failure
 from pipeline.tracking.database import database_uri
-from pipeline.tracking.keys import flatten, packages_of
+from pipeline.tracking.differences import changes
+from pipeline.tracking.keys import flatten, machine_of
 from pipeline.tracking.provenance import CODE, PATCH
 from pipeline.tracking.run import machine
 
 if TYPE_CHECKING:
     from pipeline.tracking.mlflow_classes import ModelVersion
 
-FOLDER = Path(".pipeline") / "reproduced"
-TAG = "reproduced"
-"""Of a registered version: when and on what it was made again, and what came of it."""
+WORKSPACES = Path(".pipeline") / "reproduced"
+REPRODUCED_TAG = "reproduced"
+"""Of a registered version: when and on what it was made again, and with which result."""
 
 _KEPT = Path(".pipeline") / "kept"
 _DOWNLOADS = Path(".pipeline") / "downloads"
@@ -70,8 +71,8 @@ _OTHERS_MLFLOW = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_RUN_ID")
 
 
 @dataclass(frozen=True, slots=True)
-class Compared:
-    """One output: as it was recorded, and as it came now; None if it did not come."""
+class OutputCheck:
+    """The md5 of an output: as recorded and as made now, None where it was not made."""
 
     stage: str
     path: str
@@ -80,7 +81,7 @@ class Compared:
 
     @property
     def same(self) -> bool:
-        """Every byte is."""
+        """Whether every byte is the same."""
         return self.recorded == self.now
 
 
@@ -108,7 +109,7 @@ def reproduce(
     keep: bool = False,
     whole: bool = False,
     console: Console | None = None,
-) -> list[Compared]:
+) -> list[OutputCheck]:
     """Make a model version, or whatever a run made, again, and compare it byte by byte.
 
     Args:
@@ -127,7 +128,19 @@ def reproduce(
     """
     console = report_console(console)
     job = _job(root.resolve(), what)
-    with _alone(job), _stoppable():
+    alone = locked(
+        shared_folder(job.root),
+        f"reproduce-{job.folder.name}",
+        job.name,
+        "makes it again right now",
+    )
+    with alone, _stoppable():
+        if (job.folder / _KEPT).exists():
+            raise InputError(
+                f"{os.path.relpath(job.folder)}: is kept from an earlier `reproduce --keep`; "
+                "remove it, and try again"
+            )
+        remove(job.folder)  # of a process that was killed
         began = time.monotonic()
         try:
             with make_display() as display:
@@ -189,37 +202,17 @@ def _job(root: Path, what: str) -> _Job:
     if not commit:
         raise InputError(f"{what}: no commit is recorded with its run, so its code is not known")
     return _Job(
-        root, everything, run, version, commit_of(root, commit), shared_folder(root) / FOLDER / name
+        root,
+        everything,
+        run,
+        version,
+        commit_of(root, commit),
+        shared_folder(root) / WORKSPACES / name,
     )
 
 
-@contextlib.contextmanager
-def _alone(job: _Job) -> Iterator[None]:
-    """Within the block nobody else makes the same; what a killed process left is cleared."""
-    path = job.folder.with_name(f"{job.folder.name}.lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise InputError(
-            f"{job.name}: another process makes it again at this moment; wait for it"
-        ) from None
-    try:
-        if (job.folder / _KEPT).exists():
-            raise InputError(
-                f"{os.path.relpath(job.folder)}: is kept from an earlier `reproduce --keep`; "
-                "remove it, and try again"
-            )
-        if job.folder.exists():
-            shutil.rmtree(job.folder)
-        yield
-    finally:
-        lock.release()
-
-
 class _Stopped(KeyboardInterrupt):
-    """SIGTERM came."""
+    """SIGTERM arrived."""
 
     signal = signal.SIGTERM
 
@@ -231,9 +224,6 @@ def _stoppable() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         raise _Stopped
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
@@ -245,7 +235,7 @@ def _stoppable() -> Iterator[None]:
 
 
 def _prepare(job: _Job, display: Display) -> None:
-    """The workspace with the run's code and parameters; what is not certain is noted."""
+    """Make the workspace with the run's code and parameters; note what is not certain."""
     kept = job.everything.kept(job.run, f"lineage/{PARAMS_FILE}")
     patch = job.everything.kept(job.run, f"lineage/{PATCH}")
     code = job.everything.kept(job.run, f"lineage/{CODE}")
@@ -283,124 +273,81 @@ def _apply(job: _Job, patch: bytes) -> None:
 
 
 def _other_params(job: _Job) -> Iterator[str]:
-    """The run kept no file: what it logged must be what the commit's file gives."""
-    logged = job.run.run.data.params if job.run.run else {}
+    """The run kept no `params.yaml`: what it logged must be what the commit's file gives."""
     try:
         now = flatten(section(load_params(job.folder / PARAMS_FILE), job.run.stage))
     except InputError as error:
         yield f"its params.yaml was not kept, and that of the commit cannot be read ({error})"
         return
-    differing = [
-        f"{key} was {logged[key]}, is {value}"
-        for key, value in now.items()
-        if key in logged and logged[key] != value
-    ]
+    logged = job.run.logged
+    differing = changes(
+        *({key: each[key] for key in now.keys() & logged} for each in (logged, now))
+    )
     if differing:
-        yield (
-            "its params.yaml was not kept, and that of the commit is another one: "
-            + ", ".join(differing)
-        )
+        words = ", ".join(map(str, differing))
+        yield f"its params.yaml was not kept, and that of the commit is another one: {words}"
 
 
 def _other_code(folder: Path, recorded: Mapping[str, str]) -> Iterator[str]:
-    differing = [
-        path
-        for path, md5 in recorded.items()
-        if not (folder / path).is_file() or dvc_md5(folder / path) != md5
-    ]
+    differing = [path for path, md5 in recorded.items() if md5_of(folder / path) != md5]
     if differing:
         yield f"the code is not what it ran: {', '.join(differing)}"
 
 
 def _other_machine(run: Execution) -> Iterator[str]:
     """What of the machine and its packages differs from the run's."""
-    tags, here = run.tags, machine()
-    for tag, name in (("python", "Python"), ("machine", "the machine")):
-        if tag in tags and tags[tag] != here[tag]:
-            yield f"{name} was {tags[tag]}, is {here[tag]}"
-    before, now = (packages_of(each) for each in (tags, here))
-    differing = [
-        f"{name} was {version}, is {now.get(name, 'missing')}"
-        for name, version in before.items()
-        if now.get(name) != version
-    ]
-    if differing:
-        yield f"packages: {', '.join(differing)}"
-    threads = tags.get("machine.threads")
-    fixed = (run.run.data.params if run.run else {}).get("train.threads", "None") != "None"
-    if threads and not fixed and tags.get("machine.cores") != here["machine.cores"]:
+    before, here = machine_of(run.tags), machine_of(machine())
+    cores, threads = before.pop("machine.cores", None), before.pop("machine.threads", None)
+    if differing := changes(before, {key: here.get(key, "missing") for key in before}):
+        yield f"its machine and packages were others: {', '.join(map(str, differing))}"
+    fixed = run.logged.get("train.threads", "None") != "None"
+    if threads and not fixed and cores != here["machine.cores"]:
         yield (
-            f"it computed in {threads} threads on {tags.get('machine.cores')} cores; "
-            f"here are {here['machine.cores']}"
+            f"it computed in {threads} threads on {cores} cores; here are {here['machine.cores']}"
         )
 
 
 # --- making it ------------------------------------------------------------------------------------
 
 
-def _make(job: _Job, whole: bool, display: Display) -> list[Compared]:
-    """Bring the inputs, execute the stage anew, compare."""
-    chain = _chain(job)
-    compared = []
+def _make(job: _Job, whole: bool, display: Display) -> list[OutputCheck]:
+    """Execute the stage anew, before it those whose outputs are needed; compare all of them."""
+    checks = []
     with contextlib.closing(DvcCache(job.root)) as cache:
-        for stage in [*_before(job, chain, cache, whole), job.run.stage]:
-            recorded = chain.get(stage)
-            if recorded is None:
-                raise RunError(
-                    f"{job.name}: no run of {stage} before it is known, so what it gives now "
-                    "cannot be compared"
-                )
+        for run in _plan(job, cache, whole):
             # every stage works on what was recorded, so that each is compared for itself
-            for path, md5 in recorded.inputs.items():
+            for path, md5 in run.inputs.items():
                 _bring(job, cache, path, md5)
-            for path in recorded.outputs:
-                _remove(job.folder / path)
-            _execute(job, stage, display)
-            compared += _compare(job, stage, recorded.outputs)
-    return compared
+            for path in run.outputs:
+                remove(job.folder / path)
+            _execute(job, run.stage, display)
+            for path, md5 in run.outputs.items():
+                made = job.folder / path
+                now = dvc_md5(made) if made.exists() else None
+                checks.append(OutputCheck(run.stage, path, md5, now))
+    return checks
 
 
-def _chain(job: _Job) -> dict[str, Execution]:
-    """The run, and the ones that its inputs came from, by stage.
+def _plan(job: _Job, cache: DvcCache, whole: bool) -> list[Execution]:
+    """What is executed, in order: the run, and before it those that made its inputs.
 
-    Of those before only the outputs count that were read on the way to it.
+    These are all of them with `whole`, otherwise those whose outputs are kept nowhere. Of their
+    outputs only the ones count that are read on the way to the run.
     """
-    found = {job.run.stage: job.run}
+    planned: dict[str, Execution] = {}
     read: dict[str, dict[str, str]] = {}
-    waiting = [job.run]
-    while waiting:
-        run = waiting.pop()
+
+    def plan(run: Execution) -> None:
         for path, md5 in run.inputs.items():
             maker = job.everything.maker(path, md5, run.started)
-            if maker is None:
-                continue
-            read.setdefault(maker.stage, {})[path] = md5
-            if maker.stage not in found:
-                found[maker.stage] = maker
-                waiting.append(maker)
-    return {
-        stage: replace(run, outputs=read.get(stage, run.outputs)) for stage, run in found.items()
-    }
+            if maker is not None and (whole or not cache.fetch(md5)):
+                read.setdefault(maker.stage, {})[path] = md5
+                if maker.stage not in planned:
+                    plan(maker)
+        planned[run.stage] = run
 
-
-def _before(job: _Job, chain: Mapping[str, Execution], cache: DvcCache, whole: bool) -> list[str]:
-    """The stages to execute before: all with `whole`, else those whose outputs are kept nowhere."""
-    dag = Dag(job.folder)
-    if job.run.stage not in dag.stages:
-        raise InputError(f"{job.name}: its commit has no stage {job.run.stage} in dvc.yaml")
-    plan = [name for name in dag.plan([job.run.stage]) if name != job.run.stage]
-    if whole:
-        return plan
-    of = {path: name for name in plan for path in dag.stages[name].outputs}
-    needed: set[str] = set()
-    waiting = [job.run]
-    while waiting:
-        for path, md5 in waiting.pop().inputs.items():
-            if path in of and of[path] not in needed and not cache.fetch(md5):
-                needed.add(of[path])
-                if of[path] in chain:
-                    waiting.append(chain[of[path]])
-    return [name for name in plan if name in needed]
+    plan(job.run)
+    return [replace(run, outputs=read.get(run.stage, run.outputs)) for run in planned.values()]
 
 
 def _bring(job: _Job, cache: DvcCache, path: str, md5: str) -> None:
@@ -418,22 +365,6 @@ def _bring(job: _Job, cache: DvcCache, path: str, md5: str) -> None:
     now = dvc_md5(target)
     if now != md5:
         raise RunError(f"{job.name}: its input {path} was md5 {md5}, and here is only {now}")
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _compare(job: _Job, stage: str, recorded: Mapping[str, str]) -> list[Compared]:
-    return [
-        Compared(stage, path, md5, dvc_md5(job.folder / path))
-        if (job.folder / path).exists()
-        else Compared(stage, path, md5, None)
-        for path, md5 in recorded.items()
-    ]
 
 
 def _execute(job: _Job, stage: str, display: Display) -> None:
@@ -514,11 +445,14 @@ def _mark(job: _Job, differing: list[str]) -> None:
     client = connect(job.root)
     with named_failure(job.root, "did not take what came of it"):
         client.set_model_version_tag(
-            job.version.name, str(job.version.version), TAG, f"{date.today()} on {kind}: {came}"
+            job.version.name,
+            str(job.version.version),
+            REPRODUCED_TAG,
+            f"{date.today()} on {kind}: {came}",
         )
 
 
-def _table(compared: list[Compared]) -> Table:
+def _table(compared: list[OutputCheck]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for column in ("stage", "output", "md5", ""):
         table.add_column(column, no_wrap=column == "output")

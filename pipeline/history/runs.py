@@ -62,6 +62,16 @@ class Execution:
         return str(self.run.info.run_id) if self.run else ""
 
     @property
+    def number(self) -> str:
+        """`#4`: what its stage's runs are counted by."""
+        return f"#{self.tags.get('number', '?')}"
+
+    @property
+    def logged(self) -> Mapping[str, str]:
+        """Its parameters as the run in MLflow has them; empty where none is known."""
+        return self.run.data.params if self.run else {}
+
+    @property
     def tags(self) -> Mapping[str, str]:
         """Of the run in MLflow."""
         return self.run.data.tags if self.run else {}
@@ -244,13 +254,8 @@ def _recorded(root: Path) -> Iterator[Execution]:
         yield replace(each, here=True)
     locks = [each.relative_to(root).as_posix() for each in lock_files(root)]
     for commit, blob in _commits_of(root, locks):
-        for each in in_lock(git(root, "cat-file", "blob", blob)):
+        for each in _executions(parse_lock(git(root, "cat-file", "blob", blob))):
             yield replace(each, commits=(commit,))
-
-
-def in_lock(text: str) -> list[Execution]:
-    """The executions that a `dvc.lock` records; none of what is no such file."""
-    return _executions(parse_lock(text))
 
 
 def _executions(entries: Mapping[str, LockEntry]) -> list[Execution]:

@@ -18,6 +18,7 @@ _KEY_LENGTH = 250  # characters
 _KEY = re.compile(r"[/\w.\- :]+")  # of what a key of MLflow's may be made
 _DIGEST = re.compile(r"__[0-9a-f]{8}\Z")  # at the end of a key that differs from its name
 
+_MACHINE = ("python", "machine", "machine.cores", "machine.threads")  # tags
 _DURING_TRAINING = {  # metrics that describe the training and not what it achieved
     "learning_rate",
     "grad_norm",
@@ -54,10 +55,11 @@ def _present_name(key: str) -> str:
     return name or f"{split}_{measure}"
 
 
-def packages_of(tags: Mapping[str, str]) -> dict[str, str]:
-    """Package -> version, as the tags of a run say (`machine` makes them)."""
+def machine_of(tags: Mapping[str, str]) -> dict[str, str]:
+    """What a run's tags say of its machine and Python, and package -> version."""
     pairs = (each.rpartition(" ") for each in tags.get("packages", "").split(", ") if " " in each)
-    return {name: version for name, _, version in pairs}
+    known = {key: tags[key] for key in _MACHINE if key in tags}
+    return known | {name: version for name, _, version in pairs}
 
 
 def flatten(params: Any) -> dict[str, str]:

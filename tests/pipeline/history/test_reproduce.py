@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from gpt.base.errors import InputError
 from pipeline.cli import app
-from pipeline.history.reproduce import FOLDER, reproduce
+from pipeline.history.reproduce import WORKSPACES, reproduce
 
 EDITED, CHANCE, SLOW = "3", "4", "5"
 """Versions of the assistant: with edits of the code, of other bytes each time, slow again."""
@@ -53,7 +53,7 @@ def _here(project: SmallProject, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def left(project: SmallProject) -> list[str]:
     """What lies in the folder of workspaces."""
-    found = [path.name for path in (project.root / FOLDER).glob("*")]
+    found = [path.name for path in (project.root / WORKSPACES).glob("*")]
     return [name for name in found if not name.endswith(".lock")]
 
 
@@ -150,8 +150,8 @@ def test_what_the_machine_and_its_packages_differ_in_is_told_before(project):
     shown = said("assistant/1", code=0)
     for name in ("packages", "python"):
         client.set_tag(run, name, tags[name])
-    assert "cannot be promised: Python was 3.9.9" in shown
-    assert "cannot be promised: packages: torch was 0.0.1-before-" in shown
+    assert "cannot be promised: its machine and packages were others: python 3.9.9 → " in shown
+    assert ", torch 0.0.1-before-" in shown
     assert shown.index("cannot be promised") < shown.index("finetune_instruct | started")
 
 
@@ -170,14 +170,14 @@ def test_a_run_is_made_again_too_and_a_stage_that_fails_is_one_line(project):
 def test_keep_leaves_the_workspace_which_is_not_written_over(project):
     shown = said("assistant/1", "--keep", code=0)
     assert "kept: .pipeline/reproduced/assistant-1" in shown
-    folder = project.root / FOLDER / "assistant-1"
+    folder = project.root / WORKSPACES / "assistant-1"
     assert (folder / "models" / "assistant" / "data.txt").is_file()
     assert "is kept from an earlier" in said("assistant/1", code=2)
     shutil.rmtree(folder)
 
 
 def test_what_a_killed_process_left_is_cleared(project):
-    folder = project.root / FOLDER / "assistant-1"
+    folder = project.root / WORKSPACES / "assistant-1"
     folder.mkdir(parents=True)
     (folder / "half").touch()
     assert "the same bytes" in said("assistant/1", code=0)
@@ -201,7 +201,7 @@ def test_nothing_is_left_of_one_that_is_stopped_and_two_of_the_same_do_not_meet(
         text=True,
         env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
     )
-    folder = project.root / FOLDER / f"assistant-{SLOW}"
+    folder = project.root / WORKSPACES / f"assistant-{SLOW}"
     deadline = time.monotonic() + 60
     while not (folder / "ran").exists():
         assert process.poll() is None, process.communicate()
