@@ -29,7 +29,7 @@ from pipeline.dag.graph import Dag
 from pipeline.dag.repository import has_remote, is_running, mend_rwlock
 from pipeline.dag.set_aside import Earlier
 from pipeline.project.scratch import scratch
-from pipeline.show.console import EVENTS_VARIABLE, EventReader, following
+from pipeline.show.console import EVENTS_VARIABLE, following
 
 STOP_SECONDS = 20.0
 """So long a stopped stage may take to save its state before it is killed; who cancels a flow run in
@@ -270,7 +270,7 @@ class Processes:
             if self.stopped_by:  # the signal came between the last look and now
                 _signal(process, signal.SIGINT)
             try:
-                with _limited(process, seconds, done), following(EventReader(events), show):
+                with _limited(process, seconds, done), following(events, show):
                     assert process.stdout is not None
                     for line in process.stdout:
                         text = line.rstrip()

@@ -45,7 +45,6 @@ from pipeline.project.params import PARAMS_FILE, load_params, section
 from pipeline.show.console import (
     EVENTS_VARIABLE,
     Display,
-    EventReader,
     following,
     make_display,
     report_console,
@@ -394,7 +393,7 @@ def _execute(job: _Job, stage: str, display: Display) -> None:
             start_new_session=True,  # Ctrl-C comes to us, and we pass it on
         )
         try:
-            with following(EventReader(events), show):
+            with following(events, show):
                 assert process.stdout is not None
                 output += [line.rstrip() for line in process.stdout if line.strip()]
                 code = process.wait()

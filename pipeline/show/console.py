@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import copy_context
 from pathlib import Path
-from typing import Literal, Protocol, TextIO
+from typing import BinaryIO, Literal
 
 from rich.console import (
     Console,
@@ -27,7 +27,7 @@ from rich.console import (
     RenderableType,
     RenderHook,
 )
-from rich.progress import BarColumn, TaskID, TextColumn
+from rich.progress import BarColumn, Task, TextColumn
 from rich.progress import Progress as Bars
 from rich.segment import Segment
 from rich.text import Text as Styled
@@ -47,24 +47,20 @@ _POLL_SECONDS = 0.2
 Level = Literal["info", "warning", "error", "good", "quiet"]
 
 _KINDS: dict[str, type[Event]] = {
-    "message": Message,
-    "progress": Progress,
-    "metrics": Metrics,
-    "text": Text,
+    kind.__name__.lower(): kind for kind in (Message, Progress, Metrics, Text)
 }
-_NAMES = {kind: name for name, kind in _KINDS.items()}
 
 
 def event_to_json(event: Event) -> str:
     """One event as one line of JSON, without the line's end."""
-    return json.dumps({"event": _NAMES[type(event)], **dataclasses.asdict(event)})
+    return json.dumps({"event": type(event).__name__.lower(), **dataclasses.asdict(event)})
 
 
 def event_from_json(line: str) -> Event:
     """The event that `event_to_json` wrote.
 
     Raises:
-        ValueError: the line is not such an event (the end of a file still being written, say).
+        ValueError: the line is not such an event.
     """
     try:
         fields = json.loads(line)
@@ -125,71 +121,84 @@ def _figures(values: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
 
 
-def _task_name(stage: str, event: Progress) -> str:
-    """What is going on, without the stage's name, which stands before it already."""
-    return event.task.removeprefix(stage).strip() or event.unit
-
-
 def _amount(event: Progress) -> str:
     if event.unit == "B":
         return f"{event.done / 1e6:.1f}/{event.total / 1e6:.1f} MB"
     return f"{event.unit} {event.done}/{event.total}"
 
 
-def _line_of(stage: str, event: Event) -> tuple[str, Level] | None:
-    """The line for an event that is no progress; None for what a terminal need not show."""
-    match event:
-        case Message(text, level):
-            return text.removeprefix(f"{stage}: "), level
-        case Text(name, text):
-            return f"{name}: {shortened(in_one_line(text), 96)}", "quiet"
-    return None
+def _pace(task: Task, event: Progress) -> str:
+    """Rate and time left; empty as long as there is too little to tell them from.
+
+    The rate is the average since the task began: events come in bursts, so the time between two
+    of them says nothing.
+    """
+    seconds, done = task.elapsed or 0.0, event.done - task.fields["first"]
+    if seconds < 1 or done <= 0:
+        return ""
+    rate = done / seconds
+    words = f"{rate / 1e6:.3g} MB/s" if event.unit == "B" else f"{rate:.3g} {event.unit}/s"
+    if event.done < event.total:
+        words += f"  {seconds_in_words((event.total - event.done) / rate)} left"
+    return words
 
 
-class Display(Protocol):
-    """Shows what stages do. Safe to call from several threads."""
+class Display:
+    """Shows what stages do. Safe to call from several threads.
+
+    Args:
+        bars: rich's record of the running tasks, which it may draw.
+    """
+
+    def __init__(self, bars: Bars) -> None:
+        self._bars = bars
+        self._lock = threading.RLock()
+        self._tasks: dict[tuple[str, str], Task] = {}
 
     def event(self, stage: str, event: Event) -> None:
-        """Show what a stage said."""
+        """Show what a stage said; metrics are not for the terminal."""
+        match event:
+            case Progress():
+                self._progress(stage, event)
+            case Message(text, level):
+                self.line(stage, text.removeprefix(f"{stage}: "), level)
+            case Text(name, text):
+                self.line(stage, f"{name}: {shortened(in_one_line(text), 96)}", "quiet")
 
     def line(self, stage: str, text: str, level: Level = "info") -> None:
         """Show one line about a stage."""
+        raise NotImplementedError
 
     def done(self, stage: str) -> None:
-        """Take away what is drawn for a stage that has ended."""
+        """Forget the tasks of a stage that has ended."""
+        with self._lock:
+            for key in [key for key in self._tasks if key[0] == stage]:
+                self._bars.remove_task(self._tasks.pop(key).id)
 
+    def _progress(self, stage: str, event: Progress) -> None:
+        key = (stage, event.task)
+        # without the stage's name, which stands before it already
+        name = event.task.removeprefix(stage).strip() or event.unit
+        with self._lock:
+            if key not in self._tasks:
+                fields = {"first": event.done, "amount": "", "pace": "", "info": ""}
+                self._bars.add_task(safe(f"{stage} {name}"), True, event.total, 0, True, **fields)
+                self._tasks[key] = self._bars.tasks[-1]
+            task = self._tasks[key]
+            self._bars.update(
+                task.id,
+                total=event.total,
+                completed=event.done,
+                amount=safe(_amount(event)),
+                pace=safe(_pace(task, event)),
+                info=safe(_figures(event.info)),
+            )
+            self._progressed(stage, name, task)
+            if task.finished:
+                self._bars.remove_task(self._tasks.pop(key).id)
 
-class _Paces:
-    """How fast each task goes, on average since it was first heard of.
-
-    Events come in bursts, so the time between two of them says nothing.
-    """
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._first: dict[tuple[str, str], tuple[float, int]] = {}  # when, and done by then
-
-    def seconds(self, stage: str, event: Progress) -> float:
-        """Seconds since the task was first heard of."""
-        now = self._clock()
-        return now - self._first.setdefault((stage, event.task), (now, event.done))[0]
-
-    def words(self, stage: str, event: Progress) -> str:
-        """Rate and time left; empty as long as there is too little to tell them from."""
-        seconds = self.seconds(stage, event)
-        done = event.done - self._first[stage, event.task][1]
-        if seconds < 1 or done <= 0:
-            return ""
-        rate = done / seconds
-        words = f"{rate / 1e6:.3g} MB/s" if event.unit == "B" else f"{rate:.3g} {event.unit}/s"
-        if event.done < event.total:
-            words += f"  {seconds_in_words((event.total - event.done) / rate)} left"
-        return words
-
-    def forget(self, stage: str) -> None:
-        """Begin anew with a stage's tasks."""
-        for key in [key for key in self._first if key[0] == stage]:
-            del self._first[key]
+    def _progressed(self, stage: str, name: str, task: Task) -> None:
+        """Called when a task has gone on; rich draws its bar by itself."""
 
 
 def _print_line(stage: str, text: str, level: Level) -> None:
@@ -199,8 +208,14 @@ def _print_line(stage: str, text: str, level: Level) -> None:
     say(f"{prefix}{mark}{text}")
 
 
-class PlainDisplay:
-    """Lines such as `pretrain | step 200/800  loss 3.21  12.3 step/s  49 s left`."""
+class PlainDisplay(Display):
+    """Lines such as `pretrain | step 200/800  loss 3.21  12.3 step/s  49 s left`.
+
+    Args:
+        write: takes a stage, a text and its level.
+        interval: seconds between two progress lines of a stage.
+        clock: a monotonic one, in seconds.
+    """
 
     def __init__(
         self,
@@ -209,41 +224,25 @@ class PlainDisplay:
         interval: float = PLAIN_INTERVAL,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        super().__init__(Bars(get_time=clock, disable=True))
         self._write = write
         self._interval = interval
         self._clock = clock
-        self._lock = threading.Lock()
-        self._paces = _Paces(clock)
         self._shown: dict[str, float] = {}  # when a stage last had a progress line
-
-    def event(self, stage: str, event: Event) -> None:
-        """Show a message at once and progress at most once in `interval` seconds."""
-        if isinstance(event, Progress):
-            self._progress(stage, event)
-        elif shown := _line_of(stage, event):
-            self.line(stage, *shown)
 
     def line(self, stage: str, text: str, level: Level = "info") -> None:
         """Write one line."""
         with self._lock:
             self._write(stage, safe(text), level)
 
-    def done(self, stage: str) -> None:
-        """Forget the pace of a stage's tasks."""
-        self._shown.pop(stage, None)
-        self._paces.forget(stage)
-
-    def _progress(self, stage: str, event: Progress) -> None:
+    def _progressed(self, stage: str, name: str, task: Task) -> None:
         now = self._clock()
         last = self._shown.setdefault(stage, now)
-        took = self._paces.seconds(stage, event)
-        ends = event.done >= event.total and took >= self._interval
-        if now - last < self._interval and not ends:
-            return
-        self._shown[stage] = now
-        parts = [f"{_task_name(stage, event)}: {_amount(event)}"]
-        parts += filter(None, [_figures(event.info), self._paces.words(stage, event)])
-        self.line(stage, "  ".join(parts))
+        ends = task.finished and (task.elapsed or 0.0) >= self._interval
+        if now - last >= self._interval or ends:
+            self._shown[stage] = now
+            parts = (task.fields[key] for key in ("amount", "info", "pace"))
+            self.line(stage, f"{name}: {'  '.join(filter(None, parts))}")
 
 
 _STYLES: dict[Level, str] = {
@@ -255,11 +254,11 @@ _STYLES: dict[Level, str] = {
 }
 
 
-class LiveDisplay:
+class LiveDisplay(Display):
     """A bar for each running task of each stage at the foot of the terminal, lines above it."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self._bars = Bars(
+        bars = Bars(
             TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=24),
             TextColumn("{task.fields[amount]}", style="green", markup=False),
@@ -269,9 +268,7 @@ class LiveDisplay:
             transient=True,
             refresh_per_second=5,
         )
-        self._lock = threading.Lock()
-        self._tasks: dict[tuple[str, str], TaskID] = {}
-        self._paces = _Paces(time.monotonic)
+        super().__init__(bars)
 
     def __enter__(self) -> LiveDisplay:
         self._bars.start()
@@ -280,43 +277,10 @@ class LiveDisplay:
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
 
-    def event(self, stage: str, event: Event) -> None:
-        """Move a bar, or print a line above the bars."""
-        if isinstance(event, Progress):
-            self._progress(stage, event)
-        elif shown := _line_of(stage, event):
-            self.line(stage, *shown)
-
     def line(self, stage: str, text: str, level: Level = "info") -> None:
         """Print one line above the bars."""
         prefix = Styled(f"{stage:<20} " if stage else "", style="bold")
         self._bars.console.print(prefix + Styled(safe(text), style=_STYLES[level]))
-
-    def done(self, stage: str) -> None:
-        """Take the stage's bars away."""
-        with self._lock:
-            for key in [key for key in self._tasks if key[0] == stage]:
-                self._bars.remove_task(self._tasks.pop(key))
-            self._paces.forget(stage)
-
-    def _progress(self, stage: str, event: Progress) -> None:
-        key = (stage, event.task)
-        name = safe(f"{stage} {_task_name(stage, event)}")
-        with self._lock:
-            if key not in self._tasks:
-                self._tasks[key] = self._bars.add_task(
-                    name, total=event.total, completed=event.done, info="", amount="", pace=""
-                )
-            self._bars.update(
-                self._tasks[key],
-                total=event.total,
-                completed=event.done,
-                amount=safe(_amount(event)),
-                pace=safe(self._paces.words(stage, event)),
-                info=safe(_figures(event.info)),
-            )
-            if event.done >= event.total:
-                self._bars.remove_task(self._tasks.pop(key))
 
 
 @contextmanager
@@ -339,52 +303,39 @@ def make_log(stage: str = "") -> Iterator[Log]:
     if path := os.environ.get(EVENTS_VARIABLE):
         # One event, one write, flushed with its line end: the flow reads whole lines only.
         with Path(path).open("a", encoding="utf-8", buffering=1) as file:
-            yield lambda event: _write(file, event)
+            yield lambda event: print(event_to_json(event), file=file)
     else:
         with make_display() as display:
             yield lambda event: display.event(stage, event)
 
 
-def _write(file: TextIO, event: Event) -> None:
-    file.write(event_to_json(event) + "\n")
-
-
-class EventReader:
-    """Follows a file of events while a stage writes it."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._offset = 0
-
-    def read(self) -> Iterator[Event]:
-        """The events since the last call; a line still being written waits for the next."""
-        if not self._path.exists():
+def read_events(file: BinaryIO) -> Iterator[Event]:
+    """The events from here on in a file that a stage writes; a line still being written waits."""
+    while line := file.readline():
+        if not line.endswith(b"\n"):
+            file.seek(-len(line), os.SEEK_CUR)
             return
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            written = file.read()
-        whole = written[: written.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        for line in whole.decode("utf-8").split("\n")[:-1]:
-            yield event_from_json(line)
+        yield event_from_json(line.decode("utf-8"))
 
 
 @contextmanager
-def following(reader: EventReader, show: Callable[[Event], None]) -> Iterator[None]:
-    """Within the block, show a stage's events as they come."""
+def following(path: Path, show: Callable[[Event], None]) -> Iterator[None]:
+    """Within the block, show the events that a stage writes to a file as they come."""
     ended = threading.Event()
+    path.touch()
+    with path.open("rb") as file:
 
-    def follow() -> None:
-        while not ended.wait(_POLL_SECONDS):
-            for event in reader.read():
+        def follow() -> None:
+            while not ended.wait(_POLL_SECONDS):
+                for event in read_events(file):
+                    show(event)
+
+        thread = threading.Thread(target=copy_context().run, args=(follow,), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+            for event in read_events(file):
                 show(event)
-
-    thread = threading.Thread(target=copy_context().run, args=(follow,), daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-        for event in reader.read():
-            show(event)

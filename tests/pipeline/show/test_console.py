@@ -11,12 +11,12 @@ from rich.text import Text as RichText
 from gpt.base.events import Message, Metrics, Progress, Text
 from pipeline.show.console import (
     EVENTS_VARIABLE,
-    EventReader,
     LiveDisplay,
     PlainDisplay,
     event_from_json,
     event_to_json,
     make_log,
+    read_events,
     report_console,
     seconds_in_words,
 )
@@ -44,26 +44,26 @@ def test_a_line_that_is_no_event_is_refused(line):
 
 def test_inside_the_flow_events_go_to_its_file_and_are_read_as_they_come(tmp_path, monkeypatch):
     path = tmp_path / "events"
+    path.touch()
     monkeypatch.setenv(EVENTS_VARIABLE, str(path))
-    reader = EventReader(path)
-    assert list(reader.read()) == []
-    with make_log("pretrain") as log:
+    with path.open("rb") as file, make_log("pretrain") as log:
+        assert list(read_events(file)) == []
         for event in EVENTS[:2]:
             log(event)
-        assert list(reader.read()) == EVENTS[:2]
+        assert list(read_events(file)) == EVENTS[:2]
         for event in EVENTS[2:]:
             log(event)
-    assert list(reader.read()) == EVENTS[2:]
+        assert list(read_events(file)) == EVENTS[2:]
 
 
 def test_a_half_written_line_waits_for_its_end(tmp_path):
     path = tmp_path / "events"
     line = event_to_json(EVENTS[3]).encode()
-    reader = EventReader(path)
     path.write_bytes(line[:20])
-    assert list(reader.read()) == []
-    path.write_bytes(line + b"\n")
-    assert list(reader.read()) == [EVENTS[3]]
+    with path.open("rb") as file:
+        assert list(read_events(file)) == []
+        path.write_bytes(line + b"\n")
+        assert list(read_events(file)) == [EVENTS[3]]
 
 
 def test_plain_lines_are_prefixed_and_progress_comes_seldom_with_rate_and_time_left(capsys):
