@@ -1,37 +1,35 @@
 """`gpt-pipeline compare`: what differs between two versions of a model, or two runs of a stage.
 
-What they were made of comes first (parameters, data, code, machine), then what they came to, and
-what both answered. Nearly all of it stands in MLflow already, with the runs and their files; only
-where no evaluation kept the answers are both models asked now.
+First what they were made of (parameters, data, code, machine), then their results and their
+answers. MLflow has nearly all of it, with the runs and their files; the models are only asked now
+where no evaluation kept their answers.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
 import pandas as pd
-from rich import box
-from rich.console import Console, RenderableType
-from rich.padding import Padding
-from rich.table import Table
+from rich.console import Console
 from rich.text import Text
 
 from gpt.base.errors import InputError, RunError, first_few
-from pipeline.dag.code import code_of, md5_of_code
+from pipeline.dag.code import code_of
 from pipeline.history.names import find, version_name
 from pipeline.history.runs import Execution, Known, known
 from pipeline.project.git import git
 from pipeline.project.params import PARAMS_FILE, load_section
 from pipeline.project.stage_table import MODELS, STAGES
-from pipeline.show.console import n_of, report_console
-from pipeline.show.markdown import NOTHING, visible
+from pipeline.show.console import report_console
+from pipeline.show.documents import fill_text
+from pipeline.show.markdown import NOTHING
 from pipeline.show.terminal import say_json
 from pipeline.tracking.connection import PAGES, named_failure, run_url
 from pipeline.tracking.differences import OF_MODELS, Change, changes
@@ -41,34 +39,30 @@ from pipeline.tracking.registry import CANDIDATE, CHAMPION, MD5_TAG, files_of
 from pipeline.tracking.version_page import profile
 
 if TYPE_CHECKING:
-    import torch
-
     from pipeline.tracking.mlflow_classes import ModelVersion
-    from stages.evaluate import EvaluateParams
 
 _T = TypeVar("_T")
+_Figures = tuple[dict[str, float], dict[str, float]]
+"""Name -> value of the first and of the second."""
 
-ANSWERS = 4
-"""So many answers are shown side by side."""
+SHOWN_ANSWERS = 4
+"""The number of answers shown side by side."""
 
 _EVALUATE = "evaluate"
 _INTERVAL = ("_low", "_high")
 _NOT_TEST = ("validation_", "train_", "base_")  # scores of other parts, or of another model
-_COMMITS = 10  # of a log
-_DIGITS = 10  # of a commit, a checksum
-_EXCERPT = 300  # characters of an answer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Side:
-    """One of both.
+    """One of the two.
 
     Attributes:
         name: `classifier/3`, or `run #4` where a run was asked for.
         version: the registered one; None where a run was asked for.
-        aliases: that stand at it.
+        aliases: those of the version.
         run: that made it, or that was asked for.
-        evaluation: the run of `evaluate` that scored it; None where nothing did.
+        evaluation: the run of `evaluate` that scored it; None where none did.
     """
 
     name: str
@@ -79,27 +73,17 @@ class Side:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Data:
-    """An input that differs: its md5 on both sides, and in words what is other about it."""
-
-    path: str
-    before: str | None
-    after: str | None
-    words: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Code:
     """What differs in the code.
 
     Attributes:
         commits: of both; empty where none is known.
-        dirty: by side whether the tree had edits.
+        dirty: whether the tree had edits, of both.
         log: commits that only the second has, `git log --oneline`.
         back: commits that only the first has.
-        files: of those that the stage runs, what differs; None where that cannot be told.
+        files: those that the stage runs and that differ; None where that cannot be determined.
         known_by: how that is known: `runs` recorded it, or `git` has both commits.
-        notes: what cannot be told, and what else matters.
+        notes: what cannot be determined, and uncommitted changes.
     """
 
     commits: tuple[str, str]
@@ -112,29 +96,13 @@ class Code:
 
     @property
     def differs(self) -> bool:
-        """Something in the code is other, or may be."""
+        """Whether something in the code differs, or may differ."""
         return self.files != () or (self.known_by == "git" and any(self.dirty))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Metric:
-    """A figure on both sides; None where one has none."""
-
-    name: str
-    before: float | None
-    after: float | None
-
-    @property
-    def difference(self) -> float | None:
-        """The second less the first."""
-        if self.before is None or self.after is None:
-            return None
-        return self.after - self.before
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Answer:
-    """What both said to the same thing; `right` is empty where nothing is."""
+class AnswerPair:
+    """What both said to the same thing; `right` is empty where there is no right answer."""
 
     asked: str
     right: str
@@ -143,14 +111,14 @@ class Answer:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Comparison:
+class VersionComparison:
     """Everything that differs.
 
     Attributes:
         stage: that made both.
         sides: the first and the second.
-        params: that differ.
-        data: inputs that differ.
+        params: those that differ.
+        data: inputs that differ: `path`, the md5 `before` and `after`, and in `words` what differs.
         code: the code of both.
         machine: packages and the machine, as far as they differ.
         metrics: of both runs, equal ones too.
@@ -164,27 +132,26 @@ class Comparison:
     stage: str
     sides: tuple[Side, Side]
     params: list[Change]
-    data: list[Data]
+    data: list[dict[str, Any]]
     code: Code
     machine: list[Change]
-    metrics: list[Metric]
-    scores: list[Metric]
-    answers: list[Answer]
+    metrics: _Figures
+    scores: _Figures
+    answers: list[AnswerPair]
     asked: str
     links: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_empty(self) -> bool:
-        """Nothing differs."""
-        figures = (*self.metrics, *self.scores)
-        equal = all(each.before == each.after for each in figures)
+        """Whether nothing differs."""
+        same_figures = all(before == after for before, after in (self.metrics, self.scores))
         made = self.params or self.data or self.code.differs or self.machine
-        return equal and not made and not self.answers
+        return same_figures and not made and not self.answers
 
 
 def compare(
-    root: Path, one: str, other: str | None = None, *, answers: int = ANSWERS
-) -> Comparison:
+    root: Path, one: str, other: str | None = None, *, answers: int = SHOWN_ANSWERS
+) -> VersionComparison:
     """What differs between two versions of a model, or two runs of a stage.
 
     Args:
@@ -193,7 +160,7 @@ def compare(
             version), or the beginning of a run's id.
         other: the same; without it the champion is compared with `one`, or with the candidate
             where `one` is a model's name.
-        answers: so many are shown side by side.
+        answers: the number shown side by side.
 
     Raises:
         InputError: there is no such thing, or the two are of different stages.
@@ -217,15 +184,15 @@ def compare(
         before, after = _evaluated(everything, stage, sides)
         first, second = before.run, after.run
         shown, asked = _answers(everything, stage, before, after, answers)
-        return Comparison(
+        return VersionComparison(
             stage=stage,
             sides=(before, after),
-            params=changes(_params(first), _params(second), OF_MODELS),
+            params=changes(first.logged, second.logged, OF_MODELS),
             data=_data(everything, first, second),
-            code=_code(everything, first, second),
+            code=_code(everything, before, after),
             machine=changes(machine_of(first.tags), machine_of(second.tags)),
-            metrics=_metrics(_figures(first), _figures(second)),
-            scores=_metrics(_scores(stage, before), _scores(stage, after)),
+            metrics=(_figures(first), _figures(second)),
+            scores=(_scores(stage, before), _scores(stage, after)),
             answers=shown,
             asked=asked,
             links=_links(root, before, after),
@@ -267,7 +234,7 @@ def _version_or_run(everything: Known, what: str) -> ModelVersion | Execution:
 def _side(everything: Known, what: str) -> Side:
     found = _version_or_run(everything, what)
     if isinstance(found, Execution):
-        name = f"run #{found.tags.get('number', found.run_id[:8])}"
+        name = f"run {found.number}"
         return Side(name=name, version=None, aliases=(), run=found)
     run = everything.by_run(found.run_id or "")
     if run is None:
@@ -283,17 +250,7 @@ def _evaluated(everything: Known, stage: str, sides: tuple[Side, Side]) -> tuple
     first, second = (list(_evaluations(everything, directory, side)) for side in sides)
     pairs = [(a, b) for a in first for b in second if _test_data(a) == _test_data(b)]
     one, other = pairs[0] if pairs else (next(iter(first), None), next(iter(second), None))
-    return _with(sides[0], one), _with(sides[1], other)
-
-
-def _with(side: Side, evaluation: Execution | None) -> Side:
-    return Side(
-        name=side.name,
-        version=side.version,
-        aliases=side.aliases,
-        run=side.run,
-        evaluation=evaluation,
-    )
+    return replace(sides[0], evaluation=one), replace(sides[1], evaluation=other)
 
 
 def _evaluations(everything: Known, directory: str, side: Side) -> Iterator[Execution]:
@@ -311,18 +268,14 @@ def _test_data(evaluation: Execution) -> dict[str, str]:
 # --- what they were made of -----------------------------------------------------------------------
 
 
-def _params(run: Execution) -> Mapping[str, str]:
-    return run.run.data.params if run.run else {}
-
-
-def _data(everything: Known, before: Execution, after: Execution) -> list[Data]:
+def _data(everything: Known, before: Execution, after: Execution) -> list[dict[str, Any]]:
     return [
-        Data(
-            path=each.what,
-            before=each.before,
-            after=each.after,
-            words=tuple(_data_in_words(everything, each, before, after)),
-        )
+        {
+            "path": each.what,
+            "before": each.before,
+            "after": each.after,
+            "words": list(_data_in_words(everything, each, before, after)),
+        }
         for each in changes(before.inputs, after.inputs)
     ]
 
@@ -335,28 +288,26 @@ def _data_in_words(
         return
     first, second = (profile(each.run, change.what) if each.run else {} for each in (before, after))
     yield from (str(each) for each in changes(first, second))
-    makers = [
-        everything.maker(change.what, md5, run.started)
-        for md5, run in ((change.before, before), (change.after, after))
-    ]
-    if not makers[0] or not makers[1]:
+    one = everything.maker(change.what, change.before, before.started)
+    other = everything.maker(change.what, change.after, after.started)
+    if one is None or other is None:
         return
-    yield from _sources_in_words(makers[0], makers[1], change.what)
-    one, other = (f"#{each.tags.get('number', '?')}" for each in makers if each)
-    params = [str(each) for each in changes(_params(makers[0]), _params(makers[1]), OF_MODELS)]
-    told = f" ({first_few(params)})" if params else ""
-    if one != other:
-        yield f"made by {makers[0].stage} {one} → {other}{told}"
+    yield from _sources_in_words(one, other, change.what)
+    if one.number != other.number:
+        params = changes(one.logged, other.logged, OF_MODELS)
+        told = f" ({first_few(params)})" if params else ""
+        yield f"made by {one.stage} {one.number} → {other.number}{told}"
 
 
 def _sources_in_words(before: Execution, after: Execution, folder: str) -> Iterator[str]:
-    """Which raw sources of a folder are others."""
+    """Which raw sources of a folder differ."""
 
     def sources(run: Execution) -> dict[str, str]:
-        told = {each.name: json.loads(each.source) for each in _data_sets(run)}
+        inputs = run.run.inputs.dataset_inputs if run.run and run.run.inputs else ()
+        told = {each.dataset.name: json.loads(each.dataset.source) for each in inputs}
         # a source from the web names its address and not its folder
         return {
-            name: str(source["sha256"])[:_DIGITS]
+            name: str(source["sha256"])[:10]
             for name, source in told.items()
             if "sha256" in source and source.get("uri", folder) == folder
         }
@@ -368,17 +319,18 @@ def _sources_in_words(before: Execution, after: Execution, folder: str) -> Itera
             yield f"source {each.what}: sha256 {each.before}… → {each.after}…"
 
 
-def _data_sets(run: Execution) -> list[Any]:
-    inputs = run.run.inputs if run.run else None
-    return [each.dataset for each in (inputs.dataset_inputs if inputs else ())]
-
-
-def _code(everything: Known, before: Execution, after: Execution) -> Code:
-    commits = before.tags.get("git.commit", ""), after.tags.get("git.commit", "")
-    first, second = (run.tags.get("git.dirty") == "true" for run in (before, after))
+def _code(everything: Known, before: Side, after: Side) -> Code:
+    tags = before.run.tags, after.run.tags
+    commits = tags[0].get("git.commit", ""), tags[1].get("git.commit", "")
+    dirty = tags[0].get("git.dirty") == "true", tags[1].get("git.dirty") == "true"
     log: tuple[str, ...] = ()
     back: tuple[str, ...] = ()
     notes = []
+    for side in (before, after):
+        if side.run.tags.get("git.dirty") == "true":
+            kept = side.run.tags.get("git.patch") == "kept"
+            where = f", kept with its run as lineage/{PATCH}" if kept else ", which are not kept"
+            notes.append(f"{side.name} ran with uncommitted changes{where}")
     if all(commits) and commits[0] != commits[1]:
         try:
             log, back = (
@@ -386,13 +338,13 @@ def _code(everything: Known, before: Execution, after: Execution) -> Code:
                 for a, b in (commits, commits[::-1])
             )
         except RunError:
-            notes.append("git here has not both commits; `git fetch` may bring them")
-    files, known_by, why = _files(everything, before, after, commits)
-    if why:
-        notes.append(why)
+            notes.append("git here does not have both commits; `git fetch` may bring them")
+    files, known_by = _files(everything, before.run, after.run, commits)
+    if files is None:
+        notes.append("which files differ is not known: the runs did not record it")
     return Code(
         commits=commits,
-        dirty=(first, second),
+        dirty=dirty,
         log=log,
         back=back,
         files=files,
@@ -403,45 +355,27 @@ def _code(everything: Known, before: Execution, after: Execution) -> Code:
 
 def _files(
     everything: Known, before: Execution, after: Execution, commits: tuple[str, str]
-) -> tuple[tuple[str, ...] | None, str, str]:
-    """The stage's files of code that differ, how that is known, and why it is not."""
-    first, second = (_recorded_code(everything, run) for run in (before, after))
-    if first and second:
-        # a `dvc.lock` alone may know of a folder what a run knows of its files
-        folders = [path for path, md5 in {**first, **second}.items() if md5.endswith(".dir")]
-        first, second = (_folded(code, folders) for code in (first, second))
-        return tuple(sorted(each.what for each in changes(first, second))), "runs", ""
+) -> tuple[tuple[str, ...] | None, str]:
+    """The stage's files of code that differ, and how that is known."""
+    recorded = [everything.kept(run, f"lineage/{CODE}") for run in (before, after)]
+    if all(recorded):
+        first, second = (json.loads(each or b"{}") for each in recorded)
+        return tuple(sorted(each.what for each in changes(first, second))), "runs"
     if not all(commits):
-        return None, "", "which files differ cannot be told: no commit is known"
+        return None, ""
     try:
         code = code_of(everything.root, before.stage)
         changed = git(everything.root, "diff", "--name-only", *commits, "--", *code)
     except (InputError, RunError):
-        return None, "", "which files differ cannot be told: the runs did not record it"
-    return tuple(changed.splitlines()), "git", ""
+        return None, ""
+    return tuple(changed.splitlines()), "git"
 
 
-def _recorded_code(everything: Known, run: Execution) -> Mapping[str, str]:
-    """Path -> md5 of the code that a stage ran, as its run or a `dvc.lock` has it."""
-    content = everything.kept(run, f"lineage/{CODE}")
-    return json.loads(content) if content else run.code
-
-
-def _folded(code: Mapping[str, str], folders: Sequence[str]) -> Mapping[str, str]:
-    """The code with one md5 for all that is in each of these folders."""
-    alone = {
-        path: md5
-        for path, md5 in code.items()
-        if not any(path.startswith(f"{folder}/") for folder in folders)
-    }
-    return alone | {path: md5 for path in folders if (md5 := md5_of_code(code, path))}
-
-
-# --- what they came to ----------------------------------------------------------------------------
+# --- their results --------------------------------------------------------------------------------
 
 
 def _figures(run: Execution) -> dict[str, float]:
-    """The last values of a run, without those of the machine and of the training's course."""
+    """A run's results: not what its metrics say of the machine and the course of the training."""
     metrics = present_metrics(run.run.data.metrics) if run.run else {}
     return {key: value for key, value in sorted(metrics.items()) if is_result(key)}
 
@@ -454,46 +388,38 @@ def _scores(stage: str, side: Side) -> dict[str, float]:
     return {k.removeprefix(start): v for k, v in figures.items() if k.startswith(start)}
 
 
-def _metrics(before: Mapping[str, float], after: Mapping[str, float]) -> list[Metric]:
-    names = dict.fromkeys((*after, *before))
-    return [Metric(name=name, before=before.get(name), after=after.get(name)) for name in names]
-
-
 # --- what they answered ---------------------------------------------------------------------------
 
 
 def _answers(
     everything: Known, stage: str, before: Side, after: Side, most: int
-) -> tuple[list[Answer], str]:
+) -> tuple[list[AnswerPair], str]:
     """Some of the answers that differ, and a line: where they are from, or why there are none."""
-    registered = STAGES[stage].model if stage in STAGES else None
-    if registered is None:
+    model = STAGES[stage].model if stage in STAGES else None
+    if model is None:
         return [], ""
-    model = registered.name
-    if registered.serves == "base":
+    if model.serves == "base":
         texts, told = _samples(everything, before, after)
         return texts[:most], told
-    (first, why), (second, why_too) = (
-        _kept_answers(everything, model, side) for side in (before, after)
-    )
-    if not any(asked in second for asked in first):
-        why = why or why_too or "both were asked other things"
+    kept = [_kept_answers(everything, model.name, side) for side in (before, after)]
+    (first, _), (second, _) = kept
+    told, doubt = "", ""
+    if not first.keys() & second.keys():
+        why = next((reason for _, reason in kept if reason), "both were asked other things")
         if not most:
             return [], f"none to compare: {why}"
         try:
-            return _asked_now(everything, model, (before, after), most)
+            first, second, told, doubt = _asked_now(everything, model.name, (before, after), most)
         except InputError as error:
             return [], f"none to compare: {why}, and {error}"
     asked = [text for text in first if text in second]
     differ = [
-        Answer(asked=text, right=row.right, before=first[text].answer, after=row.answer)
+        AnswerPair(asked=text, right=row.right, before=first[text].answer, after=row.answer)
         for text, row in ((text, second[text]) for text in asked)
-        if first[text].said != row.said
+        if first[text].compared != row.compared
     ]
-    told = (
-        f"{len(asked):,} test {_ASKED[registered.serves]} that both were asked; "
-        f"they differ on {len(differ):,}"
-    )
+    told = told or f"{len(asked):,} test {_ASKED[model.serves]} that both were asked"
+    told += f"; they differ on {len(differ):,}{doubt}"
     alone = len(first) - len(asked), len(second) - len(asked)
     if any(alone):
         told += f" ({alone[0]:,} asked of the first alone, {alone[1]:,} of the second)"
@@ -501,12 +427,20 @@ def _answers(
 
 
 def _spread(things: Sequence[_T], most: int) -> list[_T]:
-    """At most so many of them, at equal distances."""
+    """At most `most` of them, at equal distances."""
     n = min(most, len(things))
     return [things[len(things) * i // n] for i in range(n)]
 
 
-def _kept_answers(everything: Known, model: str, side: Side) -> tuple[dict[str, _Row], str]:
+class _Said(NamedTuple):
+    """An answer: the right one, the one given as shown, and what it is compared by."""
+
+    right: str
+    answer: str
+    compared: str
+
+
+def _kept_answers(everything: Known, model: str, side: Side) -> tuple[dict[str, _Said], str]:
     """What a version answered to `evaluate`, by what it was asked; or why that is not kept."""
     if model not in _ROWS:
         return {}, f"evaluate asks {model} for no texts"
@@ -515,37 +449,60 @@ def _kept_answers(everything: Known, model: str, side: Side) -> tuple[dict[str, 
     content = everything.kept(side.evaluation, f"predictions/{model}.csv")
     if content is None:
         return {}, f"MLflow keeps none of {side.name}'s evaluation"
-    table = pd.read_csv(BytesIO(content), keep_default_na=False, dtype=str)
-    return {row.asked: row for row in map(_ROWS[model], table.to_dict("records"))}, ""
+    return _ROWS[model](pd.read_csv(BytesIO(content), keep_default_na=False, dtype=str)), ""
 
 
 def _asked_now(
     everything: Known, model: str, sides: tuple[Side, Side], most: int
-) -> tuple[list[Answer], str]:
-    """Both are fetched from the registry and asked of the test part that the second held out.
+) -> tuple[dict[str, _Said], dict[str, _Said], str, str]:
+    """Fetch both from the registry and ask them the test part that the second held out.
+
+    Returns:
+        The answers of both; what was asked, and a doubt about it, in words.
 
     Raises:
         InputError: one of them or the data cannot be had; in one line.
     """
     from gpt.model.device import prepare_device
     from stages.evaluate import EvaluateParams
+    from stages.evaluate.assistant import answer_records, records_by_part
+    from stages.evaluate.classifier import messages_by_part, predict_classes
     from stages.evaluate.training import read_training
 
-    serves = MODELS[model].serves
-    data = everything.root / "data/raw" / _ASKED[serves]
+    what = _ASKED[MODELS[model].serves]
+    data = everything.root / "data/raw" / what
     if not data.is_dir():
-        raise InputError(f"data/raw/{_ASKED[serves]} is not here; `dvc pull` brings it")
+        raise InputError(f"data/raw/{what} is not here; `dvc pull` brings it")
     versions = [_registered(everything, side) for side in sides]
     params = load_section(everything.root / PARAMS_FILE, "evaluate")
     params = params or EvaluateParams()
     device = prepare_device(params.device, params.threads)
     with files_of(versions[0]) as first, files_of(versions[1]) as second:
-        ask = _classified if serves == "classifier" else _answered
-        answers, told = ask(first, second, data, device, params, most)
+        if what == "messages":
+            test = messages_by_part(second, data)[1]["test"]
+            tables = [
+                predict_classes(each, test, device, params.batch_size)[0]
+                for each in (first, second)
+            ]
+            n, rows = f"{len(test):,}", [_classified(table.astype(str)) for table in tables]
+        else:
+            records = records_by_part(second, data)["test"]
+            asked = _spread(records, most)  # each answer takes its time: no more than are shown
+            n = f"{len(asked):,} of {len(records):,}"
+            texts = {
+                "instruction": [each.instruction for each in asked],
+                "input": [each.input for each in asked],
+                "reference": [each.output.strip() for each in asked],
+            }
+            tables = [
+                answer_records(each, asked, device, params.batch_size, params.max_new_tokens)[0]
+                for each in (first, second)
+            ]
+            rows = [_answered(table.assign(**texts)) for table in tables]
         splits = [(each.split, each.balance) for each in map(read_training, (first, second))]
-    if splits[0] != splits[1]:
-        told += f"; {sides[0].name} learnt from another split and may know them"
-    return answers, told
+    same = splits[0] == splits[1]
+    doubt = "" if same else f"; {sides[0].name} learnt from another split and may know them"
+    return rows[0], rows[1], f"{n} test {what}, asked of both now", doubt
 
 
 def _registered(everything: Known, side: Side) -> ModelVersion:
@@ -558,81 +515,34 @@ def _registered(everything: Known, side: Side) -> ModelVersion:
     return found[0]
 
 
-def _classified(
-    first: Path, second: Path, data: Path, device: torch.device, params: EvaluateParams, most: int
-) -> tuple[list[Answer], str]:
-    from stages.evaluate.classifier import messages_by_part, predict_classes
-
-    test = messages_by_part(second, data)[1]["test"]
-    rows = [
-        [_classifiers(row) for row in table.astype(str).to_dict("records")]
-        for table, _ in (
-            predict_classes(each, test, device, params.batch_size) for each in (first, second)
+def _answered(table: pd.DataFrame) -> dict[str, _Said]:
+    """Instruction and input -> an assistant's answer."""
+    return {
+        "\n".join(filter(None, (row["instruction"], row["input"]))): _Said(
+            row["reference"], row["answer"], row["answer"]
         )
-    ]
-    differ = [
-        Answer(asked=other.asked, right=other.right, before=one.answer, after=other.answer)
-        for one, other in zip(*rows, strict=True)
-        if one.said != other.said
-    ]
-    told = f"{len(test):,} test messages, asked of both now; they differ on {len(differ):,}"
-    return _spread(differ, most), told
+        for row in table.to_dict("records")
+    }
 
 
-def _answered(
-    first: Path, second: Path, data: Path, device: torch.device, params: EvaluateParams, most: int
-) -> tuple[list[Answer], str]:
-    from stages.evaluate.assistant import answer_records, records_by_part
-
-    test = records_by_part(second, data)["test"]
-    asked = _spread(test, most)  # each answer takes its time: no more than are shown
-    one, other = (
-        answer_records(each, asked, device, params.batch_size, params.max_new_tokens)[0]["answer"]
-        for each in (first, second)
-    )
-    answers = [
-        Answer(
-            asked="\n".join(filter(None, (record.instruction, record.input))),
-            right=record.output.strip(),
-            before=before,
-            after=after,
-        )
-        for record, before, after in zip(asked, one, other, strict=True)
-        if before != after
-    ]
-    told = f"{len(asked):,} of {len(test):,} test instructions, asked of both now; "
-    return answers, f"{told}they differ on {len(answers):,}"
+def _classified(table: pd.DataFrame) -> dict[str, _Said]:
+    """Text -> a classifier's answer, with the probability that it gives it."""
+    found = {}
+    for row in table.to_dict("records"):
+        label = row["predicted"]
+        share = row.get(f"probability_{label}")
+        sure = f" ({float(share):.1%})" if share else ""
+        found[row["text"]] = _Said(row["actual"], f"{label}{sure}", label)
+    return found
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """Of a table of predictions: what is shown of an answer, and what it is compared by."""
-
-    asked: str
-    right: str
-    answer: str
-    said: str
-
-
-def _assistants(row: Mapping[Any, str]) -> _Row:
-    asked = "\n".join(filter(None, (row["instruction"], row["input"])))
-    return _Row(asked, row["reference"], row["answer"], row["answer"])
-
-
-def _classifiers(row: Mapping[Any, str]) -> _Row:
-    label = row["predicted"]
-    share = row.get(f"probability_{label}")
-    sure = f" ({float(share):.1%})" if share else ""
-    return _Row(row["text"], row["actual"], f"{label}{sure}", label)
-
-
-_ROWS = {"assistant": _assistants, "classifier": _classifiers}
+_ROWS = {"assistant": _answered, "classifier": _classified}
 _ASKED = {"assistant": "instructions", "classifier": "messages"}
 """What a model is asked, by how it is served."""
 
 
-def _samples(everything: Known, before: Side, after: Side) -> tuple[list[Answer], str]:
-    """The last texts that both wrote in training: those whom no evaluation asks for texts."""
+def _samples(everything: Known, before: Side, after: Side) -> tuple[list[AnswerPair], str]:
+    """The last texts that both wrote in training: those of models that no evaluation asks."""
     assert everything.client is not None
     texts = []
     for side in (before, after):
@@ -642,10 +552,10 @@ def _samples(everything: Known, before: Side, after: Side) -> tuple[list[Answer]
         if content is None:
             return [], f"none to compare: MLflow keeps no texts of {side.name}'s training"
         texts.append(content.decode(errors="replace"))
-    said = "the last texts that both wrote in training"
+    told = "the last texts that both wrote in training"
     if texts[0] == texts[1]:
-        return [], f"{said} are equal"
-    return [Answer(asked="", right="", before=texts[0], after=texts[1])], said
+        return [], f"{told} are equal"
+    return [AnswerPair(asked="", right="", before=texts[0], after=texts[1])], told
 
 
 # --- where to look on -----------------------------------------------------------------------------
@@ -677,7 +587,7 @@ def print_comparison(
     one: str,
     other: str | None = None,
     *,
-    answers: int = ANSWERS,
+    answers: int = SHOWN_ANSWERS,
     as_json: bool = False,
     console: Console | None = None,
 ) -> None:
@@ -686,159 +596,85 @@ def print_comparison(
     if as_json:
         say_json(as_dict(found))
         return
+    tables = {
+        "Metrics of the runs": _table(found.metrics),
+        "Scores on the test data": _table(found.scores, without=_NOT_TEST),
+    }
     console = report_console(console)
-    for side in found.sides:
-        console.print(_heading(side))
-    if found.is_empty:
-        same = found.sides[0].run.run_id == found.sides[1].run.run_id
-        console.print()
-        console.print(Text("Nothing differs" + (": both are the same run." if same else ".")))
-    for title, said, parts in () if found.is_empty else _parts(found):
-        console.print()
-        console.print(Text(title, style="bold") + Text(f": {said}" if said else ""))
-        for part in parts:
-            console.print(Padding(part, (0, 0, 0, 2), expand=False))
-    console.print()
+    told = as_dict(found)
+    sides = told["before"], told["after"]
+    text = fill_text(Path(__file__).with_name("compare.txt"), **told, sides=sides, tables=tables)
+    console.print(Text.from_markup(text, emoji=False), end="")
     for name, address in found.links.items():
-        label = {"before": found.sides[0].name, "after": found.sides[1].name}.get(name, name)
+        label = told[name]["name"] if name in told else name
         console.print(Text(f"{label}: {address}"), soft_wrap=True)
 
 
-def as_dict(found: Comparison) -> dict[str, Any]:
-    """A comparison for a program."""
-    metrics = {
-        key: [{**asdict(each), "difference": each.difference} for each in figures]
-        for key, figures in (("metrics", found.metrics), ("scores", found.scores))
+def as_dict(found: VersionComparison) -> dict[str, Any]:
+    """A comparison for a program, and for the template of the text."""
+    figures = {
+        key: [
+            {
+                "name": name,
+                "before": before.get(name),
+                "after": after.get(name),
+                "difference": after[name] - before[name] if name in before.keys() & after else None,
+            }
+            for name in dict.fromkeys((*after, *before))
+        ]
+        for key, (before, after) in (("metrics", found.metrics), ("scores", found.scores))
     }
     return {
         "stage": found.stage,
         "equal": found.is_empty,
-        "before": _side_for_program(found.sides[0]),
-        "after": _side_for_program(found.sides[1]),
+        "before": _side_as_dict(found.sides[0]),
+        "after": _side_as_dict(found.sides[1]),
         "params": [asdict(each) for each in found.params],
-        "data": [asdict(each) for each in found.data],
-        "code": asdict(found.code),
+        "data": found.data,
+        "code": {**asdict(found.code), "differs": found.code.differs},
         "machine": [asdict(each) for each in found.machine],
-        **metrics,
+        **figures,
         "answers": [asdict(each) for each in found.answers],
         "asked": found.asked or None,
         "links": dict(found.links),
     }
 
 
-def _side_for_program(side: Side) -> dict[str, Any]:
+def _side_as_dict(side: Side) -> dict[str, Any]:
     return {
         "name": side.name,
         "version": int(side.version.version) if side.version else None,
         "aliases": list(side.aliases),
+        "run": side.run.tags.get("mlflow.runName") or side.run.number,
         "run_id": side.run.run_id,
+        "started": f"{datetime.fromtimestamp(side.run.started / 1000):%Y-%m-%d %H:%M}",
         "evaluation": side.evaluation.run_id if side.evaluation else None,
     }
 
 
-def _heading(side: Side) -> Text:
-    line = Text(side.name, style="bold magenta")
-    if side.aliases:
-        line += Text(f" ({', '.join(side.aliases)})")
-    tags = side.run.tags
-    number = tags.get("mlflow.runName") or f"#{tags.get('number', '?')}"
-    when = f"{datetime.fromtimestamp(side.run.started / 1000):%Y-%m-%d %H:%M}"
-    return line + Text(f"  {side.run.stage} {visible(number)}, {when}", style="dim")
-
-
-def _parts(found: Comparison) -> Iterator[tuple[str, str, list[RenderableType]]]:
-    """What is printed: a title, what is said beside it, and what is below."""
-    same = "the same"
-    params = [Text(_visible(str(each))) for each in found.params]
-    yield "Parameters", "" if params else same, [*params]
-    yield "Data", "" if found.data else same, list(_data_lines(found.data))
-    yield "Code", "" if found.code.differs else same, list(_code_lines(found.code, found.sides))
-    machine = [Text(_visible(str(each))) for each in found.machine]
-    yield "Machine and packages", "" if machine else same, [*machine]
-    names = found.sides[0].name, found.sides[1].name
-    yield "Metrics of the runs", *_figures_shown(found.metrics, names)
-    if any(side.evaluation for side in found.sides):
-        scores = [each for each in found.scores if not each.name.startswith(_NOT_TEST)]
-        yield "Scores on the test data", *_figures_shown(scores, names)
-    if found.asked:
-        yield "Answers", found.asked, list(_answer_lines(found.answers, names))
-
-
-def _data_lines(data: Sequence[Data]) -> Iterator[Text]:
-    for each in data:
-        first, second = (
-            (md5 or "none")[:_DIGITS] + ("…" if md5 else "") for md5 in (each.before, each.after)
+def _table(figures: _Figures, without: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The `rows` of figures that differ, each with its interval; how many are `equal`."""
+    before, after = figures
+    names = dict.fromkeys((*after, *before))
+    ends = {f"{name}{end}" for name in names for end in _INTERVAL}
+    shown = [name for name in names if name not in ends and not name.startswith(without)]
+    differ = [name for name in shown if before.get(name) != after.get(name)]
+    rows = [
+        (
+            name,
+            _cell(before, name),
+            _cell(after, name),
+            f"{after[name] - before[name]:+.4g}" if name in before.keys() & after else NOTHING,
         )
-        yield Text(f"{each.path}: md5 {first} → {second}")
-        yield from (Text(f"  {_visible(words)}", style="dim") for words in each.words)
+        for name in differ
+    ]
+    return {"rows": rows, "equal": len(shown) - len(differ)}
 
 
-def _code_lines(code: Code, sides: tuple[Side, Side]) -> Iterator[Text]:
-    if all(code.commits):
-        first, second = (commit[:_DIGITS] for commit in code.commits)
-        yield Text(f"commit {first}" if first == second else f"commits {first} → {second}")
-    for which, log in (("second", code.log), ("first", code.back)):
-        if log:
-            n = n_of(len(log), "commit")
-            yield Text(f"{n} only in the {which}:")
-        yield from (Text(f"  {_visible(line)}", style="dim") for line in log[:_COMMITS])
-        if log[_COMMITS:]:
-            yield Text(f"  and {len(log) - _COMMITS} more", style="dim")
-    if code.files:
-        yield Text(f"of what the stage runs, other: {', '.join(code.files)}")
-    elif code.files == () and code.commits[0] != code.commits[1]:
-        yield Text("of what the stage runs, nothing is other")
-    for dirty, side in zip(code.dirty, sides, strict=True):
-        if dirty:
-            kept = side.run.tags.get("git.patch") == "kept"
-            where = f", kept with its run as lineage/{PATCH}" if kept else ", which are not kept"
-            yield Text(f"{side.name} ran with uncommitted changes{where}", style="yellow")
-    yield from (Text(note, style="yellow") for note in code.notes)
-
-
-def _figures_shown(
-    metrics: Sequence[Metric], names: tuple[str, str]
-) -> tuple[str, list[RenderableType]]:
-    """A table of the figures that differ; how many do not."""
-    ends = {f"{each.name}{end}" for each in metrics for end in _INTERVAL}
-    shown = [each for each in metrics if each.name not in ends]
-    differ = [each for each in shown if each.before != each.after]
-    if not metrics:
-        return "none", []
-    equal = len(shown) - len(differ)
-    if not differ:
-        return "the same", []
-    by_name, none = {each.name: each for each in metrics}, Metric(name="", before=None, after=None)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for column in ("", *names, "difference"):
-        table.add_column(column, justify="left" if not column else "right")
-    for each in differ:
-        low, high = (by_name.get(f"{each.name}{end}", none) for end in _INTERVAL)
-        before = _figure(each.before, low.before, high.before)
-        after = _figure(each.after, low.after, high.after)
-        difference = NOTHING if each.difference is None else f"{each.difference:+.4g}"
-        table.add_row(*map(Text, (visible(each.name), before, after, difference)))
-    more = f"{equal} more {'is' if equal == 1 else 'are'} equal" if equal else ""
-    return more, [table]
-
-
-def _figure(value: float | None, low: float | None, high: float | None) -> str:
+def _cell(figures: Mapping[str, float], name: str) -> str:
+    value = figures.get(name)
     if value is None:
         return NOTHING
     figure = f"{value:,.0f}" if value.is_integer() and abs(value) >= 10 else f"{value:.4g}"
+    low, high = (figures.get(f"{name}{end}") for end in _INTERVAL)
     return figure if low is None or high is None else f"{figure} ({low:.4g} to {high:.4g})"
-
-
-def _answer_lines(answers: Sequence[Answer], names: tuple[str, str]) -> Iterator[Text]:
-    width = max(map(len, names))
-    for each in answers:
-        if each.asked:
-            yield Text(visible(each.asked, _EXCERPT), style="bold")
-        rows = [("right", each.right)] if each.right else []
-        for name, text in (*rows, (names[0], each.before), (names[1], each.after)):
-            said = visible(text, _EXCERPT) or "(nothing)"
-            yield Text(f"  {name:<{width}}  ", style="dim") + Text(said)
-
-
-def _visible(text: str) -> str:
-    return visible(text, limit=None)

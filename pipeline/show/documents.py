@@ -7,12 +7,14 @@ must not start a line with a value: `#` or `-` would be markup there.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.console import Console
 from rich.markdown import Markdown
+from rich.markup import escape
 
 from pipeline.show.markdown import (
     EXCERPT,
@@ -29,22 +31,34 @@ _TABLE = re.compile(r"(?:^\|.*\|\n)+", re.MULTILINE)
 
 
 def fill(template: Path, **values: Any) -> str:
-    """A template filled in, its tables padded so that they can be read as text too.
+    """A Markdown template filled in, its tables padded so that they can be read as text too.
 
     Raises:
         UndefinedError: the template uses a value that is not there.
     """
+    return re.sub(r"\n{3,}", "\n\n", f"{_filled(template, _in_markdown, values).strip()}\n")
+
+
+def fill_text(template: Path, **values: Any) -> str:
+    """A template of text for a terminal filled in, with rich's markup; values are escaped.
+
+    Raises:
+        UndefinedError: the template uses a value that is not there.
+    """
+    return _filled(template, _in_markup, values)
+
+
+def _filled(template: Path, finalize: Callable[[Any], str], values: Mapping[str, Any]) -> str:
     environment = Environment(
         loader=FileSystemLoader(template.parent),
         undefined=StrictUndefined,
-        finalize=_in_markdown,
+        finalize=finalize,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters.update(excerpt=_excerpt, name=name_of, ratio=ratio, share=share_of)
     text = environment.get_template(template.name).render(values)
-    text = _TABLE.sub(lambda match: padded_table(match[0]), f"{text.strip()}\n")
-    return re.sub(r"\n{3,}", "\n\n", text)
+    return _TABLE.sub(lambda match: padded_table(match[0]), f"{text}\n")
 
 
 def print_markdown(console: Console, text: str) -> None:
@@ -54,6 +68,10 @@ def print_markdown(console: Console, text: str) -> None:
 
 def _excerpt(text: str, characters: int = EXCERPT) -> str:
     return visible(text, characters) or "(empty)"
+
+
+def _in_markup(value: Any) -> str:
+    return escape(visible(str(value), limit=None))
 
 
 def _in_markdown(value: Any) -> str:
