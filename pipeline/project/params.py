@@ -355,9 +355,9 @@ def _place(source: Source) -> tuple[Any, ...]:
 
 def _mixture(params: Params) -> Iterator[str]:
     """Weights of sources that the corpus does not have, or sources without a weight."""
-    from stages.tokenize.draw import difference
+    from stages.tokenize.splits import weights_problem
 
     if params.tokenize.mixture:
         names = [source.name for source in params.download.corpus]
-        if problem := difference(params.tokenize.mixture.weights, names):
+        if problem := weights_problem(params.tokenize.mixture.weights, names):
             yield f"tokenize.mixture.weights: {problem}"

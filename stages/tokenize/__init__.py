@@ -1,7 +1,8 @@
 """Turn the corpus into token files for training and validation.
 
 Text is cleaned and encoded in blocks by worker processes (`blocks`); then it is known how long each
-document is, which ones repeat others, and so what stands where (`draw`); then the token files are
+document is, which ones repeat others, and so which split each belongs to (`splits`); then the
+token files are
 copied together from the blocks (`shards`) and looked through for validation text (`contamination`).
 """
 
@@ -9,7 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -34,11 +36,11 @@ from gpt.tokens.token_files import (
     token_dtype,
 )
 from gpt.tokens.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
-from stages.tokenize import blocks, contamination, draw, shards
+from stages.tokenize import blocks, contamination, shards, splits
 from stages.tokenize.blocks import Cleaning, Table
-from stages.tokenize.draw import Mixture, Part, Share
-from stages.tokenize.facts import Documents, facts
-from stages.tokenize.workers import Workers
+from stages.tokenize.facts import facts
+from stages.tokenize.splits import Mixture, Part, Share
+from stages.tokenize.workers import Workers, available_cores
 
 _SMALL = 1 << 23
 """Below so many bytes of raw text starting worker processes takes longer than they save."""
@@ -134,8 +136,8 @@ def tokenize(
     """
     files = read_sources(corpus)
     names = list(dict.fromkeys(file.name for file in files))
-    if params.mixture:
-        draw.check_names(params.mixture, names)
+    if params.mixture and (problem := splits.weights_problem(params.mixture.weights, names)):
+        raise InputError(f"tokenize.mixture.weights: {problem}")
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(whole_directory(out))
         if state is None:
@@ -144,32 +146,30 @@ def tokenize(
                 stack.enter_context(tempfile.TemporaryDirectory(dir=out.parent, prefix=".blocks-"))
             )
         state.mkdir(parents=True, exist_ok=True)
-        blocks.remove_partial(state)
+        for path in state.glob("*.partial"):  # what a killed process was writing
+            path.unlink()
         tokenizer = _tokenizer(params, corpus, files, names, vocabulary, state, log)
-        dtype = token_dtype(tokenizer.vocab_size)
-        n_workers = params.workers or blocks.default_workers()
+        n_workers = params.workers or available_cores()
         if sum(file.bytes for file in files) < _SMALL:
             n_workers = 1
         workers = stack.enter_context(
             Workers(n_workers, blocks.prepare, state / "tokenizer", params.clean, params.seed)
         )
-        n_blocks = _encode(corpus, files, names, state, dtype, workers, log)
+        n_blocks = _encode(corpus, files, names, state, workers, log)
         if n_blocks == 0:
             raise InputError(
                 f"{corpus}: the corpus is empty; add a source of text to download.corpus"
             )
-        table, counts, cleaning = blocks.read_tables(state, n_blocks)
+        table, cleaning = blocks.read_tables(state, n_blocks)
         _mark_duplicates(table, params.clean, cleaning, log)
-        documents = Documents(table, counts, state, tokenizer, dtype)
-        parts, shares = _draw(params, table, names, documents, tokenizer, corpus, log)
-        manifest = _write(
-            params, parts, documents, counts, names, state, folder, tokenizer, dtype, workers, log
-        )
+        parts, shares = _split(params, table, names, state, tokenizer, corpus, log)
+        plans = list(shards.plan(parts, table, names, params.shard_tokens))
+        manifest = _write(plans, state, folder, tokenizer, workers, log)
         tokenizer.save(folder)
         overlap = None
         if params.ngram:
             overlap = _overlap(params.ngram, folder, manifest, state, tokenizer, workers, log)
-        said = facts(files, names, documents, cleaning, manifest, shares, overlap, tokenizer) | {
+        said = facts(files, names, table, state, cleaning, manifest, shares, overlap, tokenizer) | {
             "tokenizer": params.tokenizer,
             "clean": asdict(params.clean),
         }
@@ -262,31 +262,20 @@ def _encode(
     files: Sequence[RawFile],
     names: Sequence[str],
     state: Path,
-    dtype: str,
     workers: Workers,
     log: Log,
 ) -> int:
     """Leave the blocks of the corpus in `state`; return how many there are."""
     total = sum(file.records or 0 for file in files)
     number_of = {name: number for number, name in enumerate(names)}
+    documents = ((number_of[name], text) for name, text in read_documents(corpus))
+    pieces = ((state, number, *block) for number, block in enumerate(blocks.cut_blocks(documents)))
     n_blocks = done = kept = 0
-
-    def wanted() -> Iterator[tuple[Any, ...]]:
-        nonlocal n_blocks, done, kept
-        documents = ((number_of[name], text) for name, text in read_documents(corpus))
-        for block in blocks.blocks(documents):
-            n_blocks += 1
-            if blocks.is_there(state, block.number, len(block.texts), dtype):
-                kept += 1
-                done += len(block.texts)
-                log(Progress("tokenize", done, total, "document"))
-                continue
-            if kept:
-                log(Message(f"tokenize: continuing after {done:,} documents"))
-                kept = 0
-            yield state, block.number, block.sources, block.texts
-
-    for n_documents in workers.map(blocks.encode, wanted()):
+    for n_documents, was_there in workers.map(blocks.encode, pieces):
+        n_blocks += 1
+        if kept and not was_there:
+            log(Message(f"tokenize: continuing after {kept:,} documents"))
+        kept = kept + n_documents if was_there else 0
         done += n_documents
         log(Progress("tokenize", done, total, "document"))
     return n_blocks
@@ -294,41 +283,39 @@ def _encode(
 
 def _mark_duplicates(table: Table, params: CleanParams, cleaning: Cleaning, log: Log) -> None:
     """Take out the documents that repeat an earlier one."""
-    found: list[tuple[str, np.ndarray]] = []
+    finders: list[tuple[str, Callable[[np.ndarray], np.ndarray]]] = []
     if params.exact_duplicates:
-        rows = np.flatnonzero(table.kept)
-        again = rows[duplicates(table.hash[rows]) >= 0]
-        table.kept[again] = False
-        found.append(("exact duplicate", again))
-    if params.near_duplicates is not None:
+        finders.append(("exact duplicate", lambda rows: duplicates(table.hash[rows])))
+    if (threshold := params.near_duplicates) is not None:
         log(Message("tokenize: looking for near-duplicates"))
+        finders.append(
+            ("near duplicate", lambda rows: near_duplicates(table.signature[rows], threshold))
+        )
+    for name, find in finders:
         rows = np.flatnonzero(table.kept)
-        again = rows[near_duplicates(table.signature[rows], params.near_duplicates) >= 0]
+        again = rows[find(rows) >= 0]
         table.kept[again] = False
-        found.append(("near duplicate", again))
-    for name, rows in found:
-        sources, numbers = np.unique(table.source[rows], return_counts=True)
-        for source, n in zip(sources.tolist(), numbers.tolist(), strict=True):
-            cleaning.removed.setdefault(source, {})[name] = n
+        for source, n in Counter(table.source[again].tolist()).items():
+            cleaning.add("removed", source, name, n)
 
 
-def _draw(
+def _split(
     params: TokenizeParams,
     table: Table,
     names: Sequence[str],
-    documents: Documents,
+    state: Path,
     tokenizer: Tokenizer,
     corpus: Path,
     log: Log,
 ) -> tuple[list[Part], dict[str, Share] | None]:
     if params.split == "documents":
-        parts = draw.by_hash(table, len(names), params.validation)
+        parts = splits.by_hash(table, len(names), params.validation)
     else:
-        parts = draw.by_tail(
+        parts = splits.by_tail(
             table,
             len(names),
             params.validation,
-            lambda row, at: _word_start(documents.ids(row), at, tokenizer),
+            lambda row, at: _word_start(blocks.document_ids(state, table, row), at, tokenizer),
         )
     n_documents = int(table.kept.sum())
     if n_documents == 0:
@@ -342,8 +329,8 @@ def _draw(
                 "change tokenize.validation or tokenize.seed, or set tokenize.split: tail"
             )
     if not params.mixture:
-        return draw.without_first_end(parts), None
-    parts, shares = draw.mix(parts, names, params.mixture, table, params.seed)
+        return splits.without_first_end(parts), None
+    parts, shares = splits.mix(parts, names, params.mixture, table, params.seed)
     drawn = sum(share.tokens for share in shares.values())
     wanted = params.mixture.tokens
     if wanted and drawn < wanted - len(names):
@@ -375,26 +362,20 @@ def _word_start(ids: np.ndarray, at: int, tokenizer: Tokenizer) -> int:
 
 
 def _write(
-    params: TokenizeParams,
-    parts: Sequence[Part],
-    documents: Documents,
-    counts: np.ndarray,
-    names: Sequence[str],
+    plans: Sequence[tuple[SplitName, shards.ShardPlan]],
     state: Path,
     folder: Path,
     tokenizer: Tokenizer,
-    dtype: Literal["uint16", "uint32"],
     workers: Workers,
     log: Log,
 ) -> Manifest:
     """Write the shards and the manifest."""
-    plans = list(shards.plan(parts, documents.table, counts, names, params.shard_tokens))
+    dtype = token_dtype(tokenizer.vocab_size)
     written: dict[SplitName, list[Shard]] = {"train": [], "validation": []}
     pieces = ((state, dtype, folder, plan) for _, plan in plans)
-    for (split, _), shard in zip(plans, workers.map(shards.write, pieces), strict=True):
-        written[split].append(shard)
-        done = sum(map(len, written.values()))
-        log(Progress("tokenize: writing", done, len(plans), "file"))
+    for done, shard in enumerate(workers.map(shards.write, pieces)):
+        written[plans[done][0]].append(shard)
+        log(Progress("tokenize: writing", done + 1, len(plans), "file"))
     manifest = Manifest(
         dtype=dtype,
         vocab_size=tokenizer.vocab_size,
@@ -431,7 +412,12 @@ def _overlap(
 def _figures(
     said: dict[str, Any], manifest: Manifest, overlap: contamination.Overlap | None
 ) -> dict[str, float]:
-    figures: dict[str, float] = {"vocab_size": manifest.vocab_size}
+    read, kept = (sum(source[key] for source in said["sources"]) for key in ("read", "kept"))
+    figures: dict[str, float] = {
+        "vocab_size": manifest.vocab_size,
+        "read_documents": read,
+        "removed_documents": read - kept,
+    }
     totals = {f"{name}_": split.total for name, split in manifest.splits.items()}
     for prefix, count in {"": sum(totals.values(), Counts()), **totals}.items():
         figures |= {
@@ -440,10 +426,6 @@ def _figures(
             f"{prefix}tokens": count.tokens,
             f"{prefix}bytes_per_token": count.bytes / count.tokens,
         }
-    figures["read_documents"] = sum(source["read"] for source in said["sources"])
-    figures["removed_documents"] = figures["read_documents"] - sum(
-        source["kept"] for source in said["sources"]
-    )
     if overlap is not None:
         figures["contaminated_documents"] = len(overlap.documents)
         figures["contaminated_tokens"] = int(overlap.tokens.sum())

@@ -12,9 +12,9 @@ import numpy as np
 from gpt.text.records import RawFile
 from gpt.tokens.token_files import Counts, Manifest, Tokens
 from gpt.tokens.tokenizer import Tokenizer
-from stages.tokenize.blocks import Cleaning, Table, ids_of
+from stages.tokenize.blocks import Cleaning, Table, document_ids
 from stages.tokenize.contamination import Overlap
-from stages.tokenize.draw import Share
+from stages.tokenize.splits import Share
 
 _EXCERPT = 200  # characters
 _SHOWN = 5
@@ -22,32 +22,11 @@ _JUDGED_TOKENS = 16
 """Shorter documents are not looked at for the oddest: a single rare character makes them odd."""
 
 
-class Documents:
-    """The texts of documents, read back from their blocks."""
-
-    def __init__(
-        self, table: Table, counts: np.ndarray, folder: Path, tokenizer: Tokenizer, dtype: str
-    ) -> None:
-        self.table = table
-        self._folder, self._tokenizer, self._dtype = folder, tokenizer, dtype
-        self._block = np.repeat(np.arange(len(counts)), counts)
-        begins = np.cumsum(table.length) - table.length
-        self._offset = begins - begins[(np.cumsum(counts) - counts)[self._block]]
-
-    def ids(self, row: int) -> np.ndarray:
-        """The ids of a document, the `<|endoftext|>` before it the first."""
-        ids = ids_of(self._folder, int(self._block[row]), self._dtype)
-        return ids[self._offset[row] : self._offset[row] + self.table.length[row]]
-
-    def excerpt(self, row: int) -> str:
-        """How a document begins."""
-        return self._tokenizer.decode(self.ids(row)[1 : 1 + _EXCERPT].tolist())[:_EXCERPT]
-
-
 def facts(
     files: Sequence[RawFile],
     names: Sequence[str],
-    documents: Documents,
+    table: Table,
+    state: Path,
     cleaning: Cleaning,
     manifest: Manifest,
     shares: Mapping[str, Share] | None,
@@ -59,7 +38,8 @@ def facts(
     Args:
         files: of the raw folder.
         names: of the sources, in order.
-        documents: all that were read.
+        table: all documents that were read.
+        state: the folder of their blocks.
         cleaning: what was changed and removed, duplicates among it.
         manifest: of the token files.
         shares: what a mixture came to.
@@ -67,7 +47,17 @@ def facts(
             ids; None where it was not looked for.
         tokenizer: of the token files.
     """
-    table = documents.table
+
+    def described(row: int) -> dict[str, Any]:
+        ids = document_ids(state, table, row)[1 : 1 + _EXCERPT]
+        return {
+            "source": names[table.source[row]],
+            "tokens": int(table.length[row] - 1),
+            "text": tokenizer.decode(ids.tolist())[:_EXCERPT],
+        }
+
+    density = table.bytes / np.maximum(table.length - 1, 1)
+    judged = table.kept & (table.length > _JUDGED_TOKENS)
     contaminated = _by_source(overlap[1], manifest, names) if overlap else {}
     sources = []
     for number, name in enumerate(names):
@@ -84,8 +74,8 @@ def facts(
                 "kept": len(rows),
                 "text_bytes": int(table.bytes[rows].sum()),
                 "tokens": int((table.length[rows] - 1).sum()),
-                "removed": cleaning.removed.get(number, {}),
-                "changed": cleaning.changed.get(number, {}),
+                "removed": cleaning.of_source("removed", number),
+                "changed": cleaning.of_source("changed", number),
                 **{
                     split: asdict(manifest.splits[split].sources.get(name, Counts()))
                     for split in ("train", "validation")
@@ -106,24 +96,24 @@ def facts(
         "contamination": _contamination(*overlap, manifest, tokenizer) if overlap else None,
         "examples": {
             "changed": [
-                {"source": names[source], "step": step, "before": before, "after": after}
-                for source, step, before, after in cleaning.changes
+                {"source": names[source], "step": name, "before": texts[0], "after": texts[1]}
+                for what, source, name, texts in cleaning.examples
+                if what == "changed"
             ],
             "removed": [
-                {"source": names[source], "filter": name, "text": text}
-                for source, name, text in cleaning.removals
+                {"source": names[source], "filter": name, "text": texts[0]}
+                for what, source, name, texts in cleaning.examples
+                if what == "removed"
             ],
         },
         "longest": [
-            {
-                "source": names[table.source[row]],
-                "tokens": int(table.length[row] - 1),
-                "bytes": int(table.bytes[row]),
-                "text": documents.excerpt(row),
-            }
+            described(row) | {"bytes": int(table.bytes[row])}
             for row in _first(-table.length, table.kept, table.hash)
         ],
-        "oddest": _oddest(documents, names),
+        "oddest": [
+            described(row) | {"bytes_per_token": round(float(density[row]), 3)}
+            for row in _first(density, judged, table.hash)
+        ],
     }
 
 
@@ -133,21 +123,6 @@ def _first(keys: np.ndarray, allowed: np.ndarray, hashes: np.ndarray) -> list[in
     rows = np.sort(firsts[allowed[firsts]])
     chosen: list[int] = rows[np.argsort(keys[rows], kind="stable")][:_SHOWN].tolist()
     return chosen
-
-
-def _oddest(documents: Documents, names: Sequence[str]) -> list[dict[str, Any]]:
-    table = documents.table
-    judged = table.kept & (table.length > _JUDGED_TOKENS)
-    density = table.bytes / np.maximum(table.length - 1, 1)
-    return [
-        {
-            "source": names[table.source[row]],
-            "bytes_per_token": round(float(density[row]), 3),
-            "tokens": int(table.length[row] - 1),
-            "text": documents.excerpt(row),
-        }
-        for row in _first(density, judged, table.hash)
-    ]
 
 
 def _lengths(tokens: np.ndarray) -> dict[str, Any]:

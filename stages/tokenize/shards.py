@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from gpt.tokens.token_files import Counts, Shard, SplitName
-from stages.tokenize.blocks import Table, ids_of, tokenizer
-from stages.tokenize.draw import Part
+from stages.tokenize.blocks import Table, block_ids, tokenizer
+from stages.tokenize.splits import Part
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ShardPlan:
     """What goes into one shard file.
 
     Attributes:
@@ -34,52 +35,45 @@ class Plan:
 
 
 def plan(
-    parts: Sequence[Part], table: Table, counts: np.ndarray, names: Sequence[str], shard_tokens: int
-) -> Iterator[tuple[SplitName, Plan]]:
+    parts: Sequence[Part], table: Table, names: Sequence[str], shard_tokens: int
+) -> Iterator[tuple[SplitName, ShardPlan]]:
     """Cut the parts into shards of about `shard_tokens`, whole documents each.
 
     Args:
         parts: what each split is made of.
         table: the documents.
-        counts: of documents in each block.
         names: of the sources.
         shard_tokens: a document that begins beyond so many begins the next shard.
 
     Yields:
         The split and the plan of each shard.
     """
-    block = np.repeat(np.arange(len(counts)), counts)
-    first = np.cumsum(counts) - counts
-    ends = np.cumsum(table.length)
-    begins = ends - table.length
-    offset = begins - begins[first[block]]  # of each document in its block
-    numbers: dict[str, int] = {}
+    numbers: Counter[str] = Counter()
     for part in parts:
         lengths = part.stop - part.start
         shard = (np.cumsum(lengths) - lengths) // shard_tokens
         for index, chosen in enumerate(np.split(np.arange(len(shard)), _steps(shard))):
-            number = numbers.get(part.split, 0)
-            numbers[part.split] = number + 1
             rows = part.rows[chosen]
-            start = offset[rows] + part.start[chosen]
-            stop = offset[rows] + part.stop[chosen]
-            cuts = _steps(block[rows])
+            start = table.offset[rows] + part.start[chosen]
+            stop = table.offset[rows] + part.stop[chosen]
+            cuts = _steps(table.block[rows])
             runs = [
-                (int(block[of[0]]), *_runs(begin, end))
+                (int(table.block[of[0]]), *_runs(begin, end))
                 for of, begin, end in zip(
                     np.split(rows, cuts), np.split(start, cuts), np.split(stop, cuts), strict=True
                 )
             ]
             yield (
                 part.split,
-                Plan(
-                    f"{part.split}-{number:05}.bin",
+                ShardPlan(
+                    f"{part.split}-{numbers[part.split]:05}.bin",
                     names[part.source],
                     len(rows),
                     runs,
                     part.lead and index == 0,
                 ),
             )
+            numbers[part.split] += 1
 
 
 def _steps(values: np.ndarray) -> np.ndarray:
@@ -96,7 +90,7 @@ def _runs(start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 # --- in the workers -------------------------------------------------------------------------------
 
 
-def write(blocks: Path, dtype: str, folder: Path, plan: Plan) -> Shard:
+def write(blocks: Path, dtype: str, folder: Path, plan: ShardPlan) -> Shard:
     """Write one shard into `folder`; return what the manifest says of it."""
     byte_lengths = tokenizer().byte_lengths
     little_endian = np.dtype(dtype).newbyteorder("<")
@@ -105,7 +99,7 @@ def write(blocks: Path, dtype: str, folder: Path, plan: Plan) -> Shard:
     with (folder / plan.file).open("wb") as file:
         pieces = [np.array([tokenizer().eot], little_endian)] if plan.lead else []
         for block, starts, stops in plan.runs:
-            ids = ids_of(blocks, block, dtype)
+            ids = block_ids(blocks, block)
             pieces += [ids[a:b] for a, b in zip(starts.tolist(), stops.tolist(), strict=True)]
             joined = np.concatenate(pieces)
             pieces = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import signal
@@ -22,6 +23,11 @@ _AHEAD = 2
 """So many pieces of work for each process are in memory: one in hand and one waiting."""
 
 
+def available_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class Workers:
     """Processes that do pieces of work; with `n` = 1 the caller's own process does.
 
@@ -34,10 +40,18 @@ class Workers:
     """
 
     def __init__(self, n: int, prepare: Callable[..., None], *arguments: Any) -> None:
-        self._n = n
-        self._start = (prepare, arguments)
         self._pool: ProcessPoolExecutor | None = None
-        self._prepared = False
+        self._ahead = _AHEAD * n
+        if n == 1:
+            prepare(*arguments)
+            return
+        # not by fork: the caller has threads, whose locks a copy would hold for ever
+        self._pool = ProcessPoolExecutor(
+            n,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_begin,
+            initargs=(prepare, arguments),
+        )
 
     def __enter__(self) -> Workers:
         return self
@@ -52,42 +66,23 @@ class Workers:
         Raises:
             RunError: a process was killed.
         """
-        if self._n == 1:
-            prepare, arguments = self._start
-            if not self._prepared:
-                prepare(*arguments)
-                self._prepared = True
-            for piece in pieces:
-                yield work(*piece)
-            return
         if self._pool is None:
-            # not by fork: the caller has threads, whose locks a copy would hold for ever
-            self._pool = ProcessPoolExecutor(
-                self._n,
-                mp_context=multiprocessing.get_context("spawn"),
-                initializer=_begin,
-                initargs=self._start,
-            )
+            yield from itertools.starmap(work, pieces)
+            return
         waiting: deque[Future[T]] = deque()
-        with _killed_workers_named():
+        try:
             for piece in pieces:
                 with _interrupts_kept_from_children():
                     waiting.append(self._pool.submit(work, *piece))
-                if len(waiting) > _AHEAD * self._n:
+                if len(waiting) > self._ahead:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
-
-
-@contextlib.contextmanager
-def _killed_workers_named() -> Iterator[None]:
-    try:
-        yield
-    except BrokenProcessPool:
-        raise RunError(
-            "tokenize: a worker process was killed, as happens where memory runs out; "
-            "run it again, with fewer tokenize.workers"
-        ) from None
+        except BrokenProcessPool:
+            raise RunError(
+                "tokenize: a worker process was killed, as happens where memory runs out; "
+                "run it again, with fewer tokenize.workers"
+            ) from None
 
 
 @contextlib.contextmanager

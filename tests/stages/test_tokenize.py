@@ -20,7 +20,7 @@ from gpt.tokens.token_files import open_tokens, read_manifest
 from gpt.tokens.tokenizer import load_tokenizer
 from stages.tokenize import TokenizeParams, tokenize
 from stages.tokenize.contamination import Held, found
-from stages.tokenize.draw import Mixture
+from stages.tokenize.splits import Mixture
 
 BPE_VALUES = {"tokenizer": "bpe", "vocab_size": 400, "validation": 0.1}
 BPE = TokenizeParams(**BPE_VALUES)
@@ -504,13 +504,13 @@ def test_a_damaged_block_is_encoded_again(tmp_path, monkeypatch):
     corpus = write_corpus(tmp_path / "corpus", DOCUMENTS)
     state = tmp_path / "state"
     first, _ = run(tmp_path, BYTES, corpus, name="first", state=state)
-    ids, table, gone = (state / f"block-0000000{i}" for i in range(3))
-    data = bytearray(ids.with_suffix(".ids").read_bytes())
-    data[10] ^= 1
-    ids.with_suffix(".ids").write_bytes(data)
-    os.truncate(table.with_suffix(".npz"), 100)
-    gone.with_suffix(".ids").unlink()
-    (state / "block-00000003.ids.partial").write_bytes(b"half")
+    flipped, cut, gone = (state / f"block-0000000{i}.npz" for i in range(3))
+    data = bytearray(flipped.read_bytes())
+    data[-1000] ^= 1
+    flipped.write_bytes(data)
+    os.truncate(cut, 100)
+    gone.unlink()
+    (state / "block-00000003.partial").write_bytes(b"half")
     events = []
     second, _ = run(tmp_path, BYTES, corpus, name="second", state=state, log=events.append)
     assert everything(first) == everything(second)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, replace
+from typing import Annotated, cast
 
 import numpy as np
 from pydantic import ConfigDict, Field
@@ -75,16 +75,12 @@ class Share:
 def by_hash(table: Table, n_sources: int, validation: float) -> list[Part]:
     """Whole documents, drawn by the hash of their text: no other document moves one."""
     held_out = table.hash < np.uint64(int(validation * 2**64))
-    parts = []
-    splits: tuple[SplitName, ...] = ("train", "validation")
-    for split in splits:
+    parts: list[Part] = []
+    for mask, split in ((~held_out, "train"), (held_out, "validation")):
         for source in range(n_sources):
-            rows = np.flatnonzero(
-                table.kept & (table.source == source) & (held_out == (split == "validation"))
-            )
-            if len(rows):
-                parts.append(_whole(split, source, rows, table))
-    return parts
+            rows = np.flatnonzero(table.kept & (table.source == source) & mask)
+            parts.append(_whole(cast(SplitName, split), source, rows, table))
+    return [part for part in parts if len(part.rows)]
 
 
 def by_tail(
@@ -115,16 +111,14 @@ def by_tail(
             continue
         within = cut - int(ends[at] - table.length[rows[at]] + 1)
         place = word_start(int(rows[at]), within + 1) if within else 0
-        halved = 0 < place < table.length[rows[at]]
+        halved = bool(0 < place < table.length[rows[at]])
         if at or halved:
             part = _whole("train", source, rows[: at + halved], table)
             if halved:
                 part.stop[-1] = place
             train.append(part)
-        part = _whole("validation", source, rows[at:], table)
-        if halved:
-            part.start[0] = place
-            part = Part("validation", source, part.rows, part.start, part.stop, lead=True)
+        part = replace(_whole("validation", source, rows[at:], table), lead=halved)
+        part.start[0] = place if halved else 0
         held_out.append(part)
     return train + held_out
 
@@ -135,15 +129,12 @@ def _whole(split: SplitName, source: int, rows: np.ndarray, table: Table) -> Par
 
 def without_first_end(parts: Sequence[Part]) -> list[Part]:
     """The same, without an `<|endoftext|>` before the first document of each split."""
-    result = []
-    begun: set[str] = set()
-    for part in parts:
-        if part.split not in begun:
-            begun.add(part.split)
-            start = part.start.copy()
-            start[0] = max(start[0], 1)
-            part = Part(part.split, part.source, part.rows, start, part.stop)
-        result.append(part)
+    result = list(parts)
+    for split in ("train", "validation"):
+        first = next(i for i, part in enumerate(parts) if part.split == split)
+        start = parts[first].start.copy()
+        start[0] = max(start[0], 1)
+        result[first] = replace(parts[first], start=start, lead=False)
     return result
 
 
@@ -160,10 +151,8 @@ def mix(
         The parts as `without_first_end` gives them, and what each source came to.
 
     Raises:
-        InputError: the weights do not name the sources of the corpus, or a source has nothing to
-            train on.
+        InputError: a source has nothing to train on.
     """
-    check_names(mixture, names)
     train = {names[part.source]: part for part in parts if part.split == "train"}
     missing = [name for name in names if name not in train]
     if missing:
@@ -195,19 +184,8 @@ def mix(
     }
 
 
-def check_names(mixture: Mixture, names: Sequence[str]) -> None:
-    """See that the weights are those of the corpus's sources.
-
-    Raises:
-        InputError: a source has no weight, or a weight no source.
-    """
-    problem = difference(mixture.weights, names)
-    if problem:
-        raise InputError(f"tokenize.mixture.weights: {problem}")
-
-
-def difference(weights: Mapping[str, float], names: Sequence[str]) -> str | None:
-    """What is wrong with the names of the weights, in words; None if nothing is."""
+def weights_problem(weights: Mapping[str, float], names: Sequence[str]) -> str | None:
+    """How the names of the weights differ from those of the sources, in words; None if not."""
     if missing := [name for name in names if name not in weights]:
         return f"the source {missing[0]!r} has none; each source of download.corpus needs one"
     if unknown := [name for name in weights if name not in names]:
@@ -220,11 +198,10 @@ def _some(part: Part, n_tokens: int, table: Table, seed: int) -> Part:
     order = np.argsort(_scrambled(table.hash[part.rows], seed), kind="stable")
     ends = np.cumsum((part.stop - part.start)[order])
     last = int(np.searchsorted(ends, n_tokens))
-    chosen = order[: last + 1]
     stop = part.stop.copy()
     stop[order[last]] -= ends[last] - n_tokens
-    chosen = np.sort(chosen)
-    return Part(part.split, part.source, part.rows[chosen], part.start[chosen], stop[chosen])
+    chosen = np.sort(order[: last + 1])
+    return replace(part, rows=part.rows[chosen], start=part.start[chosen], stop=stop[chosen])
 
 
 def _scrambled(hashes: np.ndarray, seed: int) -> np.ndarray:
