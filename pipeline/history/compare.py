@@ -7,9 +7,10 @@ where no evaluation kept their answers.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from io import BytesIO
 from pathlib import Path
@@ -22,7 +23,7 @@ from rich.text import Text
 
 from gpt.base.errors import InputError, RunError, first_few
 from pipeline.dag.code import code_of
-from pipeline.history.names import find, version_name
+from pipeline.history.names import find_run
 from pipeline.history.runs import Execution, Known, known
 from pipeline.project.git import git
 from pipeline.project.params import PARAMS_FILE, load_section
@@ -32,23 +33,18 @@ from pipeline.show.documents import fill_text
 from pipeline.show.markdown import NOTHING
 from pipeline.show.terminal import say_json
 from pipeline.tracking.connection import PAGES, named_failure, run_url
-from pipeline.tracking.differences import OF_MODELS, Change, changes
+from pipeline.tracking.differences import OF_MODELS, Change, changed_code, changes, profile
 from pipeline.tracking.keys import is_result, machine_of, present_metrics
-from pipeline.tracking.provenance import CODE, PATCH
+from pipeline.tracking.provenance import PATCH
 from pipeline.tracking.registry import CANDIDATE, CHAMPION, MD5_TAG, files_of
-from pipeline.tracking.version_page import profile
 
 if TYPE_CHECKING:
     from pipeline.tracking.mlflow_classes import ModelVersion
 
 _T = TypeVar("_T")
-_Figures = tuple[dict[str, float], dict[str, float]]
-"""Name -> value of the first and of the second."""
-
 SHOWN_ANSWERS = 4
 """The number of answers shown side by side."""
 
-_EVALUATE = "evaluate"
 _INTERVAL = ("_low", "_high")
 _NOT_TEST = ("validation_", "train_", "base_")  # scores of other parts, or of another model
 
@@ -72,86 +68,9 @@ class Side:
     evaluation: Execution | None = None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Code:
-    """What differs in the code.
-
-    Attributes:
-        commits: of both; empty where none is known.
-        dirty: whether the tree had edits, of both.
-        log: commits that only the second has, `git log --oneline`.
-        back: commits that only the first has.
-        files: those that the stage runs and that differ; None where that cannot be determined.
-        known_by: how that is known: `runs` recorded it, or `git` has both commits.
-        notes: what cannot be determined, and uncommitted changes.
-    """
-
-    commits: tuple[str, str]
-    dirty: tuple[bool, bool]
-    log: tuple[str, ...] = ()
-    back: tuple[str, ...] = ()
-    files: tuple[str, ...] | None = None
-    known_by: str = ""
-    notes: tuple[str, ...] = ()
-
-    @property
-    def differs(self) -> bool:
-        """Whether something in the code differs, or may differ."""
-        return self.files != () or (self.known_by == "git" and any(self.dirty))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AnswerPair:
-    """What both said to the same thing; `right` is empty where there is no right answer."""
-
-    asked: str
-    right: str
-    before: str
-    after: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class VersionComparison:
-    """Everything that differs.
-
-    Attributes:
-        stage: that made both.
-        sides: the first and the second.
-        params: those that differ.
-        data: inputs that differ: `path`, the md5 `before` and `after`, and in `words` what differs.
-        code: the code of both.
-        machine: packages and the machine, as far as they differ.
-        metrics: of both runs, equal ones too.
-        scores: of both evaluations on the test data, equal ones too.
-        answers: some of those that differ.
-        asked: in one line where the answers are from, or why there are none; empty for stages that
-            answer nothing.
-        links: MLflow's pages: `comparison`, and of both sides `before` and `after`.
-    """
-
-    stage: str
-    sides: tuple[Side, Side]
-    params: list[Change]
-    data: list[dict[str, Any]]
-    code: Code
-    machine: list[Change]
-    metrics: _Figures
-    scores: _Figures
-    answers: list[AnswerPair]
-    asked: str
-    links: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing differs."""
-        same_figures = all(before == after for before, after in (self.metrics, self.scores))
-        made = self.params or self.data or self.code.differs or self.machine
-        return same_figures and not made and not self.answers
-
-
 def compare(
     root: Path, one: str, other: str | None = None, *, answers: int = SHOWN_ANSWERS
-) -> VersionComparison:
+) -> dict[str, Any]:
     """What differs between two versions of a model, or two runs of a stage.
 
     Args:
@@ -161,6 +80,14 @@ def compare(
         other: the same; without it the champion is compared with `one`, or with the candidate
             where `one` is a model's name.
         answers: the number shown side by side.
+
+    Returns:
+        What `--json` prints. `stage`: the one that made both. `equal`: whether nothing differs.
+        `before` and `after`: the two. `params`, `data` (inputs by their md5, with `words` that say
+        what differs), `code` and `machine`: what they were made of. `metrics` of both runs and
+        `scores` on the test data, equal ones too. `answers`: some of those that differ. `asked`: in
+        one line where the answers are from, or why there are none; None for stages that answer
+        nothing. `links`: MLflow's pages of the `comparison`, `before` and `after`.
 
     Raises:
         InputError: there is no such thing, or the two are of different stages.
@@ -184,29 +111,38 @@ def compare(
         before, after = _evaluated(everything, stage, sides)
         first, second = before.run, after.run
         shown, asked = _answers(everything, stage, before, after, answers)
-        return VersionComparison(
-            stage=stage,
-            sides=(before, after),
-            params=changes(first.logged, second.logged, OF_MODELS),
-            data=_data(everything, first, second),
-            code=_code(everything, before, after),
-            machine=changes(machine_of(first.tags), machine_of(second.tags)),
-            metrics=(_figures(first), _figures(second)),
-            scores=(_scores(stage, before), _scores(stage, after)),
-            answers=shown,
-            asked=asked,
-            links=_links(root, before, after),
-        )
+        found: dict[str, Any] = {
+            "params": [asdict(e) for e in changes(first.logged, second.logged, OF_MODELS)],
+            "data": _data(everything, first, second),
+            "code": _code(everything, before, after),
+            "machine": [
+                asdict(e) for e in changes(machine_of(first.tags), machine_of(second.tags))
+            ],
+            "metrics": _side_by_side(_figures(first), _figures(second)),
+            "scores": _side_by_side(_scores(stage, before), _scores(stage, after)),
+            "answers": shown,
+        }
+    made = found["params"] or found["data"] or found["code"]["differs"] or found["machine"]
+    figures = any(each["difference"] != 0 for each in (*found["metrics"], *found["scores"]))
+    return {
+        "stage": stage,
+        "equal": not (made or figures or shown),
+        "before": _side_as_dict(before),
+        "after": _side_as_dict(after),
+        **found,
+        "asked": asked or None,
+        "links": _links(root, before, after),
+    }
 
 
 # --- the two --------------------------------------------------------------------------------------
 
 
 def _against_champion(everything: Known, one: str) -> tuple[str, str]:
-    asked = _version_or_run(everything, one)
-    if isinstance(asked, Execution):
+    version, _ = find_run(everything, one)
+    if version is None:
         raise InputError(f"{one}: with which run? name two: gpt-pipeline compare {one} OTHER")
-    name = asked.name
+    name = version.name
     if one.removeprefix("models:/") == name:
         one = f"{name}@{CANDIDATE}"
     if not any(CHAMPION in everything.aliases_of(v) for v in everything.versions if v.name == name):
@@ -217,48 +153,32 @@ def _against_champion(everything: Known, one: str) -> tuple[str, str]:
     return f"{name}@{CHAMPION}", one
 
 
-def _version_or_run(everything: Known, what: str) -> ModelVersion | Execution:
-    from pipeline.tracking.mlflow_classes import ModelVersion
-
-    found = find(everything, what)
-    if isinstance(found, Execution) and found.run is None:
-        raise InputError(f"{what}: is known by its dvc.lock alone; MLflow has no run of it")
-    if not isinstance(found, ModelVersion | Execution):
-        raise InputError(
-            f"{what}: is no version of a model and no run; name two such as classifier/2 and "
-            "classifier@champion"
-        )
-    return found
-
-
 def _side(everything: Known, what: str) -> Side:
-    found = _version_or_run(everything, what)
-    if isinstance(found, Execution):
-        name = f"run {found.number}"
-        return Side(name=name, version=None, aliases=(), run=found)
-    run = everything.by_run(found.run_id or "")
-    if run is None:
-        raise InputError(f"{version_name(found)}: MLflow has not the run that made it any more")
-    aliases = tuple(sorted(everything.aliases_of(found)))
-    name = f"{found.name}/{found.version}"
-    return Side(name=name, version=found, aliases=aliases, run=run)
+    version, run = find_run(everything, what)
+    if version is None:
+        return Side(name=f"run {run.number}", version=None, aliases=(), run=run)
+    return Side(
+        name=f"{version.name}/{version.version}",
+        version=version,
+        aliases=tuple(sorted(everything.aliases_of(version))),
+        run=run,
+    )
 
 
 def _evaluated(everything: Known, stage: str, sides: tuple[Side, Side]) -> tuple[Side, Side]:
     """Both with the runs that scored them: on the same data where there are such, the newest."""
     directory = STAGES[stage].outputs.get("out", "") if stage in STAGES else ""
-    first, second = (list(_evaluations(everything, directory, side)) for side in sides)
+    first, second = (_evaluations(everything, directory, side) for side in sides)
     pairs = [(a, b) for a in first for b in second if _test_data(a) == _test_data(b)]
     one, other = pairs[0] if pairs else (next(iter(first), None), next(iter(second), None))
     return replace(sides[0], evaluation=one), replace(sides[1], evaluation=other)
 
 
-def _evaluations(everything: Known, directory: str, side: Side) -> Iterator[Execution]:
+def _evaluations(everything: Known, directory: str, side: Side) -> list[Execution]:
     tags = side.version.tags if side.version else {}
     md5 = tags.get(MD5_TAG) or side.run.outputs.get(directory)
-    for each in everything.executions:
-        if each.stage == _EVALUATE and each.outputs and md5 == each.inputs.get(directory, ""):
-            yield each
+    runs = [each for each in everything.executions if each.stage == "evaluate" and each.outputs]
+    return [each for each in runs if each.inputs.get(directory, "") == md5]
 
 
 def _test_data(evaluation: Execution) -> dict[str, str]:
@@ -313,62 +233,51 @@ def _sources_in_words(before: Execution, after: Execution, folder: str) -> Itera
         }
 
     for each in changes(sources(before), sources(after)):
-        if each.before is None or each.after is None:
-            yield f"source {each.what} is {'new' if each.before is None else 'gone'}"
-        else:
-            yield f"source {each.what}: sha256 {each.before}… → {each.after}…"
+        yield f"sha256 of the source {each}"
 
 
-def _code(everything: Known, before: Side, after: Side) -> Code:
-    tags = before.run.tags, after.run.tags
-    commits = tags[0].get("git.commit", ""), tags[1].get("git.commit", "")
-    dirty = tags[0].get("git.dirty") == "true", tags[1].get("git.dirty") == "true"
-    log: tuple[str, ...] = ()
-    back: tuple[str, ...] = ()
-    notes = []
-    for side in (before, after):
-        if side.run.tags.get("git.dirty") == "true":
-            kept = side.run.tags.get("git.patch") == "kept"
-            where = f", kept with its run as lineage/{PATCH}" if kept else ", which are not kept"
-            notes.append(f"{side.name} ran with uncommitted changes{where}")
-    if all(commits) and commits[0] != commits[1]:
+def _code(everything: Known, before: Side, after: Side) -> dict[str, Any]:
+    """What differs in the code: `log` and `back`, the commits that only the second and only the
+    first has; `files` that the stage runs, None where that is not known, and what they are
+    `known_by`."""
+    runs = before.run, after.run
+    first, second = (run.tags.get("git.commit", "") for run in runs)
+    dirty = [run.tags.get("git.dirty") == "true" for run in runs]
+    log: list[str] = []
+    back: list[str] = []
+    kept = f"kept with its run as lineage/{PATCH}"
+    notes = [
+        f"{side.name} ran with uncommitted changes, "
+        f"{kept if side.run.tags.get('git.patch') == 'kept' else 'which are not kept'}"
+        for side in (before, after)
+        if side.run.tags.get("git.dirty") == "true"
+    ]
+    files, known_by = changed_code(everything.client, before.run.run, after.run.run), "runs"
+    if first and second and first != second:
         try:
             log, back = (
-                tuple(git(everything.root, "log", "--oneline", f"{a}..{b}").splitlines())
-                for a, b in (commits, commits[::-1])
+                git(everything.root, "log", "--oneline", f"{a}..{b}").splitlines()
+                for a, b in ((first, second), (second, first))
             )
         except RunError:
             notes.append("git here does not have both commits; `git fetch` may bring them")
-    files, known_by = _files(everything, before.run, after.run, commits)
+        if files is None:
+            with contextlib.suppress(InputError, RunError):
+                code = code_of(everything.root, before.run.stage)
+                changed = git(everything.root, "diff", "--name-only", first, second, "--", *code)
+                files, known_by = changed.splitlines(), "git"
     if files is None:
         notes.append("which files differ is not known: the runs did not record it")
-    return Code(
-        commits=commits,
-        dirty=dirty,
-        log=log,
-        back=back,
-        files=files,
-        known_by=known_by,
-        notes=tuple(notes),
-    )
-
-
-def _files(
-    everything: Known, before: Execution, after: Execution, commits: tuple[str, str]
-) -> tuple[tuple[str, ...] | None, str]:
-    """The stage's files of code that differ, and how that is known."""
-    recorded = [everything.kept(run, f"lineage/{CODE}") for run in (before, after)]
-    if all(recorded):
-        first, second = (json.loads(each or b"{}") for each in recorded)
-        return tuple(sorted(each.what for each in changes(first, second))), "runs"
-    if not all(commits):
-        return None, ""
-    try:
-        code = code_of(everything.root, before.stage)
-        changed = git(everything.root, "diff", "--name-only", *commits, "--", *code)
-    except (InputError, RunError):
-        return None, ""
-    return tuple(changed.splitlines()), "git"
+    return {
+        "differs": files != [] or (known_by == "git" and any(dirty)),
+        "commits": [first, second],
+        "dirty": dirty,
+        "log": log,
+        "back": back,
+        "files": files,
+        "known_by": known_by if files is not None else "",
+        "notes": notes,
+    }
 
 
 # --- their results --------------------------------------------------------------------------------
@@ -388,12 +297,24 @@ def _scores(stage: str, side: Side) -> dict[str, float]:
     return {k.removeprefix(start): v for k, v in figures.items() if k.startswith(start)}
 
 
+def _side_by_side(before: Mapping[str, float], after: Mapping[str, float]) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": name,
+            "before": before.get(name),
+            "after": after.get(name),
+            "difference": after[name] - before[name] if name in before.keys() & after else None,
+        }
+        for name in dict.fromkeys((*after, *before))
+    ]
+
+
 # --- what they answered ---------------------------------------------------------------------------
 
 
 def _answers(
     everything: Known, stage: str, before: Side, after: Side, most: int
-) -> tuple[list[AnswerPair], str]:
+) -> tuple[list[dict[str, str]], str]:
     """Some of the answers that differ, and a line: where they are from, or why there are none."""
     model = STAGES[stage].model if stage in STAGES else None
     if model is None:
@@ -414,15 +335,17 @@ def _answers(
             return [], f"none to compare: {why}, and {error}"
     asked = [text for text in first if text in second]
     differ = [
-        AnswerPair(asked=text, right=row.right, before=first[text].answer, after=row.answer)
-        for text, row in ((text, second[text]) for text in asked)
-        if first[text].compared != row.compared
+        {
+            "asked": text,
+            "right": second[text].right,
+            "before": first[text].answer,
+            "after": second[text].answer,
+        }
+        for text in asked
+        if first[text].compared != second[text].compared
     ]
     told = told or f"{len(asked):,} test {_ASKED[model.serves]} that both were asked"
     told += f"; they differ on {len(differ):,}{doubt}"
-    alone = len(first) - len(asked), len(second) - len(asked)
-    if any(alone):
-        told += f" ({alone[0]:,} asked of the first alone, {alone[1]:,} of the second)"
     return _spread(differ, most), told
 
 
@@ -541,7 +464,7 @@ _ASKED = {"assistant": "instructions", "classifier": "messages"}
 """What a model is asked, by how it is served."""
 
 
-def _samples(everything: Known, before: Side, after: Side) -> tuple[list[AnswerPair], str]:
+def _samples(everything: Known, before: Side, after: Side) -> tuple[list[dict[str, str]], str]:
     """The last texts that both wrote in training: those of models that no evaluation asks."""
     assert everything.client is not None
     texts = []
@@ -555,7 +478,7 @@ def _samples(everything: Known, before: Side, after: Side) -> tuple[list[AnswerP
     told = "the last texts that both wrote in training"
     if texts[0] == texts[1]:
         return [], f"{told} are equal"
-    return [AnswerPair(asked="", right="", before=texts[0], after=texts[1])], told
+    return [{"asked": "", "right": "", "before": texts[0], "after": texts[1]}], told
 
 
 # --- where to look on -----------------------------------------------------------------------------
@@ -594,50 +517,18 @@ def print_comparison(
     """Print what differs, or all of it as JSON. Arguments and errors are those of `compare`."""
     found = compare(root, one, other, answers=answers)
     if as_json:
-        say_json(as_dict(found))
+        say_json(found)
         return
     tables = {
-        "Metrics of the runs": _table(found.metrics),
-        "Scores on the test data": _table(found.scores, without=_NOT_TEST),
+        "Metrics of the runs": _table(found["metrics"]),
+        "Scores on the test data": _table(found["scores"], without=_NOT_TEST),
     }
     console = report_console(console)
-    told = as_dict(found)
-    sides = told["before"], told["after"]
-    text = fill_text(Path(__file__).with_name("compare.txt"), **told, sides=sides, tables=tables)
+    text = fill_text(Path(__file__).with_name("compare.txt"), **found, tables=tables)
     console.print(Text.from_markup(text, emoji=False), end="")
-    for name, address in found.links.items():
-        label = told[name]["name"] if name in told else name
+    for name, address in found["links"].items():
+        label = found[name]["name"] if name in found else name
         console.print(Text(f"{label}: {address}"), soft_wrap=True)
-
-
-def as_dict(found: VersionComparison) -> dict[str, Any]:
-    """A comparison for a program, and for the template of the text."""
-    figures = {
-        key: [
-            {
-                "name": name,
-                "before": before.get(name),
-                "after": after.get(name),
-                "difference": after[name] - before[name] if name in before.keys() & after else None,
-            }
-            for name in dict.fromkeys((*after, *before))
-        ]
-        for key, (before, after) in (("metrics", found.metrics), ("scores", found.scores))
-    }
-    return {
-        "stage": found.stage,
-        "equal": found.is_empty,
-        "before": _side_as_dict(found.sides[0]),
-        "after": _side_as_dict(found.sides[1]),
-        "params": [asdict(each) for each in found.params],
-        "data": found.data,
-        "code": {**asdict(found.code), "differs": found.code.differs},
-        "machine": [asdict(each) for each in found.machine],
-        **figures,
-        "answers": [asdict(each) for each in found.answers],
-        "asked": found.asked or None,
-        "links": dict(found.links),
-    }
 
 
 def _side_as_dict(side: Side) -> dict[str, Any]:
@@ -652,29 +543,27 @@ def _side_as_dict(side: Side) -> dict[str, Any]:
     }
 
 
-def _table(figures: _Figures, without: tuple[str, ...] = ()) -> dict[str, Any]:
+def _table(figures: list[dict[str, Any]], without: tuple[str, ...] = ()) -> dict[str, Any]:
     """The `rows` of figures that differ, each with its interval; how many are `equal`."""
-    before, after = figures
-    names = dict.fromkeys((*after, *before))
-    ends = {f"{name}{end}" for name in names for end in _INTERVAL}
-    shown = [name for name in names if name not in ends and not name.startswith(without)]
-    differ = [name for name in shown if before.get(name) != after.get(name)]
+    by_name = {each["name"]: each for each in figures}
+    ends = {f"{name}{end}" for name in by_name for end in _INTERVAL}
+    shown = [name for name in by_name if name not in ends and not name.startswith(without)]
     rows = [
-        (
-            name,
-            _cell(before, name),
-            _cell(after, name),
-            f"{after[name] - before[name]:+.4g}" if name in before.keys() & after else NOTHING,
-        )
-        for name in differ
+        {
+            **by_name[name],
+            "before": _cell(by_name, name, "before"),
+            "after": _cell(by_name, name, "after"),
+        }
+        for name in shown
+        if by_name[name]["before"] != by_name[name]["after"]
     ]
-    return {"rows": rows, "equal": len(shown) - len(differ)}
+    return {"rows": rows, "equal": len(shown) - len(rows)}
 
 
-def _cell(figures: Mapping[str, float], name: str) -> str:
-    value = figures.get(name)
+def _cell(figures: Mapping[str, Mapping[str, Any]], name: str, side: str) -> str:
+    value = figures[name][side]
     if value is None:
         return NOTHING
     figure = f"{value:,.0f}" if value.is_integer() and abs(value) >= 10 else f"{value:.4g}"
-    low, high = (figures.get(f"{name}{end}") for end in _INTERVAL)
+    low, high = (figures.get(f"{name}{end}", {}).get(side) for end in _INTERVAL)
     return figure if low is None or high is None else f"{figure} ({low:.4g} to {high:.4g})"

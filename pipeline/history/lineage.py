@@ -6,6 +6,7 @@ The links are joined by the md5 of the bytes, as MLflow's runs and `dvc.lock` na
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -105,16 +106,13 @@ def lineage(
     """
     everything = known(root)
     asked = find(everything, what, folder)
-    cache = DvcCache(root)
-    try:
+    with contextlib.closing(DvcCache(root)) as cache:
         tracer = _Tracer(everything, cache, asked)
         if up:
             tracer.follow(asked, tracer.chain.up, tracer.came_from)
         if down:
             tracer.follow(asked, tracer.chain.down, tracer.made_of)
         return tracer.chain
-    finally:
-        cache.close()
 
 
 _Thing: TypeAlias = "ModelVersion | Execution | File | Commit | Node"
@@ -193,7 +191,7 @@ class _Tracer:
 
     def _makers(self, version: ModelVersion) -> list[Execution]:
         """The run that made a version; if it is gone, another one that made the same bytes."""
-        if run := self._known.by_run(version.run_id or ""):
+        if run := self._known.by_run(version.run_id):
             return [run]
         md5 = version.tags.get(MD5_TAG, "")
         return [e for e in self._known.executions if md5 in e.outputs.values()][:1]
@@ -217,12 +215,10 @@ class _Tracer:
     def _code_of(self, run: Execution) -> Mapping[str, str]:
         """Path -> md5 of the code of a run: of its files, or as `dvc.lock` has it."""
         digest = run.tags.get("code", "")
-        if not digest:
-            return run.code
-        if digest not in self._code:
+        if digest and digest not in self._code:
             content = self._known.kept(run, f"lineage/{CODE}")
             self._code[digest] = json.loads(content) if content else run.code
-        return self._code[digest]
+        return self._code.get(digest, run.code)
 
     def _md5_here(self, path: str) -> str:
         """The md5 of what lies at a path; of a directory that `dvc.lock` records, as recorded."""
@@ -322,24 +318,21 @@ class _Tracer:
             kind="file",
             title=file.path,
             facts=(f"md5 {file.md5}" if file.md5 else "", *facts),
-            missing="; ".join(missing),
+            missing="; ".join(filter(None, missing)),
             data={"path": file.path, "md5": file.md5},
         )
 
     def _output_state(self, file: File) -> tuple[list[str], list[str]]:
         """Where the bytes that a stage wrote are now, and what is missing."""
-        facts, missing = [], []
-        if self._md5_here(file.path) == file.md5:
-            facts.append("here")
-        elif self._cache.has(file.md5):
-            facts.append("in DVC's cache")
-        else:
-            missing.append("these bytes are neither here nor in DVC's cache")
-        if not self._known.makers(file.path, file.md5):
-            missing.append("nothing is known that made these bytes")
-        if file.path.endswith("/predictions") and (tables := self._cache.members(file.md5)):
-            facts.append(f"with {', '.join(sorted(tables))}")
-        return facts, missing
+        in_cache = "in DVC's cache" if self._cache.has(file.md5) else ""
+        place = "here" if self._md5_here(file.path) == file.md5 else in_cache
+        is_made = self._known.makers(file.path, file.md5)
+        missing = [
+            "" if place else "these bytes are neither here nor in DVC's cache",
+            "" if is_made else "nothing is known that made these bytes",
+        ]
+        tables = self._cache.members(file.md5) if file.path.endswith("/predictions") else None
+        return [place, f"with {', '.join(sorted(tables))}" if tables else ""], missing
 
     def _source_state(self, file: File) -> tuple[list[str], list[str]]:
         """The same of what no stage makes: git keeps it, or nothing does."""
@@ -348,11 +341,11 @@ class _Tracer:
         if self._md5_here(file.path) != file.md5:
             return [], ["what is here now is not what was read then"]
         commit = commit_of_path(self._root, file.path)
-        if not commit:
-            return [], ["git does not keep it"]
-        edited = is_changed(self._root, file.path)
-        missing = ["it has edits that no commit has"] if edited else []
-        return [f"last changed in commit {commit[:10]}"], missing
+        facts = [f"last changed in commit {commit[:10]}"] if commit else []
+        missing = "" if commit else "git does not keep it"
+        if commit and is_changed(self._root, file.path):
+            missing = "it has edits that no commit has"
+        return facts, [missing]
 
     def _others(self, run: Execution) -> list[Execution]:
         """Runs of the stage that read and wrote just the same."""
@@ -369,7 +362,7 @@ class _Tracer:
 
     def _version_node(self, key: str, version: ModelVersion) -> Node:
         aliases, tags = sorted(self._known.aliases_of(version)), version.tags
-        gone = not self._known.by_run(version.run_id or "")
+        gone = not self._known.by_run(version.run_id)
         return Node(
             key=key,
             kind="version",
@@ -452,6 +445,14 @@ def _run_node(key: str, run: Execution, others: list[Execution], without: bool) 
             data=data,
         )
     data["started"] = datetime.fromtimestamp(run.started / 1000).astimezone().isoformat()
+    status = run.run.info.status
+    ended = {"FINISHED": "", "RUNNING": "it is still running, or was killed"}
+    missing = (
+        ended.get(status, f"it ended {status}"),
+        "the run is deleted in MLflow" if run.deleted else "",
+        "" if commit else "no commit is known",
+        "the edits of its code are kept nowhere" if commit and dirty and not kept else "",
+    )
     edits = f"with edits{', which are kept' if kept else ''}" if dirty else "clean"
     changes = [f"{name} {change}" for name, change in changed.items()]
     return Node(
@@ -468,22 +469,9 @@ def _run_node(key: str, run: Execution, others: list[Execution], without: bool) 
             f"in dvc.lock since commit {recorded}" if recorded else "",
             f"the same bytes came from {first_few([e.number for e in others])}" if others else "",
         ),
-        missing="; ".join(_run_missing(run.run.info.status, run, commit, dirty and not kept)),
+        missing="; ".join(filter(None, missing)),
         data=data,
     )
-
-
-def _run_missing(status: str, run: Execution, commit: str, lost_edits: bool) -> Iterator[str]:
-    if status == "RUNNING":
-        yield "it is still running, or was killed"
-    elif status != "FINISHED":
-        yield f"it ended {status}"
-    if run.deleted:
-        yield "the run is deleted in MLflow"
-    if not commit:
-        yield "no commit is known"
-    elif lost_edits:
-        yield "the edits of its code are kept nowhere"
 
 
 def _source(folder: str, listed: Mapping[str, Any], params: Mapping[str, Any], local: str) -> Node:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import re
@@ -72,22 +73,51 @@ def find(
         return version
     if file := _file(everything, what, folder):
         return file
-    runs = _by_prefix(everything, what)
-    try:
-        commit = commit_of(everything.root, what)
-    except InputError:
-        commit = ""
-    if len(runs) + bool(commit) > 1:
-        found = [f"the run {each.run_id} of {each.stage}" for each in runs]
-        found += [f"the commit {commit}"] if commit else []
-        raise InputError(f"{what}: may be {', '.join(found)}; give more of its digits")
-    if runs:
-        return runs[0]
-    if commit:
-        return Commit(commit)
+    found: list[Execution | Commit] = [
+        each
+        for each in everything.executions
+        if _RUN.fullmatch(what) and each.run_id.startswith(what)
+    ]
+    with contextlib.suppress(InputError):
+        found.append(Commit(commit_of(everything.root, what)))
+    if len(found) > 1:
+        words = [
+            f"the commit {each.sha}"
+            if isinstance(each, Commit)
+            else f"the run {each.run_id} of {each.stage}"
+            for each in found
+        ]
+        raise InputError(f"{what}: may be {', '.join(words)}; give more of its digits")
+    if found:
+        return found[0]
     if everything.without:
         raise everything.not_known(f"{what}: not found")
     raise InputError(f"{what}: {_possible(everything, what)}")
+
+
+def find_run(
+    everything: Known, what: str, folder: Path | None = None
+) -> tuple[ModelVersion | None, Execution]:
+    """The run that is meant by a name; where a version is meant, the version too.
+
+    Raises:
+        InputError: there is no such thing, it is neither, or the version's run is gone.
+        RunError: there is none here, and MLflow cannot be asked.
+    """
+    found = find(everything, what, folder)
+    if isinstance(found, Execution):
+        return None, found
+    if isinstance(found, File | Commit):
+        raise InputError(
+            f"{what}: is no model version and no run; name one, such as classifier/2, "
+            "classifier@champion or the beginning of a run's id"
+        )
+    run = everything.by_run(found.run_id)
+    if run is None:
+        raise InputError(
+            f"{what}: its run {found.run_id} is gone from MLflow, and with it what it was made of"
+        )
+    return found, run
 
 
 def version_name(version: ModelVersion) -> str:
@@ -96,52 +126,48 @@ def version_name(version: ModelVersion) -> str:
 
 
 def _version(everything: Known, what: str) -> ModelVersion | None:
-    explicit = what.startswith("models:/")
     asked = _MODEL.fullmatch(what.removeprefix("models:/"))
-    names = list(dict.fromkeys(sorted(each.name for each in everything.versions)))
-    if not asked or asked["name"] not in names:
-        if not explicit:
+    versions = [each for each in everything.versions if asked and each.name == asked["name"]]
+    if not asked or not versions:
+        if not what.startswith("models:/"):
             return None
         if everything.without:
             raise everything.not_known(f"{what}: not found")
-        told = f"registered are {', '.join(names)}" if names else "no model is registered here"
-        raise InputError(f"{what}: no such model; {told}")
-    versions = [each for each in everything.versions if each.name == asked["name"]]
-    if asked["version"]:
-        found = [each for each in versions if str(each.version) == asked["version"]]
-        there = f"its versions are {', '.join(str(each.version) for each in versions[::-1])}"
-    elif asked["alias"]:
-        found = [each for each in versions if asked["alias"] in everything.aliases_of(each)]
-        aliases = sorted({a for each in versions for a in everything.aliases_of(each)})
-        there = f"its aliases are {', '.join(aliases)}" if aliases else "it has no alias"
-    else:
-        found, there = versions, ""
-    if not found:
-        raise InputError(f"{what}: {asked['name']} has no such version; {there}")
-    return found[0]
+        raise InputError(f"{what}: no such model; registered are {_models(everything)}")
+    number, alias = asked["version"], asked["alias"]
+    for each in versions:
+        if number in (None, str(each.version)) and alias in (None, *everything.aliases_of(each)):
+            return each
+    numbers = ", ".join(str(each.version) for each in versions[::-1])
+    aliases = sorted({alias for each in versions for alias in everything.aliases_of(each)})
+    raise InputError(
+        f"{what}: {asked['name']} has no such version; its versions are {numbers}, its aliases are "
+        f"{', '.join(aliases) or 'none'}"
+    )
+
+
+def _models(everything: Known) -> str:
+    return ", ".join(sorted({each.name for each in everything.versions})) or "none"
 
 
 def _file(everything: Known, what: str, folder: Path | None) -> File | None:
-    root = everything.root
+    root = everything.root.resolve()
+    outputs = {path for each in everything.executions for path in each.outputs}
     code = {path for each in everything.executions for path in each.code}
-    paths = {path for each in everything.executions for path in (*each.inputs, *each.outputs)}
-    for base in dict.fromkeys([(folder or root).resolve(), root.resolve()]):
+    known = code | outputs | {path for each in everything.executions for path in each.inputs}
+    for base in dict.fromkeys([(folder or root).resolve(), root]):
         place = Path(os.path.normpath(base / what))
-        if not place.is_relative_to(root.resolve()):
+        if not place.is_relative_to(root):
             continue
-        asked = place.relative_to(root.resolve())
-        above = [asked, *asked.parents]
-        for path in (each.as_posix() for each in above):
-            if path in code or path in paths:
-                if path in code:  # a file in a folder of code is known by itself
-                    own = asked.as_posix()
-                    return File(own, _md5_here(everything, own), is_code=True)
-                member = asked.relative_to(path).as_posix()
-                md5 = _md5_here(everything, path)
-                return File(path, md5, "" if member == "." else member)
+        asked = place.relative_to(root)
+        path = next((p for p in map(Path.as_posix, [asked, *asked.parents]) if p in known), None)
+        if path in code:  # a file in a folder of code is known by itself
+            return File(asked.as_posix(), _md5_here(everything, asked.as_posix()), is_code=True)
+        if path is not None:
+            member = asked.relative_to(path).as_posix()
+            return File(path, _md5_here(everything, path), "" if member == "." else member)
         if place.exists():
-            outputs = sorted({p for each in everything.executions for p in each.outputs})
-            told = f"they write {', '.join(outputs)}" if outputs else "no stage has run yet"
+            told = f"they write {', '.join(sorted(outputs))}" if outputs else "no stage has run yet"
             raise InputError(
                 f"{what}: no stage that ran reads it, writes it or runs it as code; {told}"
             )
@@ -159,22 +185,12 @@ def _md5_here(everything: Known, path: str) -> str:
     return next((md5 for md5 in found if md5), "")
 
 
-def _by_prefix(everything: Known, what: str) -> list[Execution]:
-    if not _RUN.fullmatch(what):
-        return []
-    found = [each for each in everything.executions if each.run_id.startswith(what)]
-    if not found and len(what) == 32 and (deleted := everything.by_run(what)):
-        return [deleted]
-    return found
-
-
 def _possible(everything: Known, what: str) -> str:
-    names = sorted({each.name for each in everything.versions})
-    paths = sorted({path for each in everything.executions for path in each.outputs})
-    near = difflib.get_close_matches(what, [*names, *paths], n=1)
+    names = {each.name for each in everything.versions}
+    paths = {path for each in everything.executions for path in each.outputs}
+    near = difflib.get_close_matches(what, sorted(names | paths), n=1)
     meant = f"did you mean {near[0]}? " if near else ""
-    models = f"a model ({', '.join(names)})" if names else "a model (none is registered here)"
     return (
-        f"no such thing; {meant}name {models}, a file that stages read or write, a run by its id "
-        "or a commit"
+        f"no such thing; {meant}name a model (registered: {_models(everything)}), a file that "
+        "stages read or write, a run by its id or a commit"
     )

@@ -18,16 +18,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from gpt.base.errors import InputError, RunError
@@ -36,12 +34,12 @@ from gpt.base.files import remove
 from pipeline.dag.cache import DvcCache, dvc_md5
 from pipeline.dag.objects import md5_of
 from pipeline.dag.workspace import make_workspace
-from pipeline.history.names import Commit, File, find, version_name
+from pipeline.history.names import find_run, version_name
 from pipeline.history.runs import Execution, Known, known
 from pipeline.project.file_locks import locked
 from pipeline.project.folders import HOME_VARIABLE, shared_folder
 from pipeline.project.git import commit_of, git
-from pipeline.project.params import PARAMS_FILE, load_params, section
+from pipeline.project.params import PARAMS_FILE
 from pipeline.show.console import (
     EVENTS_VARIABLE,
     Display,
@@ -50,10 +48,11 @@ from pipeline.show.console import (
     report_console,
     seconds_in_words,
 )
+from pipeline.show.markdown import table
 from pipeline.tracking.connection import connect, named_failure
 from pipeline.tracking.database import database_uri
 from pipeline.tracking.differences import changes
-from pipeline.tracking.keys import flatten, machine_of
+from pipeline.tracking.keys import machine_of
 from pipeline.tracking.provenance import CODE, PATCH
 from pipeline.tracking.run import machine
 
@@ -64,6 +63,11 @@ WORKSPACES = Path(".pipeline") / "reproduced"
 REPRODUCED_TAG = "reproduced"
 """Of a registered version: when and on what it was made again, and with which result."""
 
+_DOUBTS = {
+    "git.untracked": "it used files that git does not have",
+    "lineage.redacted": "secrets were taken out of what it kept",
+}
+"""What is not certain about a run that has the tag."""
 _KEPT = Path(".pipeline") / "kept"
 _DOWNLOADS = Path(".pipeline") / "downloads"
 _OTHERS_MLFLOW = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_RUN_ID")
@@ -82,6 +86,11 @@ class OutputCheck:
     def same(self) -> bool:
         """Whether every byte is the same."""
         return self.recorded == self.now
+
+    @property
+    def verdict(self) -> str:
+        """In words."""
+        return "same" if self.same else f"differs: now {self.now or 'not made'}"
 
 
 @dataclass(slots=True)
@@ -133,7 +142,8 @@ def reproduce(
         job.name,
         "makes it again right now",
     )
-    with alone, _stoppable():
+    with alone, contextlib.ExitStack() as stack:
+        stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, _stop))
         if (job.folder / _KEPT).exists():
             raise InputError(
                 f"{os.path.relpath(job.folder)}: is kept from an earlier `reproduce --keep`; "
@@ -156,14 +166,16 @@ def reproduce(
             else:
                 shutil.rmtree(job.folder, ignore_errors=True)
         differing = [each.path for each in compared if not each.same]
-        console.print(_table(compared))  # first: it must not be lost where MLflow is gone
+        rows = [(each.stage, each.path, each.recorded, each.verdict) for each in compared]
+        shown = table(("stage", "output", "md5", ""), rows, "llll")
+        console.print(Text(shown), soft_wrap=True)  # first: not lost where MLflow is gone
         _mark(job, differing)
         took = seconds_in_words(time.monotonic() - began)
         if differing:
-            doubted = f"; not promised was: {'; '.join(job.doubts)}" if job.doubts else ""
+            doubts = f"; not promised was: {'; '.join(job.doubts)}" if job.doubts else ""
             raise RunError(
                 f"{job.name} does not come out the same: {', '.join(differing)} "
-                f"{'differ' if len(differing) > 1 else 'differs'}{doubted}"
+                f"{'differ' if len(differing) > 1 else 'differs'}{doubts}"
             )
         console.print(Text(f"{job.name}: the same bytes, in {took}", style="green"))
     return compared
@@ -174,24 +186,10 @@ def reproduce(
 
 def _job(root: Path, what: str) -> _Job:
     everything = known(root)
-    found = find(everything, what, Path.cwd())
-    version = None
-    if isinstance(found, Execution):
-        run = found
-        told = [each for each in everything.versions if each.run_id == run.run_id]
-        version = told[0] if told else None
-        name = f"run-{run.run_id[:12]}"
-    elif isinstance(found, File | Commit):
-        raise InputError(f"{what}: is no model version and no run; only these can be made again")
-    else:
-        version = found
-        by_run = everything.by_run(version.run_id)
-        if by_run is None:
-            raise InputError(
-                f"{what}: its run {version.run_id} is gone from MLflow, and with it what it was "
-                "made of; it cannot be made again"
-            )
-        run, name = by_run, f"{version.name}-{version.version}"
+    version, run = find_run(everything, what, Path.cwd())
+    name = f"{version.name}-{version.version}" if version else f"run-{run.run_id[:12]}"
+    if version is None:
+        version = next((each for each in everything.versions if each.run_id == run.run_id), None)
     if not run.outputs:
         status = run.run.info.status if run.run else "unknown"
         raise InputError(
@@ -216,18 +214,9 @@ class _Stopped(KeyboardInterrupt):
     signal = signal.SIGTERM
 
 
-@contextlib.contextmanager
-def _stoppable() -> Iterator[None]:
-    """Within the block SIGTERM unwinds the stack as Ctrl-C does, so that nothing is left."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise _Stopped
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Unwind the stack as Ctrl-C does, so that nothing is left."""
+    raise _Stopped
 
 
 # --- the workspace --------------------------------------------------------------------------------
@@ -235,62 +224,41 @@ def _stoppable() -> Iterator[None]:
 
 def _prepare(job: _Job, display: Display) -> None:
     """Make the workspace with the run's code and parameters; note what is not certain."""
-    kept = job.everything.kept(job.run, f"lineage/{PARAMS_FILE}")
-    patch = job.everything.kept(job.run, f"lineage/{PATCH}")
-    code = job.everything.kept(job.run, f"lineage/{CODE}")
+    params, patch, code = (
+        job.everything.kept(job.run, f"lineage/{name}") for name in (PARAMS_FILE, PATCH, CODE)
+    )
     display.line("", f"{job.name}: {job.run.stage} at commit {job.commit[:10]}")
-    make_workspace(job.root, job.commit, job.folder, params=kept)
+    make_workspace(job.root, job.commit, job.folder, params=params)
     tags = job.run.tags
     if patch:
         _apply(job, patch)
         display.line("", "the edits that were in its tree are put in")
     elif tags.get("git.dirty") == "true":
         job.doubts.append("its tree had edits that no commit has, and they were not kept")
-    if untracked := tags.get("git.untracked"):
-        job.doubts.append(f"it used files that git does not have ({untracked})")
-    if redacted := tags.get("lineage.redacted"):
-        job.doubts.append(f"secrets were taken out of what it kept ({redacted})")
-    if kept is None:
-        job.doubts += _other_params(job)
+    for tag, words in _DOUBTS.items():
+        if value := tags.get(tag):
+            job.doubts.append(f"{words} ({value})")
+    if params is None:
+        job.doubts.append("its params.yaml was not kept, and that of its commit is used")
     if code is None:
         job.doubts.append("which code it ran is known by its commit alone")
     else:
-        job.doubts += _other_code(job.folder, json.loads(code))
+        recorded = json.loads(code).items()
+        differing = [path for path, md5 in recorded if md5_of(job.folder / path) != md5]
+        if differing:
+            job.doubts.append(f"the code is not what it ran: {', '.join(differing)}")
     job.doubts += _other_machine(job.run)
 
 
 def _apply(job: _Job, patch: bytes) -> None:
-    with tempfile.NamedTemporaryFile(suffix=".patch") as file:
-        file.write(patch)
-        file.flush()
-        try:
-            git(job.folder, "apply", "--binary", "--whitespace=nowarn", file.name)
-        except RunError as error:
-            raise RunError(
-                f"{job.name}: the edits kept with its run do not fit its commit ({error})"
-            ) from None
-
-
-def _other_params(job: _Job) -> Iterator[str]:
-    """The run kept no `params.yaml`: what it logged must be what the commit's file gives."""
+    file = job.folder / ".git" / PATCH  # no file of the workspace
+    file.write_bytes(patch)
     try:
-        now = flatten(section(load_params(job.folder / PARAMS_FILE), job.run.stage))
-    except InputError as error:
-        yield f"its params.yaml was not kept, and that of the commit cannot be read ({error})"
-        return
-    logged = job.run.logged
-    differing = changes(
-        *({key: each[key] for key in now.keys() & logged} for each in (logged, now))
-    )
-    if differing:
-        words = ", ".join(map(str, differing))
-        yield f"its params.yaml was not kept, and that of the commit is another one: {words}"
-
-
-def _other_code(folder: Path, recorded: Mapping[str, str]) -> Iterator[str]:
-    differing = [path for path, md5 in recorded.items() if md5_of(folder / path) != md5]
-    if differing:
-        yield f"the code is not what it ran: {', '.join(differing)}"
+        git(job.folder, "apply", "--binary", "--whitespace=nowarn", str(file))
+    except RunError as error:
+        raise RunError(
+            f"{job.name}: the edits kept with its run do not fit its commit ({error})"
+        ) from None
 
 
 def _other_machine(run: Execution) -> Iterator[str]:
@@ -440,25 +408,12 @@ def _mark(job: _Job, differing: list[str]) -> None:
     if job.version is None:
         return
     came = f"differs in {', '.join(differing)}" if differing else "the same bytes"
-    kind = f"{platform.system()} {platform.machine()}"
+    where = f"{platform.system()} {platform.machine()}"
     client = connect(job.root)
     with named_failure(job.root, "did not take what came of it"):
         client.set_model_version_tag(
             job.version.name,
             str(job.version.version),
             REPRODUCED_TAG,
-            f"{date.today()} on {kind}: {came}",
+            f"{date.today()} on {where}: {came}",
         )
-
-
-def _table(compared: list[OutputCheck]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for column in ("stage", "output", "md5", ""):
-        table.add_column(column, no_wrap=column == "output")
-    for each in compared:
-        if each.same:
-            table.add_row(each.stage, each.path, each.recorded, Text("same", style="green"))
-        else:
-            both = f"{each.recorded}, now {each.now or 'not made'}"
-            table.add_row(each.stage, each.path, both, Text("differs", style="bold red"))
-    return table

@@ -6,9 +6,9 @@ lay there. Both name inputs and outputs by DVC's md5, and that is what joins the
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,11 +85,10 @@ class Execution:
 def of_run(run: Run) -> Execution:
     """A run in MLflow as an execution; what did not end well has no outputs."""
     tags = run.data.tags
-    ended = run.info.status == "FINISHED"
     return Execution(
         stage=tags["dvc.stage"],
         inputs=_below(tags, _INPUT),
-        outputs=_below(tags, _OUTPUT) if ended else {},
+        outputs=_below(tags, _OUTPUT) if run.info.status == "FINISHED" else {},
         run=run,
     )
 
@@ -152,18 +151,9 @@ class Known:
         earlier = [each for each in told if not before or each.started <= before]
         return next(iter(earlier or told[::-1] or made), None)
 
-    def by_run(self, run_id: str) -> Execution | None:
-        """The execution of a run in MLflow; also of one that was deleted since."""
-        for each in self.executions:
-            if each.run_id == run_id:
-                return each
-        if self.client is None:
-            return None
-        from pipeline.tracking.mlflow_classes import MlflowException
-
-        with contextlib.suppress(MlflowException, KeyError):  # no such run, or none of a stage
-            return of_run(self.client.get_run(run_id))
-        return None
+    def by_run(self, run_id: str | None) -> Execution | None:
+        """The execution of a run in MLflow."""
+        return next((each for each in self.executions if run_id and each.run_id == run_id), None)
 
     def kept(self, run: Execution, name: str) -> bytes | None:
         """A file that MLflow keeps with a run; None where it keeps none of that name.
@@ -199,7 +189,7 @@ def known(root: Path) -> Known:
             client = connect(root)
             with named_failure(root, "does not list its runs"):
                 runs = [of_run(run) for run in _runs(client)]
-                versions = list(_versions(client))
+                versions = list(_pages(client.search_model_versions))
                 for model in client.search_registered_models():
                     for alias, version in model.aliases.items():
                         aliases.setdefault((model.name, str(version)), []).append(alias)
@@ -211,16 +201,6 @@ def known(root: Path) -> Known:
     return Known(root, client, without, executions, versions, aliases, is_asked)
 
 
-def _versions(client: MlflowClient) -> Iterator[ModelVersion]:
-    token = None
-    while True:
-        page = client.search_model_versions(max_results=_PAGE, page_token=token)
-        yield from page
-        token = page.token
-        if not token:
-            break
-
-
 def _runs(client: MlflowClient) -> Iterator[Run]:
     """The stages' runs, deleted ones too, the newest first."""
     from pipeline.tracking.mlflow_classes import ViewType
@@ -230,19 +210,25 @@ def _runs(client: MlflowClient) -> Iterator[Run]:
         for each in client.search_experiments()
         if each.name.startswith(EXPERIMENT_PREFIX)
     ]
-    token = None
-    while experiments:
-        page = client.search_runs(
+    if experiments:
+        search = partial(
+            client.search_runs,
             experiments,
             run_view_type=ViewType.ALL,
             order_by=["attributes.start_time DESC"],
-            max_results=_PAGE,
-            page_token=token,
         )
-        yield from (run for run in page if "dvc.stage" in run.data.tags)
+        yield from (run for run in _pages(search) if "dvc.stage" in run.data.tags)
+
+
+def _pages(search: Callable[..., Any]) -> Iterator[Any]:
+    """Everything that a search of MLflow's client finds, page by page."""
+    token = None
+    while True:
+        page = search(max_results=_PAGE, page_token=token)
+        yield from page
         token = page.token
         if not token:
-            break
+            return
 
 
 # --- what dvc.lock records ------------------------------------------------------------------------
@@ -294,36 +280,33 @@ def _joined(runs: Sequence[Execution], recorded: Iterable[Execution]) -> list[Ex
 
     A record belongs to every run of its stage that wrote and read just the same bytes.
     """
-    of_runs = list(runs)
-    lone: dict[tuple[Any, ...], Execution] = {}
-    by_outputs: dict[tuple[Any, ...], list[int]] = {}
-    for i, each in enumerate(of_runs):
+    executions = list(runs)
+    by_outcome: dict[tuple[Any, ...], list[int]] = {}
+    for i, each in enumerate(runs):
         if each.outputs:
-            by_outputs.setdefault(_outcome(each), []).append(i)
+            by_outcome.setdefault(_outcome(each), []).append(i)
     for record in recorded:
-        matched = [
+        alike = by_outcome.setdefault(_outcome(record), [])
+        same = [
             i
-            for i in by_outputs.get(_outcome(record), ())
-            if all(record.inputs.get(path) == md5 for path, md5 in of_runs[i].inputs.items())
+            for i in alike
+            if executions[i].inputs.items() <= record.inputs.items()
+            and (executions[i].run or executions[i].code == record.code)
         ]
-        for i in matched:
-            of_runs[i] = _with_record(of_runs[i], record)
-        if not matched:
-            code = tuple(sorted(record.code.items()))
-            key = (*_outcome(record), tuple(sorted(record.inputs.items())), code)
-            lone[key] = _with_record(lone[key], record) if key in lone else record
-    return [*of_runs, *reversed(lone.values())]
+        for i in same:
+            each = executions[i]
+            executions[i] = replace(
+                each,
+                commits=tuple(dict.fromkeys((*each.commits, *record.commits))),
+                here=each.here or record.here,
+                params=each.params or record.params,
+                code=each.code or record.code,
+            )
+        if not same:
+            alike.append(len(executions))
+            executions.append(record)
+    return executions[: len(runs)] + executions[len(runs) :][::-1]
 
 
 def _outcome(each: Execution) -> tuple[Any, ...]:
     return each.stage, tuple(sorted(each.outputs.items()))
-
-
-def _with_record(each: Execution, record: Execution) -> Execution:
-    return replace(
-        each,
-        commits=tuple(dict.fromkeys((*each.commits, *record.commits))),
-        here=each.here or record.here,
-        params=each.params or record.params,
-        code=each.code or record.code,
-    )

@@ -3,15 +3,19 @@ what it does otherwise than the last one."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gpt.base.errors import shortened
+from pipeline.tracking.connection import artifact
 from pipeline.tracking.keys import key_of
+from pipeline.tracking.provenance import CODE
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 NOTHING = "none"
 """What stands for a value that one of both has not."""
@@ -48,6 +52,39 @@ def changes(
     keys = [key for key in dict.fromkeys((*after, *before)) if key not in set(without)]
     pairs = (Change(key, before.get(key), after.get(key)) for key in keys)
     return [each for each in pairs if each.before != each.after]
+
+
+def profile(run: Run, path: str) -> dict[str, str]:
+    """What a run says of an input in figures, as `rows`: `1,300`; nothing of what is no data."""
+    for each in run.inputs.dataset_inputs if run.inputs else ():
+        if each.dataset.name == path and each.dataset.profile:
+            return {key: f"{n:,}" for key, n in json.loads(each.dataset.profile).items()}
+    return {}
+
+
+def changed_code(client: MlflowClient, last: Run, run: Run) -> list[str] | None:
+    """The files of code that differ; None where that cannot be told."""
+    tags = last.data.tags, run.data.tags
+    one, other = (each.get("code") for each in tags)
+    if one and one == other:
+        return []
+    first, second = (_recorded_code(client, each) for each in (last, run))
+    if first and second:
+        return [each.what for each in changes(first, second)]
+    commit = tags[0].get("git.commit")
+    same = bool(commit) and commit == tags[1].get("git.commit")
+    return [] if same and not any(each.get("git.dirty") == "true" for each in tags) else None
+
+
+def _recorded_code(client: MlflowClient, run: Run) -> dict[str, str]:
+    """Path -> md5 of the code that a stage ran; empty where its run does not have it."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        content = artifact(client, run.info.run_id, f"lineage/{CODE}")
+        return dict(json.loads(content)) if content else {}
+    except (MlflowException, OSError, ValueError):  # no reason not to register what was made
+        return {}
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,16 +6,13 @@ what is other than in the version before. The report puts the whole model card i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gpt.base.errors import first_few, shortened
 from pipeline.show.markdown import escaped
-from pipeline.tracking.connection import artifact
-from pipeline.tracking.differences import OF_MODELS, Change, changes
-from pipeline.tracking.provenance import CODE
+from pipeline.tracking.differences import OF_MODELS, Change, changed_code, changes, profile
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -144,7 +141,7 @@ def _differs(client: MlflowClient, last: Run, run: Run) -> _Differs:
         params=changes(before.params, after.params, OF_MODELS),
         data=data,
         profiles=profiles,
-        code=_code(client, last, run),
+        code=changed_code(client, last, run),
         commits=" → ".join(commits) if all(commits) and commits[0] != commits[1] else "",
     )
 
@@ -152,39 +149,6 @@ def _differs(client: MlflowClient, last: Run, run: Run) -> _Differs:
 def _inputs(run: Run) -> dict[str, str]:
     tags = run.data.tags
     return {key.removeprefix(_INPUT): tags[key] for key in tags if key.startswith(_INPUT)}
-
-
-def profile(run: Run, path: str) -> dict[str, str]:
-    """What a run says of an input in figures, as `rows`: `1,300`; nothing of what is no data."""
-    for each in run.inputs.dataset_inputs if run.inputs else ():
-        if each.dataset.name == path and each.dataset.profile:
-            return {key: f"{n:,}" for key, n in json.loads(each.dataset.profile).items()}
-    return {}
-
-
-def _code(client: MlflowClient, last: Run, run: Run) -> list[str] | None:
-    """The files of code that differ; None where that cannot be told."""
-    tags = last.data.tags, run.data.tags
-    one, other = (each.get("code") for each in tags)
-    if one and one == other:
-        return []
-    first, second = (_recorded(client, each) for each in (last, run))
-    if first and second:
-        return [each.what for each in changes(first, second)]
-    commit = tags[0].get("git.commit")
-    same = bool(commit) and commit == tags[1].get("git.commit")
-    return [] if same and not any(each.get("git.dirty") == "true" for each in tags) else None
-
-
-def _recorded(client: MlflowClient, run: Run) -> dict[str, str]:
-    """Path -> md5 of the code that a stage ran; empty where its run does not have it."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        content = artifact(client, run.info.run_id, f"lineage/{CODE}")
-        return dict(json.loads(content)) if content else {}
-    except (MlflowException, OSError, ValueError):  # no reason not to register what was made
-        return {}
 
 
 def _shown(change: Change) -> str:

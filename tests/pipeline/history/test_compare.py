@@ -46,6 +46,7 @@ stages:
     outs: [data/raw/messages]
 """
 MESSAGES = ("text,actual,predicted,probability_ham,probability_spam\n", "win now", "see you", "hi")
+SIDES = ("before", "after")
 TEXTS = "instruction,input,reference,answer\n"
 
 
@@ -206,7 +207,7 @@ def test_all_that_differs_is_said(two):
         "classifier/2 (candidate)  finetune_classifier #2 train.learning_rate=0.0005, ",
         "\nParameters\n  train.learning_rate 0.001 → 0.0005\n\n",
         "\nData\n  data/raw/messages: md5 aaaaaaaa.d… → bbbbbbbb.d…\n    rows 10 → 12\n"
-        "    bytes 1,000 → 1,200\n    source sms: sha256 aaaaaaaaaa… → bbbbbbbbbb…\n"
+        "    bytes 1,000 → 1,200\n    sha256 of the source sms aaaaaaaaaa → bbbbbbbbbb\n"
         "    made by download #1 → #2\n\n",
         f"\nCode\n  commits {first} → {second}\n  1 commit only in the second:\n    ",
         "A constant is larger\n  files that the stage runs and that differ: code.py, other.py\n"
@@ -216,7 +217,7 @@ def test_all_that_differs_is_said(two):
         "| validation_accuracy |          0.5 |         0.75 |      +0.25 |\n",
         "| accuracy | 0.6 (0.1 to 0.9) | 0.8 (0.1 to 0.9) |       +0.2 |\n",
         "\nAnswers: 3 test messages that both were asked; they differ on 2\n"
-        "  see you\n    right  ham\n    classifier/1  ham (87.5%)\n"
+        "  see you\n    right         ham\n    classifier/1  ham (87.5%)\n"
         "    classifier/2  spam (75.0%)\n  hi\n",
     ):
         assert line in text
@@ -225,7 +226,8 @@ def test_all_that_differs_is_said(two):
 
 def test_the_last_lines_are_the_pages_of_mlflow(two):
     lines = printed(two, "classifier/1", "classifier/2").splitlines()[-3:]
-    runs = [compare(two, "classifier/1", "classifier/2").sides[i].run.run_id for i in (0, 1)]
+    found = compare(two, "classifier/1", "classifier/2")
+    runs = [found[side]["run_id"] for side in SIDES]
     assert lines[0].startswith(
         f"comparison: http://127.0.0.1:5000/#/compare-runs?runs=%5B%22{runs[0]}%22%2C%22{runs[1]}"
     )
@@ -235,19 +237,17 @@ def test_the_last_lines_are_the_pages_of_mlflow(two):
 
 
 def test_one_model_is_the_champion_beside_the_candidate(two):
-    sides = compare(two, "classifier").sides
-    assert [side.name for side in sides] == ["classifier/1", "classifier/2"]
-    sides = compare(two, "classifier/2").sides
-    assert [side.name for side in sides] == ["classifier/1", "classifier/2"]
+    for what in ("classifier", "classifier/2"):
+        found = compare(two, what)
+        assert [found[side]["name"] for side in SIDES] == ["classifier/1", "classifier/2"]
 
 
 def test_runs_are_compared_by_the_beginning_of_their_ids(two):
-    runs = [side.run.run_id for side in compare(two, "classifier").sides]
-    found = compare(two, *(run[:12] for run in runs))
-    assert [side.name for side in found.sides] == ["run #1", "run #2"]
-    assert found.params == compare(two, "classifier").params
-    assert found.scores == compare(two, "classifier").scores
-    assert all("/runs/" in found.links[key] for key in ("before", "after"))
+    versions = compare(two, "classifier")
+    found = compare(two, *(versions[side]["run_id"][:12] for side in SIDES))
+    assert [found[side]["name"] for side in SIDES] == ["run #1", "run #2"]
+    assert all(found[key] == versions[key] for key in ("params", "scores"))
+    assert all("/runs/" in found["links"][side] for side in SIDES)
 
 
 def test_a_program_gets_the_same(two, capsys):
@@ -269,7 +269,7 @@ def test_what_is_equal_is_said_to_be(two):
     text = printed(two, "classifier/2", "classifier@candidate")
     assert "\nNothing differs: both are the same run.\n" in text
     assert "Parameters" not in text
-    assert compare(two, "classifier/2", "classifier/2").is_empty
+    assert compare(two, "classifier/2", "classifier/2")["equal"]
 
 
 def test_runs_that_recorded_no_code_are_compared_by_git(tmp_path, empty_database):
@@ -277,8 +277,8 @@ def test_runs_that_recorded_no_code_are_compared_by_git(tmp_path, empty_database
     train(root, 1, rate=0.001, recorded=False)
     commit(root, "Another file", code="a = 3\n", unrelated="c = 1\n")
     train(root, 2, rate=0.001, recorded=False)
-    code = compare(root, "classifier/1", "classifier/2").code
-    assert (code.files, code.known_by) == (("code.py",), "git")
+    code = compare(root, "classifier/1", "classifier/2")["code"]
+    assert (code["files"], code["known_by"]) == (["code.py"], "git")
     text = printed(root, "classifier/1", "classifier/2")
     assert (
         "Answers: none to compare: no run of evaluate asked classifier/1, and data/raw/messages is "
@@ -287,10 +287,10 @@ def test_runs_that_recorded_no_code_are_compared_by_git(tmp_path, empty_database
     assert "Scores" not in text
     # a history that is not here: everything else is said
     shutil.rmtree(root / ".git")
-    code = compare(root, "classifier/1", "classifier/2").code
-    assert code.files is None
-    assert len(code.notes) == 2
-    assert code.differs
+    code = compare(root, "classifier/1", "classifier/2")["code"]
+    assert code["files"] is None
+    assert len(code["notes"]) == 2
+    assert code["differs"]
 
 
 def test_evaluations_on_the_same_data_go_before_newer_ones(tmp_path, empty_database):
@@ -301,8 +301,9 @@ def test_evaluations_on_the_same_data_go_before_newer_ones(tmp_path, empty_datab
     train(root, 2, rate=0.002)
     evaluated(root, 0.7)
     found = compare(root, "classifier/1", "classifier/2")
-    assert [each["accuracy"] for each in found.scores] == [0.6, 0.7]
-    assert "MLflow keeps none of classifier/1's evaluation, and data/raw/messages" in found.asked
+    (accuracy,) = [each for each in found["scores"] if each["name"] == "accuracy"]
+    assert (accuracy["before"], accuracy["after"]) == (0.6, 0.7)
+    assert "MLflow keeps none of classifier/1's evaluation, and data/raw/messages" in found["asked"]
 
 
 def test_assistants_and_bases_are_compared_by_what_they_wrote(tmp_path, empty_database):
@@ -328,15 +329,12 @@ def test_assistants_and_bases_are_compared_by_what_they_wrote(tmp_path, empty_da
             },
         )
     found = compare(root, "assistant/1", "assistant/2")
-    assert found.asked == (
-        "2 test instructions that both were asked; they differ on 1 (0 asked of the first alone, "
-        "1 of the second)"
-    )
-    (answer,) = found.answers
-    assert (answer.asked, answer.right) == ("Name a colour.\nA bright one.", "Green.")
-    assert (answer.before, answer.after) == ("Red.", "Blue.")
-    (answer,) = compare(root, "base/1", "base/2").answers
-    assert (answer.before, answer.after) == ("Once Red.", "Once Blue.")
+    assert found["asked"] == ("2 test instructions that both were asked; they differ on 1")
+    (answer,) = found["answers"]
+    assert (answer["asked"], answer["right"]) == ("Name a colour.\nA bright one.", "Green.")
+    assert (answer["before"], answer["after"]) == ("Red.", "Blue.")
+    (answer,) = compare(root, "base/1", "base/2")["answers"]
+    assert (answer["before"], answer["after"]) == ("Once Red.", "Once Blue.")
     with pytest.raises(InputError, match=r"base/1 is made by pretrain and assistant/1 by f[^\n]*$"):
         compare(root, "base/1", "assistant/1")
     with pytest.raises(InputError, match=r"base: has no champion to compare with; name two [^\n]*"):
@@ -346,9 +344,9 @@ def test_assistants_and_bases_are_compared_by_what_they_wrote(tmp_path, empty_da
 def test_errors_are_one_line(two, tmp_path):
     for what, said in (
         ("classifier/7", "classifier/7: classifier has no such version; its versions are 1, 2"),
-        ("HEAD", "HEAD: is no version of a model and no run; name two such as"),
-        ("models/classifier", "models/classifier: is no version of a model and no run"),
-        (compare(two, "classifier").sides[0].run.run_id, "with which run"),
+        ("HEAD", "HEAD: is no model version and no run; name one, such as classifier/2"),
+        ("models/classifier", "models/classifier: is no model version and no run"),
+        (compare(two, "classifier")["before"]["run_id"], "with which run"),
     ):
         with pytest.raises(InputError) as caught:
             compare(two, what)

@@ -82,57 +82,57 @@ def project(made, tmp_path, monkeypatch):
 
 def test_classifiers_are_asked_the_test_messages_and_shown_where_they_differ(project):
     found = compare(project, "classifier/1", "classifier/2", answers=3)
-    n = int(found.asked.split()[0])
+    n = int(found["asked"].split()[0])
     assert 5 < n < 30
-    assert found.asked == f"{n} test messages, asked of both now; they differ on {n}"
-    assert len(found.answers) == 3
-    for each in found.answers:
-        assert (each.before, each.after) == ("ham (100.0%)", "spam (100.0%)")
-        assert each.right == ("spam" if each.asked.startswith("win") else "ham")
+    assert found["asked"] == f"{n} test messages, asked of both now; they differ on {n}"
+    assert len(found["answers"]) == 3
+    for each in found["answers"]:
+        assert (each["before"], each["after"]) == ("ham (100.0%)", "spam (100.0%)")
+        assert each["right"] == ("spam" if each["asked"].startswith("win") else "ham")
 
 
 def test_assistants_are_asked_as_many_test_instructions_as_are_shown(project):
     found = compare(project, "assistant/1", "assistant/2", answers=2)
-    assert found.asked.startswith("2 of ")
-    assert found.asked.endswith(" test instructions, asked of both now; they differ on 2")
-    assert len(found.answers) == 2
-    assert all(each.asked.startswith("Say ") for each in found.answers)
-    assert all(each.before != each.after for each in found.answers)
+    assert found["asked"].startswith("2 of ")
+    assert found["asked"].endswith(" test instructions, asked of both now; they differ on 2")
+    assert len(found["answers"]) == 2
+    assert all(each["asked"].startswith("Say ") for each in found["answers"])
+    assert all(each["before"] != each["after"] for each in found["answers"])
 
 
 def test_no_answers_are_made_where_none_are_to_be_shown(project):
     found = compare(project, "classifier/1", "classifier/2", answers=0)
     said = "none to compare: no run of evaluate asked classifier/1"
-    assert (found.answers, found.asked) == ([], said)
+    assert (found["answers"], found["asked"]) == ([], said)
 
 
 def test_a_version_of_another_split_may_know_what_it_is_asked(project):
     register(project, "classifier", 2, split={**SPLIT, "seed": 7})
     found = compare(project, "classifier/2", "classifier/3")
-    assert found.asked.endswith("; classifier/2 learnt from another split and may know them")
+    assert found["asked"].endswith("; classifier/2 learnt from another split and may know them")
     agreed = compare(project, "classifier/1", "classifier/3")
-    assert "; they differ on 0; " in agreed.asked
-    assert agreed.answers == []
+    assert "; they differ on 0; " in agreed["asked"]
+    assert agreed["answers"] == []
 
 
 def test_a_run_is_asked_by_the_version_that_has_its_bytes(project):
     runs = connect(project).search_model_versions("name = 'classifier'")
     ids = {int(each.version): each.run_id for each in runs}
     found = compare(project, ids[1], ids[2])
-    assert "asked of both now; they differ" in found.asked
+    assert "asked of both now; they differ" in found["asked"]
     connect(project).delete_model_version("classifier", "1")
     found = compare(project, ids[1], ids[2])
-    assert found.asked.endswith(", and the model of run #1 is not registered")
+    assert found["asked"].endswith(", and the model of run #1 is not registered")
 
 
 def test_what_is_missing_is_said_in_one_line_and_the_rest_is_compared(project):
     shutil.rmtree(project / "data/raw/messages")
     found = compare(project, "classifier/1", "classifier/2")
-    assert found.asked == (
+    assert found["asked"] == (
         "none to compare: no run of evaluate asked classifier/1, and data/raw/messages is not "
         "here; `dvc pull` brings it"
     )
-    assert [str(each) for each in found.params] == ["seed 0 → 1"]
+    assert found["params"] == [{"what": "seed", "before": "0", "after": "1"}]
 
 
 def test_files_that_are_gone_or_damaged_are_named_as_the_registry_does(project, made):
@@ -143,10 +143,10 @@ def test_files_that_are_gone_or_damaged_are_named_as_the_registry_does(project, 
     config.write_text(json.dumps({"n_layer": 1}))
     client = connect(project)
     client.create_model_version("assistant", str(stored), version.run_id, tags={"md5": "x"})
-    said = compare(project, "assistant/1", "assistant/3").asked
+    said = compare(project, "assistant/1", "assistant/3")["asked"]
     assert ", and models:/assistant/3: its files are damaged (config.j" in said
     shutil.rmtree(stored)
-    said = compare(project, "assistant/1", "assistant/3").asked
+    said = compare(project, "assistant/1", "assistant/3")["asked"]
     assert ", and models:/assistant/3: its files are gone or cannot be" in said
     assert "\n" not in said
 
