@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpt.base.errors import InputError
+from gpt.base.errors import InputError, first_few
 from gpt.base.files import read_json
 from gpt.text.records import SOURCES, RawFile, instructions_in, messages_in, read_sources
 from gpt.tokens.tokenizer import Tokenizer, load_tokenizer
+from pipeline.project.secrets import without_credentials
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,6 +65,12 @@ class RawSource:
     def urls(self) -> list[str]:
         """Where it is published."""
         return list(dict.fromkeys(file.url for file in self.files if file.url))
+
+    @property
+    def origin(self) -> str:
+        """Where it is published, in words."""
+        urls = [without_credentials(url) for url in self.urls]
+        return first_few(urls, 1) or "local or built in"
 
 
 def raw_sources(folder: Path) -> list[RawSource]:

@@ -1,64 +1,51 @@
-"""The report of a run as files: `reports/report.html`, one file to send around, and
-`reports/report.md` with its pictures.
-
-Texts, labels and names come from outside: in the page they are escaped by the template's engine, in
-Markdown by `pipeline.show.markdown`.
+"""The report of a run as files: `reports/report.md` with its plots, and `reports/report.html`, the
+same as one file to send around.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
-from jinja2 import Environment, StrictUndefined
 
-from gpt.base.errors import InputError, in_one_line, shortened
+from gpt.base.errors import InputError, in_one_line
 from gpt.base.files import whole_directory, whole_file
+from gpt.base.labels import class_key, class_of
 from pipeline.project.stage_table import STAGES
-from pipeline.report.content import (
-    Block,
-    Gallery,
-    Grid,
-    Heading,
-    Paragraph,
-    Picture,
-    Pictures,
-    Section,
-    Texts,
-    Verdict,
-    Verdicts,
-    accuracies,
-    sections,
-)
-from pipeline.report.facts import Facts
-from pipeline.show.markdown import escaped, shown, table, visible
+from pipeline.report.facts import PREDICTIONS, Facts
+from pipeline.show.console import seconds_in_words
+from pipeline.show.documents import fill, html_page
+from pipeline.show.markdown import NOTHING
 from pipeline.show.plots import draw_confusion, draw_curves, draw_scores
+from pipeline.verdict.promotion import Decision
 
-PAGE = Path("reports/report.html")
+HTML = Path("reports/report.html")
 MARKDOWN = Path("reports/report.md")
-PICTURES = Path("reports/report")
+PLOTS = Path("reports/report")
+TEMPLATES = Path(__file__).parent
 
-_TEMPLATE = Path(__file__).with_name("report.html")
-_LONGEST = 600  # characters of a text that is compared
+_BASES = ("pretrain", "gpt2")
+_IN_NATS = ("loss", "perplexity", "bits_per_byte")
+"""The scores that are not shares."""
+_EVALUATED = {
+    "base": ("pretrain", "loss"),
+    "classifier": ("classifier", "accuracy"),
+    "assistant": ("assistant", "loss"),
+}
+"""By registered model: what the evaluation calls it, and its most telling score."""
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
-    """Where the report is."""
+def write_report(root: Path, facts: Facts) -> list[Path]:
+    """Write the page, its Markdown and the plots, each as a whole.
 
-    page: Path
-    markdown: Path
-    pictures: list[Path]
-
-
-def write_report(root: Path, facts: Facts) -> Report:
-    """Write the page, its Markdown and the pictures, each as a whole.
+    Returns:
+        The plots.
 
     Raises:
         InputError: a table that is drawn cannot be read.
@@ -66,127 +53,165 @@ def write_report(root: Path, facts: Facts) -> Report:
     lock = root / ".pipeline" / "report.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(lock):  # a run may end while a person asks for the report
-        with whole_directory(root / PICTURES) as folder:
-            pictures = _draw(facts, folder)
-        content = sections(facts, pictures)
-        drawn = sorted((root / PICTURES).iterdir())
-        for path, text in ((PAGE, as_html(content, drawn)), (MARKDOWN, as_markdown(content))):
-            with whole_file(root / path) as partial:
-                partial.write_text(text, encoding="utf-8", newline="\n")
-    return Report(root / PAGE, root / MARKDOWN, drawn)
+        with whole_directory(root / PLOTS) as folder:
+            _draw(root, facts, folder)
+        plots = sorted((root / PLOTS).iterdir())
+        names = [path.name for path in plots]
+        text = fill(TEMPLATES / "report.md", plots=names, **values(facts))
+        page = html_page(text, TEMPLATES / "report.html", root / "reports")
+        for path, content in ((MARKDOWN, text), (HTML, page)):
+            with whole_file(root / path) as file:
+                file.write_text(content, encoding="utf-8", newline="\n")
+    return plots
 
 
-# --- pictures -------------------------------------------------------------------------------------
+# --- plots ----------------------------------------------------------------------------------------
 
 
-def _draw(facts: Facts, folder: Path) -> Pictures:
-    compared, confusion, curves = [], [], []
-    if scores := accuracies(facts):
-        file = "accuracies.png"
-        majority = facts.evaluation["classifier"].get("majority_accuracy")
+def _draw(root: Path, facts: Facts, folder: Path) -> None:
+    if scores := _accuracies(facts):
+        majority = facts.scores("classifier").get("majority_accuracy")
         draw_scores(
-            folder / file,
+            folder / "accuracies.png",
             "The classifier's test part: who gets how much right",
             {
-                name.partition(" (")[0]: (accuracy.value, accuracy.low, accuracy.high)
-                for name, (accuracy, _) in scores.items()
+                name.partition(" (")[0]: (
+                    of["accuracy"],
+                    of.get("accuracy_low"),
+                    of.get("accuracy_high"),
+                )
+                for name, of in scores.items()
             },
             "accuracy, with its 95 % interval",
-            ("always the most frequent class", majority.value) if majority else None,
+            ("always the most frequent class", majority) if majority is not None else None,
         )
-        compared.append(Picture(file, "Accuracy without, with little and with all training"))
-    if facts.confusion:
-        with _readable(facts.confusion):
-            drawn = draw_confusion(facts.confusion, folder, parts=["test"])
-        confusion = [Picture(path.name, "Which classes were taken for which") for path in drawn]
-    for stage, history in facts.histories.items():
-        with tempfile.TemporaryDirectory() as scratch, _readable(history):
-            for path in draw_curves(
-                history, STAGES[stage].title, Path(scratch), learning_rate=False
-            ):
-                name = f"{stage}_{path.name}"
-                shutil.move(path, folder / name)
-                curves.append(Picture(name, f"{stage}: {path.stem.replace('_', ' ')}"))
-    return Pictures(compared, confusion, curves)
+    confusion = root / PREDICTIONS / "classifier_confusion.csv"
+    if confusion.is_file():
+        with _readable(confusion):
+            draw_confusion(confusion, folder, parts=["test"])
+    for stage, spec in STAGES.items():
+        history = root / "reports" / stage / "history.csv"
+        if history.is_file():
+            with tempfile.TemporaryDirectory() as scratch, _readable(history):
+                plots = draw_curves(history, spec.title, Path(scratch), learning_rate=False)
+                for path in plots:
+                    shutil.move(path, folder / f"{stage}_{path.name}")
 
 
 @contextlib.contextmanager
 def _readable(table: Path) -> Iterator[None]:
-    """Within the block a table that is cut off or holds something else is told in one line."""
+    """Within the block a table that is cut off or holds something else is an error of one line."""
     try:
         yield
     except (KeyError, ValueError) as error:
-        why = in_one_line(error)
         raise InputError(
-            f"{table}: cannot be drawn ({why}); run the stage again: `gpt-pipeline run --force`"
+            f"{table}: cannot be drawn ({in_one_line(error)}); run the stage again: "
+            "`gpt-pipeline run --force`"
         ) from None
 
 
-# --- HTML -----------------------------------------------------------------------------------------
+# --- what the templates are filled with -----------------------------------------------------------
 
 
-def as_html(content: Sequence[Section], pictures: Sequence[Path]) -> str:
-    """The page, pictures and all, in one file that loads nothing and runs nothing."""
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+def values(facts: Facts) -> dict[str, Any]:
+    """What the templates of the page, the card and the terminal's summary are filled with."""
+    classifier = facts.scores("classifier")
+    recalls = [name.removeprefix("recall_") for name in classifier if name.startswith("recall_")]
+    bases = {name: facts.scores(name) for name in _BASES}
+    parts = [name.partition("/")[2] for scores in bases.values() for name in scores if "/" in name]
+    return {
+        "facts": facts,
+        "verdicts": verdicts(facts),
+        "bases": bases,
+        "text_sources": dict.fromkeys(parts),
+        "accuracies": _accuracies(facts),
+        "classifier": classifier,
+        "class_key": class_key,
+        "classes": sorted(filter(None, map(class_of, recalls))),
+        "assistant": facts.scores("assistant"),
+        "date": lambda time: time and f"{time:%Y-%m-%d %H:%M}",
+        "decimal": figure,
+        "percent": percent,
+        "seconds": lambda seconds: None if seconds is None else seconds_in_words(seconds),
+    }
+
+
+def figure(
+    of: Mapping[str, float], name: str, digits: int = 3, *, scale: float = 1, unit: str = ""
+) -> str | None:
+    """A score with its interval, `4.166 (4.102-4.230)`; None where it was not measured."""
+    if name not in of:
+        return None
+    value, low, high = (
+        None if end is None else f"{end * scale:,.{digits}f}"
+        for end in (of[name], of.get(f"{name}_low"), of.get(f"{name}_high"))
     )
-    environment.filters.update(shown=shown, line=_in_full, lines=_lines)
-    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(
-        sections=content,
-        data={
-            path.name: f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
-            for path in pictures
-        },
+    interval = "" if low is None or high is None else f" ({low}\N{EN DASH}{high})"
+    return f"{value}{unit}{interval}"
+
+
+percent = partial(figure, digits=1, scale=100, unit=" %")
+"""The same of a share: `98.8 % (97.3-99.6)`."""
+
+
+def _accuracies(facts: Facts) -> dict[str, dict[str, float]]:
+    """By who classified and how: `accuracy` and `f1_macro` on the classifier's test part."""
+    found = {}
+    for base in _BASES:
+        scores = facts.scores(base)
+        shots = f"few-shot ({scores.get('few_shot_examples', 0):,.1f} examples)"
+        for method, words in (("zero_shot_", "zero-shot"), ("few_shot_", shots)):
+            found[f"{base}, {words}"] = {
+                name.removeprefix(method): n for name, n in scores.items() if method in name
+            }
+    base_of = facts.base_of("finetune_classifier")
+    found[f"{base_of or 'classifier'}, fine-tuned"] = facts.scores("classifier")
+    return {name: of for name, of in found.items() if "accuracy" in of}
+
+
+def verdicts(facts: Facts) -> list[dict[str, Any]]:
+    """Of every model that was evaluated or compared: its score, and what was decided and why."""
+    found = []
+    for name in dict.fromkeys([*_EVALUATED, *facts.decisions]):
+        decision = facts.decisions.get(name)
+        version = facts.versions.get(name)
+        if decision and version not in (None, decision.version):
+            decision = None  # of an earlier version
+        if decision:
+            version = decision.version
+        model, score = _EVALUATED.get(name, ("", decision.score if decision else ""))
+        measured = facts.scores(model)
+        if score not in measured and decision and decision.new is not None:
+            score, measured = decision.score, {decision.score: decision.new}
+        in_words = figure if score in _IN_NATS else percent
+        found.append(
+            {
+                "title": name.capitalize() + (f", version {version}" if version else ""),
+                "decision": decision,
+                "score": f"{in_words(measured, score) or NOTHING} {score}",
+                "why": _why(decision) if decision else "",
+            }
+        )
+    return found
+
+
+def _why(decision: Decision) -> str:
+    why = f"{decision.why[:1].upper()}{decision.why[1:].rstrip('.')}."
+    if decision.old is None or decision.new is None:
+        return why
+    in_nats = decision.score in _IN_NATS
+    old, new = (
+        (figure if in_nats else percent)({decision.score: value}, decision.score)
+        for value in (decision.old, decision.new)
     )
-
-
-def _in_full(text: str) -> str:
-    return visible(text, limit=None)
-
-
-def _lines(text: str) -> str:
-    """A text with its line breaks, shortened; what cannot be seen is spelt out."""
-    return "\n".join(map(_in_full, _excerpt(text).splitlines()))
-
-
-def _excerpt(text: str) -> str:
-    text = text.strip()
-    return shortened(text, _LONGEST) or "(empty)"
-
-
-# --- Markdown -------------------------------------------------------------------------------------
-
-
-def as_markdown(content: Sequence[Section]) -> str:
-    """The same in Markdown; the pictures are files in the folder `report` beside it."""
-    parts = []
-    for i, section in enumerate(content):
-        parts.append(f"{'##' if i else '#'} {escaped(section.title)}")
-        parts += [_markdown(block) for block in section.blocks]
-    return "\n\n".join(parts) + "\n"
-
-
-def _markdown(block: Block) -> str:
-    match block:
-        case Heading(text):
-            return f"### {escaped(text)}"
-        case Paragraph(text):
-            return escaped(text)
-        case Grid(columns, rows, align):
-            return table(columns, rows, align.replace("c", "l"))
-        case Picture(file, title):
-            return f"![{escaped(title)}]({PICTURES.name}/{file})"
-        case Gallery(pictures):
-            return "\n\n".join(map(_markdown, pictures))
-        case Verdicts(verdicts):
-            return "\n".join(map(_verdict, verdicts))
-        case Texts(task, answers):
-            lines = [f"- {who}: {escaped(_excerpt(text))}" for who, text in answers]
-            return "\n".join([f"**{escaped(_excerpt(task))}**\n", *lines])
-
-
-def _verdict(verdict: Verdict) -> str:
-    head = f"**{escaped(verdict.model)}: {verdict.verdict}.**"
-    score = escaped(f"{verdict.of.capitalize()}: {verdict.score}.")
-    return f"- {head} {' '.join([score, *map(escaped, verdict.why)])}"
+    scale, digits, unit = (1, 3, "") if in_nats else (100, 1, " points")
+    difference, *interval = [
+        f"{end * scale:+.{digits}f}"
+        for end in (decision.difference, decision.low, decision.high)
+        if end is not None
+    ]
+    return (
+        f"{why} Champion (version {decision.champion}): {decision.score} {old}, this version: "
+        f"{new}, difference {difference}{unit} ({' to '.join(interval)}) on "
+        f"{decision.examples:,} examples."
+    )

@@ -5,59 +5,43 @@ Written as one HTML page and as Markdown (`pipeline.report.page`); the terminal 
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
-from datetime import datetime
 from hashlib import sha256
 from pathlib import Path
-from pprint import pformat
 
-from rich import box
-from rich.console import Console, RenderableType
-from rich.padding import Padding
-from rich.table import Table
-from rich.text import Text
+from rich.console import Console
 
-from gpt.base.errors import RunError, in_one_line
-from gpt.base.files import write_json
+from gpt.base.errors import InputError, RunError, in_one_line
+from gpt.base.files import read_json, write_json
 from pipeline.report.card import model_card
-from pipeline.report.content import (
-    Grid,
-    Verdict,
-    assistant_in_short,
-    bases,
-    before_and_after,
-    classes,
-    classifier_in_short,
-    costs,
-    spread,
-    verdicts,
-    what_fine_tuning_buys,
-)
-from pipeline.report.facts import Answer, Facts, report_facts
-from pipeline.report.page import MARKDOWN, PAGE, PICTURES, Report, write_report
+from pipeline.report.facts import Facts, report_facts
+from pipeline.report.page import HTML, MARKDOWN, PLOTS, TEMPLATES, values, write_report
 from pipeline.show.console import safe_console
-from pipeline.show.markdown import shown, visible
-from pipeline.tracking.connection import connect
+from pipeline.show.documents import fill, print_markdown
+from pipeline.tracking.connection import connect, tracking_uri
+from pipeline.tracking.provenance import git_state
 
-SHOWN_ANSWERS = 3
-_TOLD = Path(".pipeline/report.json")
-"""Which facts the report that was written last told."""
-
-_NEXT = (
-    ("talk to the assistant", "gpt-pipeline chat"),
-    ("classify a message", 'gpt-pipeline classify "You won a free cruise! Text SEA to 80800"'),
-    ("let the base model write", 'gpt-pipeline generate "The old clock"'),
-    ("compare runs and models", "make ui"),
-    ("change something", "edit params.yaml, then gpt-pipeline status and make run"),
+_SUMMARY = Path(".pipeline/report.json")
+"""The summary that was printed last, and a digest of what it was made from."""
+_SOURCES = (
+    "LICENSE",
+    "dvc.lock",
+    "*/dvc.lock",
+    "data/raw/*/sources.json",
+    "reports/*/*.json",
+    "reports/*/history.csv",
+    "reports/evaluation/predictions/*.csv",
+    ".pipeline/runs/*.json",
+    ".pipeline/promotion.json",
+    ".pipeline/champion/*.csv",
 )
-_EXCERPT = 90  # characters of an answer
+"""The files that the report is made from."""
 
 
 def print_report(root: Path, console: Console | None = None, *, always: bool = True) -> None:
-    """Print the report of the project's last results in short, and write it anew.
+    """Print the report of the project's last results in short, and rewrite it.
 
-    MLflow keeps what was written beside the evaluation's run, and each registered version's card.
+    MLflow keeps what was written with the run of `evaluate`, and the card of each registered
+    version.
 
     Args:
         root: the project.
@@ -68,40 +52,44 @@ def print_report(root: Path, console: Console | None = None, *, always: bool = T
         InputError: the pipeline has not been run to its end.
     """
     console = safe_console(console)
-    facts = report_facts(root, ask=always)
-    if always or not _is_told(root, facts):
-        report = write_report(root, facts)
-        if kept := _keep_in_mlflow(root, facts, report):
-            console.print(_text(kept), style="yellow", soft_wrap=True)
-        write_json(root / _TOLD, _fingerprint(facts))
-    for title, parts in _parts(facts):
-        console.print()
-        console.print(Text(title, style="bold"))
-        for part in parts:
-            console.print(Padding(part, (0, 0, 0, 2)))
-    console.print(Text(f"\n{PAGE.as_posix()}: the whole report; {MARKDOWN.as_posix()}: the same"))
+    made_from = _digest(root)
+    summary = None if always else _last_summary(root, made_from)
+    if summary is None:
+        facts = report_facts(root)
+        write_report(root, facts)
+        summary = fill(TEMPLATES / "summary.md", **values(facts))
+        if refused := _keep_in_mlflow(root, facts):
+            console.print(refused, style="yellow", soft_wrap=True)
+        if not facts.tracking and not refused:  # otherwise MLflow is asked again the next time
+            write_json(root / _SUMMARY, {"made_from": made_from, "summary": summary})
+    print_markdown(console, summary)
 
 
-def _fingerprint(facts: Facts) -> str:
-    """Tells facts apart, but for the time at which they were gathered."""
-    # in which order things were read is no news
-    told = pformat(replace(facts, made=datetime.min), sort_dicts=True)
-    return sha256(told.encode()).hexdigest()
+def _digest(root: Path) -> str:
+    """Of everything that the report is made from; what MLflow says of a run does not change."""
+    digest = sha256(repr((git_state(root), tracking_uri(root))).encode())
+    for pattern in _SOURCES:
+        for path in sorted(root.glob(pattern)):
+            digest.update(
+                f"{path.relative_to(root)} {sha256(path.read_bytes()).hexdigest()}".encode()
+            )
+    return digest.hexdigest()
 
 
-def _is_told(root: Path, facts: Facts) -> bool:
+def _last_summary(root: Path, made_from: str) -> str | None:
+    """The summary of the report if that is still there, and what it was made from."""
+    if not all((root / path).exists() for path in (HTML, MARKDOWN, PLOTS)):
+        return None
     try:
-        told = json.loads((root / _TOLD).read_text())
-    except (OSError, ValueError):
-        return False
-    there = all((root / each).exists() for each in (PAGE, MARKDOWN, PICTURES))
-    return bool(there and told == _fingerprint(facts))
+        last = read_json(root / _SUMMARY, missing="", remedy="")
+        return str(last["summary"]) if last["made_from"] == made_from else None
+    except (InputError, KeyError):
+        return None
 
 
-def _keep_in_mlflow(root: Path, facts: Facts, report: Report) -> str:
+def _keep_in_mlflow(root: Path, facts: Facts) -> str:
     """Why MLflow did not take the report and the cards; empty if it did."""
-    evaluated = facts.executions.get("evaluate")
-    run_id = evaluated.run_id if evaluated else None
+    run_id = facts.runs["evaluate"].run_id if "evaluate" in facts.runs else None
     if run_id is None and not facts.versions:
         return ""  # the report says why
     from pipeline.tracking.mlflow_classes import MlflowException
@@ -111,81 +99,8 @@ def _keep_in_mlflow(root: Path, facts: Facts, report: Report) -> str:
         for name, version in facts.versions.items():
             client.update_model_version(name, str(version), model_card(facts, name))
         if run_id is not None:
-            client.log_artifact(run_id, str(report.page), "report")
+            client.log_artifact(run_id, str(root / HTML), "report")
     except (RunError, MlflowException, OSError) as error:
         why = in_one_line(error)
         return f"MLflow did not take the report; `gpt-pipeline report` tries again: {why}"
     return ""
-
-
-def _parts(facts: Facts) -> list[tuple[str, list[RenderableType]]]:
-    parts: list[tuple[str, list[RenderableType]]] = []
-    if facts.executions:
-        parts.append(("Stages", [_table(costs(facts), without="code"), _text(facts.tracking)]))
-    return [
-        *parts,
-        ("Verdicts", [_verdict(each) for each in verdicts(facts)]),
-        ("Base models, on the validation text", [_table(bases(facts))]),
-        (
-            "Classifier",
-            [
-                _text(classifier_in_short(facts)),
-                Text(),
-                _table(what_fine_tuning_buys(facts)),
-                Text(),
-                _table(classes(facts)),
-            ],
-        ),
-        (
-            "Assistant",
-            [
-                _text(assistant_in_short(facts)),
-                Text(),
-                _table(before_and_after(facts)),
-                Text(),
-                _samples(spread(facts.answers, SHOWN_ANSWERS)),
-            ],
-        ),
-        ("Next", [_next()]),
-    ]
-
-
-def _text(text: str) -> Text:
-    return Text(visible(text, limit=None))  # as text: a label or an answer is not markup
-
-
-def _table(grid: Grid, without: str | None = None) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    kept = [i for i, column in enumerate(grid.columns) if column != without]
-    for i in kept:
-        table.add_column(
-            grid.columns[i], justify="right" if grid.align[i] == "r" else "left", no_wrap=i == 0
-        )
-    for row in grid.rows:
-        table.add_row(*(Text(shown(row[i])) for i in kept))
-    return table
-
-
-def _verdict(verdict: Verdict) -> Text:
-    style = {"promoted": "green", "kept": "yellow"}.get(verdict.state, "dim")
-    line = Text(f"{visible(verdict.model)}: ") + Text(verdict.verdict, style=style)
-    said = [f"; {verdict.score} {verdict.of}.", *verdict.why]
-    return line + Text(visible(" ".join(said), limit=None))
-
-
-def _samples(answers: list[Answer]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, expand=True)
-    for column in ("instruction", "before", "after"):
-        table.add_column(column, ratio=1)
-    for answer in answers:
-        cells = (answer.task, answer.base, answer.assistant)
-        table.add_row(*(Text(visible(cell, limit=_EXCERPT)) for cell in cells))
-        table.add_row()
-    return table
-
-
-def _next() -> Table:
-    table = Table.grid(padding=(0, 3))
-    for what, command in _NEXT:
-        table.add_row(what, Text(command, style="bold"))
-    return table

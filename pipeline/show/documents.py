@@ -1,4 +1,4 @@
-"""Documents made from Markdown templates: files, one HTML page, and what the terminal shows.
+"""Documents made from Markdown templates: Markdown files, an HTML page, and terminal output.
 
 Every value that a template is filled with is escaped, so text from outside stays text. A template
 must not start a line with a value: `#` or `-` would be markup there.
@@ -6,19 +6,24 @@ must not start a line with a value: `#` or `-` would be markup there.
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from string import Template
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markdown_it import MarkdownIt
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.markup import escape
 
 from pipeline.show.markdown import (
     EXCERPT,
+    LINE_BREAK,
     escaped,
+    label_of,
     name_of,
     padded_table,
     ratio,
@@ -55,10 +60,37 @@ def _filled(template: Path, finalize: Callable[[Any], str], values: Mapping[str,
         finalize=finalize,
         trim_blocks=True,
         lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
-    environment.filters.update(excerpt=_excerpt, name=name_of, ratio=ratio, share=share_of)
+    environment.filters.update(
+        excerpt=_excerpt, label=label_of, name=name_of, ratio=ratio, share=share_of
+    )
     text = environment.get_template(template.name).render(values)
     return _TABLE.sub(lambda match: padded_table(match[0]), f"{text}\n")
+
+
+def html_page(text: str, shell: Path, folder: Path) -> str:
+    """Markdown as one HTML file that loads nothing and runs nothing.
+
+    Args:
+        text: the document; its first heading is the page's title, the second-level ones are linked.
+        shell: the HTML around it, with `$title`, `$links` and `$body`.
+        folder: where the paths of its images start.
+    """
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
+    body = body.replace(f" {LINE_BREAK} ", "<br>")
+    links = []
+    for i, title in enumerate(re.findall("<h2>(.*?)</h2>", body)):
+        body = body.replace("<h2>", f'<h2 id="s{i}">', 1)
+        links.append(f'<a href="#s{i}">{title}</a>')
+    _, title, _ = re.split("</?h1>", body, maxsplit=2)
+    body = re.sub(r'(?<=<img src=")[\w./-]+(?=")', lambda match: _data_uri(folder / match[0]), body)
+    page = Template(shell.read_text(encoding="utf-8"))
+    return page.substitute(title=title, links="\n".join(links), body=body)
+
+
+def _data_uri(image: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(image.read_bytes()).decode()}"
 
 
 def print_markdown(console: Console, text: str) -> None:

@@ -13,6 +13,8 @@ Cell = str | int | float | None
 EXCERPT = 160
 """Characters of a text in a table."""
 NOTHING = "—"
+LINE_BREAK = "↵"
+"""Stands for a line break in a text that is shown in one line."""
 
 
 def share_of(part: float, whole: float) -> str:
@@ -97,7 +99,7 @@ _LINE_END = re.compile(r"\s*[\n\r\v\f\x85\u2028\u2029]\s*")
 
 def visible(text: str, limit: int | None = EXCERPT) -> str:
     """Text in one line, shortened; what cannot be seen is spelt out, as ⟨U+202E⟩."""
-    line = " ".join(_LINE_END.sub(" ↵ ", text.strip()).split())
+    line = " ".join(_LINE_END.sub(f" {LINE_BREAK} ", text.strip()).split())
     if limit is not None:
         line = shortened(line, limit)
     return "".join(f"⟨U+{ord(c):04X}⟩" if unicodedata.category(c)[0] == "C" else c for c in line)

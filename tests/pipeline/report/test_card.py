@@ -10,8 +10,9 @@ from report_project import MD5, add_verdicts, decision, evaluation, make_report_
 
 from gpt.base.errors import InputError
 from pipeline.report.card import model_card
-from pipeline.report.facts import Execution, Scores, report_facts
+from pipeline.report.facts import LastRun, report_facts
 from pipeline.tracking.connection import connect
+from pipeline.tracking.keys import flatten_metrics
 from pipeline.tracking.version_page import LONGEST
 
 MODELS = ("base", "classifier", "assistant", "preferred")
@@ -41,22 +42,22 @@ def test_every_card_has_the_same_parts(facts, name):
 
 
 def test_the_scores_are_those_of_the_evaluation_with_their_intervals(facts):
-    of = facts.evaluation["classifier"].figures
+    of = facts.scores("classifier")
     low, value, high = (of[f"accuracy{end}"] * 100 for end in ("_low", "", "_high"))
     card = model_card(facts, "classifier")
     assert f"{value:.1f} % ({low:.1f}–{high:.1f})" in card
     assert f"| ham   |    {of['precision_ham'] * 100:.1f} % |" in card
     assert f"{of['majority_accuracy'] * 100:.1f} %" in card
-    of = facts.evaluation["assistant"].figures
+    of = facts.scores("assistant")
     card = model_card(facts, "assistant")
     assert f"{of['base_rouge_l'] * 100:.1f} % (" in card
     assert f"{of['loss']:.3f} ({of['loss_low']:.3f}–{of['loss_high']:.3f})" in card
-    assert f"{facts.evaluation['pretrain'].figures['perplexity']:.1f}" in model_card(facts, "base")
+    assert f"{facts.scores('pretrain')['perplexity']:.1f}" in model_card(facts, "base")
 
 
 def test_it_says_from_what_it_was_made(facts):
-    run = Execution(commit="c" * 40, dirty=True, params={"train.epochs": "3", "base": "gpt2"})
-    facts = dataclasses.replace(facts, executions={"finetune_classifier": run})
+    run = LastRun(commit="c" * 40, dirty=True, params={"train.epochs": "3", "base": "gpt2"})
+    facts = dataclasses.replace(facts, runs={"finetune_classifier": run})
     card = model_card(facts, "classifier")
     assert "Base: models/gpt2" in card
     assert f"Code: commit {'c' * 40}, with uncommitted changes" in card
@@ -64,7 +65,7 @@ def test_it_says_from_what_it_was_made(facts):
     assert facts.sources["messages"][0].files[0].sha256 in card
     assert "base gpt2, train.epochs 3" in card
     assert "2 of its examples share text with the training part" in card
-    assert "It learnt from 907 examples" in card
+    assert "It was trained on 907 examples" in card
 
 
 def test_it_says_how_to_load_this_version(facts):
@@ -77,8 +78,8 @@ def test_hostile_labels_and_names_stay_text(tmp_path):
     hostile = f"{HOSTILE} ](x) <img src=x>"
     make_report_project(tmp_path, labels=[hostile, "*b*"], sources=[hostile], text=hostile)
     facts = report_facts(tmp_path)
-    run = Execution(params={hostile: hostile})
-    facts = dataclasses.replace(facts, executions={"finetune_classifier": run}, license=hostile)
+    run = LastRun(params={hostile: hostile})
+    facts = dataclasses.replace(facts, runs={"finetune_classifier": run}, license=hostile)
     renderer = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
     for name in MODELS:
         tokens = renderer.parse(model_card(facts, name))
@@ -92,15 +93,17 @@ def test_hostile_labels_and_names_stay_text(tmp_path):
 
 def test_it_is_never_longer_than_mlflow_keeps(facts):
     many = evaluation([f"a class with a long name, number {i}" for i in range(200)], ["s"])
-    run = Execution(params={f"parameter.{i}": "x" * 100 for i in range(100)})
+    run = LastRun(params={f"parameter.{i}": "x" * 100 for i in range(100)})
     facts = dataclasses.replace(
         facts,
-        evaluation={name: Scores(each) for name, each in many.items()},
-        executions={"finetune_classifier": run},
+        results={**facts.results, "evaluate": flatten_metrics(many)},
+        runs={"finetune_classifier": run},
     )
     card = model_card(facts, "classifier")
     assert 1000 < len(card) <= LONGEST
-    assert card.endswith("## Parameters\n\nIn MLflow, with the run.\n"), "nothing is cut off"
+    assert card.endswith("## Parameters\n\nParameters: in MLflow, with the run\n"), (
+        "nothing is cut off"
+    )
 
 
 def test_mlflow_takes_it_as_a_version_s_description(facts, tmp_path, empty_database):

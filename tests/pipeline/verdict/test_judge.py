@@ -495,10 +495,14 @@ def test_the_report_tells_what_the_judge_gave_to_these_very_answers(server, tmp_
     judged = judge_assistant(params(server), tmp_path)
     scores = pd.read_csv(tmp_path / "reports/judge/scores.csv")
     told = report_facts(tmp_path).judgement
-    for name, found in told.summaries.items():
+    for name, found in told["summaries"].items():
         own = scores[scores["model"] == name]
-        assert found.mean == own["score"].mean() == judged.summaries[name].mean
-        assert found.n == len(own) == found.judged + found.unparsable + found.failed
+        assert found["mean"] == own["score"].mean() == judged.summaries[name].mean
+        assert (
+            found["n"]
+            == len(own)
+            == sum(found[status] for status in ("judged", "unparsable", "failed"))
+        )
     (tmp_path / judge.ANSWERS).write_bytes((tmp_path / judge.ANSWERS).read_bytes() + b"\n")
     assert report_facts(tmp_path).judgement is None
 
