@@ -24,7 +24,7 @@ from rich.text import Text
 from gpt.base.errors import InputError, RunError, first_few
 from pipeline.dag.code import code_of
 from pipeline.history.names import find_run
-from pipeline.history.runs import Execution, Known, known
+from pipeline.history.runs import Execution, RunHistory, run_history
 from pipeline.project.git import git
 from pipeline.project.params import PARAMS_FILE, load_section
 from pipeline.project.stage_table import MODELS, STAGES
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from pipeline.tracking.mlflow_classes import ModelVersion
 
 _T = TypeVar("_T")
+
 SHOWN_ANSWERS = 4
 """The number of answers shown side by side."""
 
@@ -56,14 +57,12 @@ class Side:
     Attributes:
         name: `classifier/3`, or `run #4` where a run was asked for.
         version: the registered one; None where a run was asked for.
-        aliases: those of the version.
-        run: that made it, or that was asked for.
+        run: the one that made it, or that was asked for.
         evaluation: the run of `evaluate` that scored it; None where none did.
     """
 
     name: str
     version: ModelVersion | None
-    aliases: tuple[str, ...]
     run: Execution
     evaluation: Execution | None = None
 
@@ -95,26 +94,26 @@ def compare(
     """
     from pipeline.tracking.mlflow_classes import MlflowException
 
-    everything = known(root)
-    if everything.client is None:
-        raise everything.not_known("nothing can be compared")
+    history = run_history(root)
+    if history.client is None:
+        raise history.not_known("nothing can be compared")
     with named_failure(root, "does not tell what is compared", MlflowException):
         if other is None:
-            one, other = _against_champion(everything, one)
-        sides = _side(everything, one), _side(everything, other)
+            one, other = _against_champion(history, one)
+        sides = _side(history, one), _side(history, other)
         stage = sides[0].run.stage
         if sides[1].run.stage != stage:
             raise InputError(
                 f"{sides[0].name} is made by {stage} and {sides[1].name} by {sides[1].run.stage}; "
                 "compare two of one stage"
             )
-        before, after = _evaluated(everything, stage, sides)
+        before, after = _evaluated(history, stage, sides)
         first, second = before.run, after.run
-        shown, asked = _answers(everything, stage, before, after, answers)
+        shown, asked = _answers(history, stage, before, after, answers)
         found: dict[str, Any] = {
             "params": [asdict(e) for e in changes(first.logged, second.logged, OF_MODELS)],
-            "data": _data(everything, first, second),
-            "code": _code(everything, before, after),
+            "data": _data(history, first, second),
+            "code": _code(history, before, after),
             "machine": [
                 asdict(e) for e in changes(machine_of(first.tags), machine_of(second.tags))
             ],
@@ -127,8 +126,8 @@ def compare(
     return {
         "stage": stage,
         "equal": not (made or figures or shown),
-        "before": _side_as_dict(before),
-        "after": _side_as_dict(after),
+        "before": _side_as_dict(history, before),
+        "after": _side_as_dict(history, after),
         **found,
         "asked": asked or None,
         "links": _links(root, before, after),
@@ -138,14 +137,14 @@ def compare(
 # --- the two --------------------------------------------------------------------------------------
 
 
-def _against_champion(everything: Known, one: str) -> tuple[str, str]:
-    version, _ = find_run(everything, one)
+def _against_champion(history: RunHistory, one: str) -> tuple[str, str]:
+    version, _ = find_run(history, one)
     if version is None:
         raise InputError(f"{one}: with which run? name two: gpt-pipeline compare {one} OTHER")
     name = version.name
     if one.removeprefix("models:/") == name:
         one = f"{name}@{CANDIDATE}"
-    if not any(CHAMPION in everything.aliases_of(v) for v in everything.versions if v.name == name):
+    if not any(CHAMPION in history.aliases_of(v) for v in history.versions if v.name == name):
         raise InputError(
             f"{name}: has no champion to compare with; name two versions: "
             f"gpt-pipeline compare {name}/1 {name}/2"
@@ -153,31 +152,26 @@ def _against_champion(everything: Known, one: str) -> tuple[str, str]:
     return f"{name}@{CHAMPION}", one
 
 
-def _side(everything: Known, what: str) -> Side:
-    version, run = find_run(everything, what)
+def _side(history: RunHistory, what: str) -> Side:
+    version, run = find_run(history, what)
     if version is None:
-        return Side(name=f"run {run.number}", version=None, aliases=(), run=run)
-    return Side(
-        name=f"{version.name}/{version.version}",
-        version=version,
-        aliases=tuple(sorted(everything.aliases_of(version))),
-        run=run,
-    )
+        return Side(name=f"run {run.number}", version=None, run=run)
+    return Side(name=f"{version.name}/{version.version}", version=version, run=run)
 
 
-def _evaluated(everything: Known, stage: str, sides: tuple[Side, Side]) -> tuple[Side, Side]:
-    """Both with the runs that scored them: on the same data where there are such, the newest."""
+def _evaluated(history: RunHistory, stage: str, sides: tuple[Side, Side]) -> tuple[Side, Side]:
+    """Both with the newest runs that scored them, on the same data if there are such runs."""
     directory = STAGES[stage].outputs.get("out", "") if stage in STAGES else ""
-    first, second = (_evaluations(everything, directory, side) for side in sides)
+    first, second = (_evaluations(history, directory, side) for side in sides)
     pairs = [(a, b) for a in first for b in second if _test_data(a) == _test_data(b)]
     one, other = pairs[0] if pairs else (next(iter(first), None), next(iter(second), None))
     return replace(sides[0], evaluation=one), replace(sides[1], evaluation=other)
 
 
-def _evaluations(everything: Known, directory: str, side: Side) -> list[Execution]:
+def _evaluations(history: RunHistory, directory: str, side: Side) -> list[Execution]:
     tags = side.version.tags if side.version else {}
     md5 = tags.get(MD5_TAG) or side.run.outputs.get(directory)
-    runs = [each for each in everything.executions if each.stage == "evaluate" and each.outputs]
+    runs = [each for each in history.executions if each.stage == "evaluate" and each.outputs]
     return [each for each in runs if each.inputs.get(directory, "") == md5]
 
 
@@ -188,35 +182,35 @@ def _test_data(evaluation: Execution) -> dict[str, str]:
 # --- what they were made of -----------------------------------------------------------------------
 
 
-def _data(everything: Known, before: Execution, after: Execution) -> list[dict[str, Any]]:
+def _data(history: RunHistory, before: Execution, after: Execution) -> list[dict[str, Any]]:
     return [
         {
             "path": each.what,
             "before": each.before,
             "after": each.after,
-            "words": list(_data_in_words(everything, each, before, after)),
+            "words": list(_data_in_words(history, each, before, after)),
         }
         for each in changes(before.inputs, after.inputs)
     ]
 
 
 def _data_in_words(
-    everything: Known, change: Change, before: Execution, after: Execution
+    history: RunHistory, change: Change, before: Execution, after: Execution
 ) -> Iterator[str]:
     if change.before is None or change.after is None:
         yield f"only {'the second' if change.before is None else 'the first'} reads it"
         return
     first, second = (profile(each.run, change.what) if each.run else {} for each in (before, after))
     yield from (str(each) for each in changes(first, second))
-    one = everything.maker(change.what, change.before, before.started)
-    other = everything.maker(change.what, change.after, after.started)
+    one = history.maker(change.what, change.before, before.started)
+    other = history.maker(change.what, change.after, after.started)
     if one is None or other is None:
         return
     yield from _sources_in_words(one, other, change.what)
     if one.number != other.number:
         params = changes(one.logged, other.logged, OF_MODELS)
-        told = f" ({first_few(params)})" if params else ""
-        yield f"made by {one.stage} {one.number} → {other.number}{told}"
+        changed = f" ({first_few(params)})" if params else ""
+        yield f"made by {one.stage} {one.number} → {other.number}{changed}"
 
 
 def _sources_in_words(before: Execution, after: Execution, folder: str) -> Iterator[str]:
@@ -224,11 +218,11 @@ def _sources_in_words(before: Execution, after: Execution, folder: str) -> Itera
 
     def sources(run: Execution) -> dict[str, str]:
         inputs = run.run.inputs.dataset_inputs if run.run and run.run.inputs else ()
-        told = {each.dataset.name: json.loads(each.dataset.source) for each in inputs}
+        origins = {each.dataset.name: json.loads(each.dataset.source) for each in inputs}
         # a source from the web names its address and not its folder
         return {
             name: str(source["sha256"])[:10]
-            for name, source in told.items()
+            for name, source in origins.items()
             if "sha256" in source and source.get("uri", folder) == folder
         }
 
@@ -236,7 +230,7 @@ def _sources_in_words(before: Execution, after: Execution, folder: str) -> Itera
         yield f"sha256 of the source {each}"
 
 
-def _code(everything: Known, before: Side, after: Side) -> dict[str, Any]:
+def _code(history: RunHistory, before: Side, after: Side) -> dict[str, Any]:
     """What differs in the code: `log` and `back`, the commits that only the second and only the
     first has; `files` that the stage runs, None where that is not known, and what they are
     `known_by`."""
@@ -252,19 +246,19 @@ def _code(everything: Known, before: Side, after: Side) -> dict[str, Any]:
         for side in (before, after)
         if side.run.tags.get("git.dirty") == "true"
     ]
-    files, known_by = changed_code(everything.client, before.run.run, after.run.run), "runs"
+    files, known_by = changed_code(history.client, before.run.run, after.run.run), "runs"
     if first and second and first != second:
         try:
             log, back = (
-                git(everything.root, "log", "--oneline", f"{a}..{b}").splitlines()
+                git(history.root, "log", "--oneline", f"{a}..{b}").splitlines()
                 for a, b in ((first, second), (second, first))
             )
         except RunError:
             notes.append("git here does not have both commits; `git fetch` may bring them")
         if files is None:
             with contextlib.suppress(InputError, RunError):
-                code = code_of(everything.root, before.run.stage)
-                changed = git(everything.root, "diff", "--name-only", first, second, "--", *code)
+                code = code_of(history.root, before.run.stage)
+                changed = git(history.root, "diff", "--name-only", first, second, "--", *code)
                 files, known_by = changed.splitlines(), "git"
     if files is None:
         notes.append("which files differ is not known: the runs did not record it")
@@ -313,24 +307,24 @@ def _side_by_side(before: Mapping[str, float], after: Mapping[str, float]) -> li
 
 
 def _answers(
-    everything: Known, stage: str, before: Side, after: Side, most: int
+    history: RunHistory, stage: str, before: Side, after: Side, most: int
 ) -> tuple[list[dict[str, str]], str]:
     """Some of the answers that differ, and a line: where they are from, or why there are none."""
     model = STAGES[stage].model if stage in STAGES else None
     if model is None:
         return [], ""
     if model.serves == "base":
-        texts, told = _samples(everything, before, after)
-        return texts[:most], told
-    kept = [_kept_answers(everything, model.name, side) for side in (before, after)]
+        texts, origin = _samples(history, before, after)
+        return texts[:most], origin
+    kept = [_kept_answers(history, model.name, side) for side in (before, after)]
     (first, _), (second, _) = kept
-    told, doubt = "", ""
+    origin, doubt = "", ""
     if not first.keys() & second.keys():
-        why = next((reason for _, reason in kept if reason), "both were asked other things")
+        why = next((reason for _, reason in kept if reason), "they were asked different things")
         if not most:
             return [], f"none to compare: {why}"
         try:
-            first, second, told, doubt = _asked_now(everything, model.name, (before, after), most)
+            first, second, origin, doubt = _asked_now(history, model.name, (before, after), most)
         except InputError as error:
             return [], f"none to compare: {why}, and {error}"
     asked = [text for text in first if text in second]
@@ -344,9 +338,9 @@ def _answers(
         for text in asked
         if first[text].compared != second[text].compared
     ]
-    told = told or f"{len(asked):,} test {_ASKED[model.serves]} that both were asked"
-    told += f"; they differ on {len(differ):,}{doubt}"
-    return _spread(differ, most), told
+    origin = origin or f"{len(asked):,} test {_ASKED_OF_MODELS[model.serves]} that both were asked"
+    origin += f"; they differ on {len(differ):,}{doubt}"
+    return _spread(differ, most), origin
 
 
 def _spread(things: Sequence[_T], most: int) -> list[_T]:
@@ -363,20 +357,20 @@ class _Said(NamedTuple):
     compared: str
 
 
-def _kept_answers(everything: Known, model: str, side: Side) -> tuple[dict[str, _Said], str]:
+def _kept_answers(history: RunHistory, model: str, side: Side) -> tuple[dict[str, _Said], str]:
     """What a version answered to `evaluate`, by what it was asked; or why that is not kept."""
-    if model not in _ROWS:
+    if model not in _KEPT_ANSWERS:
         return {}, f"evaluate asks {model} for no texts"
     if side.evaluation is None:
         return {}, f"no run of evaluate asked {side.name}"
-    content = everything.kept(side.evaluation, f"predictions/{model}.csv")
+    content = history.kept(side.evaluation, f"predictions/{model}.csv")
     if content is None:
         return {}, f"MLflow keeps none of {side.name}'s evaluation"
-    return _ROWS[model](pd.read_csv(BytesIO(content), keep_default_na=False, dtype=str)), ""
+    return _KEPT_ANSWERS[model](pd.read_csv(BytesIO(content), keep_default_na=False, dtype=str)), ""
 
 
 def _asked_now(
-    everything: Known, model: str, sides: tuple[Side, Side], most: int
+    history: RunHistory, model: str, sides: tuple[Side, Side], most: int
 ) -> tuple[dict[str, _Said], dict[str, _Said], str, str]:
     """Fetch both from the registry and ask them the test part that the second held out.
 
@@ -392,13 +386,12 @@ def _asked_now(
     from stages.evaluate.classifier import messages_by_part, predict_classes
     from stages.evaluate.training import read_training
 
-    what = _ASKED[MODELS[model].serves]
-    data = everything.root / "data/raw" / what
+    what = _ASKED_OF_MODELS[MODELS[model].serves]
+    data = history.root / "data/raw" / what
     if not data.is_dir():
         raise InputError(f"data/raw/{what} is not here; `dvc pull` brings it")
-    versions = [_registered(everything, side) for side in sides]
-    params = load_section(everything.root / PARAMS_FILE, "evaluate")
-    params = params or EvaluateParams()
+    versions = [_registered(history, side) for side in sides]
+    params = load_section(history.root / PARAMS_FILE, "evaluate") or EvaluateParams()
     device = prepare_device(params.device, params.threads)
     with files_of(versions[0]) as first, files_of(versions[1]) as second:
         if what == "messages":
@@ -428,11 +421,11 @@ def _asked_now(
     return rows[0], rows[1], f"{n} test {what}, asked of both now", doubt
 
 
-def _registered(everything: Known, side: Side) -> ModelVersion:
+def _registered(history: RunHistory, side: Side) -> ModelVersion:
     if side.version is not None:
         return side.version
     directory = STAGES[side.run.stage].outputs["out"]
-    found = everything.registered(side.run.outputs.get(directory, ""))
+    found = history.registered(side.run.outputs.get(directory, ""))
     if not found:
         raise InputError(f"the model of {side.name} is not registered")
     return found[0]
@@ -459,26 +452,26 @@ def _classified(table: pd.DataFrame) -> dict[str, _Said]:
     return found
 
 
-_ROWS = {"assistant": _answered, "classifier": _classified}
-_ASKED = {"assistant": "instructions", "classifier": "messages"}
+_KEPT_ANSWERS = {"assistant": _answered, "classifier": _classified}
+_ASKED_OF_MODELS = {"assistant": "instructions", "classifier": "messages"}
 """What a model is asked, by how it is served."""
 
 
-def _samples(everything: Known, before: Side, after: Side) -> tuple[list[dict[str, str]], str]:
+def _samples(history: RunHistory, before: Side, after: Side) -> tuple[list[dict[str, str]], str]:
     """The last texts that both wrote in training: those of models that no evaluation asks."""
-    assert everything.client is not None
+    assert history.client is not None
     texts = []
     for side in (before, after):
-        listed = everything.client.list_artifacts(side.run.run_id, "samples")
+        listed = history.client.list_artifacts(side.run.run_id, "samples")
         names = sorted(each.path for each in listed if not each.is_dir)
-        content = everything.kept(side.run, names[-1]) if names else None
+        content = history.kept(side.run, names[-1]) if names else None
         if content is None:
             return [], f"none to compare: MLflow keeps no texts of {side.name}'s training"
         texts.append(content.decode(errors="replace"))
-    told = "the last texts that both wrote in training"
+    origin = "the last texts that both wrote in training"
     if texts[0] == texts[1]:
-        return [], f"{told} are equal"
-    return [{"asked": "", "right": "", "before": texts[0], "after": texts[1]}], told
+        return [], f"{origin} are equal"
+    return [{"asked": "", "right": "", "before": texts[0], "after": texts[1]}], origin
 
 
 # --- where to look on -----------------------------------------------------------------------------
@@ -531,11 +524,11 @@ def print_comparison(
         console.print(Text(f"{label}: {address}"), soft_wrap=True)
 
 
-def _side_as_dict(side: Side) -> dict[str, Any]:
+def _side_as_dict(history: RunHistory, side: Side) -> dict[str, Any]:
     return {
         "name": side.name,
         "version": int(side.version.version) if side.version else None,
-        "aliases": list(side.aliases),
+        "aliases": sorted(history.aliases_of(side.version)) if side.version else [],
         "run": side.run.tags.get("mlflow.runName") or side.run.number,
         "run_id": side.run.run_id,
         "started": f"{datetime.fromtimestamp(side.run.started / 1000):%Y-%m-%d %H:%M}",

@@ -24,8 +24,8 @@ from gpt.text.records import SOURCES
 from pipeline.dag.cache import DvcCache, md5_now
 from pipeline.dag.code import md5_of_code
 from pipeline.dag.lock import LockEntry, parse_lock
-from pipeline.history.names import Commit, File, find, version_name
-from pipeline.history.runs import Execution, Known, known
+from pipeline.history.names import Commit, ProjectPath, find, version_name
+from pipeline.history.runs import Execution, RunHistory, run_history
 from pipeline.project.git import commit_of_path, git, is_changed
 from pipeline.project.secrets import without_secrets
 from pipeline.show.console import report_console
@@ -36,8 +36,8 @@ from pipeline.tracking.registry import MD5_TAG
 if TYPE_CHECKING:
     from pipeline.tracking.mlflow_classes import ModelVersion
 
-_RAW = "data/raw/"
-_STYLES = {
+_RAW_DATA = "data/raw/"
+_NODE_STYLES = {
     "version": "bold magenta",
     "file": "bold",
     "run": "bold cyan",
@@ -73,7 +73,7 @@ class Lineage:
 
     Attributes:
         asked: its key.
-        nodes: everything in the chain by its key.
+        nodes: history in the chain by its key.
         up: key -> what it came from.
         down: key -> what was made of it.
         notes: what is not known at all.
@@ -104,10 +104,10 @@ def lineage(
     Raises:
         InputError: there is no such thing, or there are several.
     """
-    everything = known(root)
-    asked = find(everything, what, folder)
+    history = run_history(root)
+    asked = find(history, what, folder)
     with contextlib.closing(DvcCache(root)) as cache:
-        tracer = _Tracer(everything, cache, asked)
+        tracer = _Tracer(history, cache, asked)
         if up:
             tracer.follow(asked, tracer.chain.up, tracer.came_from)
         if down:
@@ -115,20 +115,20 @@ def lineage(
         return tracer.chain
 
 
-_Thing: TypeAlias = "ModelVersion | Execution | File | Commit | Node"
+_Thing: TypeAlias = "ModelVersion | Execution | ProjectPath | Commit | Node"
 
 
 class _Tracer:
     """Follows the links; a node is looked at once in each direction."""
 
-    def __init__(self, everything: Known, cache: DvcCache, asked: _Thing) -> None:
-        self._known = everything
+    def __init__(self, history: RunHistory, cache: DvcCache, asked: _Thing) -> None:
+        self._history = history
         self._cache = cache
-        self._root = everything.root
+        self._root = history.root
         self._asked = asked
         self._code: dict[str, Mapping[str, str]] = {}
         self._md5s: dict[str, str] = {}
-        self.chain = Lineage("", notes=[everything.without] if everything.without else [])
+        self.chain = Lineage("", notes=[history.without] if history.without else [])
         self.chain.asked = self._node(asked)
 
     def follow(
@@ -150,17 +150,17 @@ class _Tracer:
         match thing:
             case Commit():
                 for entry in self._recorded_at(thing.sha):
-                    yield from (File(path, md5) for path, md5 in entry.outputs.items())
+                    yield from (ProjectPath(path, md5) for path, md5 in entry.outputs.items())
             case Execution():
                 for path, md5 in thing.inputs.items():
-                    yield File(path, md5, read_at=thing.started)
-            case File() if thing.member and not thing.path.startswith(_RAW):
+                    yield ProjectPath(path, md5, read_at=thing.started)
+            case ProjectPath() if thing.member and not thing.path.startswith(_RAW_DATA):
                 yield replace(thing, member="")
-            case File():
-                maker = self._known.maker(thing.path, thing.md5, thing.read_at)
+            case ProjectPath():
+                maker = self._history.maker(thing.path, thing.md5, thing.read_at)
                 if maker is not None:
                     yield maker
-                if thing.path.startswith(_RAW):
+                if thing.path.startswith(_RAW_DATA):
                     yield from self._sources(thing, maker)
             case Node():
                 pass  # a source: nothing is before it
@@ -173,28 +173,28 @@ class _Tracer:
             case Commit():
                 yield from self._runs_at(thing.sha)
             case Execution():
-                yield from (File(path, md5) for path, md5 in thing.outputs.items())
-            case File() if thing.member:
+                yield from (ProjectPath(path, md5) for path, md5 in thing.outputs.items())
+            case ProjectPath() if thing.member:
                 yield replace(thing, member="")
-            case File() if thing.is_code:
-                yield from (e for e in self._known.executions[::-1] if self._ran(e, thing))
-            case File():
-                yield from self._known.readers(thing.path, thing.md5)
-                yield from reversed(self._known.registered(thing.md5))
+            case ProjectPath() if thing.is_code:
+                yield from (e for e in self._history.executions[::-1] if self._ran(e, thing))
+            case ProjectPath():
+                yield from self._history.readers(thing.path, thing.md5)
+                yield from reversed(self._history.registered(thing.md5))
             case Node():
                 pass  # a source: it is followed upwards only
             case version:
                 if thing is self._asked:  # another one is beside the readers of its bytes
                     md5, makers = version.tags.get(MD5_TAG, ""), self._makers(version)
                     paths = (p for e in makers for p, each in e.outputs.items() if each == md5)
-                    yield from self._known.readers(next(paths, ""), md5)
+                    yield from self._history.readers(next(paths, ""), md5)
 
     def _makers(self, version: ModelVersion) -> list[Execution]:
         """The run that made a version; if it is gone, another one that made the same bytes."""
-        if run := self._known.by_run(version.run_id):
+        if run := self._history.by_run(version.run_id):
             return [run]
         md5 = version.tags.get(MD5_TAG, "")
-        return [e for e in self._known.executions if md5 in e.outputs.values()][:1]
+        return [e for e in self._history.executions if md5 in e.outputs.values()][:1]
 
     def _recorded_at(self, sha: str) -> Iterator[LockEntry]:
         names = git(self._root, "ls-tree", "-r", "--name-only", sha, "dvc.lock", "optional")
@@ -203,9 +203,9 @@ class _Tracer:
                 yield from parse_lock(git(self._root, "show", f"{sha}:{name}")).values()
 
     def _runs_at(self, sha: str) -> list[Execution]:
-        return [e for e in self._known.executions if e.tags.get("git.commit") == sha]
+        return [e for e in self._history.executions if e.tags.get("git.commit") == sha]
 
-    def _ran(self, run: Execution, file: File) -> bool:
+    def _ran(self, run: Execution, file: ProjectPath) -> bool:
         """Whether a run used the code as it is here; a `dvc.lock` may only know its folder."""
         code, path = self._code_of(run), file.path
         if not md5_of_code(code, path):
@@ -216,7 +216,7 @@ class _Tracer:
         """Path -> md5 of the code of a run: of its files, or as `dvc.lock` has it."""
         digest = run.tags.get("code", "")
         if digest and digest not in self._code:
-            content = self._known.kept(run, f"lineage/{CODE}")
+            content = self._history.kept(run, f"lineage/{CODE}")
             self._code[digest] = json.loads(content) if content else run.code
         return self._code.get(digest, run.code)
 
@@ -225,16 +225,16 @@ class _Tracer:
         if path not in self._md5s:
             here = self._root / path
             recorded = (
-                e.outputs[path] for e in self._known.executions if e.here and path in e.outputs
+                e.outputs[path] for e in self._history.executions if e.here and path in e.outputs
             )
             told = next(recorded, "") if here.is_dir() else ""
             self._md5s[path] = told or (md5_now(self._root, path) if here.exists() else "")
         return self._md5s[path]
 
-    def _sources(self, folder: File, maker: Execution | None) -> Iterator[Node]:
+    def _sources(self, folder: ProjectPath, maker: Execution | None) -> Iterator[Node]:
         """Where a raw folder's files came from: as it says itself, or as its parameters say."""
         download = (maker.params if maker else {}).get("download") or {}
-        section = download.get(folder.path.removeprefix(_RAW)) or ()
+        section = download.get(folder.path.removeprefix(_RAW_DATA)) or ()
         params = {str(each.get("name")): each for each in section}
         content = self._cache.read(folder.md5, SOURCES)
         here = self._root / folder.path / SOURCES
@@ -270,10 +270,10 @@ class _Tracer:
             case Commit():
                 return self._commit_node(key, thing.sha)
             case Execution():
-                return _run_node(key, thing, self._others(thing), bool(self._known.without))
-            case File() if thing.member:
+                return _run_node(key, thing, self._others(thing), bool(self._history.without))
+            case ProjectPath() if thing.member:
                 return self._member_node(key, thing)
-            case File():
+            case ProjectPath():
                 return self._file_node(key, thing)
             case version:
                 return self._version_node(key, version)
@@ -293,7 +293,7 @@ class _Tracer:
             data={"commit": sha},
         )
 
-    def _member_node(self, key: str, file: File) -> Node:
+    def _member_node(self, key: str, file: ProjectPath) -> Node:
         place, inside = self._root / file.whole_path, f"{file.member}/"
         sha256 = ""
         if place.is_file():
@@ -310,8 +310,8 @@ class _Tracer:
             data={"path": file.whole_path, "in": file.path},
         )
 
-    def _file_node(self, key: str, file: File) -> Node:
-        is_output = any(file.path in each.outputs for each in self._known.executions)
+    def _file_node(self, key: str, file: ProjectPath) -> Node:
+        is_output = any(file.path in each.outputs for each in self._history.executions)
         facts, missing = self._output_state(file) if is_output else self._source_state(file)
         return Node(
             key=key,
@@ -322,11 +322,11 @@ class _Tracer:
             data={"path": file.path, "md5": file.md5},
         )
 
-    def _output_state(self, file: File) -> tuple[list[str], list[str]]:
+    def _output_state(self, file: ProjectPath) -> tuple[list[str], list[str]]:
         """Where the bytes that a stage wrote are now, and what is missing."""
         in_cache = "in DVC's cache" if self._cache.has(file.md5) else ""
         place = "here" if self._md5_here(file.path) == file.md5 else in_cache
-        is_made = self._known.makers(file.path, file.md5)
+        is_made = self._history.makers(file.path, file.md5)
         missing = [
             "" if place else "these bytes are neither here nor in DVC's cache",
             "" if is_made else "nothing is known that made these bytes",
@@ -334,7 +334,7 @@ class _Tracer:
         tables = self._cache.members(file.md5) if file.path.endswith("/predictions") else None
         return [place, f"with {', '.join(sorted(tables))}" if tables else ""], missing
 
-    def _source_state(self, file: File) -> tuple[list[str], list[str]]:
+    def _source_state(self, file: ProjectPath) -> tuple[list[str], list[str]]:
         """The same of what no stage makes: git keeps it, or nothing does."""
         if not (self._root / file.path).exists():
             return [], ["it is not here any more"]
@@ -352,7 +352,7 @@ class _Tracer:
         same = (run.stage, run.outputs, run.inputs)
         return [
             each
-            for each in self._known.executions
+            for each in self._history.executions
             if run.run
             and run.outputs
             and each.run
@@ -361,8 +361,8 @@ class _Tracer:
         ]
 
     def _version_node(self, key: str, version: ModelVersion) -> Node:
-        aliases, tags = sorted(self._known.aliases_of(version)), version.tags
-        gone = not self._known.by_run(version.run_id)
+        aliases, tags = sorted(self._history.aliases_of(version)), version.tags
+        gone = not self._history.by_run(version.run_id)
         return Node(
             key=key,
             kind="version",
@@ -396,7 +396,7 @@ def _key(thing: _Thing) -> str:
             return (
                 f"record:{thing.stage}:{_commit_of(thing) or 'here'}:{_digest(thing.outputs)[:12]}"
             )
-        case File():
+        case ProjectPath():
             return f"{thing.whole_path}@{thing.md5}"
         case version:
             return version_name(version)
@@ -585,7 +585,7 @@ def _matters(node: Node) -> bool:
 
 
 def _title(node: Node) -> Text:
-    return Text(node.title, style=_STYLES[node.kind])
+    return Text(node.title, style=_NODE_STYLES[node.kind])
 
 
 def _label(node: Node) -> Text:

@@ -1,4 +1,4 @@
-"""What a person means by a name: a version of a model, a file, a run or a commit."""
+"""Find what a name refers to: a model version, a file, a run or a commit."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from typing import TYPE_CHECKING
 
 from gpt.base.errors import InputError
 from pipeline.dag.cache import md5_now
-from pipeline.history.runs import Execution, Known
+from pipeline.history.runs import Execution, RunHistory
 from pipeline.project.git import commit_of
 
 if TYPE_CHECKING:
     from pipeline.tracking.mlflow_classes import ModelVersion
 
-_MODEL = re.compile(r"(?P<name>[\w.-]+)(?:/(?P<version>\d+)|@(?P<alias>[\w.-]+))?")
-_RUN = re.compile(r"[0-9a-f]{1,32}")
+_VERSION_NAME = re.compile(r"(?P<name>[\w.-]+)(?:/(?P<version>\d+)|@(?P<alias>[\w.-]+))?")
+_RUN_ID = re.compile(r"[0-9a-f]{1,32}")
 
 
 @dataclass(frozen=True, slots=True)
-class File:
+class ProjectPath:
     """A path that stages read or write, or one below it.
 
     Attributes:
-        path: as the stages name it, relative to the project.
-        md5: of its bytes as DVC knows them.
-        member: what was asked for below it; empty if it is the whole.
-        is_code: it is code that stages run.
-        read_at: when a run read it, in milliseconds: of several runs that wrote the same bytes the
-            last before that counts; 0 where it is not known.
+        path: the one in `dvc.yaml`, relative to the project.
+        md5: as DVC computes it.
+        member: the path below it that was asked for; empty if all of it was.
+        is_code: whether stages run it as code.
+        read_at: when a run read it, in milliseconds, or 0: of several runs that wrote the same
+            bytes, the last one before that made it.
     """
 
     path: str
@@ -43,7 +43,7 @@ class File:
 
     @property
     def whole_path(self) -> str:
-        """With what was asked for below it."""
+        """`path` and `member`."""
         return f"{self.path}/{self.member}" if self.member else self.path
 
 
@@ -55,12 +55,12 @@ class Commit:
 
 
 def find(
-    everything: Known, what: str, folder: Path | None = None
-) -> ModelVersion | Execution | File | Commit:
-    """What a person means by a name.
+    history: RunHistory, what: str, folder: Path | None = None
+) -> ModelVersion | Execution | ProjectPath | Commit:
+    """Find what a name refers to.
 
     Args:
-        everything: that is known of the project.
+        history: of the project.
         what: `models:/assistant/3`, `assistant@champion`, `assistant`; a path; the id of a run or
             its beginning; a commit.
         folder: the one that paths are relative to, beside the project's own.
@@ -69,17 +69,17 @@ def find(
         InputError: there is no such thing, or there are several.
         RunError: there is none here, and MLflow cannot be asked.
     """
-    if version := _version(everything, what):
+    if version := _version(history, what):
         return version
-    if file := _file(everything, what, folder):
+    if file := _file(history, what, folder):
         return file
     found: list[Execution | Commit] = [
         each
-        for each in everything.executions
-        if _RUN.fullmatch(what) and each.run_id.startswith(what)
+        for each in history.executions
+        if _RUN_ID.fullmatch(what) and each.run_id.startswith(what)
     ]
     with contextlib.suppress(InputError):
-        found.append(Commit(commit_of(everything.root, what)))
+        found.append(Commit(commit_of(history.root, what)))
     if len(found) > 1:
         words = [
             f"the commit {each.sha}"
@@ -90,29 +90,29 @@ def find(
         raise InputError(f"{what}: may be {', '.join(words)}; give more of its digits")
     if found:
         return found[0]
-    if everything.without:
-        raise everything.not_known(f"{what}: not found")
-    raise InputError(f"{what}: {_possible(everything, what)}")
+    if history.without:
+        raise history.not_known(f"{what}: not found")
+    raise InputError(f"{what}: {_possible(history, what)}")
 
 
 def find_run(
-    everything: Known, what: str, folder: Path | None = None
+    history: RunHistory, what: str, folder: Path | None = None
 ) -> tuple[ModelVersion | None, Execution]:
-    """The run that is meant by a name; where a version is meant, the version too.
+    """The run that a name refers to, and the version if it is a version's name.
 
     Raises:
         InputError: there is no such thing, it is neither, or the version's run is gone.
         RunError: there is none here, and MLflow cannot be asked.
     """
-    found = find(everything, what, folder)
+    found = find(history, what, folder)
     if isinstance(found, Execution):
         return None, found
-    if isinstance(found, File | Commit):
+    if isinstance(found, ProjectPath | Commit):
         raise InputError(
             f"{what}: is no model version and no run; name one, such as classifier/2, "
             "classifier@champion or the beginning of a run's id"
         )
-    run = everything.by_run(found.run_id)
+    run = history.by_run(found.run_id)
     if run is None:
         raise InputError(
             f"{what}: its run {found.run_id} is gone from MLflow, and with it what it was made of"
@@ -125,36 +125,36 @@ def version_name(version: ModelVersion) -> str:
     return f"models:/{version.name}/{version.version}"
 
 
-def _version(everything: Known, what: str) -> ModelVersion | None:
-    asked = _MODEL.fullmatch(what.removeprefix("models:/"))
-    versions = [each for each in everything.versions if asked and each.name == asked["name"]]
+def _version(history: RunHistory, what: str) -> ModelVersion | None:
+    asked = _VERSION_NAME.fullmatch(what.removeprefix("models:/"))
+    versions = [each for each in history.versions if asked and each.name == asked["name"]]
     if not asked or not versions:
         if not what.startswith("models:/"):
             return None
-        if everything.without:
-            raise everything.not_known(f"{what}: not found")
-        raise InputError(f"{what}: no such model; registered are {_models(everything)}")
+        if history.without:
+            raise history.not_known(f"{what}: not found")
+        raise InputError(f"{what}: no such model; registered are {_models(history)}")
     number, alias = asked["version"], asked["alias"]
     for each in versions:
-        if number in (None, str(each.version)) and alias in (None, *everything.aliases_of(each)):
+        if number in (None, str(each.version)) and alias in (None, *history.aliases_of(each)):
             return each
     numbers = ", ".join(str(each.version) for each in versions[::-1])
-    aliases = sorted({alias for each in versions for alias in everything.aliases_of(each)})
+    aliases = sorted({alias for each in versions for alias in history.aliases_of(each)})
     raise InputError(
         f"{what}: {asked['name']} has no such version; its versions are {numbers}, its aliases are "
         f"{', '.join(aliases) or 'none'}"
     )
 
 
-def _models(everything: Known) -> str:
-    return ", ".join(sorted({each.name for each in everything.versions})) or "none"
+def _models(history: RunHistory) -> str:
+    return ", ".join(sorted({each.name for each in history.versions})) or "none"
 
 
-def _file(everything: Known, what: str, folder: Path | None) -> File | None:
-    root = everything.root.resolve()
-    outputs = {path for each in everything.executions for path in each.outputs}
-    code = {path for each in everything.executions for path in each.code}
-    known = code | outputs | {path for each in everything.executions for path in each.inputs}
+def _file(history: RunHistory, what: str, folder: Path | None) -> ProjectPath | None:
+    root = history.root.resolve()
+    outputs = {path for each in history.executions for path in each.outputs}
+    code = {path for each in history.executions for path in each.code}
+    known = code | outputs | {path for each in history.executions for path in each.inputs}
     for base in dict.fromkeys([(folder or root).resolve(), root]):
         place = Path(os.path.normpath(base / what))
         if not place.is_relative_to(root):
@@ -162,10 +162,10 @@ def _file(everything: Known, what: str, folder: Path | None) -> File | None:
         asked = place.relative_to(root)
         path = next((p for p in map(Path.as_posix, [asked, *asked.parents]) if p in known), None)
         if path in code:  # a file in a folder of code is known by itself
-            return File(asked.as_posix(), _md5_here(everything, asked.as_posix()), is_code=True)
+            return ProjectPath(asked.as_posix(), _md5_here(history, asked.as_posix()), is_code=True)
         if path is not None:
             member = asked.relative_to(path).as_posix()
-            return File(path, _md5_here(everything, path), "" if member == "." else member)
+            return ProjectPath(path, _md5_here(history, path), "" if member == "." else member)
         if place.exists():
             told = f"they write {', '.join(sorted(outputs))}" if outputs else "no stage has run yet"
             raise InputError(
@@ -174,23 +174,23 @@ def _file(everything: Known, what: str, folder: Path | None) -> File | None:
     return None
 
 
-def _md5_here(everything: Known, path: str) -> str:
-    """The md5 of what lies at a path; else of what should, else of what lay there last."""
-    if (everything.root / path).exists():
-        return md5_now(everything.root, path)
-    by_place = sorted(everything.executions, key=lambda each: not each.here)
+def _md5_here(history: RunHistory, path: str) -> str:
+    """The md5 of a path now; if it is gone, as `dvc.lock` has it, or else as a run had it."""
+    if (history.root / path).exists():
+        return md5_now(history.root, path)
+    by_place = sorted(history.executions, key=lambda each: not each.here)
     found = (
         each.outputs.get(path) or each.inputs.get(path) or each.code.get(path) for each in by_place
     )
     return next((md5 for md5 in found if md5), "")
 
 
-def _possible(everything: Known, what: str) -> str:
-    names = {each.name for each in everything.versions}
-    paths = {path for each in everything.executions for path in each.outputs}
+def _possible(history: RunHistory, what: str) -> str:
+    names = {each.name for each in history.versions}
+    paths = {path for each in history.executions for path in each.outputs}
     near = difflib.get_close_matches(what, sorted(names | paths), n=1)
     meant = f"did you mean {near[0]}? " if near else ""
     return (
-        f"no such thing; {meant}name a model (registered: {_models(everything)}), a file that "
+        f"no such thing; {meant}name a model (registered: {_models(history)}), a file that "
         "stages read or write, a run by its id or a commit"
     )

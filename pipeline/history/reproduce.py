@@ -35,7 +35,7 @@ from pipeline.dag.cache import DvcCache, dvc_md5
 from pipeline.dag.objects import md5_of
 from pipeline.dag.workspace import make_workspace
 from pipeline.history.names import find_run, version_name
-from pipeline.history.runs import Execution, Known, known
+from pipeline.history.runs import Execution, RunHistory, run_history
 from pipeline.project.file_locks import locked
 from pipeline.project.folders import HOME_VARIABLE, shared_folder
 from pipeline.project.git import commit_of, git
@@ -98,7 +98,7 @@ class _Job:
     """What is to be made again, and where."""
 
     root: Path
-    everything: Known
+    history: RunHistory
     run: Execution
     version: ModelVersion | None
     commit: str
@@ -185,11 +185,11 @@ def reproduce(
 
 
 def _job(root: Path, what: str) -> _Job:
-    everything = known(root)
-    version, run = find_run(everything, what, Path.cwd())
+    history = run_history(root)
+    version, run = find_run(history, what, Path.cwd())
     name = f"{version.name}-{version.version}" if version else f"run-{run.run_id[:12]}"
     if version is None:
-        version = next((each for each in everything.versions if each.run_id == run.run_id), None)
+        version = next((each for each in history.versions if each.run_id == run.run_id), None)
     if not run.outputs:
         status = run.run.info.status if run.run else "unknown"
         raise InputError(
@@ -200,7 +200,7 @@ def _job(root: Path, what: str) -> _Job:
         raise InputError(f"{what}: no commit is recorded with its run, so its code is not known")
     return _Job(
         root,
-        everything,
+        history,
         run,
         version,
         commit_of(root, commit),
@@ -225,7 +225,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 def _prepare(job: _Job, display: Display) -> None:
     """Make the workspace with the run's code and parameters; note what is not certain."""
     params, patch, code = (
-        job.everything.kept(job.run, f"lineage/{name}") for name in (PARAMS_FILE, PATCH, CODE)
+        job.history.kept(job.run, f"lineage/{name}") for name in (PARAMS_FILE, PATCH, CODE)
     )
     display.line("", f"{job.name}: {job.run.stage} at commit {job.commit[:10]}")
     make_workspace(job.root, job.commit, job.folder, params=params)
@@ -306,7 +306,7 @@ def _plan(job: _Job, cache: DvcCache, whole: bool) -> list[Execution]:
 
     def plan(run: Execution) -> None:
         for path, md5 in run.inputs.items():
-            maker = job.everything.maker(path, md5, run.started)
+            maker = job.history.maker(path, md5, run.started)
             if maker is not None and (whole or not cache.fetch(md5)):
                 read.setdefault(maker.stage, {})[path] = md5
                 if maker.stage not in planned:

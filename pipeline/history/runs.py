@@ -1,4 +1,4 @@
-"""What is known of every time that a stage ran: what went in, what came out, of which commit.
+"""Every known run of every stage: its inputs, its outputs and its commit.
 
 MLflow holds a run each; each `dvc.lock` that git has holds, for each stage, the run that made what
 lay there. Both name inputs and outputs by DVC's md5, and that is what joins them: never the time.
@@ -23,13 +23,13 @@ from pipeline.tracking.keys import EXPERIMENT_PREFIX
 if TYPE_CHECKING:
     from pipeline.tracking.mlflow_classes import MlflowClient, ModelVersion, Run
 
-_PAGE = 1000
+_RUNS_PER_PAGE = 1000
 _INPUT, _OUTPUT = "input.", "output."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Execution:
-    """One time that a stage ran.
+    """One run of a stage.
 
     Attributes:
         stage: its name in `dvc.yaml`.
@@ -53,37 +53,37 @@ class Execution:
 
     @property
     def started(self) -> int:
-        """When, in milliseconds; 0 where no run is known."""
+        """Start time in milliseconds; 0 without a run in MLflow."""
         return int(self.run.info.start_time or 0) if self.run else 0
 
     @property
     def run_id(self) -> str:
-        """Of the run in MLflow; empty where none is known."""
+        """The id of the run in MLflow; empty without one."""
         return str(self.run.info.run_id) if self.run else ""
 
     @property
     def number(self) -> str:
-        """`#4`: what its stage's runs are counted by."""
+        """`#4`: its number among the runs of its stage."""
         return f"#{self.tags.get('number', '?')}"
 
     @property
     def logged(self) -> Mapping[str, str]:
-        """Its parameters as the run in MLflow has them; empty where none is known."""
+        """Its parameters as MLflow has them; empty without a run in MLflow."""
         return self.run.data.params if self.run else {}
 
     @property
     def tags(self) -> Mapping[str, str]:
-        """Of the run in MLflow."""
+        """The tags of the run in MLflow."""
         return self.run.data.tags if self.run else {}
 
     @property
     def deleted(self) -> bool:
-        """Somebody deleted the run; MLflow still knows of it."""
+        """Whether the run was deleted in MLflow, which still lists it."""
         return bool(self.run and self.run.info.lifecycle_stage == "deleted")
 
 
 def of_run(run: Run) -> Execution:
-    """A run in MLflow as an execution; what did not end well has no outputs."""
+    """A run in MLflow as an execution; a run that did not finish has no outputs."""
     tags = run.data.tags
     return Execution(
         stage=tags["dvc.stage"],
@@ -100,17 +100,17 @@ def _below(tags: Mapping[str, str], prefix: str) -> dict[str, str]:
 
 
 @dataclass(slots=True)
-class Known:
+class RunHistory:
     """Everything that MLflow, git and `dvc.lock` know of a project's runs.
 
     Attributes:
         root: the project.
-        client: of MLflow; None where there is none to ask.
-        without: why there is none; empty where there is.
-        is_asked: MLflow answered, or there is none yet; else it may know more.
+        client: of MLflow; None if MLflow is missing or does not answer.
+        without: why there is no client; empty if there is one.
+        is_asked: MLflow answered, or has no database yet; otherwise it may know more.
         executions: the runs of MLflow, the newest first, then what only a `dvc.lock` records.
         versions: of registered models, the newest first.
-        aliases: (model, version) -> what stands there.
+        aliases: (model, version) -> its aliases.
     """
 
     root: Path
@@ -122,23 +122,23 @@ class Known:
     is_asked: bool = True
 
     def not_known(self, line: str) -> InputError | RunError:
-        """That something is not known `without` MLflow; a mistake only if there is none yet."""
+        """The error for what is unknown `without` MLflow: bad input if there is no database yet."""
         kind = InputError if self.is_asked else RunError
         return kind(f"{line}: {self.without}")
 
     def makers(self, path: str, md5: str) -> list[Execution]:
-        """What wrote these bytes to the path, the newest first."""
+        """The runs that wrote these bytes to the path, the newest first."""
         return [each for each in self.executions if each.outputs.get(path) == md5]
 
     def readers(self, path: str, md5: str) -> list[Execution]:
-        """What read these bytes from the path, the oldest first."""
+        """The runs that read these bytes from the path, the oldest first."""
         found = [
             each for each in self.executions if md5 in (each.inputs.get(path), each.code.get(path))
         ]
         return found[::-1]
 
     def maker(self, path: str, md5: str, before: int = 0) -> Execution | None:
-        """What wrote the bytes that a run read: of several that wrote the same, the last before it.
+        """The run that wrote bytes that were read: of several, the last one before the reading.
 
         Args:
             path: relative to the project.
@@ -146,10 +146,10 @@ class Known:
             before: when they were read, in milliseconds; 0 where that is not known.
         """
         made = self.makers(path, md5)
-        told = [each for each in made if each.run is not None]
-        told.sort(key=lambda each: each.deleted)  # one that is there before one that was deleted
-        earlier = [each for each in told if not before or each.started <= before]
-        return next(iter(earlier or told[::-1] or made), None)
+        in_mlflow = [each for each in made if each.run is not None]
+        in_mlflow.sort(key=lambda each: each.deleted)  # deleted runs last
+        earlier = [each for each in in_mlflow if not before or each.started <= before]
+        return next(iter(earlier or in_mlflow[::-1] or made), None)
 
     def by_run(self, run_id: str | None) -> Execution | None:
         """The execution of a run in MLflow."""
@@ -167,7 +167,7 @@ class Known:
             return artifact(self.client, run.run_id, name)
 
     def aliases_of(self, version: ModelVersion) -> list[str]:
-        """The aliases that stand at a registered version."""
+        """The aliases of a registered version."""
         return self.aliases.get((version.name, str(version.version)), [])
 
     def registered(self, md5: str) -> list[ModelVersion]:
@@ -175,8 +175,8 @@ class Known:
         return [each for each in self.versions if each.tags.get("md5") == md5]
 
 
-def known(root: Path) -> Known:
-    """Ask MLflow, git and `dvc.lock`. Nothing is written; MLflow need not be there."""
+def run_history(root: Path) -> RunHistory:
+    """Ask MLflow, git and `dvc.lock`. Nothing is written; MLflow may be missing."""
     client, without = None, ""
     runs: list[Execution] = []
     versions: list[ModelVersion] = []
@@ -198,7 +198,7 @@ def known(root: Path) -> Known:
             without = f"no run and no registered model is known: {error}"
     versions.sort(key=lambda each: int(each.version), reverse=True)
     executions = _joined(runs, _recorded(root))
-    return Known(root, client, without, executions, versions, aliases, is_asked)
+    return RunHistory(root, client, without, executions, versions, aliases, is_asked)
 
 
 def _runs(client: MlflowClient) -> Iterator[Run]:
@@ -224,7 +224,7 @@ def _pages(search: Callable[..., Any]) -> Iterator[Any]:
     """Everything that a search of MLflow's client finds, page by page."""
     token = None
     while True:
-        page = search(max_results=_PAGE, page_token=token)
+        page = search(max_results=_RUNS_PER_PAGE, page_token=token)
         yield from page
         token = page.token
         if not token:
@@ -235,7 +235,7 @@ def _pages(search: Callable[..., Any]) -> Iterator[Any]:
 
 
 def _recorded(root: Path) -> Iterator[Execution]:
-    """What the `dvc.lock` that lies here records, then those of git's commits, the oldest first."""
+    """The entries of the present `dvc.lock`, then those of all commits, the oldest first."""
     for each in _executions(read_lock(root)):
         yield replace(each, here=True)
     locks = [each.relative_to(root).as_posix() for each in lock_files(root)]
@@ -276,9 +276,9 @@ def _commits_of(root: Path, locks: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _joined(runs: Sequence[Execution], recorded: Iterable[Execution]) -> list[Execution]:
-    """The runs, each with what `dvc.lock` says of it; then what no run is known of.
+    """The runs with their entries in `dvc.lock`; then the entries without a run.
 
-    A record belongs to every run of its stage that wrote and read just the same bytes.
+    An entry belongs to every run of its stage that read and wrote the same bytes.
     """
     executions = list(runs)
     by_outcome: dict[tuple[Any, ...], list[int]] = {}
