@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-SHOWN_ANSWERS = 4
-"""The number of answers shown side by side."""
+ANSWER_PAIRS = 4
+"""The default number of answers shown side by side."""
 
 _INTERVAL = ("_low", "_high")
 _NOT_TEST = ("validation_", "train_", "base_")  # scores of other parts, or of another model
@@ -68,7 +68,7 @@ class Side:
 
 
 def compare(
-    root: Path, one: str, other: str | None = None, *, answers: int = SHOWN_ANSWERS
+    root: Path, one: str, other: str | None = None, *, answers: int = ANSWER_PAIRS
 ) -> dict[str, Any]:
     """What differs between two versions of a model, or two runs of a stage.
 
@@ -503,7 +503,7 @@ def print_comparison(
     one: str,
     other: str | None = None,
     *,
-    answers: int = SHOWN_ANSWERS,
+    answers: int = ANSWER_PAIRS,
     as_json: bool = False,
     console: Console | None = None,
 ) -> None:

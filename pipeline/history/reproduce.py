@@ -132,7 +132,7 @@ def reproduce(
 
     Raises:
         InputError: there is no such thing, it cannot be made again, or another process does so.
-        RunError: a stage failed, or an output is another one than was recorded.
+        RunError: a stage failed, or an output differs from the recorded one.
     """
     console = report_console(console)
     job = _job(root.resolve(), what)

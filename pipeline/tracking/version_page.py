@@ -1,7 +1,7 @@
 """What a version's page in MLflow says from the moment that it is registered.
 
-It is what its run and the run of the version before tell: made by which stage, of which commit, and
-what is other than in the version before. The report puts the whole model card in its place later.
+It compares its run with the run of the version before: the stage, the commit, and what changed.
+The report puts the whole model card in its place later.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 CHANGED_TAG = "changed"
-"""The tag of a version that says in short what is other than in the version before."""
+"""The tag of a version with a summary of what changed since the version before."""
 
 LONGEST = 5000
 """Characters that MLflow's database has for the description of a model's version."""
@@ -55,30 +55,30 @@ def version_page(client: MlflowClient, run: Run, name: str, what: str) -> Versio
 
 
 def _since(client: MlflowClient, run: Run, name: str) -> tuple[str, str]:
-    """What is other than in the version before, on the page and in short."""
+    """What changed since the version before, for the page and as a summary."""
     before = _newest(client, name)
     if before is None:
         return "The first version.", ""
     last = _run_of(client, before)
     if last is None:
-        return f"MLflow has not the run of version {before.version} any more.", ""
-    differs = _differs(client, last, run)
+        return f"MLflow no longer has the run of version {before.version}.", ""
+    differs = _version_changes(client, last, run)
     link = f"[version {before.version}](#/models/{name}/versions/{before.version})"
     if not differs:
-        return f"Parameters, data and code are those of {link}; the bytes are others.", "nothing"
+        return f"Parameters, data and code are those of {link}; the bytes differ.", "nothing"
     told = "\n".join(f"- {line}" for line in _lines(differs))
     return f"**Changed since {link}**\n\n{told}", differs.in_short
 
 
 @dataclass(frozen=True, slots=True)
-class _Differs:
-    """What is other than in the version before.
+class _VersionChanges:
+    """What changed since the version before.
 
     Attributes:
         params: of the stage.
-        data: inputs by path, their md5; `profiles` has what is other in them, in figures.
+        data: inputs by path, their md5; `profiles` has the figures that differ.
         profiles: by path.
-        code: the files of code; None: it is other, and which files are cannot be told.
+        code: the files of code; None if the code may differ and the files are not known.
         commits: of both; empty where they are the same, or none is known.
     """
 
@@ -132,12 +132,12 @@ def _run_of(client: MlflowClient, version: ModelVersion) -> Run | None:
     return None
 
 
-def _differs(client: MlflowClient, last: Run, run: Run) -> _Differs:
+def _version_changes(client: MlflowClient, last: Run, run: Run) -> _VersionChanges:
     before, after = last.data, run.data
     data = changes(_inputs(last), _inputs(run))
     profiles = {each.what: changes(*(profile(r, each.what) for r in (last, run))) for each in data}
     commits = [each.tags.get("git.commit", "")[:_COMMIT] for each in (before, after)]
-    return _Differs(
+    return _VersionChanges(
         params=changes(before.params, after.params, OF_MODELS),
         data=data,
         profiles=profiles,
@@ -158,7 +158,7 @@ def _shown(change: Change) -> str:
     return str(Change(change.what, before, after))
 
 
-def _lines(differs: _Differs) -> Iterator[str]:
+def _lines(differs: _VersionChanges) -> Iterator[str]:
     for each in differs.params[:_MOST]:
         yield escaped(_shown(each))
     if more := len(differs.params[_MOST:]):

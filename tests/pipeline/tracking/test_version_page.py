@@ -1,4 +1,4 @@
-"""What a new version's page says: who made it, and what is other than in the version before."""
+"""What a new version's page says: who made it, and what changed since the version before."""
 
 import dataclasses
 import json
@@ -152,7 +152,7 @@ def test_a_version_whose_run_is_gone_is_named(project):
     registered(project, train(project))
     connect(project).create_model_version("classifier", str(project), "0" * 32)
     page = registered(project, train(project))
-    assert page.description.endswith("MLflow has not the run of version 2 any more.")
+    assert page.description.endswith("MLflow no longer has the run of version 2.")
     assert page.changed == ""
 
 
