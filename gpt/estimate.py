@@ -46,6 +46,7 @@ class Counts:
         trained: those that get gradients.
         adapters: those of the adapters.
         own: how many blocks are trained or adapted; they are the last ones.
+        depth: how many blocks come before these.
         block: of one block, without its adapters.
         block_adapters: of the adapters of one block that has them.
         matrices: in the trained matrices of the blocks.
@@ -58,29 +59,23 @@ class Counts:
 
     def __init__(self, model: GPT | GPTClassifier) -> None:
         block = model.h[-1]
-        trained = [each for each in model.parameters() if each.requires_grad]
-        looked_up = [model.wpe.weight]
-        if not model.config.tie_weights:
-            looked_up.append(model.wte.weight)
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        looked_up = model.wpe.weight.numel()
+        looked_up += 0 if model.config.tie_weights else model.wte.weight.numel()
         self.config = model.config
         self.parameters = model.n_params
-        self.trained = _numbers(trained)
+        self.trained = _numbers(p for _, p in trained)
         self.adapters = _numbers(adapters(model).values())
         self.own = sum(any(p.requires_grad for p in each.parameters()) for each in model.h)
+        self.depth = model.config.n_layer - self.own
         self.block_adapters = _numbers(adapters(block).values())
         self.block = _numbers(block.parameters()) - self.block_adapters
-        in_blocks = model.h.parameters()
-        self.matrices = _numbers(p for p in in_blocks if p.requires_grad and p.dim() == 2)
-        self.multiplied = self.parameters - _numbers(looked_up)
+        self.matrices = _numbers(p for name, p in trained if name[:2] == "h." and p.dim() == 2)
+        self.multiplied = self.parameters - looked_up
         self.layers = [each for each in block.modules() if isinstance(each, LoraLinear)]
         self.head_rank = getattr(getattr(model, "score", None), "rank", 0)
         self.classes = len(getattr(model, "labels", ()))
         self.mean = getattr(model, "pooling", "last") == "mean"
-
-    @property
-    def depth(self) -> int:
-        """How many blocks come before what is trained."""
-        return self.config.n_layer - self.own
 
 
 def _numbers(parameters: Iterable[Tensor]) -> int:

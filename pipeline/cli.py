@@ -252,11 +252,13 @@ def estimate(
 
 
 @app.command("probe", hidden=True)
-def measure(stage: str, root: Path, params: Path, scratch: Path, weights: int) -> None:
+def measure(
+    stage: str, root: Path, params: Path, scratch: Path, weights: int, started: float
+) -> None:
     """What `estimate` starts for each stage, to measure it."""
     from pipeline.estimate.probe import become_probe
 
-    become_probe(stage, root, params, scratch, weights)
+    become_probe(stage, root, params, scratch, weights, started)
 
 
 @app.command()
@@ -542,13 +544,13 @@ def generate(
     engine: _Engine = "auto",
 ) -> None:
     """Let a base model go on with a text (by default models/pretrain)."""
-    from pipeline.use import talk
+    from pipeline.use import predict
 
     sampling = _sampling(
         max_new_tokens, min_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, stop
     )
     directory = _model(model, "pretrain")
-    talk.generate(directory, prompt, sampling, precision=precision, engine=engine)
+    predict.generate(directory, prompt, sampling, precision=precision, engine=engine)
 
 
 @app.command()
@@ -575,13 +577,13 @@ def chat(
     engine: _Engine = "auto",
 ) -> None:
     """Talk to the assistant (by default models/assistant)."""
-    from pipeline.use import talk
+    from pipeline.use import predict
 
     sampling = _sampling(
         max_new_tokens, min_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, stop
     )
     directory = _model(model, "assistant")
-    talk.chat(
+    predict.chat(
         directory,
         instruction,
         context,
@@ -602,9 +604,9 @@ def classify(
     as_json: Annotated[bool, typer.Option("--json", help="A JSON object a text.")] = False,
 ) -> None:
     """Classify texts (by default with models/classifier)."""
-    from pipeline.use import talk
+    from pipeline.use import predict
 
-    talk.classify_texts(_model(model, "classifier"), texts or [], as_json)
+    predict.classify_texts(_model(model, "classifier"), texts or [], as_json)
 
 
 @app.command()
@@ -707,7 +709,7 @@ def flow_run() -> None:
     """What a worker starts for each flow run."""
     from pipeline.flow.agent_start import become_flow_run
 
-    raise typer.Exit(become_flow_run())
+    become_flow_run()
 
 
 @app.command()

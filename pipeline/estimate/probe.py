@@ -2,28 +2,29 @@
 
 The process is what `python -m pipeline stage NAME` would be: the same imports, the same function
 with the same parameters and inputs, its outputs in a scratch folder. No MLflow run, nothing in the
-project. It notes each event with the time and its memory, and stops once it has seen enough.
+project. It notes the steps and evaluations that it sees, and stops once they are enough.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import re
 import resource
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pydantic import TypeAdapter
+
 from gpt.base.errors import InputError, RunError
 from gpt.base.events import Event, Metrics, Text
+from pipeline.project.processes import import_path
 
 WARM_UP = 2
 """The first steps, which are slower: memory is allocated, kernels are chosen."""
@@ -32,9 +33,10 @@ STEPS, SECONDS, PATIENCE = 5, 3.0, 20.0
 however many in so many seconds."""
 EVALUATE_AFTER = 6
 LIMIT = 60.0
-"""Seconds from the first step after which the process ends with what is known."""
+"""Seconds from the first step after which the next one is the last in any case."""
 START_LIMIT = 600.0
-"""Seconds to the first step."""
+"""Seconds to the first step; so much and `LIMIT` later the process is killed."""
+_SEEN = "probe.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +79,6 @@ class Probe:
         """From the process's start to the first step: imports, data, the frozen blocks."""
         return self.steps[0].end - self.steps[0].seconds
 
-    @property
-    def timed(self) -> list[Step]:
-        """The steps after the warm-up; all of them where there are no more."""
-        return self.steps[WARM_UP:] or self.steps
-
 
 def probe_stage(stage: str, root: Path, params: Path, weights: int) -> Probe:
     """Run the first steps of `stage`.
@@ -97,64 +94,28 @@ def probe_stage(stage: str, root: Path, params: Path, weights: int) -> Probe:
         RunError: the process failed before it had ended a step.
     """
     with tempfile.TemporaryDirectory(prefix="gpt-pipeline-") as folder:
-        notes = Path(folder) / "notes.jsonl"
-        notes.touch()
-        started = time.time()
-        code = Path(__file__).resolve().parent.parent.parent
-        path = os.pathsep.join(filter(None, [str(code), os.environ.get("PYTHONPATH")]))
-        arguments = [stage, str(root), str(params), folder, str(weights)]
-        done = subprocess.run(
-            [sys.executable, "-P", "-m", "pipeline", "probe", *arguments],
-            env={**os.environ, "PYTHONPATH": path},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            check=False,
-        )
-        written = notes.read_text(encoding="utf-8")
-    said = (done.stderr.strip().splitlines() or ["?"])[-1].removeprefix("error: ")
-    if done.returncode == 2:
-        raise InputError(said)
-    # of a process that was killed, the last line may be cut off
-    whole = written[: written.rfind("\n") + 1].splitlines()
-    probe = read_notes([json.loads(line) for line in whole], started)
-    if not probe.steps:
-        raise RunError(f"{stage}: could not be measured: {said}")
-    return probe
-
-
-def read_notes(lines: list[dict[str, Any]], started: float) -> Probe:
-    """What was seen by a process that was started at `started`, from its notes."""
-    probe = Probe()
-    evaluated: tuple[float, float] | None = None  # seconds of validation, and the end of all of it
-
-    def add_evaluation(next_step: float = 0.0) -> None:
-        if evaluated:
-            validation, end = evaluated
-            probe.evaluations.append(
-                Evaluation(validation, max(end, next_step) - probe.steps[-1].end)
+        command = [sys.executable, "-P", "-m", "pipeline", "probe"]
+        try:
+            done = subprocess.run(
+                [*command, stage, str(root), str(params), folder, str(weights), str(time.time())],
+                env={**os.environ, "PYTHONPATH": import_path()},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                check=False,
+                timeout=START_LIMIT + LIMIT,
             )
-
-    for line in lines:
-        at = line["at"] - started
-        probe.peak = max(probe.peak, line["peak"])
-        if line["device_peak"] is not None:
-            probe.device_peak = max(probe.device_peak or 0, line["device_peak"])
-        match line["what"]:
-            case "step":
-                add_evaluation(at - line["seconds"])
-                evaluated = None
-                probe.steps.append(Step(line["step"], at, line["seconds"]))
-            case "validation" if probe.steps:
-                evaluated = (at - probe.steps[-1].end, at)
-            case "sample" if evaluated:
-                evaluated = (evaluated[0], at)
-            case "finished":
-                probe.finish = line["seconds"]
-    add_evaluation()
-    return probe
+            code, errors = done.returncode, done.stderr
+        except subprocess.TimeoutExpired:
+            code, errors = 1, "a step takes too long"
+        if code == 0:
+            return TypeAdapter(Probe).validate_json((Path(folder) / _SEEN).read_bytes())
+    said = (errors.strip().splitlines() or ["?"])[-1].removeprefix("error: ")
+    if code == 2:
+        raise InputError(said)
+    raise RunError(f"{stage}: could not be measured: {said}")
 
 
 # --- in the process of its own --------------------------------------------------------------------
@@ -164,54 +125,56 @@ class _Enough(BaseException):
     """The stage has shown what it was run for."""
 
 
-class _Watch:
-    """Notes a stage's events, and ends it once that is enough."""
+class Watch:
+    """Notes a stage's steps and evaluations from its events, and ends it once that is enough.
 
-    def __init__(self, notes: Path) -> None:
-        self._file = notes.open("a", encoding="utf-8", buffering=1)
-        self._limit = _end_after(START_LIMIT)
-        self._began = 0.0
+    Args:
+        started: when its process was started, as `time.time` has it.
+    """
+
+    def __init__(self, started: float) -> None:
+        self.seen = Probe()
+        self._started = started
         self._tokens = 0.0
-        self._evaluated = False
-        self._seconds: list[float] = []
-        """Of each step."""
-
-    def note(self, what: str, **more: Any) -> None:
-        """One line, flushed with its end."""
-        line = {"what": what, "at": time.time(), "peak": peak_memory(), **more}
-        self._file.write(json.dumps({**line, "device_peak": _device_peak()}) + "\n")
+        self._evaluating = False
 
     def __call__(self, event: Event) -> None:
+        """Note an event.
+
+        Raises:
+            _Enough: it was the last one that is needed.
+        """
+        at, steps = time.time() - self._started, self.seen.steps
         match event:
             case Metrics(step, values) if "train_loss" in values:
                 tokens = values["tokens"] - self._tokens
                 self._tokens = values["tokens"]
-                self._step(step, tokens / values["tokens_per_second"])
-            case Metrics(_, values) if "validation_loss" in values:
-                self._evaluated = True
-                self.note("validation")
+                seconds = tokens / values["tokens_per_second"]
+                self._evaluated_until(at - seconds)
+                self._evaluating = False
+                steps.append(Step(step, at, seconds))
+                if self._is_enough():
+                    raise _Enough
+            case Metrics(_, values) if "validation_loss" in values and steps:
+                took = at - steps[-1].end
+                self.seen.evaluations.append(Evaluation(took, took))
+                self._evaluating = True
             case Text():
-                self.note("sample")
+                self._evaluated_until(at)
 
-    def _step(self, step: int, seconds: float) -> None:
-        self.note("step", step=step, seconds=seconds)
-        now = time.monotonic()
-        if not self._seconds:
-            self._began = now
-            self._limit.cancel()
-            _end_after(LIMIT)
-        self._seconds.append(seconds)
-        timed = self._seconds[WARM_UP:]
-        long = sum(timed) >= SECONDS or now - self._began >= PATIENCE
-        if self._evaluated and len(timed) >= STEPS and long:
-            raise _Enough
+    def _evaluated_until(self, end: float) -> None:
+        """The evaluation after the last step, if there was one, took until then."""
+        if self._evaluating:
+            validation = self.seen.evaluations[-1].validation
+            whole = max(validation, end - self.seen.steps[-1].end)
+            self.seen.evaluations[-1] = Evaluation(validation, whole)
 
-
-def _end_after(seconds: float) -> threading.Timer:
-    timer = threading.Timer(seconds, os._exit, [1])
-    timer.daemon = True
-    timer.start()
-    return timer
+    def _is_enough(self) -> bool:
+        steps = self.seen.steps
+        timed = [step.seconds for step in steps[WARM_UP:]]
+        passed = steps[-1].end - steps[0].end
+        long = sum(timed) >= SECONDS or passed >= PATIENCE
+        return passed >= LIMIT or (bool(self.seen.evaluations) and len(timed) >= STEPS and long)
 
 
 def peak_memory() -> int:
@@ -238,7 +201,7 @@ def shortened(params: Any) -> Any:
 
 
 def become_probe(
-    stage: str, root: Path, params_file: Path, scratch: Path, weights: int
+    stage: str, root: Path, params_file: Path, scratch: Path, weights: int, started: float
 ) -> NoReturn:
     """Be the process that `probe_stage` starts: the stage as `pipeline.run.stage` calls it, in
     `scratch`, until enough was seen.
@@ -252,7 +215,6 @@ def become_probe(
     from pipeline.project.stage_table import STAGES
     from pipeline.tracking.connection import load_mlflow
 
-    watch = _Watch(scratch / "notes.jsonl")
     spec = STAGES[stage]
     params = section(load_params(params_file), stage)
     inputs = {keyword: root / path for keyword, path in spec.input_paths(params).items()}
@@ -260,6 +222,7 @@ def become_probe(
     for path in inputs.values():
         dvc_md5(path)
     load_mlflow()
+    watch = Watch(started)
     with contextlib.suppress(_Enough):
         function(
             shortened(params),
@@ -270,7 +233,9 @@ def become_probe(
         )
     began = time.monotonic()
     _finish(stage, scratch, weights)
-    watch.note("finished", seconds=time.monotonic() - began)
+    watch.seen.finish = time.monotonic() - began
+    watch.seen.peak, watch.seen.device_peak = peak_memory(), _device_peak()
+    (scratch / _SEEN).write_bytes(TypeAdapter(Probe).dump_json(watch.seen))
     # at once: a state may still be on its way to the scratch folder, and no one will read it
     os._exit(0)
 

@@ -7,6 +7,10 @@ import contextlib
 import gc
 import os
 import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -21,6 +25,15 @@ def collect_seldom() -> None:
     """
     gc.set_threshold(50_000, 20, 20)
     atexit.register(gc.freeze)
+
+
+def import_path() -> str:
+    """`PYTHONPATH` of a process that runs modules of this project from any folder.
+
+    With Python's `-P`: the folder may be a checkout of another commit.
+    """
+    here = str(Path(__file__).resolve().parent.parent.parent)
+    return os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
 
 
 def reach_loopback_directly() -> None:
@@ -61,3 +74,32 @@ def end_with_the_terminal() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     signal.signal(signal.SIGHUP, hung_up)
+
+
+@contextlib.contextmanager
+def one_interrupt() -> Iterator[None]:
+    """Within the block the first SIGINT or SIGTERM raises KeyboardInterrupt; others do nothing."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def watch_parent(parent: int, gone: Callable[[], object]) -> None:
+    """Call `gone` in a thread once this process has another parent than `parent`."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        gone()
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()

@@ -14,7 +14,6 @@ from gpt.base.files import read_json
 from gpt.batches.data import Batch
 from gpt.batches.metrics import mean_loss, perplexity
 from gpt.engine.int8 import quantize
-from gpt.model.model import GPT
 from gpt.model.weights import load_base, load_pair, save_model
 from gpt.published.gguf import GGUFType, is_ours, read_back, write_gguf
 from gpt.text.formats import texts_in
@@ -111,10 +110,10 @@ def export_gguf(
     size = target.stat().st_size
     if not rows:
         return size, None
-    before = _perplexity(model, rows)
+    before = perplexity(mean_loss(model, rows))
     read_back(target, model)
-    after = _perplexity(model, rows)
-    int8 = _perplexity(quantize(load_base(source)[0]), rows)
+    after = perplexity(mean_loss(model, rows))
+    int8 = perplexity(mean_loss(quantize(load_base(source)[0]), rows))
     tokens = sum(row.n_targets for row in rows)
     return size, Loss(tokens=tokens, before=before, after=after, int8=int8)
 
@@ -127,10 +126,6 @@ def _writing(target: Path) -> Iterator[None]:
         raise RunError(
             f"{target}: {error.strerror or error}; make room or make it writable, or choose another"
         ) from None
-
-
-def _perplexity(model: GPT, rows: list[Batch]) -> float:
-    return perplexity(mean_loss(model, rows))
 
 
 def _rows(tokenizer: Tokenizer, text: Path, context_length: int) -> Iterator[Batch]:

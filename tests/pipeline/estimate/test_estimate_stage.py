@@ -17,6 +17,7 @@ import yaml
 from rich.console import Console
 
 from gpt.base.errors import InputError
+from gpt.base.events import Metrics, Text
 from gpt.base.files import sha256_of
 from gpt.model.config import GPTConfig
 from gpt.model.model import GPT
@@ -26,7 +27,7 @@ from gpt.text.records import RawFile, write_sources
 from gpt.tokens.tokenizer import byte_tokenizer
 from gpt.tune.lora import IN_BLOCKS, LoraParams
 from pipeline.estimate import estimate, probe
-from pipeline.estimate.plan import make_plan
+from pipeline.estimate.estimate import make_plan
 from pipeline.estimate.probe import Evaluation, Probe, Step
 from pipeline.project.params import load_params
 from pipeline.project.stage_table import STAGES
@@ -171,8 +172,8 @@ def test_steps_tokens_and_evaluations_are_those_of_the_stage(tiny, tmp_path, sta
 
 def test_a_pair_is_two_rows_and_its_adapters_are_counted(tiny):
     plan = make_plan("tune_preferences", load_params(tiny / "params.yaml"), tiny)
-    assert plan.largest.rows == 16
-    assert plan.largest.tokens <= plan.largest.rows * plan.largest.length
+    assert plan.largest().rows == 16
+    assert plan.largest().tokens <= plan.largest().positions
     everything = make_plan(
         "tune_preferences", changed(tiny, "tune_preferences", trainable="all", lora=None), tiny
     )
@@ -192,7 +193,7 @@ def test_a_plan_reads_no_weights(tiny, tmp_path):
         plan, here = (
             make_plan(stage, load_params(tiny / "params.yaml"), at) for at in (root, tiny)
         )
-        assert (plan.flops, plan.largest) == (here.flops, here.largest)
+        assert (plan.flops, plan.largest()) == (here.flops, here.largest())
 
 
 @pytest.mark.parametrize(
@@ -227,7 +228,7 @@ def test_the_frozen_blocks_are_counted_once_where_their_vectors_are_kept(tiny, m
     anew = make_plan("finetune_classifier", params, tiny)
     assert kept.flops_before > 0 == anew.flops_before
     assert kept.step_flops.sum() < anew.step_flops.sum()
-    memory = [plan.memory(plan.largest, bf16=False, kernel="blocked") for plan in (kept, anew)]
+    memory = [plan.memory(plan.largest(), bf16=False, kernel="blocked") for plan in (kept, anew)]
     assert memory[0].features > 0 == memory[1].features
     assert memory[0].best < memory[1].best  # only what is trained is copied
     assert kept.trained == anew.trained < kept.parameters
@@ -275,24 +276,28 @@ def test_longer_batches_that_come_later_are_counted_longer(tiny):
     assert time["training"] == pytest.approx(rate * plan.step_flops.sum())
 
 
-def test_notes_are_read_into_steps_and_evaluations():
-    def line(what, at, **more):
-        return {"what": what, "at": 100 + at, "peak": 10 * at, "device_peak": None, **more}
+def test_events_become_steps_and_evaluations(monkeypatch):
+    watch = probe.Watch(started=100.0)
 
-    lines = [
-        line("step", 5.0, step=1, seconds=1.0),
-        line("step", 6.0, step=2, seconds=1.0),
-        line("validation", 8.0),
-        line("sample", 9.0),
-        line("step", 11.0, step=3, seconds=1.0),
-        line("validation", 12.5),
-        line("finished", 15.0, seconds=1.0),
-    ]
-    seen = probe.read_notes(lines, started=100.0)
-    assert seen.start == 4.0
-    assert [step.end for step in seen.steps] == [5.0, 6.0, 11.0]
-    assert seen.evaluations == [Evaluation(2.0, 4.0), Evaluation(1.5, 1.5)]
-    assert (seen.peak, seen.finish) == (150, 1.0)
+    def hear(at, event):
+        monkeypatch.setattr("time.time", lambda: 100 + at)
+        watch(event)
+
+    def step(number):
+        values = {"train_loss": 1.0, "tokens": 10.0 * number, "tokens_per_second": 10.0}
+        return Metrics(number, values)
+
+    hear(5.0, step(1))
+    hear(6.0, step(2))
+    hear(8.0, Metrics(2, {"validation_loss": 1.0}))
+    hear(9.0, Text("samples/a.txt", "a"))
+    hear(11.0, step(3))
+    hear(12.5, Metrics(3, {"validation_loss": 1.0}))
+    assert watch.seen.start == 4.0
+    assert [step.end for step in watch.seen.steps] == [5.0, 6.0, 11.0]
+    assert watch.seen.evaluations == [Evaluation(2.0, 4.0), Evaluation(1.5, 1.5)]
+    hear(13.0, Text("samples/a.txt", "b"))
+    assert watch.seen.evaluations[1] == Evaluation(1.5, 2.0)
 
 
 # --- the probe ------------------------------------------------------------------------------------

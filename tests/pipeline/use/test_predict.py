@@ -23,7 +23,7 @@ from gpt.model.weights import save_model
 from gpt.prompts import TEMPLATES, render_prompt, render_prompts
 from gpt.tokens.tokenizer import byte_tokenizer
 from pipeline.cli import app
-from pipeline.use import talk
+from pipeline.use import predict
 
 CONFIG = GPTConfig(vocab_size=257, context_length=64, n_layer=1, n_head=2, n_embd=16)
 
@@ -72,58 +72,58 @@ def answer(model, tokenizer, prompt, n):
 
 
 def test_generate_prints_the_prompt_and_what_the_model_goes_on_with(base, capsys):
-    talk.generate(base, "Once", Sampling(max_new_tokens=12))
-    expected = answer(*talk._load_writer(base, "pretrain", "fp32"), "Once", 12)
+    predict.generate(base, "Once", Sampling(max_new_tokens=12))
+    expected = answer(*predict._load(base, "pretrain", "fp32"), "Once", 12)
     assert capsys.readouterr().out == f"Once{expected}\n"
 
 
 def test_sampling_repeats_with_a_seed(base, capsys):
     shown = []
     for seed in (1, 1, 2):
-        talk.generate(base, "Once", Sampling(max_new_tokens=12, temperature=1.0, seed=seed))
+        predict.generate(base, "Once", Sampling(max_new_tokens=12, temperature=1.0, seed=seed))
         shown.append(capsys.readouterr().out)
     assert shown[0] == shown[1] != shown[2]
 
 
 def test_text_is_printed_whole_and_up_to_a_stop_text(base, capsys, monkeypatch):
     scripted(monkeypatch, "né — ✓ END two".encode())
-    talk.generate(base, "p ", Sampling(max_new_tokens=99, stop_texts=("END",)))
+    predict.generate(base, "p ", Sampling(max_new_tokens=99, stop_texts=("END",)))
     assert capsys.readouterr().out == "p né — ✓ \n"
 
 
 def test_the_weights_are_in_the_precision_that_was_asked_for(base, capsys):
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        model, tokenizer = talk._load_writer(base, "pretrain", precision)
+        model, tokenizer = predict._load(base, "pretrain", precision)
         assert {parameter.dtype for parameter in model.parameters()} == {dtype}
-        talk.generate(base, "Once", Sampling(max_new_tokens=5), precision=precision)
+        predict.generate(base, "Once", Sampling(max_new_tokens=5), precision=precision)
         assert capsys.readouterr().out == f"Once{answer(model, tokenizer, 'Once', 5)}\n"
 
 
 def test_8_bits_are_read_on_the_cpu(base, capsys):
-    model, tokenizer = talk._load_writer(base, "pretrain", "int8")
+    model, tokenizer = predict._load(base, "pretrain", "int8")
     assert model.wte.weight.dtype == torch.int8
     assert model.device.type == "cpu"
-    talk.generate(base, "Once", Sampling(max_new_tokens=5), precision="int8")
+    predict.generate(base, "Once", Sampling(max_new_tokens=5), precision="int8")
     assert capsys.readouterr().out == f"Once{answer(model, tokenizer, 'Once', 5)}\n"
 
 
 def test_the_engine_is_the_one_that_was_asked_for(base, assistant, capsys):
     """Here no compiled engine can be had: the tests' cache is no folder."""
     for engine in ("auto", "plain"):
-        talk.generate(base, "Once", Sampling(max_new_tokens=3), engine=engine)
-        talk.chat(assistant, "Hello", "", Sampling(max_new_tokens=3), engine=engine)
+        predict.generate(base, "Once", Sampling(max_new_tokens=3), engine=engine)
+        predict.chat(assistant, "Hello", "", Sampling(max_new_tokens=3), engine=engine)
     capsys.readouterr()
     with pytest.raises(RunError, match="cannot be compiled here"):
-        talk.generate(base, "Once", Sampling(max_new_tokens=3), engine="compiled")
+        predict.generate(base, "Once", Sampling(max_new_tokens=3), engine="compiled")
     with pytest.raises(RunError, match="cannot be compiled here"):
-        talk.chat(assistant, "Hello", "", Sampling(max_new_tokens=3), engine="compiled")
+        predict.chat(assistant, "Hello", "", Sampling(max_new_tokens=3), engine="compiled")
     assert capsys.readouterr().out == ""
 
 
 def test_every_option_of_the_command_line_arrives(monkeypatch):
     calls = []
-    monkeypatch.setattr(talk, "generate", lambda *args, **kwargs: calls.append((args, kwargs)))
-    monkeypatch.setattr(talk, "chat", lambda *args, **kwargs: calls.append((args, kwargs)))
+    monkeypatch.setattr(predict, "generate", lambda *args, **kwargs: calls.append((args, kwargs)))
+    monkeypatch.setattr(predict, "chat", lambda *args, **kwargs: calls.append((args, kwargs)))
     given = {
         "max-new-tokens": "7",
         "min-new-tokens": "2",
@@ -161,7 +161,7 @@ def test_every_option_of_the_command_line_arrives(monkeypatch):
 
 
 def test_an_impossible_setting_is_one_line_before_anything_is_loaded(monkeypatch):
-    monkeypatch.setattr(talk, "load_base", pytest.fail)
+    monkeypatch.setattr(predict, "load_base", pytest.fail)
     for setting in ("--top-p=0", "--repetition-penalty=0", "--min-new-tokens=101"):
         result = CliRunner().invoke(app, ["generate", "Once", "--model", ".", setting])
         assert result.exit_code == 2
@@ -171,18 +171,18 @@ def test_an_impossible_setting_is_one_line_before_anything_is_loaded(monkeypatch
 
 def test_an_empty_prompt_is_refused(base):
     with pytest.raises(InputError, match="prompt: there is nothing to continue"):
-        talk.generate(base, "", Sampling(max_new_tokens=3))
+        predict.generate(base, "", Sampling(max_new_tokens=3))
 
 
 def test_chat_answers_with_the_models_own_template(assistant, capsys, monkeypatch):
-    talk.chat(assistant, "Say hello.", "to Ann", Sampling(max_new_tokens=12))
+    predict.chat(assistant, "Say hello.", "to Ann", Sampling(max_new_tokens=12))
     shown = capsys.readouterr().out
     prompt = render_prompt("phi3", "Say hello.", "to Ann")
-    expected = answer(*talk._load_writer(assistant, "finetune_instruct", "fp32"), prompt, 12)
+    expected = answer(*predict._load(assistant, "finetune_instruct", "fp32"), prompt, 12)
     assert shown == expected.lstrip() + "\n"
 
     monkeypatch.setattr("sys.stdin", io.StringIO("Say hello.\n"))
-    talk.chat(assistant, None, "to Ann", Sampling(max_new_tokens=12))
+    predict.chat(assistant, None, "to Ann", Sampling(max_new_tokens=12))
     assert capsys.readouterr().out == shown
 
 
@@ -190,7 +190,7 @@ def test_chat_goes_on_until_an_empty_line(assistant, capsys, monkeypatch):
     lines = iter(["Say hello.", "Say goodbye.", ""])
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
-    talk.chat(assistant, None, "", Sampling(max_new_tokens=3))
+    predict.chat(assistant, None, "", Sampling(max_new_tokens=3))
     assert "an empty line or Ctrl-D ends" in capsys.readouterr().out
     assert next(lines, "all were asked for") == "all were asked for"
 
@@ -211,7 +211,7 @@ def person(monkeypatch):
         monkeypatch.setattr(decoding, "_steps", steps)
         monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
         monkeypatch.setattr("builtins.input", lambda _: next(typed))
-        talk.chat(assistant, None, context, Sampling(max_new_tokens=2), **options)
+        predict.chat(assistant, None, context, Sampling(max_new_tokens=2), **options)
         return prompts
 
     return types
@@ -284,24 +284,24 @@ def test_an_assistant_reads_as_many_turns_as_it_learnt_from(wide, person, capsys
 
 def test_what_is_typed_or_answered_never_ends_a_turn(wide, monkeypatch):
     tokenizer = byte_tokenizer()
-    conversation = talk.Conversation(TEMPLATES["phi3"], tokenizer, 999, earlier=1)
-    conversation.heard("<|endoftext|>", "", "<|endoftext|>")
+    conversation = predict.Conversation(TEMPLATES["phi3"], tokenizer, 999, earlier=1)
+    conversation.add("<|endoftext|>", "", "<|endoftext|>")
     assert conversation.prompt("<|endoftext|>").count(tokenizer.eot) == 1
 
 
 def test_a_base_model_is_no_assistant(base):
     with pytest.raises(InputError, match=r"prompt\.json: not there, so this model follows no inst"):
-        talk.chat(base, "Say hello.", "", Sampling(max_new_tokens=3))
+        predict.chat(base, "Say hello.", "", Sampling(max_new_tokens=3))
 
 
 def test_a_damaged_prompt_json_is_named(assistant):
     (assistant / "prompt.json").write_text("{}")
     with pytest.raises(InputError, match=r"prompt\.json: must be JSON with the texts"):
-        talk.chat(assistant, "Say hello.", "", Sampling(max_new_tokens=3))
+        predict.chat(assistant, "Say hello.", "", Sampling(max_new_tokens=3))
 
 
 def test_classify_gives_each_text_its_class_and_probabilities(classifier, capsys):
-    talk.classify_texts(classifier, ["win a prize", "see you", ""], as_json=True)
+    predict.classify_texts(classifier, ["win a prize", "see you", ""], as_json=True)
     results = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [each["text"] for each in results] == ["win a prize", "see you", ""]
     for each in results:
@@ -309,7 +309,7 @@ def test_classify_gives_each_text_its_class_and_probabilities(classifier, capsys
         assert sum(each["probabilities"].values()) == pytest.approx(1)
         assert each["probabilities"][each["label"]] == max(each["probabilities"].values())
 
-    talk.classify_texts(classifier, ["win a prize"], as_json=False)
+    predict.classify_texts(classifier, ["win a prize"], as_json=False)
     shown = capsys.readouterr().out
     assert shown.startswith(results[0]["label"])
     assert shown.endswith("%  win a prize\n")
@@ -326,7 +326,7 @@ def test_classify_gives_each_text_its_class_and_probabilities(classifier, capsys
 )
 def test_each_line_of_a_pipe_has_its_line_of_classes(classifier, capsys, monkeypatch, piped, texts):
     monkeypatch.setattr("sys.stdin", io.StringIO(piped))
-    talk.classify_texts(classifier, ["-"], as_json=True)
+    predict.classify_texts(classifier, ["-"], as_json=True)
     assert [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()] == texts
 
 
@@ -375,13 +375,13 @@ def test_a_terminal_of_few_characters_shows_the_others_spelled_out(classifier):
 
 def test_classify_cuts_a_text_as_its_training_did(classifier, capsys):
     (classifier / "training.json").write_text('{"max_length": 4}')
-    talk.classify_texts(classifier, ["same begins", "same ends"], as_json=True)
+    predict.classify_texts(classifier, ["same begins", "same ends"], as_json=True)
     one, other = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert one["probabilities"] == other["probabilities"]
 
 
 def test_a_language_model_is_no_classifier_and_the_other_way_round(base, classifier):
     with pytest.raises(InputError, match="holds no classification head"):
-        talk.classify_texts(base, ["x"], as_json=False)
+        predict.classify_texts(base, ["x"], as_json=False)
     with pytest.raises(InputError, match="holds a classifier"):
-        talk.generate(classifier, "Once", Sampling(max_new_tokens=3))
+        predict.generate(classifier, "Once", Sampling(max_new_tokens=3))

@@ -1,10 +1,12 @@
-"""Words in, words out: a base model that goes on, an assistant that answers, a classifier."""
+"""Models on the command line: a base model continues text, an assistant answers, a classifier
+classifies."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -17,22 +19,20 @@ from gpt.engine.int8 import quantize
 from gpt.generation import Sampling, stream_text
 from gpt.inference import classify
 from gpt.model.device import pick_device
-from gpt.model.model import GPT, GPTClassifier
+from gpt.model.model import GPT
 from gpt.model.weights import load_base, load_classifier
 from gpt.prompts import Template, encode_turns, last_prompt, read_template
 from gpt.text.records import Instruction, Turn
 from gpt.tokens.tokenizer import Tokenizer
 from pipeline.show.terminal import say, say_json, say_result
 
-BEGIN_ANEW = "/new"
-"""Typed in place of an instruction it ends a conversation and begins another."""
+NEW_CONVERSATION = "/new"
+"""Typed instead of an instruction it ends a conversation and begins another."""
 
 
-Precision = Literal["fp32", "bf16", "int8"]
-"""Of the weights. bf16 is half the memory to read, so about twice the speed; its answers differ.
-int8 is half of that again, on the CPU; only the compiled engine gains by it."""
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+WeightPrecision = Literal["fp32", "bf16", "int8"]
+"""bf16 is half the memory to read, so about twice the speed; its answers differ. int8 is half of
+that again, on the CPU; only the compiled engine is faster with it."""
 
 
 def _directory(path: Path, stage: str) -> Path:
@@ -41,14 +41,15 @@ def _directory(path: Path, stage: str) -> Path:
     return path
 
 
-def _load_writer(path: Path, stage: str, precision: Precision) -> tuple[GPT, Tokenizer]:
+def _load(path: Path, stage: str, precision: WeightPrecision) -> tuple[GPT, Tokenizer]:
     model, tokenizer = load_base(_directory(path, stage))
     if precision == "int8":
         return quantize(model), tokenizer
-    return model.to(device=pick_device(), dtype=_DTYPES[precision]), tokenizer
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return model.to(device=pick_device(), dtype=dtype), tokenizer
 
 
-def _say(pieces: Iterable[str]) -> None:
+def _print_stream(pieces: Iterable[str]) -> None:
     for piece in pieces:
         say_result(piece, end="")
     say()
@@ -59,24 +60,24 @@ def generate(
     prompt: str,
     sampling: Sampling,
     *,
-    precision: Precision = "fp32",
+    precision: WeightPrecision = "fp32",
     engine: EngineName = "auto",
 ) -> None:
-    """Print the prompt and what the model goes on with.
+    """Print the prompt and the model's continuation.
 
     Raises:
         InputError: no model there, or an empty prompt.
         RunError: the compiled engine is asked for and cannot be had.
     """
-    model, tokenizer = _load_writer(directory, "pretrain", precision)
+    model, tokenizer = _load(directory, "pretrain", precision)
     pieces = stream_text(model, tokenizer, prompt, sampling, engine=ENGINES[engine])
     first = next(pieces, "")  # what cannot be continued is refused before anything is printed
     say_result(prompt + first, end="")
-    _say(pieces)
+    _print_stream(pieces)
 
 
 def _piped() -> str:
-    """What standard input holds to its end.
+    """Standard input to its end.
 
     Raises:
         InputError: it cannot be read, or not as text.
@@ -95,61 +96,45 @@ def _piped() -> str:
     return text.removeprefix("\ufeff")
 
 
+@dataclass(slots=True)
 class Conversation:
-    """What was said so far, as the model was taught to read it.
+    """The turns of a conversation, as prompts in the form that the model was trained on.
 
-    Args:
+    Attributes:
         template: the model's own.
         tokenizer: the model's own.
         longest: tokens that a prompt may have.
-        earlier: how many turns before the last one the model is reminded of.
+        earlier: how many turns before the last one a prompt has.
         system: how the assistant is to behave.
+        turns: all of them so far.
+        dropped: turns that the last prompt had no room for, among the `earlier` ones.
     """
 
-    def __init__(
-        self,
-        template: Template,
-        tokenizer: Tokenizer,
-        longest: int,
-        *,
-        earlier: int = 0,
-        system: str = "",
-    ) -> None:
-        self._template = template
-        self._tokenizer = tokenizer
-        self._longest = longest
-        self._earlier = earlier
-        self._system = system
-        self._said: list[Turn] = []
-        self.forgotten = 0
-        """Turns that the last prompt had no room for, of those that it was to be reminded of."""
+    template: Template
+    tokenizer: Tokenizer
+    longest: int
+    earlier: int = 0
+    system: str = ""
+    turns: list[Turn] = field(default_factory=list)
+    dropped: int = 0
 
     def prompt(self, instruction: str, context: str = "") -> list[int]:
         """The ids of the next prompt: the earlier turns that there is room for, and this one."""
-        remembered = self._said[-self._earlier :] if self._earlier else []
-        for self.forgotten in range(len(remembered) + 1):
+        recent = self.turns[-self.earlier :] if self.earlier else []
+        for self.dropped in range(len(recent) + 1):
             record = Instruction(
-                instruction, context, "", tuple(remembered[self.forgotten :]), self._system
+                instruction, context, "", tuple(recent[self.dropped :]), self.system
             )
-            (turns,) = encode_turns(self._tokenizer, self._template, [record])
-            ids = last_prompt(turns, self._tokenizer.eot)
-            if len(ids) <= self._longest:
+            (turns,) = encode_turns(self.tokenizer, self.template, [record])
+            ids = last_prompt(turns, self.tokenizer.eot)
+            if len(ids) <= self.longest:
                 break
         return ids
 
-    def heard(self, instruction: str, context: str, response: str) -> None:
-        """Remember a turn."""
+    def add(self, instruction: str, context: str, response: str) -> None:
+        """Add a turn that is complete."""
         asked = f"{instruction}\n{context}" if context else instruction
-        self._said.append(Turn(asked, response))
-
-    def begin_anew(self) -> None:
-        """Forget all turns."""
-        self._said.clear()
-
-
-def turns_learnt(directory: Path) -> int:
-    """How many turns the longest conversation had that an assistant was trained on."""
-    return _training(directory, "turns", 1)
+        self.turns.append(Turn(asked, response))
 
 
 def chat(
@@ -160,7 +145,7 @@ def chat(
     *,
     system: str = "",
     turns: int | None = None,
-    precision: Precision = "fp32",
+    precision: WeightPrecision = "fp32",
     engine: EngineName = "auto",
 ) -> None:
     """Answer one instruction, from the argument or a pipe; or hold a conversation with a person.
@@ -171,8 +156,8 @@ def chat(
         context: what every instruction is about.
         sampling: how tokens are chosen.
         system: how the assistant is to behave.
-        turns: how many turns it reads at most, the last one among them; None is as many as it was
-            trained on: an assistant that has only seen single instructions makes nothing of more.
+        turns: how many turns a prompt has at most, the last one among them; None is as many as it
+            was trained on: an assistant that has only seen single instructions cannot use more.
         precision: of the weights.
         engine: what computes them.
 
@@ -183,46 +168,41 @@ def chat(
     template = read_template(_directory(directory, "finetune_instruct"))
     if instruction is None and not sys.stdin.isatty():
         instruction = _piped().strip()
-    model, tokenizer = _load_writer(directory, "finetune_instruct", precision)
-    turns = turns_learnt(directory) if turns is None else turns
+    model, tokenizer = _load(directory, "finetune_instruct", precision)
+    turns = turns or _of_training(directory, "turns", 1)
     room = model.config.context_length - sampling.max_new_tokens
     conversation = Conversation(template, tokenizer, room, earlier=turns - 1, system=system)
 
     def answer(text: str, context: str) -> Iterator[str]:
         prompt = conversation.prompt(text, context)
-        if conversation.forgotten:
-            note = f"(no room for the first {conversation.forgotten} of what was said before)"
-            say(note, file=sys.stderr)
+        if dropped := conversation.dropped:
+            say(f"(no room for the first {dropped} of what was said before)", file=sys.stderr)
         said = ""
         for piece in stream_text(model, tokenizer, prompt, sampling, engine=ENGINES[engine]):
             shown = piece if said else piece.lstrip()
             said += shown
             yield shown
-        conversation.heard(text, context, said.rstrip())
+        conversation.add(text, context, said.rstrip())
 
     if instruction is not None:
         if not instruction.strip():
             raise InputError("instruction: empty; give one as an argument or through a pipe")
-        _say(answer(instruction, context))
+        _print_stream(answer(instruction, context))
         return
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # the arrow keys work in input()
-    say(f"Type an instruction; an empty line or Ctrl-D ends. {_remembers(turns)}")
+    several = f"The last {turns} are read together; {NEW_CONVERSATION} forgets them."
+    context_line = several if turns > 1 else "Each one stands for itself."
+    say(f"Type an instruction; an empty line or Ctrl-D ends. {context_line}")
     with contextlib.suppress(EOFError):
         while text := input("\n> ").strip():
-            if text == BEGIN_ANEW:
-                conversation.begin_anew()
+            if text == NEW_CONVERSATION:
+                conversation.turns.clear()
                 continue
             try:
-                _say(answer(text, context))
+                _print_stream(answer(text, context))
             except KeyboardInterrupt:  # ends the answer, not the conversation
                 say(" …")
-
-
-def _remembers(turns: int) -> str:
-    if turns == 1:
-        return "Each one stands for itself."
-    return f"The last {turns} are read together; {BEGIN_ANEW} forgets them."
 
 
 def classify_texts(directory: Path, texts: Sequence[str], as_json: bool) -> None:
@@ -240,7 +220,8 @@ def classify_texts(directory: Path, texts: Sequence[str], as_json: bool) -> None
         texts = piped.removesuffix("\n").split("\n") if piped else []
     model, tokenizer = load_classifier(_directory(directory, "finetune_classifier"))
     model.to(pick_device())
-    rows = classify(model, tokenizer, texts, max_length=_longest(directory, model)).tolist()
+    longest = _of_training(directory, "max_length", model.config.context_length)
+    rows = classify(model, tokenizer, texts, max_length=longest).tolist()
     for text, row in zip(texts, rows, strict=True):
         result = dict(sorted(zip(model.labels, row, strict=True), key=lambda item: -item[1]))
         label = next(iter(result))
@@ -251,13 +232,8 @@ def classify_texts(directory: Path, texts: Sequence[str], as_json: bool) -> None
             say_result(f"{label:<8} {shares}  {text}")
 
 
-def _longest(directory: Path, model: GPTClassifier) -> int:
-    """At how many tokens the training cut a text, where that is known."""
-    return _training(directory, "max_length", model.config.context_length)
-
-
-def _training(directory: Path, name: str, otherwise: int) -> int:
-    """A number of `training.json`, where it is known."""
+def _of_training(directory: Path, name: str, otherwise: int) -> int:
+    """A number of `training.json`, where it has that."""
     try:
         value = read_json(directory / "training.json", missing="", remedy="")[name]
     except (InputError, KeyError):
