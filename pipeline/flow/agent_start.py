@@ -1,12 +1,12 @@
 """One flow run on an agent, from its worker's command to the workspace that it works in.
 
 The worker starts `gpt-pipeline flow-run`. That makes the workspace of the commit, and becomes
-Prefect's engine there: the same process, which the worker watches, stops and hears of. The note of
-it under `.pipeline/agent/runs` tells an agent that starts later what was lost.
+Prefect's engine there: the same process, which the worker watches and stops. The note of it under
+`.pipeline/agent/runs` tells an agent that starts later which flow runs were lost.
 
-What is run, and under which variables, is what `prefect.yaml` says at the commit. The server is
-asked for the parameters of the flow run alone; a flow run for which it says something else of the
-rest is refused.
+What is run, and under which variables, is what `prefect.yaml` says at the commit of the deployment.
+Only the parameters of the flow run come from the server; a flow run of a deployment that
+`prefect.yaml` does not have, or with job variables of its own, is refused.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import psutil
 
@@ -29,8 +29,8 @@ from pipeline.project.yaml_files import read_yaml
 from pipeline.show.terminal import say
 
 if TYPE_CHECKING:
-    from prefect.client.orchestration import SyncPrefectClient
     from prefect.client.schemas.objects import FlowRun
+    from prefect.client.schemas.responses import DeploymentResponse
 
 COMMAND = "gpt-pipeline flow-run"
 """All that a worker of an agent starts."""
@@ -46,15 +46,14 @@ def agent_folder(root: Path) -> Path:
 
 
 def run_note(root: Path, run_id: str) -> Path:
-    """Which process works on a flow run, and where: kept until somebody said how it ended."""
+    """Which process works on a flow run, and where; kept until Prefect knows how it ended."""
     return agent_folder(root) / "runs" / f"{run_id}.json"
 
 
-def become_flow_run() -> int:
+def become_flow_run() -> None:
     """Make the workspace of the flow run that the environment names, and go on as its engine.
 
-    Returns:
-        The exit code, if it does not come to that; the flow run has failed with a line then.
+    It returns only if the flow run has failed with a line before that.
 
     Raises:
         InputError: this was not started by a worker of `gpt-pipeline agent`.
@@ -68,8 +67,8 @@ def become_flow_run() -> int:
     folder = agent_folder(root)
     _write_to(folder / "logs" / f"{run_id}.log")
     workspace = folder / "workspaces" / run_id
-    me = psutil.Process()
-    note = {"pid": me.pid, "created": me.create_time(), "workspace": str(workspace)}
+    created = psutil.Process().create_time()
+    note = {"pid": os.getpid(), "created": created, "worker": worker, "workspace": str(workspace)}
     write_json(run_note(root, run_id), note)
     from prefect.client.orchestration import get_client
     from prefect.states import Failed
@@ -77,104 +76,68 @@ def become_flow_run() -> int:
     with get_client(sync_client=True) as client:
         run = client.read_flow_run(run_id)  # type: ignore[arg-type]
         try:
-            if not workspace.exists():  # else the run was cut off, and goes on in it
-                # one that was killed while it was made has no name yet
+            if not workspace.exists():  # otherwise the run was interrupted, and resumes in it
+                # a workspace has its name once it is complete
                 partial = workspace.with_name(f".{run_id}.partial")
                 shutil.rmtree(partial, ignore_errors=True)
                 make_workspace(
                     root, _commit(root, str(run.parameters.get("commit") or "")), partial
                 )
                 partial.rename(workspace)
-            entrypoint, variables = held_by_project(workspace, asked_by_server(client, run))
+            if run.deployment_id is None:
+                raise InputError("refused: a flow run without a deployment; use prefect.yaml's")
+            deployment = client.read_deployment(run.deployment_id)
+            variables = held_by_project(workspace, deployment, run)
         except (InputError, RunError) as error:
             write_json(run_note(root, run_id), {**note, "refused": str(error)})
             client.set_flow_run_state(run_id, Failed(message=str(error)), force=True)
             say(f"error: {error}", file=sys.stderr)
-            return 0  # told, and nothing that a worker could add to
+            return  # without an exit code, from which the worker would report a crash
     os.chdir(workspace)
     settings = {
         **os.environ,
         **variables,
         **workspace_environment(root, workspace),
-        "PREFECT__FLOW_ENTRYPOINT": entrypoint,
+        "PREFECT__FLOW_ENTRYPOINT": str(deployment.entrypoint),
         WORKER_VARIABLE: str(worker),
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # the stages show themselves
     }
     os.execve(sys.executable, [sys.executable, "-c", _ENGINE], settings)
-    raise AssertionError("the engine has taken the place of this")
 
 
-def asked_by_server(client: SyncPrefectClient, run: FlowRun) -> dict[str, Any]:
-    """What a flow run's deployment, the flow run itself and its work pool want to be run.
-
-    Raises:
-        InputError: it has no deployment.
-    """
-    if run.deployment_id is None or run.work_pool_name is None:
-        raise InputError("refused: a flow run without a deployment; schedule one of prefect.yaml's")
-    deployment = client.read_deployment(run.deployment_id)
-    template = client.read_work_pool(run.work_pool_name).base_job_template
-    defaults = {
-        name: each.get("default")
-        for name, each in template.get("variables", {}).get("properties", {}).items()
-    }
-    fixed = {
-        name: value
-        for name, value in template.get("job_configuration", {}).items()
-        if value != f"{{{{ {name} }}}}"
-    }
-    variables = {**defaults, **(deployment.job_variables or {}), **(run.job_variables or {})}
-    return _asked(deployment.entrypoint, deployment.pull_steps, {**variables, **fixed})
-
-
-def _asked(entrypoint: Any, pull: Any, variables: dict[str, Any]) -> dict[str, Any]:
-    """All that decides what is run, by what a line calls it; without what is not set."""
-    unheard = ("labels", "name", "stream_output")  # they change nothing that runs
-    heard = {name: value for name, value in variables.items() if value and name not in unheard}
-    return {"command": COMMAND, **heard, "entrypoint": entrypoint, "pull steps": pull}
-
-
-def held_by_project(folder: Path, asked: dict[str, Any]) -> tuple[str, dict[str, str]]:
-    """The entrypoint and the environment that `prefect.yaml` has for what the server asks.
-
-    Its pull steps are not needed, as the workspace is there.
+def held_by_project(folder: Path, deployment: DeploymentResponse, run: FlowRun) -> dict[str, str]:
+    """The environment that `prefect.yaml` has for a deployment; its pull steps are not needed.
 
     Args:
         folder: the checkout.
-        asked: as `asked_by_server` gives it.
+        deployment: as the server has it.
+        run: the flow run.
 
     Raises:
-        InputError: no deployment of `prefect.yaml` is that, or it cannot be read.
+        InputError: `prefect.yaml` has no such deployment or cannot be read, or the flow run has job
+            variables of its own.
     """
     file = folder / "prefect.yaml"
     content = read_yaml(file, "prefect.yaml", missing="is not in this commit")
+    wanted = (deployment.name, deployment.entrypoint)
     try:
-        held = [
-            _asked(
-                each["entrypoint"],
-                each.get("pull", content.get("pull")),
-                {
-                    "env": dict(
-                        ((each.get("work_pool") or {}).get("job_variables") or {}).get("env") or {}
-                    )
-                },
+        held = {
+            (each["name"], each["entrypoint"]): dict(
+                ((each.get("work_pool") or {}).get("job_variables") or {}).get("env") or {}
             )
             for each in content["deployments"]
-        ]
+        }
     except (AttributeError, KeyError, TypeError, ValueError):
         raise InputError("prefect.yaml: is not as Prefect describes it; correct it") from None
-    differing: list[set[str]] = [
-        {key for key in asked | its if asked.get(key) != its.get(key)} for its in held
-    ]
-    if set() in differing:
-        environment = asked.get("env", {})
-        return asked["entrypoint"], {name: str(value) for name, value in environment.items()}
-    nearest: set[str] = min(differing, key=len, default={"entrypoint"})
-    shown = ", ".join(f"{key} {str(asked.get(key))[:80]!r}" for key in sorted(nearest))
-    raise InputError(
-        f"refused: {shown}, which prefect.yaml does not say at this commit; an agent runs nothing "
-        "else (`prefect --no-prompt deploy --all` makes its deployments anew)"
-    )
+    if wanted not in held or run.job_variables:
+        what = f"job variables {run.job_variables!r}"
+        if wanted not in held:
+            what = f"deployment {wanted[0]!r} with entrypoint {wanted[1]!r}"
+        raise InputError(
+            f"refused: {what:.200}, which prefect.yaml does not have at this commit; an agent runs "
+            "nothing else (`prefect --no-prompt deploy --all` makes its deployments anew)"
+        )
+    return {name: str(value) for name, value in held[wanted].items()}
 
 
 _ENGINE = """
@@ -187,12 +150,12 @@ with handle_engine_signals(run_id):
     run = load_flow_run(run_id)
     run_flow(load_flow(run), flow_run=run, return_type="state")
 """
-"""`prefect.engine`, but for the result: of a run that is said to have ended, it unpickles one from
-where the server says that it lies."""
+"""`prefect.engine` without reading results: for a run that has ended according to the server, it
+would unpickle a file that the server names."""
 
 
 def _write_to(log: Path) -> None:
-    """What is printed goes into a file: a pipe to a worker that is gone would break."""
+    """Output goes into a file: a pipe to a worker that is gone would break."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
         for stream in (sys.stdout, sys.stderr):
@@ -206,14 +169,13 @@ def _commit(root: Path, asked: str) -> str:
     Raises:
         InputError: there is no such commit, here or where this comes from.
     """
-    fault = ""
+    fault, remotes = "", list[str]()
     try:
-        if git(root, "remote"):
-            git(root, "fetch", "--quiet", "--all", "--tags")
+        remotes = git(root, "remote").split()
+        git(root, "fetch", "--quiet", "--all", "--tags")
     except RunError as error:  # what is here may do
         fault = f" ({error})"
         say(f"warning: {error}; the newest commit that is here is taken", file=sys.stderr)
-    remotes = git(root, "remote").split() if (root / ".git").exists() else []
     theirs = [f"{each}/{asked}" for each in remotes]
     candidates = [*theirs, asked] if asked else ["@{upstream}", "HEAD"]
     for each in candidates:

@@ -1,15 +1,16 @@
 """The worker of an agent: Prefect's for processes, which starts one command only.
 
-Whoever reaches the Prefect server can write deployments, flow runs, the work pool and blocks there,
-and Prefect's own worker starts any command that they name. This one takes no command, environment
-or folder from the server, and loads no flow: `pipeline.flow.agent_start` does what the commit's
-`prefect.yaml` holds, or refuses.
+Anyone with access to the Prefect server can write deployments, flow runs, the work pool and blocks
+there, and Prefect's own worker starts any command that they name. This one takes no command,
+environment or folder from the server, and loads no flow: `pipeline.flow.agent_start` does what the
+commit's `prefect.yaml` holds, or refuses.
 
 Import this module only in a process of its own: Prefect reads its settings when it is imported.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any, Self
 
@@ -19,6 +20,7 @@ from prefect.workers import process
 from prefect.workers.process import ProcessJobConfiguration, ProcessWorker
 
 from pipeline.flow.agent_start import COMMAND
+from pipeline.project.processes import watch_parent
 
 
 class _Configuration(ProcessJobConfiguration):  # type: ignore[misc]
@@ -50,7 +52,9 @@ def work(pool: str, name: str, runs: int) -> None:
         name: of the worker.
         runs: flow runs at the same time.
     """
-    # for the hooks of one that crashed or was cancelled, a worker would load the flow of the
+    # a worker without its agent would compete with that of the next agent
+    watch_parent(os.getppid(), lambda: os._exit(1))
+    # for the hooks of a flow run that crashed or was cancelled, a worker would load the flow of the
     # deployment, with its pull steps, in its own process
     process.load_flow_from_flow_run = _flow_without_hooks
     anyio.run(AgentWorker(pool, name=name, limit=runs).start)

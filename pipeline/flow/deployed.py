@@ -10,25 +10,22 @@ settings when it is imported.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from prefect import flow, task
-from prefect.cache_policies import NO_CACHE
+from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.events import emit_event
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import AwaitingRetry, Cancelled, Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
+from prefect.tasks import exponential_backoff
 from prefect.variables import Variable
 
 from gpt.base.errors import InputError, RunError
@@ -38,23 +35,22 @@ from pipeline.dag.graph import Dag
 from pipeline.dag.repository import has_remote
 from pipeline.dag.repro import Processes, StageError
 from pipeline.flow.agent_start import AGENT_VARIABLE, WORKER_VARIABLE, run_note
-from pipeline.flow.flow import run_stages
+from pipeline.flow.flow import failed_state, run_stages, task_of
 from pipeline.project.overrides import params_with, text_with, write_params
 from pipeline.project.params import PARAMS_FILE, check_stages, load_params, preset_file, read_params
+from pipeline.project.processes import watch_parent
 from pipeline.project.settings import FlowParams
 
 NEW_DATA = "gpt-pipeline.new-data"
-"""The event that says that sources changed; a deployment with a trigger on it runs then."""
+"""The event that sources changed, on which a deployment may have a trigger."""
 _SOURCES = "gpt_pipeline_sources"
-_LOOK_SECONDS = 0.5
 
 
 def _name() -> str:
     given = flow_run.parameters
-    what = ", ".join(given.get("targets") or ()) or "all stages"
-    changed = [given["preset"]] if given.get("preset") else []
-    changed += [f"{path}={value}" for path, value in (given.get("overrides") or {}).items()]
-    return " ".join([what, *changed]).replace("{", "{{").replace("}", "}}")
+    words = [", ".join(given.get("targets") or ()) or "all stages", given.get("preset") or ""]
+    words += [f"{path}={value}" for path, value in (given.get("overrides") or {}).items()]
+    return " ".join(filter(None, words)).replace("{", "{{").replace("}", "}}")
 
 
 @flow(
@@ -88,8 +84,11 @@ def gpt_pipeline_on_agent(
             raise InputError(f"jobs: at least 1 stage must run at a time (got {jobs})")
     except InputError as error:
         get_run_logger().error("%s", error)
-        return Failed(message=str(error), data=StageError(str(error), 2, "input"))
-    with _worker_watched(processes) as lost, processes.stopped_by_signals():
+        return failed_state(error)
+    worker = int(os.environ.get(WORKER_VARIABLE) or 0)
+    if worker:  # without it nobody could cancel the flow run or would learn of its end
+        watch_parent(worker, lambda: processes.stop(signal.SIGTERM))
+    with processes.stopped_by_signals():
         state = _share(root, processes, "dvc pull", "dvc", "pull", "--run-cache", "--allow-missing")
         if state.is_completed():
             dag = _with_sound_outputs(root)
@@ -99,7 +98,7 @@ def gpt_pipeline_on_agent(
                 if state.is_completed() and not pushed.is_completed():
                     state = pushed
                 _report(root)
-        if lost.is_set():
+        if worker and os.getppid() != worker:
             _hand_back()
     return state
 
@@ -136,48 +135,41 @@ def set_params(
     load_params(root / PARAMS_FILE)
 
 
-# --- what others made, and what others are to have ------------------------------------------------
+# --- the DVC remote -------------------------------------------------------------------------------
 
 
 def _share(root: Path, processes: Processes, name: str, *arguments: str) -> State[Any]:
     """A command with DVC's remote, in a task of its own; tried again while it fails."""
+    if not has_remote(root):
+        line = "no DVC remote is set (`dvc remote add -d NAME PLACE`): nothing to share"
+        get_run_logger().info(line)
+        return Completed(name="Skipped", message="no DVC remote is set")
 
     def share() -> State[Any]:
-        logger = get_run_logger()
-        if not has_remote(root):
-            logger.info("no DVC remote is set (`dvc remote add -d NAME PLACE`): nothing to share")
-            return Completed(name="Skipped", message="no DVC remote is set")
-        params = load_params(root / PARAMS_FILE).flow or FlowParams()
-        wait = params.wait
-        line = ""
-        for tries_left in range(params.retries, -1, -1):
-            if processes.stopped_by:
-                break
-            done = processes.run(root, [sys.executable, "-m", *arguments])
-            if done.returncode == 0:
-                said = done.stdout.strip().splitlines()
-                return Completed(message=said[-1] if said else name)
-            said = [line for line in done.stderr.splitlines() if line.lower().startswith("error")]
-            line = f"{name}: {said[-1].partition(': ')[2] if said else 'it failed'}"
-            if not tries_left:
-                break
-            logger.warning("%s; tried again in %g s (%d left)", line, wait, tries_left)
-            processes.stopping.wait(wait)
-            wait *= 2
+        done = processes.run(root, [sys.executable, "-m", *arguments])
         if processes.stopped_by:
             return Cancelled(message="stopped by the user")
-        line += "; see that the remote answers (`dvc remote list`), and run again"
-        logger.error("%s", line)
-        return Failed(message=line, data=StageError(line, kind="network"))
+        if done.returncode == 0:
+            said = done.stdout.strip().splitlines()
+            return Completed(message=said[-1] if said else name)
+        said = [line for line in done.stderr.splitlines() if line.lower().startswith("error")]
+        reason = said[-1].partition(": ")[2] if said else "it failed"
+        line = f"{name}: {reason}; see that the remote answers (`dvc remote list`), and run again"
+        return failed_state(StageError(line, kind="network"))
 
-    state: State[Any] = task(name=name, task_run_name=name, cache_policy=NO_CACHE)(share)(
-        return_state=True
-    )
+    params = load_params(root / PARAMS_FILE).flow or FlowParams()
+    state: State[Any] = task_of(
+        name,
+        share,
+        retries=min(params.retries, 50),  # Prefect takes no more delays
+        retry_delay_seconds=exponential_backoff(params.wait),
+        retry_condition_fn=lambda *_: not processes.stopped_by,
+    )(return_state=True)
     return state
 
 
 def _report(root: Path) -> None:
-    """The page of the run, which MLflow keeps; a rendering is no reason to fail."""
+    """The page of the run, which MLflow keeps; a failed rendering is no failed run."""
     from pipeline.report.terminal import print_report
 
     try:
@@ -186,40 +178,15 @@ def _report(root: Path) -> None:
         get_run_logger().warning("no report: %s", error)
 
 
-# --- a worker that is gone ------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _worker_watched(processes: Processes) -> Iterator[threading.Event]:
-    """Within the block, stop the stages when the worker is gone: nobody could cancel them, and
-    nobody would hear of their end. Their state is kept, and another worker goes on from it."""
-    lost, ended = threading.Event(), threading.Event()
-    worker = int(os.environ.get(WORKER_VARIABLE) or 0)
-
-    def watch() -> None:
-        while not ended.wait(_LOOK_SECONDS):
-            if os.getppid() != worker:
-                lost.set()
-                processes.stop(signal.SIGTERM)
-                return
-
-    if worker:
-        threading.Thread(target=watch, name="worker-watch", daemon=True).start()
-    try:
-        yield lost
-    finally:
-        ended.set()
-
-
 def _hand_back() -> None:
-    """Let the next worker take the flow run up, and end without another word about it."""
+    """Let the next worker take the flow run up, and end without reporting another state."""
     with get_client(sync_client=True) as client:
         client.set_flow_run_state(
             flow_run.id,
             AwaitingRetry(message="the worker was gone; the next one goes on from the kept state"),
             force=True,
         )
-    # from now on it is anyone's: no agent may take it for lost here
+    # another agent may have it now: it is not lost here
     run_note(Path(os.environ[AGENT_VARIABLE]), str(flow_run.id)).unlink(missing_ok=True)
     os._exit(0)
 
@@ -229,10 +196,10 @@ def _hand_back() -> None:
 
 @flow(name="gpt-pipeline watch", flow_run_name="look for new data")  # type: ignore[untyped-decorator]
 def watch_sources(commit: str = "") -> State[Any]:
-    """Say by an event that the sources are others than when this was last asked.
+    """Emit an event if the sources have changed since the last time.
 
-    Looked at are the folder `download.local` at the commit, `download.mirror` where it is a folder,
-    and what `params.yaml` says of the sources. What lies behind an address is pinned by its sha256.
+    These are the folder `download.local` at the commit, `download.mirror` where it is a folder, and
+    the sources in `params.yaml`. What an address gives is pinned by its sha256.
 
     Args:
         commit: which one; by default the newest of the agent's branch.
@@ -245,35 +212,31 @@ def watch_sources(commit: str = "") -> State[Any]:
     before = Variable.get(_SOURCES)
     if before == now:
         return Completed(message="nothing new")
-    if before is None:
-        Variable.set(_SOURCES, now, overwrite=True)
-        return Completed(message="seen for the first time")
-    emit_event(
-        event=NEW_DATA,
-        resource={
-            "prefect.resource.id": "gpt-pipeline.sources",
-            "prefect.resource.name": "sources",
-        },
-        payload={"before": before, "now": now},
-    )
-    time.sleep(1)  # events go out by a thread of their own
-    Variable.set(_SOURCES, now, overwrite=True)  # told twice is better than never
-    return Completed(message="there is new data")
+    if before is not None:
+        emit_event(
+            event=NEW_DATA,
+            resource={
+                "prefect.resource.id": "gpt-pipeline.sources",
+                "prefect.resource.name": "sources",
+            },
+            payload={"before": before, "now": now},
+        )
+        time.sleep(1)  # events are sent by a thread of their own
+    Variable.set(_SOURCES, now, overwrite=True)  # at the end: told twice is better than never
+    return Completed(message="there is new data" if before else "seen for the first time")
 
 
 def fingerprint(root: Path) -> str:
-    """What the sources are, in one word.
+    """A digest of the sources.
 
     Raises:
         InputError: `params.yaml` is bad, or a folder that it names is missing.
     """
     params = load_params(root / PARAMS_FILE).download
     parts = [repr(params)]
-    places = [root / params.local]
     mirror = os.environ.get("GPT_PIPELINE_MIRROR") or params.mirror
-    if mirror and "://" not in mirror:
-        places.append(root / Path(mirror).expanduser())
-    for place in places:
+    folders = [params.local, *([mirror] if mirror and "://" not in mirror else [])]
+    for place in (root / Path(each).expanduser() for each in folders):
         if not place.is_dir():
             raise InputError(f"{place}: no such folder, and download names it; correct params.yaml")
         if place.is_relative_to(root):

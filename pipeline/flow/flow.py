@@ -2,7 +2,7 @@
 
 DVC decides what is out of date (`pipeline.dag.graph`) and runs it (`dvc repro --single-item`), so
 that `dvc.lock` ends as after `dvc repro`. A stage that DVC says is unchanged ends in the state
-`Cached`; so does one whose outputs came back from DVC's run cache with nothing executed.
+`Cached`; so does one whose outputs were restored from DVC's run cache with nothing executed.
 
 Import this module only when `pipeline.flow.prefect_api.environment` is in place: Prefect reads its
 settings when it is imported.
@@ -11,11 +11,12 @@ settings when it is imported.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,8 +47,8 @@ from pipeline.dag.repro import (
     keep_for_commit,
     kept_for_commit,
 )
-from pipeline.flow.lifetime import note_flow_run
-from pipeline.flow.resources import Resources, needs
+from pipeline.flow.prefect_api import note_flow_run
+from pipeline.flow.resources import Resources, StoppedWaitingError, needs
 from pipeline.project.params import PARAMS_FILE, load_params, load_section
 from pipeline.project.settings import FlowParams, PromotionParams, TrackingParams
 from pipeline.project.stage_table import STAGES
@@ -64,13 +65,13 @@ _PASSING = ("network", "killed", "busy")
 """The kinds of failure that another try may mend."""
 
 READ: ContextVar[Dag | None] = ContextVar("READ", default=None)
-"""The DAG, where whoever calls `gpt_pipeline` has read it: Prefect would record an argument."""
+"""The DAG, where the caller of `gpt_pipeline` has read it: Prefect would record an argument."""
 
 _LEVELS: dict[Level, int] = {"warning": logging.WARNING, "error": logging.ERROR}
 
 
 @dataclass(slots=True)
-class _Run:
+class _FlowContext:
     """What the tasks of one flow run share."""
 
     dag: Dag
@@ -81,13 +82,30 @@ class _Run:
     display: Display
     changes: dict[str, list[Change]]
     touched: set[str] = field(default_factory=set)
-    """Stages whose outputs may be others than before."""
+    """Stages that ran or were restored, so that their outputs may have changed."""
 
     def reasons(self, stage: Stage) -> list[Change]:
         """Why the stage must run now, after its upstream."""
         if self.touched.isdisjoint(stage.upstream):
             return self.changes[stage.name]
         return self.dag.changes([stage.name])[stage.name]
+
+    def tell(self, name: str, text: str, level: Level = "info") -> None:
+        """A line on the terminal and in Prefect's log."""
+        get_run_logger().log(_LEVELS.get(level, logging.INFO), "%s", safe(text))
+        self.display.line(name, text, level)
+
+    def failed(self, name: str, error: Exception) -> State[Any]:
+        """The state of what failed, once its line is told."""
+        self.tell(name, str(error), "error")
+        return failed_state(error)
+
+
+def failed_state(error: Exception) -> State[Any]:
+    """The state of a flow run or a task run that failed; `exit_code` finds its code."""
+    if not isinstance(error, StageError):
+        error = StageError(str(error), 2 if isinstance(error, InputError) else 1)
+    return Failed(message=str(error), data=error)
 
 
 def _flow_run_name() -> str:
@@ -146,14 +164,14 @@ def run_stages(
             params = load_section(root / PARAMS_FILE, "flow") or FlowParams()
         except InputError as error:
             display.line("", str(error), "error")
-            return Failed(message=str(error), data=StageError(str(error), 2, "input"))
+            return failed_state(error)
         resources = Resources(jobs, processes.stopping)
-        run = _Run(dag, force, params, processes, resources, display, dag.changes(names))
+        run = _FlowContext(dag, force, params, processes, resources, display, dag.changes(names))
         with processes.stopped_by_signals():
             futures: dict[str, PrefectFuture[Any]] = {}
             for name in names:
                 stage = dag.stages[name]
-                futures[name] = _task_of(run, stage).submit(
+                futures[name] = _task_of_stage(run, stage).submit(
                     wait_for=[futures[each] for each in stage.upstream if each in futures]
                 )
             for future in futures.values():
@@ -162,16 +180,11 @@ def run_stages(
         states = {name: future.state for name, future in futures.items()}
         verdict = _verdict(run, states, began)
         if verdict.is_completed() and "evaluate" in names:
-            return _promotion(run, states["evaluate"], verdict)
+            promoted = _promotion(run, states["evaluate"])
+            if promoted is not None and promoted.is_failed():
+                fault = promoted.result(raise_on_failure=False)
+                return Failed(message=f"{verdict.message}; the promotion failed", data=fault)
         return verdict
-
-
-def _params(root: Path, section: str, default: Any) -> Any:
-    """One section of `params.yaml`, which may be left out.
-
-    To load the whole file imports every stage, and mostly nothing is to be done here.
-    """
-    return load_section(root / PARAMS_FILE, section) or default
 
 
 def exit_code(state: State[Any]) -> int:
@@ -182,7 +195,7 @@ def exit_code(state: State[Any]) -> int:
     return error.code if isinstance(error, StageError) else 1
 
 
-def _verdict(run: _Run, states: dict[str, State[Any]], began: float) -> State[Any]:
+def _verdict(run: _FlowContext, states: dict[str, State[Any]], began: float) -> State[Any]:
     took = seconds_in_words(time.monotonic() - began)
     if number := run.processes.stopped_by:
         run.display.line(
@@ -193,117 +206,107 @@ def _verdict(run: _Run, states: dict[str, State[Any]], began: float) -> State[An
     failed = {name: state for name, state in states.items() if state.is_failed()}
     waiting = [name for name, state in states.items() if not state.is_final()]
     if failed or waiting:
-        first = min(failed, key=lambda name: failed[name].timestamp, default="")
         message = f"{', '.join(failed)} failed"
         if waiting:
             message += f"; not run: {', '.join(waiting)}"
         run.display.line("", f"{message} (after {took})", "error")
-        code = exit_code(failed[first]) if first else 1
-        return Failed(message=message, data=StageError(message, code))
+        in_order = sorted(failed.values(), key=lambda state: state.timestamp)
+        return failed_state(StageError(message, max(map(exit_code, in_order[:1]), default=1)))
     ran = sum(state.name != "Cached" for state in states.values())
-    if ran:
-        message = f"{ran} of {len(states)} stages ran, in {took}"
-    else:
+    message = f"{ran} of {len(states)} stages ran, in {took}"
+    if not ran:
         message = f"{len(states)} of {len(states)} stages are up to date"
     run.display.line("", message, "good")
     return Completed(message=message)
 
 
-def _promotion(run: _Run, evaluated: State[Any], verdict: State[Any]) -> State[Any]:
-    """Compare what was evaluated with the champions, in a task of its own if there is news."""
+def _promotion(run: _FlowContext, evaluated: State[Any]) -> State[Any] | None:
+    """Compare what was evaluated with the champions, in a task of its own; None where there is
+    nothing to compare."""
     from pipeline.verdict.promotion import is_decided, promote_the_better
 
-    root = run.dag.root
+    file = run.dag.root / PARAMS_FILE
     try:
-        rule = _params(root, "promotion", PromotionParams())
-        if evaluated.name == "Cached" and is_decided(root, rule):
-            return verdict
-        ready, said = ready_for_promotion(root, _params(root, "tracking", TrackingParams()))
-        for each in said:
-            run.display.line("promotion", each.text, each.level)
-        if not ready:
-            return verdict
+        # one section alone: to load the whole file imports every stage, mostly for nothing
+        rule = load_section(file, "promotion") or PromotionParams()
+        if evaluated.name == "Cached" and is_decided(run.dag.root, rule):
+            return None
+        tracking = load_section(file, "tracking") or TrackingParams()
+        ready, said = ready_for_promotion(run.dag.root, tracking)
     except InputError as error:
-        run.display.line("promotion", str(error), "error")
-        return Failed(message=str(error), data=StageError(str(error), 2))
+        return run.failed("promotion", error)
+    for each in said:
+        run.display.line("promotion", each.text, each.level)
+    if not ready:
+        return None
 
     def promotion() -> State[Any]:
-        logger = get_run_logger()
         try:
-            params = load_params(root / PARAMS_FILE)
-            decisions = promote_the_better(root, rule, params.evaluate)
+            decisions = promote_the_better(run.dag.root, rule, load_params(file).evaluate)
         except (InputError, RunError) as error:
-            code = 2 if isinstance(error, InputError) else 1
-            run.display.line("promotion", str(error), "error")
-            return Failed(message=str(error), data=StageError(str(error), code))
+            return run.failed("promotion", error)
         for each in decisions:
-            logger.info("%s", each)
-            run.display.line("promotion", str(each), "good" if each.promoted else "warning")
+            run.tell("promotion", str(each), "good" if each.promoted else "warning")
         return Completed(message="; ".join(map(str, decisions)) or "nothing is registered here")
 
-    state: State[Any] = task(name="promotion", task_run_name="promotion", cache_policy=NO_CACHE)(
-        promotion
-    )(return_state=True)
-    if state.is_completed():
-        return verdict
-    message = f"{verdict.message}; the promotion failed"
-    return Failed(message=message, data=state.result(raise_on_failure=False))
+    state: State[Any] = task_of("promotion", promotion)(return_state=True)
+    return state
 
 
-def _task_of(run: _Run, stage: Stage) -> Any:
-    """The Prefect task of a stage, and its task run, bear the stage's name."""
-
-    def run_stage() -> State[Any]:
-        return _bring_up_to_date(run, stage)
-
-    # DVC decides what is cached: Prefect has no say in it
-    return task(name=stage.name, task_run_name=stage.name, cache_policy=NO_CACHE)(run_stage)
+def task_of(name: str, function: Callable[..., State[Any]], **options: Any) -> Any:
+    """A Prefect task; it and its run have that name, and DVC, not Prefect, decides on caching."""
+    return task(name=name, task_run_name=name, cache_policy=NO_CACHE, **options)(function)
 
 
-def _bring_up_to_date(run: _Run, stage: Stage) -> State[Any]:
-    name, logger = stage.name, get_run_logger()
+def _task_of_stage(run: _FlowContext, stage: Stage) -> Any:
+    return task_of(stage.name, lambda: _bring_up_to_date(run, stage))
+
+
+def _bring_up_to_date(run: _FlowContext, stage: Stage) -> State[Any]:
+    name = stage.name
     reasons = run.reasons(stage)
     if not reasons and not run.force:
-        logger.info("nothing changed: the outputs in place are what running it would give")
-        run.display.line(name, "cached", "quiet")
-        _publish(run, stage, "Cached: nothing changed.")
-        return Completed(name="Cached", message="nothing changed")
+        run.tell(name, "cached", "quiet")
+        return _cached(run, stage, "nothing changed")
     if missing := run.dag.missing_params(name):
         # DVC would say so too, but remove the outputs first
         line = f"params.yaml: {missing[0]}: missing, and {name} needs it; add the section"
-        run.display.line(name, line, "error")
-        return Failed(message=line, data=StageError(line, 2))
-    why = "; ".join(map(str, reasons)) or "forced"
+        return run.failed(name, InputError(line))
     if run.processes.stopped_by:
         return Cancelled(message="not started")
-    logger.info("runs because %s", why)
+    why = "; ".join(map(str, reasons)) or "forced"
+    get_run_logger().info("runs because %s", why)
     began = time.monotonic()
+    executed = False
+    failed: Exception | None = None
     try:
-        executed, failed = _execute(run, stage, first_few(reasons, 1) or "forced")
-    except RunError as error:  # no slots to be had
-        executed, failed = False, StageError(str(error))
+        executed = _execute(run, stage, first_few(reasons, 1) or "forced")
+    except (RunError, StoppedWaitingError) as error:
+        failed = error
     run.display.done(name)
     took = seconds_in_words(time.monotonic() - began)
     if run.processes.stopped_by:
         run.display.line(name, f"stopped after {took}", "warning")
         return Cancelled(message="stopped by the user")
     if failed:
-        logger.error("%s", safe(str(failed)))
-        run.display.line(name, str(failed), "error")
-        return Failed(message=str(failed), data=failed)
+        return run.failed(name, failed)
     run.touched.add(name)
     if not executed:
-        run.display.line(name, "cached: restored from DVC's run cache", "quiet")
+        run.tell(name, "cached: restored from DVC's run cache", "quiet")
         _renew_data_report(run.dag.root, name)
-        _publish(run, stage, "Cached: restored from DVC's run cache, nothing was executed.")
-        return Completed(name="Cached", message="restored from DVC's run cache")
-    run.display.line(name, f"finished in {took}", "good")
+        return _cached(run, stage, "restored from DVC's run cache")
+    run.tell(name, f"finished in {took}", "good")
     _publish(run, stage, f"Ran for {took} because {why}.")
     return Completed(message=f"ran for {took}")
 
 
+def _cached(run: _FlowContext, stage: Stage, message: str) -> State[Any]:
+    _publish(run, stage, f"Cached: {message}; nothing was executed.")
+    return Completed(name="Cached", message=message)
+
+
 def _renew_data_report(root: Path, name: str) -> None:
-    """A stage that makes data writes it; where the data came back by itself, nobody did."""
+    """The data report that a stage would have written: restored data came without a process."""
     if name in STAGES and STAGES[name].makes_data:
         from pipeline.data.report import write_report
 
@@ -314,58 +317,42 @@ def _renew_data_report(root: Path, name: str) -> None:
 # --- one stage through DVC ---------------------------------------------------------------------
 
 
-def _execute(run: _Run, stage: Stage, why: str) -> tuple[bool, StageError | None]:
-    """Run a stage through DVC, again where its fault may pass; whether its command was executed,
-    and how it failed if it did."""
-    spec = STAGES.get(stage.name)
-    need = needs(run.dag.root, stage.name, spec is not None and spec.accelerated)
-    logger = get_run_logger()
+def _execute(run: _FlowContext, stage: Stage, why: str) -> bool:
+    """Run a stage through DVC, again after a failure that may be temporary; whether its command
+    was executed.
 
-    def say(text: str) -> None:
-        logger.info("%s", safe(text))
-        run.display.line(stage.name, text, "quiet")
+    The waits are our own: those of Prefect's `retries` would hold up Ctrl-C.
 
-    wait = run.params.wait
-    for tries_left in range(run.params.retries, -1, -1):
-        with run.resources.held(need, say) as environment:
-            if environment is None:
-                return False, None
+    Raises:
+        StageError: it failed.
+        StoppedWaitingError: the flow was stopped before it began.
+    """
+    name, root = stage.name, run.dag.root
+    spec = STAGES.get(name)
+    need = needs(root, name, spec is not None and spec.accelerated)
+    for tried in itertools.count():  # until it returns or raises
+        with run.resources.held(need, lambda text: run.tell(name, text, "quiet")) as environment:
             made = _is_made(run, stage)
-            run.display.line(
-                stage.name, "made before: DVC takes it in" if made else f"started: {why}"
-            )
+            run.display.line(name, "made before: DVC takes it in" if made else f"started: {why}")
             done = _repro(run, stage, environment, made)
         if not done.code:
-            forget_for_commit(run.dag.root, stage.name)
-            return done.executed or made, None
-        end_killed(run.dag.root, stage.name, run.dag.root)
+            forget_for_commit(root, name)
+            return done.executed or made
+        end_killed(root, name, root)
         if run.processes.stopped_by:
-            return done.executed, None
-        if done.timed_out:
-            minutes = f"{run.params.time_limits[stage.name]:g}"
-            return done.executed, StageError(
-                f"{stage.name}: stopped after {minutes} min, its time limit (flow.time_limits in "
-                f"{PARAMS_FILE}); raise it, and `gpt-pipeline run` goes on from the kept state",
-                kind="time",
-            )
-        failed = failure(run.dag.root, [stage.name], done)
-        not_taken = (made or failed.kind == "cache") and not (done.blocked or done.undone)
-        if not_taken and _is_all_there(run, stage):
-            if not made:
-                keep_for_commit(run.dag.root, stage.name, run.dag.fingerprint(stage.name))
-            return done.executed, _not_taken(run, stage, failed)
-        passing = failed.kind in _PASSING or done.blocked
-        if not passing or not tries_left:
-            return done.executed, failed
-        line = f"{failed}; tried again in {seconds_in_words(wait)} ({tries_left} left)"
-        logger.warning("%s", line)
-        run.display.line(stage.name, line, "warning")
+            return done.executed
+        failed = _failure_of(run, stage, done, made)
+        left = run.params.retries - tried
+        if not left or not (failed.kind in _PASSING or done.blocked):
+            raise failed
+        wait = run.params.wait * 2**tried
+        line = f"{failed}; tried again in {seconds_in_words(wait)} ({left} left)"
+        run.tell(name, line, "warning")
         run.processes.stopping.wait(wait)
-        wait *= 2
     raise AssertionError("the last try returns")
 
 
-def _is_made(run: _Run, stage: Stage) -> bool:
+def _is_made(run: _FlowContext, stage: Stage) -> bool:
     """Whether the outputs in place are those of a run like this one and DVC's cache lacks them: it
     could not keep them, or was deleted."""
     if run.force:
@@ -381,29 +368,39 @@ def _is_made(run: _Run, stage: Stage) -> bool:
     return False
 
 
-def _not_taken(run: _Run, stage: Stage, failed: StageError) -> StageError:
-    """What to tell of a stage that ended well and whose outputs DVC could not keep."""
-    reason = str(failed).removeprefix(f"failed to reproduce '{stage.name}': ")
+def _failure_of(run: _FlowContext, stage: Stage, done: Ended, made: bool) -> StageError:
+    """Why a stage failed; of one that ended well, why DVC could not keep its outputs."""
+    name, root = stage.name, run.dag.root
+    if done.timed_out:
+        return StageError(
+            f"{name}: stopped after {run.params.time_limits[name]:g} min, its time limit "
+            f"(flow.time_limits in {PARAMS_FILE}); raise it, and `gpt-pipeline run` goes on from "
+            "the kept state",
+            kind="time",
+        )
+    failed = failure(root, [name], done)
+    outputs = [root / path for path in stage.outputs]
+    not_kept = (made or failed.kind == "cache") and not (done.blocked or done.undone)
+    if not (not_kept and all(path.exists() for path in outputs)):
+        return failed
+    if not made:
+        keep_for_commit(root, name, run.dag.fingerprint(name))
+    reason = str(failed).removeprefix(f"failed to reproduce '{name}': ")
     reason = reason.removeprefix("unexpected error - ")
     remedy = "see that it can be written"
     with contextlib.suppress(OSError):  # a cache that is not there has no room either
-        free = shutil.disk_usage(run.dag.root / run.dag.cache).free
-        needed = sum(size_of(run.dag.root / path) for path in stage.outputs)
+        free, needed = shutil.disk_usage(root / run.dag.cache).free, sum(map(size_of, outputs))
         if free < needed:
             remedy = "make room there"
             reason = f"{size_in_words(free)} free, {size_in_words(needed)} needed: {reason}"
     return StageError(
-        f"{stage.name}: is made, but DVC could not take its outputs into {run.dag.cache} "
+        f"{name}: is made, but DVC could not take its outputs into {run.dag.cache} "
         f"({reason}); {remedy}, and `gpt-pipeline run` takes them in without making them again",
         kind="cache",
     )
 
 
-def _is_all_there(run: _Run, stage: Stage) -> bool:
-    return all((run.dag.root / path).exists() for path in stage.outputs)
-
-
-def _repro(run: _Run, stage: Stage, environment: Mapping[str, str], made: bool) -> Ended:
+def _repro(run: _FlowContext, stage: Stage, environment: Mapping[str, str], made: bool) -> Ended:
     """`dvc repro` of one stage, shown on the terminal and in Prefect's log."""
     logger, name = get_run_logger(), stage.name
     forget_failure(run.dag.root, name)
@@ -418,17 +415,13 @@ def _repro(run: _Run, stage: Stage, environment: Mapping[str, str], made: bool) 
         if executed and not text.startswith(("error: ", "ERROR: ")):  # told at the end
             run.display.line(name, text, "quiet")
 
-    def warn(text: str) -> None:
-        logger.warning("%s", text)
-        run.display.line(name, text, "warning")
-
     minutes = run.params.time_limits.get(name)
     return run.processes.repro(
         run.dag,
         [name],
         show=show,
         say=say,
-        warn=warn,
+        warn=lambda text: run.tell(name, text, "warning"),
         environment=environment,
         force=run.force,
         made=made,
@@ -436,11 +429,11 @@ def _repro(run: _Run, stage: Stage, environment: Mapping[str, str], made: bool) 
     )
 
 
-# --- what stays to be seen ---------------------------------------------------------------------
+# --- what Prefect shows ---------------------------------------------------------------------------
 
 
-def _publish(run: _Run, stage: Stage, headline: str) -> None:
-    """A short page in Prefect: what happened, the metrics, the way to the MLflow run."""
+def _publish(run: _FlowContext, stage: Stage, headline: str) -> None:
+    """A short page in Prefect: what happened, the metrics, a link to the MLflow run."""
     lines = [f"# {escaped(stage.name)}", "", escaped(headline), ""]
     for path in stage.metrics:
         metrics = flatten_metrics(json.loads((run.dag.root / path).read_text(encoding="utf-8")))

@@ -1,51 +1,56 @@
-"""Prefect's server as this project starts it: on loopback, quiet, and for nobody's web page.
+"""Prefect's server as this project starts it: on loopback, quiet, closed to other web pages.
 
-For the length of one run it is gone when its starter is gone. Prefect can start such a server by
-itself, but only once it is imported, in the same process group (so that Ctrl-C ends it before the
-run could be recorded), and it outlives a killed starter.
+It ends with the process that started it. Prefect can start such a server itself, but only once it
+is imported, in the same process group (so that Ctrl-C ends it before the run could be recorded),
+and it outlives a killed starter.
 
-Prefect answers pages of any origin, and whoever may make a deployment may run commands on an agent.
-Here a browser's request is answered only under a name of this machine and from the server's own
-pages.
+Prefect's own server answers pages of any origin, and whoever may create a deployment may run
+commands on an agent. Here a browser's request is answered only under a name of this machine and
+from the server's own pages.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import errno
 import http.client
 import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Collection, Iterator
+import uuid
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
+from urllib.parse import urlsplit
 
 from gpt.base.errors import InputError, RunError
-from gpt.base.files import whole_file
-from pipeline.flow.lifetime import settle
+from gpt.base.files import write_json
 from pipeline.project.folders import shared_folder
-from pipeline.project.processes import collect_seldom
+from pipeline.project.processes import collect_seldom, import_path
+from pipeline.project.scratch import abandoned, scratch
 from pipeline.project.secrets import without_secrets
 from pipeline.show.terminal import say
 
 if TYPE_CHECKING:
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 HOSTS_VARIABLE = "GPT_PIPELINE_ALLOWED_HOSTS"
 """Names, comma-separated, under which our Prefect server may be reached beside this machine's."""
+HOST = "127.0.0.1"
 _START_SECONDS = 180.0
 """The first start creates the database, which takes a slow machine a while."""
 _PATIENCE_SECONDS = 10.0
-"""Who waits longer is told for what."""
+"""After this a line says what is waited for."""
+_STOP_SECONDS = 15.0
+_FLOW_RUN = "flow-run.json"
 
 _DATABASE_VARIABLES = (
     "PREFECT_SERVER_DATABASE_CONNECTION_URL",
@@ -55,7 +60,6 @@ _ERROR = re.compile(r"[\w.]*(?:Error|Exception)[\w.]*: (.+)")
 """The line of a traceback that says what happened."""
 _DAMAGED = re.compile(r"not a database|malformed")
 """What SQLite says of a file that is damaged."""
-_NO_ROOM = 1 << 16
 
 
 def environment(root: Path) -> dict[str, str]:
@@ -66,7 +70,7 @@ def environment(root: Path) -> dict[str, str]:
     defaults = {
         "PREFECT_HOME": str(shared_folder(root) / ".prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        # in memory, Prefect's default, a restart of the server loses who holds a slot
+        # in memory, Prefect's default, a restart of the server forgets who holds a limit's places
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": (
             "prefect.server.concurrency.lease_storage.filesystem"
         ),
@@ -93,12 +97,11 @@ def running_api(root: Path) -> str | None:
     """The API to use if there is one already: `PREFECT_API_URL`, else the one of `make ui`."""
     if url := os.environ.get("PREFECT_API_URL"):
         return url
-    try:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         told = (shared_folder(root) / ".pipeline" / "ui.json").read_text(encoding="utf-8")
-        url = json.loads(told)["prefect"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return url if isinstance(url, str) and answers(url) else None
+        url = str(json.loads(told)["prefect"])
+        return url if answers(url) else None
+    return None
 
 
 @contextlib.contextmanager
@@ -121,9 +124,8 @@ def prefect_told() -> Iterator[None]:
     try:
         yield
     except (httpx.HTTPError, RuntimeError) as error:
-        of_prefect = isinstance(error, httpx.HTTPError)
         # Prefect's own words before a flow run; RunError is no RuntimeError
-        if not of_prefect and not str(error).startswith("Failed to reach API"):
+        if isinstance(error, RuntimeError) and not str(error).startswith("Failed to reach API"):
             raise
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise RunError(
@@ -132,85 +134,121 @@ def prefect_told() -> Iterator[None]:
         ) from None
 
 
-class LocalServer:
-    """A Prefect API in a process of its own; starts at once, `wait` until it answers.
+class Server:
+    """A server in a process group of its own, so that Ctrl-C reaches it only through its starter.
 
-    As a context manager it answers within the block, and ends with it.
+    Args:
+        name: of the server, for errors.
+        url: answers under `/health` once it has started.
+        command: a module and its arguments.
+        log: the file that its output goes to.
+        settings: variables for its process beside this process's own.
+        pass_fds: file descriptors that it inherits.
     """
 
-    def __init__(self, root: Path) -> None:
-        settings = environment(root)
-        self._log = Path(settings["PREFECT_HOME"]).expanduser() / "server.log"
-        try:
-            self._log.parent.mkdir(parents=True, exist_ok=True)
-            opened = self._log.open("wb")
-        except OSError as error:
-            raise RunError(
-                f"PREFECT_HOME {self._log.parent}: cannot be written ({error.strerror}); make it "
-                "writable, make room there, or set PREFECT_HOME to another folder"
-            ) from None
-        # handed on with its port: one that is only looked up may be another's by then
-        with opened as log, socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            self.url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
-            self._process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-P",
-                    "-m",
-                    "pipeline.flow.prefect_api",
-                    str(listener.fileno()),
-                    str(root),
-                ],
-                pass_fds=[listener.fileno()],
-                # Its end tells the server that we are gone, however we went.
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                env={
-                    # the kinds of blocks are for who makes one, at a server that stays
-                    "PREFECT_SERVER_REGISTER_BLOCKS_ON_START": "false",
-                    **os.environ,
-                    **settings,
-                    "PYTHONPATH": import_path(),
-                },
+    def __init__(
+        self,
+        name: str,
+        url: str,
+        command: Sequence[str],
+        log: Path,
+        settings: Mapping[str, str],
+        pass_fds: Sequence[int] = (),
+    ) -> None:
+        self.name, self.url, self.log = name, url, log
+        with log.open("wb") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-m", *command],
+                pass_fds=pass_fds,
+                env={**os.environ, **settings},
+                stdin=subprocess.PIPE,  # its end tells Prefect's server that its starter is gone
+                stdout=file,
+                stderr=file,
                 start_new_session=True,
             )
 
     def wait(self) -> None:
-        """Return when the API answers.
+        """Return when the server answers.
 
         Raises:
-            RunError: it does not start.
+            RunError: it ended, or does not answer in time.
         """
         began, told = time.monotonic(), False
         while not answers(self.url):
             waited = time.monotonic() - began
-            if self._process.poll() is not None or waited > _START_SECONDS:
+            if self.process.poll() is not None or waited > _START_SECONDS:
                 self.stop()
-                raise RunError(self._fault())
+                raise RunError(self.fault())
             if waited > _PATIENCE_SECONDS and not told:
                 told = True
-                line = f"waiting for Prefect's server to start; its log is {self._log}"
-                say(line, file=sys.stderr)
+                say(f"waiting for {self.name} to start; its log is {self.log}", file=sys.stderr)
             time.sleep(0.05)
 
-    def _fault(self) -> str:
+    def fault(self) -> str:
+        """Why it did not start."""
+        return f"{self.name} did not start; {self.log} says why"
+
+    def stop(self) -> None:
+        """Ask the whole group to end; kill it if it does not."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(_STOP_SECONDS)
+                return
+
+
+class LocalServer(Server):
+    """A Prefect API in a process of its own; starts at once, `wait` until it answers.
+
+    As a context manager it answers within the block, and ends with it.
+
+    Args:
+        root: the project.
+        port: on loopback; 0 takes a free one.
+        pages: with Prefect's pages and all its services.
+    """
+
+    def __init__(self, root: Path, port: int = 0, *, pages: bool = False) -> None:
+        settings = environment(root)
+        log = Path(settings["PREFECT_HOME"]).expanduser() / "server.log"
+        if pages:
+            settings["PREFECT_UI_API_URL"] = "/api"  # under whatever name the pages are opened
+        else:  # blocks are made on the pages alone
+            settings["PREFECT_SERVER_REGISTER_BLOCKS_ON_START"] = "false"
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.touch()
+        except OSError as error:
+            raise RunError(
+                f"PREFECT_HOME {log.parent}: cannot be written ({error.strerror}); make it "
+                "writable, make room there, or set PREFECT_HOME to another folder"
+            ) from None
+        # the socket is handed on: a port that is only looked up may be another's by then
+        with socket.create_server((HOST, port)) as listener:
+            handle, mode = listener.fileno(), "pages" if pages else "api"
+            super().__init__(
+                "Prefect's server",
+                f"http://{HOST}:{listener.getsockname()[1]}/api",
+                ["pipeline.flow.prefect_api", str(handle), str(root), mode],
+                log,
+                {**settings, "PYTHONPATH": import_path()},
+                [handle],
+            )
+
+    def fault(self) -> str:
         """Why the server did not start, as far as its log tells, and what to do."""
-        folder, said = self._log.parent, []
-        with contextlib.suppress(OSError):
-            said = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
+        folder = self.log.parent
+        said = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
         errors = [match[1] for line in said if (match := _ERROR.match(line))]
         reason = errors[-1] if errors else "it gave no reason"
-        if not errors and shutil.disk_usage(folder).free < _NO_ROOM:
-            reason = os.strerror(errno.ENOSPC)  # for its log, too
         named = next(filter(os.environ.get, _DATABASE_VARIABLES), "")
         where = f"the database that {named} names" if named else str(folder)
         remedy = f"see that {where} can be reached and written, and has room"
         if not named and _DAMAGED.search(reason):
             remedy = f"move {folder / 'prefect.db'} away, and a new history begins"
         return without_secrets(
-            f"Prefect's server did not start: {reason}; {remedy} (its log: {self._log})"
+            f"Prefect's server did not start: {reason}; {remedy} (its log: {self.log})"
         )
 
     def __enter__(self) -> Self:
@@ -222,13 +260,12 @@ class LocalServer:
 
     def stop(self) -> None:
         """End the server; what it was told before is written by then."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
+        assert self.process.stdin is not None
+        self.process.stdin.close()
         try:
-            self._process.wait(timeout=15)
+            self.process.wait(_STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+            super().stop()
 
 
 def use_api(root: Path) -> LocalServer | None:
@@ -249,27 +286,78 @@ def use_api(root: Path) -> LocalServer | None:
     return server
 
 
-def import_path() -> str:
-    """`PYTHONPATH` of a process that runs modules of this project from any folder.
+# --- flow runs of killed processes ----------------------------------------------------------------
 
-    With Python's `-P`: the folder may be a checkout of another commit.
+
+def note_flow_run(root: Path, run_id: str, api: str) -> None:
+    """Note a flow run that lasts as long as this process, and settle earlier ones.
+
+    The note is in a scratch folder of the process. If the process is killed, the server that it had
+    started, or the next run, ends the flow run in Prefect.
+
+    Args:
+        root: the project.
+        run_id: Prefect's.
+        api: the address of its API.
     """
-    here = str(Path(__file__).resolve().parent.parent.parent)
-    return os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
+    settle(root, api)
+    held = contextlib.ExitStack()
+    with contextlib.suppress(OSError):  # it serves only a run that is killed
+        folder = held.enter_context(scratch(root))
+        write_json(folder / _FLOW_RUN, {"id": run_id, "api": api})
+    atexit.register(held.close)  # not sooner: Prefect learns the final state after all is done
 
 
-def _tables(database: Path) -> str:
-    """The Prefect that is here and the revision of the tables in its SQLite file; empty without."""
-    import sqlite3
+def settle(root: Path, api: str) -> None:
+    """End the flow runs of killed processes in Prefect, and remove what the processes left.
 
-    import prefect
+    What Prefect cannot be told now is left for the next time.
 
-    try:
-        with contextlib.closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as file:
-            (revision,) = file.execute("SELECT version_num FROM alembic_version").fetchone()
-    except (sqlite3.Error, TypeError):
-        return ""
-    return f"{prefect.__version__} {revision}"
+    Args:
+        root: the project.
+        api: the address of Prefect's API.
+    """
+    for folder in abandoned(root):
+        try:
+            note = json.loads((folder / _FLOW_RUN).read_text(encoding="utf-8"))
+            # the project's own server has another port each time
+            same = urlsplit(note["api"]).hostname == urlsplit(api).hostname
+            settled = same and _crash(note["id"], api)
+        except (OSError, ValueError, KeyError, TypeError):  # no flow run's
+            settled = True
+        if settled:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _crash(run_id: str, api: str) -> bool:
+    """Let a flow run and its tasks that have no final state crash; whether Prefect took it."""
+    import httpx
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter
+    from prefect.exceptions import ObjectNotFound
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+    from prefect.states import Crashed
+
+    crashed = Crashed(message="the process that ran it was killed")
+    with (
+        contextlib.suppress(httpx.HTTPError, RuntimeError),
+        temporary_settings({PREFECT_API_URL: api}),
+        get_client(sync_client=True) as client,
+    ):
+        with contextlib.suppress(ObjectNotFound):  # its history was removed
+            flow_run = client.read_flow_run(uuid.UUID(run_id))
+            if flow_run.state and flow_run.state.is_final():
+                return True
+            of_it = FlowRunFilter.model_validate({"id": {"any_": [flow_run.id]}})
+            for each in client.read_task_runs(flow_run_filter=of_it):
+                if each.state and not each.state.is_final():
+                    client.set_task_run_state(each.id, crashed, force=True)
+            client.set_flow_run_state(flow_run.id, crashed, force=True)
+        return True
+    return False
+
+
+# --- in the process of the server -----------------------------------------------------------------
 
 
 def named_hosts() -> list[str]:
@@ -278,9 +366,7 @@ def named_hosts() -> list[str]:
     Raises:
         InputError: the variable holds something else, as a wildcard or an address with a scheme.
     """
-    names = [
-        name for each in os.environ.get(HOSTS_VARIABLE, "").split(",") if (name := each.strip())
-    ]
+    names = os.environ.get(HOSTS_VARIABLE, "").replace(",", " ").split()
     for name in names:
         if not re.fullmatch(r"[A-Za-z0-9.-]+", name):
             raise InputError(
@@ -290,54 +376,40 @@ def named_hosts() -> list[str]:
     return names
 
 
-class _OwnPagesOnly:
-    """Refuse what a page of another origin asks, with a preflight or without, and by a websocket.
-
-    A browser names the page's origin; the server's own pages have that of the request's `Host`.
-    Programs name none. Nor may another page hold ours in a frame, for clicks that it steers, nor
-    ours ask anyone but this server: Prefect's look for settings at who counts its users.
-    """
-
-    def __init__(self, app: ASGIApp, origins: Collection[str]) -> None:
-        self._app, self._origins = app, origins
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        from starlette.datastructures import Headers, MutableHeaders
-        from starlette.responses import PlainTextResponse
-
-        answer = self._app
-        if scope["type"] in ("http", "websocket"):
-            headers = Headers(scope=scope)
-            own = {f"{scheme}://{headers.get('host', '')}" for scheme in ("http", "https")}
-            if not own.union(self._origins).issuperset(headers.getlist("origin")):
-                answer = PlainTextResponse(
-                    "only this server's own pages may ask it; "
-                    "PREFECT_SERVER_CORS_ALLOWED_ORIGINS names the origins of others\n",
-                    403,
-                )
-
-        async def send_kept_here(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                sent = MutableHeaders(scope=message)
-                sent["X-Frame-Options"] = "SAMEORIGIN"
-                sent["Content-Security-Policy"] = "connect-src 'self'"
-            await send(message)
-
-        await answer(scope, receive, send_kept_here)
-
-
 def guarded(app: ASGIApp, hosts: Collection[str], origins: Collection[str]) -> ASGIApp:
     """The app under a name of this machine alone, whatever DNS says, and for its own pages alone.
+
+    Requests from pages of other origins are refused, with a preflight or without, websockets too. A
+    browser sends the page's origin; that of the server's own pages is the request's `Host`.
+    Programs send none.
 
     Args:
         app: to be guarded.
         hosts: other names that it may have.
-        origins: of other pages that may ask it, as `https://prefect.example`.
+        origins: of other pages that may send it requests, as `https://prefect.example`.
     """
+    from starlette.datastructures import Headers
     from starlette.middleware.trustedhost import TrustedHostMiddleware
+    from starlette.responses import PlainTextResponse
 
-    named = ["127.0.0.1", "localhost", *hosts]
-    return TrustedHostMiddleware(_OwnPagesOnly(app, origins), named, www_redirect=False)
+    refusal = PlainTextResponse(
+        "only this server's own pages may ask it; "
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS names the origins of others\n",
+        403,
+    )
+
+    async def own_pages_only(scope: Scope, receive: Receive, send: Send) -> None:
+        answer = app
+        if scope["type"] in ("http", "websocket"):
+            headers = Headers(scope=scope)
+            own = {f"{scheme}://{headers.get('host', '')}" for scheme in ("http", "https")}
+            if not own.union(origins).issuperset(headers.getlist("origin")):
+                answer = refusal
+        await answer(scope, receive, send)
+
+    return TrustedHostMiddleware(
+        own_pages_only, ["127.0.0.1", "localhost", *hosts], www_redirect=False
+    )
 
 
 def serve(listener: socket.socket, root: Path, *, pages: bool = False) -> None:
@@ -345,59 +417,41 @@ def serve(listener: socket.socket, root: Path, *, pages: bool = False) -> None:
 
     Args:
         listener: on loopback.
-        root: the project; flow runs of its killed processes are settled at the end.
+        root: the project; at the end the flow runs of its killed processes are marked as crashed.
         pages: with Prefect's pages and all its services.
     """
     collect_seldom()
     import uvicorn
     from prefect.server.api.server import create_app
-    from prefect.settings import (
-        PREFECT_SERVER_CORS_ALLOWED_ORIGINS,
-        get_current_settings,
-        temporary_settings,
-    )
-    from sqlalchemy.engine import make_url
+    from prefect.settings import PREFECT_SERVER_CORS_ALLOWED_ORIGINS
 
-    address = get_current_settings().server.database.connection_url
-    url = make_url(address.get_secret_value() if address else "sqlite://")
-    database = Path(url.database or ".").absolute()
-    noted = database.with_name(f"{database.name}.tables")
-    tables, known = _tables(database), ""
-    with contextlib.suppress(OSError):
-        known = noted.read_text(encoding="utf-8")
-    # this Prefect left them so: there is nothing to migrate
-    settings = {"server.database.migrate_on_start": False} if tables and tables == known else {}
-
-    config = uvicorn.Config(
-        guarded(
-            create_app(ephemeral=not pages, final=True),
-            named_hosts(),
-            PREFECT_SERVER_CORS_ALLOWED_ORIGINS.value().split(","),
-        ),
-        log_level="error",
-        lifespan="on",
-        timeout_graceful_shutdown=5,
+    origins = PREFECT_SERVER_CORS_ALLOWED_ORIGINS.value().split(",")
+    server = uvicorn.Server(
+        uvicorn.Config(
+            guarded(create_app(ephemeral=not pages, final=True), named_hosts(), origins),
+            log_level="error",
+            lifespan="on",
+            timeout_graceful_shutdown=5,
+            headers=[
+                # no other page may show this one in a frame (clickjacking)
+                ("X-Frame-Options", "SAMEORIGIN"),
+                # nor may this one contact another server: Prefect's vendor, for settings
+                ("Content-Security-Policy", "connect-src 'self'"),
+            ],
+        )
     )
-    server = uvicorn.Server(config)
 
     def watch() -> None:
         while os.read(0, 1024):  # not through sys.stdin, whose lock would outlive this thread
             pass
         try:
-            settle(root, f"http://127.0.0.1:{listener.getsockname()[1]}/api")
+            settle(root, f"http://{HOST}:{listener.getsockname()[1]}/api")
         finally:
             server.should_exit = True
 
     threading.Thread(target=watch, daemon=True).start()
-    with temporary_settings(settings):
-        server.run(sockets=[listener])
-    if server.started and (tables := _tables(database)) and tables != known:
-        with whole_file(noted) as partial:
-            partial.write_text(tables, encoding="utf-8")
+    server.run(sockets=[listener])
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--pages":
-        serve(socket.create_server(("127.0.0.1", int(sys.argv[2]))), Path.cwd(), pages=True)
-    else:
-        serve(socket.socket(fileno=int(sys.argv[1])), Path(sys.argv[2]))
+    serve(socket.socket(fileno=int(sys.argv[1])), Path(sys.argv[2]), pages=sys.argv[3] == "pages")

@@ -39,7 +39,7 @@ from pipeline.dag.graph import Dag
 from pipeline.dag.lock import read_lock
 from pipeline.dag.repro import Processes, failure
 from pipeline.dag.workspace import make_workspace
-from pipeline.flow.lifetime import note_flow_run
+from pipeline.flow.prefect_api import note_flow_run
 from pipeline.project.folders import workspace_environment
 from pipeline.project.git import commit_of, git
 from pipeline.project.overrides import text_with

@@ -21,7 +21,6 @@ from pipeline.flow.agent_start import (
     AGENT_VARIABLE,
     COMMAND,
     WORKER_VARIABLE,
-    asked_by_server,
     held_by_project,
 )
 from pipeline.flow.prefect_api import LocalServer
@@ -31,75 +30,40 @@ from pipeline.project.git import commit_of
 
 ROOT = Path(__file__).parents[3]
 ENTRYPOINT = "pipeline/agent_flow.py:gpt_pipeline_on_agent"
-PULL = [{"prefect.deployments.steps.set_working_directory": {"directory": "."}}]
 TEMPLATE = {
     "variables": {"properties": {"command": {"default": COMMAND}, "env": {}, "working_dir": {}}},
     "job_configuration": {name: f"{{{{ {name} }}}}" for name in ("command", "env", "working_dir")},
 }
 
 
-def asked(
-    *,
-    entrypoint: Any = ENTRYPOINT,
-    pull: Any = PULL,
-    variables: Any = None,
+def held(
+    folder: Path = ROOT,
+    name: str = "on-demand",
+    entrypoint: str = ENTRYPOINT,
     of_run: Any = None,
-    template: Any = TEMPLATE,
-) -> dict[str, Any]:
-    """What is asked by a server with one deployment, as this project's where nothing is said."""
-    deployment = SimpleNamespace(
-        entrypoint=entrypoint,
-        pull_steps=pull,
-        job_variables={"command": COMMAND} if variables is None else variables,
-    )
-    client = SimpleNamespace(
-        read_deployment=lambda _: deployment,
-        read_work_pool=lambda _: SimpleNamespace(base_job_template=template),
-    )
-    run = SimpleNamespace(deployment_id="1", work_pool_name="gpu", job_variables=of_run)
-    return asked_by_server(client, run)  # type: ignore[arg-type]
+    **of_deployment: Any,
+) -> dict[str, str]:
+    """The environment of a flow run, as of this project's deployment where nothing is said."""
+    deployment = SimpleNamespace(name=name, entrypoint=entrypoint, **of_deployment)
+    return held_by_project(folder, deployment, SimpleNamespace(job_variables=of_run))  # type: ignore[arg-type]
 
 
-def pool(name: str, value: Any, part: str) -> dict[str, Any]:
-    """The template of a work pool with a default, or a configuration, of its own."""
-    changed: dict[str, Any] = json.loads(json.dumps(TEMPLATE))
-    if part == "default":
-        changed["variables"]["properties"][name]["default"] = value
-    else:
-        changed["job_configuration"][name] = value
-    return changed
-
-
-@pytest.mark.parametrize(
-    "like",
-    [{}, {"variables": {}}, {"variables": {"name": "a name", "stream_output": False}}],
-    ids=["prefect.yaml's", "of the pool's command", "with what changes nothing"],
-)
-def test_what_the_projects_own_file_says_is_run(like: dict[str, Any]) -> None:
-    assert held_by_project(ROOT, asked(**like)) == (ENTRYPOINT, {})
+def test_what_the_projects_own_file_says_is_run_whatever_else_the_server_says() -> None:
+    assert held() == {}
+    asked = {"command": "touch /tmp/x", "env": {"LD_PRELOAD": "x"}, "working_dir": "/tmp"}
+    pull = [{"prefect.deployments.steps.run_shell_script": {}}]
+    assert held(job_variables=asked, pull_steps=pull) == {}
 
 
 DOORS: dict[str, tuple[dict[str, Any], str]] = {
-    "command": ({"variables": {"command": "touch /tmp/x"}}, "command 'touch /tmp/x'"),
-    "env": ({"variables": {"command": COMMAND, "env": {"LD_PRELOAD": "x"}}}, "env "),
-    "env by a dot": ({"variables": {"env.PATH": "/tmp"}}, "env.PATH '/tmp'"),
-    "folder": ({"variables": {"working_dir": "/tmp"}}, "working_dir '/tmp'"),
-    "pull steps": ({"pull": [{"prefect.deployments.steps.run_shell_script": {}}]}, "pull steps "),
-    "storage": ({"pull": None}, "pull steps 'None'"),
-    "entrypoint": ({"entrypoint": "/tmp/x.py:f"}, "entrypoint '/tmp/x.py:f'"),
-    "the entrypoint under another name": (
-        {"entrypoint": "/tmp/x.py:f", "variables": {"entrypoint": ENTRYPOINT}},
-        "entrypoint '/tmp/x.py:f'",
+    "deployment": ({"name": "evil"}, f"deployment 'evil' with entrypoint '{ENTRYPOINT}'"),
+    "entrypoint": (
+        {"entrypoint": "/tmp/x.py:f"},
+        "deployment 'on-demand' with entrypoint '/tmp/x.py:f'",
     ),
-    "the run's command": ({"of_run": {"command": "x"}}, "command 'x'"),
-    "the run's env": ({"of_run": {"env": {"PYTHONPATH": "/tmp"}}}, "env "),
-    "the pool's command": (
-        {"variables": {}, "template": pool("command", "x", "default")},
-        "command 'x'",
-    ),
-    "the pool's env": ({"template": pool("env", {"PATH": "/tmp"}, "default")}, "env "),
-    "the pool's fixed command": ({"template": pool("command", "x", "fixed")}, "command 'x'"),
-    "escapes for a terminal": ({"variables": {"command": "\x1b]0;x"}}, r"command '\x1b]0;x'"),
+    "the run's command": ({"of_run": {"command": "x"}}, "job variables {'command': 'x'}"),
+    "the run's env": ({"of_run": {"env": {"PYTHONPATH": "/tmp"}}}, "job variables {'env': "),
+    "escapes for a terminal": ({"name": "\x1b]0;x"}, r"deployment '\x1b]0;x'"),
 }
 
 
@@ -107,23 +71,16 @@ DOORS: dict[str, tuple[dict[str, Any], str]] = {
 def test_whatever_else_a_server_asks_for_is_refused_in_a_line_that_names_it(door: str) -> None:
     like, line = DOORS[door]
     with pytest.raises(InputError) as refused:
-        held_by_project(ROOT, asked(**like))
+        held(**like)
     assert str(refused.value).startswith(f"refused: {line}")
     assert str(refused.value).isprintable()
 
 
-def test_a_run_of_no_deployment_is_refused() -> None:
-    run = SimpleNamespace(deployment_id=None, work_pool_name="gpu")
-    with pytest.raises(InputError, match="without a deployment"):
-        asked_by_server(None, run)  # type: ignore[arg-type]
-
-
-def test_env_is_taken_from_the_file_that_says_the_same(tmp_path: Path) -> None:
+def test_env_is_that_of_the_file(tmp_path: Path) -> None:
     content = yaml.safe_load((ROOT / "prefect.yaml").read_text())
     content["deployments"][0]["work_pool"]["job_variables"] = {"env": {"THREADS": 2}}
     (tmp_path / "prefect.yaml").write_text(yaml.safe_dump(content))
-    same = asked(variables={"command": COMMAND, "env": {"THREADS": 2}})
-    assert held_by_project(tmp_path, same) == (ENTRYPOINT, {"THREADS": "2"})
+    assert held(tmp_path, job_variables={"env": {"THREADS": 3}}) == {"THREADS": "2"}
 
 
 def test_a_deployment_without_a_work_pool_of_its_own_is_run_and_stops_no_other(
@@ -132,8 +89,7 @@ def test_a_deployment_without_a_work_pool_of_its_own_is_run_and_stops_no_other(
     content = yaml.safe_load((ROOT / "prefect.yaml").read_text())
     content["deployments"] = [{"name": "mine", "entrypoint": "mine.py:f"}, *content["deployments"]]
     (tmp_path / "prefect.yaml").write_text(yaml.safe_dump(content))
-    assert held_by_project(tmp_path, asked()) == (ENTRYPOINT, {})
-    assert held_by_project(tmp_path, asked(entrypoint="mine.py:f")) == ("mine.py:f", {})
+    assert held(tmp_path) == held(tmp_path, "mine", "mine.py:f") == {}
 
 
 @pytest.mark.parametrize("content", [None, "[]", "deployments: [1]", "deployments:\n- name: a\n"])
@@ -143,7 +99,7 @@ def test_a_commit_without_a_file_that_can_be_read_runs_nothing(
     if content is not None:
         (tmp_path / "prefect.yaml").write_text(content)
     with pytest.raises(InputError, match=r"prefect\.yaml"):
-        held_by_project(tmp_path, asked())
+        held(tmp_path)
 
 
 @pytest.mark.parametrize("commit", ["--all", "--upload-pack=x", "--git-dir", "-n"])
@@ -165,9 +121,12 @@ def test_a_worker_takes_neither_command_nor_flow_from_the_server(
     made = asyncio.run(make(base_job_template=TEMPLATE, values=values, client=None))
     assert (made.command, made.env, made.working_dir) == (COMMAND, {}, None)
 
+    watched: list[int] = []
+    monkeypatch.setattr(agent_worker, "watch_parent", lambda agent, _: watched.append(agent))
     monkeypatch.setattr(process, "load_flow_from_flow_run", None)
     monkeypatch.setattr(agent_worker.anyio, "run", lambda start: None)
     agent_worker.work("gpu", "name", 1)
+    assert watched == [os.getppid()]
     flow = asyncio.run(process.load_flow_from_flow_run(SimpleNamespace(deployment_id="1")))
     assert not flow.on_crashed_hooks
     assert not flow.on_cancellation_hooks
@@ -247,5 +206,5 @@ def test_an_agent_and_a_commit_of_another_age_call_things_by_the_same_names() ->
     assert COMMAND == "gpt-pipeline flow-run"
     assert AGENT_VARIABLE == "GPT_PIPELINE_AGENT"
     assert WORKER_VARIABLE == "GPT_PIPELINE_WORKER"
-    assert SLOTS_VARIABLE == "GPT_PIPELINE_SLOTS"
+    assert SLOTS_VARIABLE == "GPT_PIPELINE_SLOT_COUNT"
     assert HOME_VARIABLE == "GPT_PIPELINE_HOME"

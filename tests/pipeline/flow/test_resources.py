@@ -1,32 +1,20 @@
 """Cores, cards and slots between stages that run side by side."""
 
-import os
-import subprocess
-import sys
 import threading
 import time
 from contextlib import ExitStack
-from pathlib import Path
 
 import pytest
 
-import pipeline
 from pipeline.flow import resources
-from pipeline.flow.prefect_api import environment as server_environment
-from pipeline.flow.resources import SLOTS_VARIABLE, Need, Resources, cards, needs
-
-HOLD_SLOTS = """
-import threading
-from prefect.client.orchestration import get_client
-from pipeline.flow.resources import Need, Resources
-with get_client(sync_client=True) as client:
-    client.upsert_global_concurrency_limit_by_name("cards", 1)
-for turn in range(2):
-    with Resources(1, threading.Event()).held(Need(devices=1), print) as environment:
-        print("holds" if environment == {} else environment, flush=True)
-        input()
-    print("gave back", flush=True)
-"""
+from pipeline.flow.resources import (
+    SLOTS_VARIABLE,
+    Need,
+    Resources,
+    StoppedWaitingError,
+    cards,
+    needs,
+)
 
 
 @pytest.fixture
@@ -112,8 +100,9 @@ def test_who_waits_hears_that_the_flow_is_stopped(monkeypatch):
     with ExitStack() as stack:
         stack.enter_context(Resources(8, threading.Event()).held(Need(devices=1), print))
         threading.Timer(0.2, stopping.set).start()
-        with Resources(8, stopping).held(Need(devices=1), lambda _: None) as environment:
-            assert environment is None
+        waiting = Resources(8, stopping).held(Need(devices=1), lambda _: None)
+        with pytest.raises(StoppedWaitingError), waiting:
+            pass
 
 
 @pytest.mark.parametrize(
@@ -125,47 +114,23 @@ def test_the_cards_are_those_that_cuda_would_show(monkeypatch, named, found):
     assert cards() == found
 
 
-@pytest.mark.slow
-def test_a_prefect_server_that_is_away_fails_no_stage_that_gives_its_slot_back_or_wants_one(
-    prefect_server, tmp_path
-):
-    environment = {
-        **os.environ,
-        **server_environment(tmp_path),
-        "PYTHONPATH": str(Path(pipeline.__file__).parent.parent),
-        "PREFECT_API_URL": prefect_server.api,
-        "CUDA_VISIBLE_DEVICES": "",
-        SLOTS_VARIABLE: "cards",
-    }
-
-    log = tmp_path / "holder.log"
-    with log.open("w") as errors:
-        holder = subprocess.Popen(
-            [sys.executable, "-c", HOLD_SLOTS],
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-        )
-    try:
-        assert holder.stdout.readline() == "holds\n"
-        prefect_server.stop()
-        holder.stdin.write("\n")
-        holder.stdin.flush()
-        assert holder.stdout.readline() == "gave back\n"
-        time.sleep(2)  # by now it asks for the next one
-        assert holder.poll() is None
-        prefect_server.start()
-        # the slot that could not be given back is free when its lease has ended
-        if (said := holder.stdout.readline()) != "holds\n":
-            assert said == "waits for 1 of the slots 'cards', which other runs hold\n"
-            assert holder.stdout.readline() == "holds\n"
-        assert holder.communicate("\n", 30)[0] == "gave back\n"
-        assert holder.returncode == 0
-    finally:
-        holder.kill()
-    assert "failed to process" not in log.read_text(), "to wait is no error"
+def test_a_machine_without_cards_has_as_many_slots_as_its_agent_says(monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv(SLOTS_VARIABLE, "1")
+    stopping = threading.Event()
+    one, other = Resources(8, threading.Event()), Resources(8, stopping)  # of two flows
+    told: list[str] = []
+    with one.held(Need(devices=1), told.append) as first:
+        assert first == {}
+        with other.held(Need(devices=0), told.append) as none:
+            assert none == {}, "a stage that needs no accelerator waits for none"
+        threading.Timer(0.2, stopping.set).start()
+        with pytest.raises(StoppedWaitingError), other.held(Need(devices=1), told.append):
+            pass
+    assert told == ["waits for 1 of 1 slots, which other runs hold"]
+    with Resources(8, threading.Event()).held(Need(devices=None), told.append):
+        assert len(told) == 1
 
 
 @pytest.mark.parametrize(

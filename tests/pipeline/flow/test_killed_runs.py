@@ -11,8 +11,8 @@ from contextlib import closing
 
 import pytest
 
-from pipeline.flow.lifetime import settle
-from pipeline.flow.prefect_api import LocalServer, environment, import_path
+from pipeline.flow.prefect_api import LocalServer, environment, settle
+from pipeline.project.processes import import_path
 from pipeline.project.scratch import scratch
 
 _HOLD = """
@@ -32,7 +32,7 @@ root = Path(sys.argv[1])
 server = use_api(root)
 from prefect import flow, task
 from prefect.runtime import flow_run
-from pipeline.flow.lifetime import note_flow_run
+from pipeline.flow.prefect_api import note_flow_run
 if server:
     server.wait()
 @task
