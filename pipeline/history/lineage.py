@@ -20,6 +20,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from gpt.base.errors import first_few
+from gpt.base.files import sha256_of
 from gpt.text.records import SOURCES
 from pipeline.dag.cache import DvcCache, md5_now
 from pipeline.dag.code import md5_of_code
@@ -295,10 +296,7 @@ class _Tracer:
 
     def _member_node(self, key: str, file: ProjectPath) -> Node:
         place, inside = self._root / file.whole_path, f"{file.member}/"
-        sha256 = ""
-        if place.is_file():
-            with place.open("rb") as opened:
-                sha256 = f"sha256 {hashlib.file_digest(opened, 'sha256').hexdigest()}"
+        sha256 = f"sha256 {sha256_of(place)}" if place.is_file() else ""
         members = self._cache.members(file.md5) or ()
         there = place.exists() or any(f"{each}/".startswith(inside) for each in members)
         return Node(
