@@ -197,7 +197,7 @@ def finetune_classifier(
         )
     del trunk
     model.to(device)
-    depth = freeze(model, params.trainable, params.blocks, params.lora)
+    depth = freeze(model, params.last, params.adapters)
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log(
         Message(
@@ -267,43 +267,36 @@ def finetune_classifier(
     return final
 
 
-def freeze(
-    model: GPTClassifier,
-    trainable: Trainable,
-    blocks: int | None = None,
-    lora: LoraParams | None = None,
-) -> int:
-    """Let only the named part of the model be trained; return how many blocks come before it.
+def freeze(model: GPTClassifier, last: int | None, adapters: LoraParams | None) -> int:
+    """Let only a part of the model be trained; return how many blocks come before it.
 
     Args:
-        model: on its device. With `lora` its layers are wrapped; a head without an adapter is
+        model: on its device. With `adapters` its layers are wrapped; a head without an adapter is
             trained whole, since it is new.
-        trainable: which part.
-        blocks: how many, with `last_blocks`.
-        lora: which adapters, with `lora`.
+        last: how many of the last blocks are trained with the final norm and the head; 0 is the
+            head alone, None everything.
+        adapters: trained instead.
 
     Raises:
         InputError: more blocks than the model has.
     """
-    if trainable == "lora":
-        lora = lora or LoraParams()
-        depth = wrap(model, lora)
-        if "head" not in lora.layers:
+    if adapters:
+        depth = wrap(model, adapters)
+        if "head" not in adapters.layers:
             model.score.requires_grad_(True)
         return depth
-    own = {"all": len(model.h), "last_block": 1, "last_blocks": blocks or 1, "head": 0}[trainable]
-    if own > len(model.h):
+    own, n_blocks = len(model.h) if last is None else last, len(model.h)
+    if own > n_blocks:
         raise InputError(
-            f"finetune_classifier.blocks: {own} blocks are to be trained, the base has "
-            f"{len(model.h)}; use at most that"
+            f"finetune_classifier.blocks: {own} blocks are to be trained, the base has {n_blocks}; "
+            "use at most that"
         )
-    model.requires_grad_(trainable == "all")
+    model.requires_grad_(last is None)
     model.score.requires_grad_(True)
-    depth = len(model.h) - own
-    if trainable != "head":
-        model.h[depth:].requires_grad_(True)
+    if own:
+        model.h[n_blocks - own :].requires_grad_(True)
         model.ln_f.requires_grad_(True)
-    return depth
+    return n_blocks - own
 
 
 @torch.no_grad()

@@ -15,7 +15,6 @@ from gpt.base.events import Log, Message, discard
 from gpt.base.files import write_json
 from gpt.batches.data import InstructionDataset, batches
 from gpt.batches.metrics import lm_loss_sum, mean_loss, perplexity
-from gpt.generation import Sampling, complete
 from gpt.model.config import GPTConfig, Positive
 from gpt.model.device import autocast, prepare_device
 from gpt.model.model import GPT
@@ -27,6 +26,7 @@ from gpt.train.loop import fit
 from gpt.train.recipe import TrainParams
 from gpt.tune.lora import LanguageModelTuning, merge, wrap
 from gpt.tune.overlap import count_contaminated
+from stages.samples import answers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid"))
@@ -152,15 +152,6 @@ def finetune_instruct(
             text = f"{cut} of {len(dataset)} {name} records are cut before their answer"
             log(Message(f"finetune_instruct: {text}", level="warning"))
 
-    def sample(model: GPT) -> str:
-        sampling = Sampling(max_new_tokens=params.sample_tokens, stop=(tokenizer.eot,))
-        # no engine: the same text whether or not there is a compiler
-        answers = complete(model, ready.shown, sampling)
-        return "\n\n".join(
-            f"{record.instruction}\n{record.input}".strip() + f"\n-> {tokenizer.decode(ids)}"
-            for record, ids in zip(parts["validation"], answers, strict=False)
-        )
-
     def validation_loss(model: GPT) -> float:
         with autocast(device, train.precision):
             return mean_loss(model, batches(data["validation"], train.batch_size, by_length=True))
@@ -183,7 +174,9 @@ def finetune_instruct(
         train=data["train"],
         loss=lm_loss_sum,
         validate=lambda model: {"validation_loss": validation_loss(model)},
-        sample=sample,
+        sample=lambda model: answers(
+            model, tokenizer, ready.shown, parts["validation"], params.sample_tokens
+        ),
         origin=lambda row: f"record {parts['train'][row].instruction!r:.60}",
         task="finetune_instruct",
         state=state,

@@ -15,12 +15,12 @@ from pydantic.dataclasses import dataclass
 from gpt.base.errors import InputError, first_few
 from gpt.base.events import Log, Message, Text, discard
 from gpt.base.files import write_json
-from gpt.generation import Sampling, complete
 from gpt.model.config import GPT2_SIZES, GPTConfig, Positive
 from gpt.model.loss import linear_cross_entropy
 from gpt.model.model import GPT
 from gpt.model.weights import cut_vocabulary, load_tokenizer_of, save_model
 from gpt.published.load import Published, open_published
+from stages.samples import continuation
 
 HELD_OUT = """\
 The ferry to the island leaves twice a day, at eight in the morning and again at half past four. \
@@ -109,10 +109,8 @@ def load_gpt2(
         )
 
     prompt = tokenizer.encode(params.sample_prompt)
-    sampling = Sampling(max_new_tokens=params.sample_tokens, stop=(tokenizer.eot,))
-    # no engine: the same text whether or not there is a compiler
-    added = complete(model, [prompt], sampling)[0]
-    log(Text("samples/greedy.txt", tokenizer.decode(prompt + added)))
+    sample = continuation(model, tokenizer, prompt, params.sample_tokens)
+    log(Text("samples/greedy.txt", sample))
     final = {
         "parameters": float(model.n_params),
         "n_layer": float(config.n_layer),

@@ -15,7 +15,6 @@ from gpt.base.events import Log, discard
 from gpt.base.files import write_json
 from gpt.batches.data import Dataset, RandomWindowDataset, WindowDataset, batches, spread
 from gpt.batches.metrics import bits_per_byte, lm_loss_sum, mean_loss, perplexity
-from gpt.generation import Sampling, complete
 from gpt.model.config import Architecture, GPTConfig, Positive
 from gpt.model.device import autocast, prepare_device
 from gpt.model.model import GPT
@@ -24,6 +23,7 @@ from gpt.tokens.token_files import Manifest, SplitName, open_tokens, read_manife
 from gpt.tokens.tokenizer import Tokenizer, load_tokenizer
 from gpt.train.loop import fit
 from gpt.train.recipe import TrainParams
+from stages.samples import continuation
 
 SPLITS: tuple[SplitName, ...] = ("train", "validation")
 
@@ -178,14 +178,13 @@ def pretrain(
     device = prepare_device(train.device, train.threads)
     ready = prepare(params, tokens=tokens)
     tokenizer, training, [prompt] = ready.tokenizer, ready.data["train"], ready.shown
+
+    def origin(row: int) -> str:
+        start = training.start(row)
+        return f"tokens {start:,} to {start + ready.config.context_length:,} of the training split"
+
     torch.manual_seed(train.seed)
     model = GPT(ready.config).to(device)
-
-    def sample(model: GPT) -> str:
-        sampling = Sampling(max_new_tokens=params.sample_tokens, stop=(tokenizer.eot,))
-        # no engine: the same text whether or not there is a compiler
-        added = complete(model, [prompt], sampling)[0]
-        return tokenizer.decode(prompt + added)
 
     result = fit(
         model,
@@ -195,8 +194,8 @@ def pretrain(
         validate=lambda model: {
             "validation_loss": mean_loss(model, batches(ready.some, train.batch_size))
         },
-        sample=sample,
-        origin=lambda row: _origin(training, row, params.model.context_length),
+        sample=lambda model: continuation(model, tokenizer, prompt, params.sample_tokens),
+        origin=origin,
         task="pretrain",
         state=state,
         log=log,
@@ -221,8 +220,3 @@ def pretrain(
     result.write_history(history)
     write_json(metrics, final)
     return final
-
-
-def _origin(windows: WindowDataset, row: int, context: int) -> str:
-    start = windows.start(row)
-    return f"tokens {start:,} to {start + context:,} of the training split"

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from gpt.base.errors import InputError, first_problem
+from gpt.base.errors import InputError
 from gpt.base.events import Log, Message, Progress, discard
-from gpt.base.files import read_json, write_json
+from gpt.base.files import write_json
 from gpt.batches.data import InstructionDataset, batches
 from gpt.batches.metrics import mean_loss
-from gpt.generation import Sampling, complete
 from gpt.model.config import GPTConfig, Positive
 from gpt.model.device import autocast, prepare_device
 from gpt.model.model import GPT
@@ -35,8 +35,8 @@ from gpt.train.recipe import TrainParams
 from gpt.tune.lora import LanguageModelTuning, merge, wrap
 from gpt.tune.overlap import count_contaminated
 from gpt.tune.preference import PreferenceDataset, PreferenceLoss, preference_scores
-
-_TRAINING_FILE = "training.json"
+from stages.samples import answers
+from stages.training_file import TRAINING_FILE, read_training
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid"))
@@ -66,8 +66,6 @@ class Prepared(NamedTuple):
     config: GPTConfig
     tokenizer: Tokenizer
     template: Template
-    training: dict[str, Any]
-    """Its `training.json`."""
     pairs: dict[str, list[Preference]]
     data: dict[str, PreferenceDataset]
     """The pairs of each part that differ once they are cut."""
@@ -88,11 +86,10 @@ def prepare(
         InputError: the pairs cannot be used, the directory is no assistant's, or `max_length` is
             above its context.
     """
-    template, training = read_template(assistant), _read_training(assistant)
+    template, split = read_template(assistant), read_training(assistant).split
     config, tokenizer = read_base(assistant, "tune_preferences", params.max_length)
     max_length = params.max_length or config.context_length
     records = read_preferences(instructions)
-    split = _split_of(assistant, training)
     pairs = _useful_pairs(instructions, records, split, log)
     data: dict[str, PreferenceDataset] = {}
     for name, part in pairs.items():
@@ -117,7 +114,7 @@ def prepare(
     turns = encode_turns(tokenizer, template, told)
     answers = InstructionDataset.of_turns(turns, end=tokenizer.eot, max_length=max_length)
     shown = [last_prompt(each, tokenizer.eot)[-max_length:] for each in turns[:3]]
-    return Prepared(config, tokenizer, template, training, pairs, data, told, answers, shown)
+    return Prepared(config, tokenizer, template, pairs, data, told, answers, shown)
 
 
 def tune_preferences(
@@ -166,15 +163,6 @@ def tune_preferences(
         beta=params.beta, label_smoothing=params.label_smoothing, by_token=params.by_token
     )
 
-    def sample(model: GPT) -> str:
-        sampling = Sampling(max_new_tokens=params.sample_tokens, stop=(tokenizer.eot,))
-        # no engine: the same text whether or not there is a compiler
-        answers = complete(model, ready.shown, sampling)
-        return "\n\n".join(
-            f"{record.instruction}\n{record.input}".strip() + f"\n-> {tokenizer.decode(ids)}"
-            for record, ids in zip(ready.told, answers, strict=False)
-        )
-
     def scores(model: GPT, part: str) -> dict[str, float]:
         with autocast(device, train.precision):
             rows = batches(data[part], train.batch_size, by_length=True)
@@ -186,8 +174,12 @@ def tune_preferences(
             return mean_loss(model, batches(ready.answers, train.batch_size, by_length=True))
 
     torch.manual_seed(train.seed)
+    total, done = sum(map(len, data.values())), 0
     with autocast(device, train.precision):
-        _set_references(model, data, train.batch_size, loss, log)
+        for dataset in data.values():  # what the model says of all pairs before it learns from them
+            for n in dataset.set_references(model, train.batch_size, by_token=loss.by_token):
+                log(Progress("tune_preferences: reference", done + n, total, "pair"))
+            done += len(dataset)
     before = {**scores(model, "validation"), **scores(model, "test")}
     instruct_before = instruct_loss(model)
     n_params = model.n_params
@@ -206,8 +198,12 @@ def tune_preferences(
         train=data["train"],
         loss=loss,
         validate=lambda model: scores(model, "validation"),
-        sample=sample,
-        origin=lambda row: _origin(pairs["train"][data["train"].kept[row]]),
+        sample=lambda model: answers(
+            model, tokenizer, ready.shown, ready.told, params.sample_tokens
+        ),
+        origin=lambda row: (
+            f"the pair of {pairs['train'][data['train'].kept[row]].instruction!r:.60}"
+        ),
         task="tune_preferences",
         state=state,
         log=log,
@@ -226,26 +222,12 @@ def tune_preferences(
         "parameters_trained": float(n_trained),
         "steps": float(result.steps),
     }
-    extra = {**ready.template.files, _TRAINING_FILE: ready.training}
+    training = json.loads((assistant / TRAINING_FILE).read_bytes())
+    extra = {**ready.template.files, TRAINING_FILE: training}
     save_model(model, out, tokenizer=tokenizer, extra=extra)
     result.write_history(history)
     write_json(metrics, final)
     return final
-
-
-def _set_references(
-    model: GPT,
-    data: Mapping[str, PreferenceDataset],
-    batch_size: int,
-    loss: PreferenceLoss,
-    log: Log,
-) -> None:
-    """What the model says of all pairs before it learns from them."""
-    total, done = sum(map(len, data.values())), 0
-    for dataset in data.values():
-        for n in dataset.set_references(model, batch_size, by_token=loss.by_token):
-            log(Progress("tune_preferences: reference", done + n, total, "pair"))
-        done += len(dataset)
 
 
 def _useful_pairs(
@@ -272,31 +254,3 @@ def _useful_pairs(
         text = f"{equal} of {total} pairs hold the same answer twice, and are left out"
         log(Message(f"tune_preferences: {text}"))
     return pairs
-
-
-def _origin(pair: Preference) -> str:
-    return f"the pair of {pair.instruction!r:.60}"
-
-
-def _read_training(directory: Path) -> dict[str, Any]:
-    """`training.json` of an assistant.
-
-    Raises:
-        InputError: it is not there or no JSON object.
-    """
-    return read_json(
-        directory / _TRAINING_FILE,
-        missing="no such file, so it cannot be told what was held out; run the stage "
-        "finetune_instruct",
-        remedy="run the fine-tuning again",
-    )
-
-
-def _split_of(directory: Path, training: Mapping[str, Any]) -> Split:
-    """How the assistant's records were split."""
-    path = directory / _TRAINING_FILE
-    try:
-        return TypeAdapter(Split).validate_python(training.get("split"))
-    except ValidationError as error:
-        problem = first_problem(error, "split")
-        raise InputError(f"{path}: {problem}; run the fine-tuning again") from None

@@ -307,7 +307,7 @@ def test_a_naive_classification_step_is_a_plain_gradient_step_on_the_rows_of_the
     parts = dict.fromkeys(("train", "validation"), (texts, lengths, classes))
     naive = NaiveRun.start(model, parts, params)
 
-    freeze(model, "last_block")
+    freeze(model, 1, None)
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1
     )

@@ -163,7 +163,7 @@ def _plan_classifier(params: Any, ready: Any) -> Plan:
 
     with torch.device("meta"):
         classifier = GPTClassifier(ready.config, ready.labels, params.pooling)
-        depth = freeze(classifier, params.trainable, params.blocks, params.lora)
+        depth = freeze(classifier, params.last, params.adapters)
     model = Counts(classifier)
     kept = depth > 0 and ready.keeps
     lengths = [int(n) for each in ready.data.values() for n in each.lengths] if kept else []

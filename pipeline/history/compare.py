@@ -384,7 +384,7 @@ def _asked_now(
     from stages.evaluate import EvaluateParams
     from stages.evaluate.assistant import answer_records, records_by_part
     from stages.evaluate.classifier import messages_by_part, predict_classes
-    from stages.evaluate.training import read_training
+    from stages.training_file import read_training
 
     what = _ASKED_OF_MODELS[MODELS[model].serves]
     data = history.root / "data/raw" / what

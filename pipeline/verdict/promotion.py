@@ -516,7 +516,7 @@ def _same_tokenizer(asked: _Asked, name: str, champion: Path) -> bool:
 
 
 def _same_split(asked: _Asked, name: str, champion: Path) -> bool:
-    from stages.evaluate.training import read_training
+    from stages.training_file import read_training
 
     here, there = (read_training(each) for each in (asked.root / MODELS[name], champion))
     return (here.split, here.balance) == (there.split, there.balance)

@@ -15,7 +15,6 @@ import threading
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -36,15 +35,6 @@ _DAMAGE = (
     *(zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error),
     *(OSError, EOFError, RuntimeError, ValueError, OverflowError, LookupError),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Unpacked:
-    """A member that was written: its path in the archive, its size and its sha256."""
-
-    name: str
-    bytes: int
-    sha256: str
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -77,7 +67,7 @@ def unpack(
     target_of: Callable[[str], Path],
     limit: int | None,
     stop: threading.Event,
-) -> list[Unpacked]:
+) -> list[tuple[str, int, str]]:
     """Write the wanted members of `archive`, in its order.
 
     Args:
@@ -87,13 +77,16 @@ def unpack(
         limit: the most bytes of all members together; by default a general bound.
         stop: set to cancel.
 
+    Returns:
+        Of each member its path in the archive, its size and its sha256.
+
     Raises:
         UnavailableError: it is not an archive or damaged, expands to more bytes than it may, or a
             wanted member has a path out of its folder, is there twice, or is a link or device.
     """
     ordinary = max(EXPANSION * archive.stat().st_size, EXPANSION_FLOOR)
     left = limit = limit or min(GENERAL_LIMIT, ordinary)
-    written: list[Unpacked] = []
+    written: list[tuple[str, int, str]] = []
     name = ""
     try:
         for count, (path, open_member) in enumerate(_members(archive), start=1):
@@ -109,7 +102,7 @@ def unpack(
             with open_member() as stream:
                 size, sha256 = write_blocks(target, blocks_of(stream, stop), left, limit)
             left -= size
-            written.append(Unpacked(name, size, sha256))
+            written.append((name, size, sha256))
     except _DAMAGE as error:
         reason = getattr(error, "strerror", None) or str(error).replace(f"{archive}: ", "")
         at = f" at member {name!r}" if name else ""

@@ -288,17 +288,18 @@ class SourceFetch:
         with cache.lock(url):
             if kept := self._kept():  # another source has just downloaded it
                 return kept
-            came = Download(url, sha256, cache, limit, ends, self.stop, self.task, self.log).run()
+            download = Download(url, sha256, cache, limit, ends, self.stop, self.task, self.log)
+            path, found, is_new = download.run()
             try:
-                fetched = self._take(came.path, url, via if came.fetched else "cache", came.sha256)
+                fetched = self._take(path, url, via if is_new else "cache", found)
             except UnavailableError:
                 cache.forget(url)
                 raise
             if source.member and source.sha256:  # the next run asks for it by its sha256
                 cache.add(self.folder / fetched[0].file, source.sha256)
                 cache.forget(url)
-            elif came.fetched:
-                cache.keep(url, came.sha256)
+            elif is_new:
+                cache.keep(url, found)
         return fetched
 
     # --- into the output folder -------------------------------------------------------------------
@@ -364,7 +365,7 @@ class SourceFetch:
         )
         if not unpacked:
             raise UnavailableError(f"the archive has no member {self.source.member!r}")
-        size, sha256 = unpacked[0].bytes, unpacked[0].sha256
+        _, size, sha256 = unpacked[0]
         return Fetched(saved, size, sha256, f"{origin}, member {member}", via, pin=sha256)
 
     def _members(self, path: Path, origin: str, via: Via, sha256: str) -> list[Fetched]:
@@ -381,23 +382,16 @@ class SourceFetch:
         )
         if not unpacked:
             raise UnavailableError(f"no member of the archive fits {pattern!r}")
-        members = sorted(unpacked, key=lambda member: member.name)
-        if is_joined(source, [member.name for member in members]):
+        unpacked.sort()
+        if is_joined(source, [name for name, _, _ in unpacked]):
             apart = folder.rename(self.folder / f".{source.name}.members")
-            texts = [(apart / each.name, f"{origin}, member {each.name}") for each in members]
+            texts = [(apart / name, f"{origin}, member {name}") for name, _, _ in unpacked]
             joined = self._join(texts, via, sha256)
             shutil.rmtree(apart)
             return [joined]
         return [
-            Fetched(
-                f"{source.name}/{member.name}",
-                member.bytes,
-                member.sha256,
-                f"{origin}, member {member.name}",
-                via,
-                pin=sha256,
-            )
-            for member in members
+            Fetched(f"{source.name}/{name}", size, own, f"{origin}, member {name}", via, pin=sha256)
+            for name, size, own in unpacked
         ]
 
 

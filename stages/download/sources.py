@@ -41,6 +41,13 @@ def format_of(kind: Kind, name: str) -> Format:
     return FORMATS[kind][0] if told is None or kind == "file" else told
 
 
+def _refuse_source(name: str, *checks: tuple[object, str]) -> None:
+    """Raise the first complaint whose condition holds."""
+    for holds, complaint in checks:
+        if holds:
+            raise ValueError(f"source {name!r}: {complaint}")
+
+
 def _plain_name(name: str) -> str:
     if inside_path(name) != PurePosixPath(name).name or name.startswith(".") or name == SOURCES:
         raise ValueError(f"{name!r} cannot be the name of a data file")
@@ -108,25 +115,24 @@ class Source:
 
     @model_validator(mode="after")
     def _one_place(self) -> Source:
-        where = f"source {self.name!r}:"
-        if sum(map(bool, (self.file, self.folder, self.glob, self.urls, self.builtin))) != 1:
-            raise ValueError(f"{where} give one of file, folder, glob, urls and builtin")
-        if self.member and self.members:
-            raise ValueError(f"{where} give either member or members")
-        if (self.folder or self.glob) and (
-            self.sha256 or self.bytes or self.member or self.members or self.mirror_names
-        ):
-            raise ValueError(
-                f"{where} folder and glob take no sha256, bytes, member, members or mirror_names"
-            )
-        if self.save_as and self.gives_several:
-            raise ValueError(f"{where} only a single file can be saved as another")
-        packed = (self.file or self._url_name).lower().endswith(_ARCHIVES)
-        if packed and not (self.member or self.members):
-            raise ValueError(
-                f"{where} {self.file or self._url_name} is an archive; name its member, or "
-                "members by a pattern"
-            )
+        places = (self.file, self.folder, self.glob, self.urls, self.builtin)
+        checks = (self.sha256, self.bytes, self.member, self.members, self.mirror_names)
+        file = self.file or self._url_name
+        packed = file.lower().endswith(_ARCHIVES)
+        _refuse_source(
+            self.name,
+            (sum(map(bool, places)) != 1, "give one of file, folder, glob, urls and builtin"),
+            (self.member and self.members, "give either member or members"),
+            (
+                (self.folder or self.glob) and any(checks),
+                "folder and glob take no sha256, bytes, member, members or mirror_names",
+            ),
+            (self.save_as and self.gives_several, "only a single file can be saved as another"),
+            (
+                packed and not (self.member or self.members),
+                f"{file} is an archive; name its member, or members by a pattern",
+            ),
+        )
         _plain_name(self.saved_name)
         return self
 
@@ -187,23 +193,26 @@ class TextSource(Source):
 
     @model_validator(mode="after")
     def _fitting_format(self) -> TextSource:
-        where, kind = f"source {self.name!r}:", self.read_as
+        kind = self.read_as
         told = self.format or (None if self.gives_several else format_of(kind, self.saved_name))
-        if told and told not in FORMATS[kind]:
-            raise ValueError(
-                f"{where} {kind} have one of the formats {', '.join(FORMATS[kind])}, "
-                f"not {told}" + " as its name says; set its format" * (not self.format)
-            )
         fields = self._may_be("jsonl", "json", "parquet", "csv")
-        if self.text_field and (kind == "instructions" or not fields):
-            raise ValueError(
-                f"{where} only documents in jsonl, parquet or csv, and messages in these or json, "
-                "have a text_field"
-            )
-        if self.label_field and (kind != "messages" or not fields):
-            raise ValueError(
-                f"{where} only messages in jsonl, json, parquet or csv have a label_field"
-            )
+        _refuse_source(
+            self.name,
+            (
+                told and told not in FORMATS[kind],
+                f"{kind} have one of the formats {', '.join(FORMATS[kind])}, not {told}"
+                + " as its name says; set its format" * (not self.format),
+            ),
+            (
+                self.text_field and (kind == "instructions" or not fields),
+                "only documents in jsonl, parquet or csv, and messages in these or json, have a "
+                "text_field",
+            ),
+            (
+                self.label_field and (kind != "messages" or not fields),
+                "only messages in jsonl, json, parquet or csv have a label_field",
+            ),
+        )
         return self
 
     def _may_be(self, *formats: Format) -> bool:
@@ -237,28 +246,25 @@ class CorpusSource(TextSource):
 
     @model_validator(mode="after")
     def _fitting_options(self) -> CorpusSource:
-        where = f"source {self.name!r}:"
-        if self.builtin and (
-            self.format
-            or self.text_field
-            or self.kind != "documents"
-            or self.sha256
-            or self.bytes
-            or self.member
-            or self.members
-        ):
-            raise ValueError(
-                f"{where} builtin takes no kind, format, text_field, sha256, bytes, member or "
-                "members"
-            )
-        if self.separator and not (self.kind == "documents" and self._may_be("text")):
-            raise ValueError(f"{where} only documents in the format text have a separator")
-        if (self.split is None) != (self.part is None):
-            raise ValueError(f"{where} split and part: train go together")
-        if self.split and self.kind == "documents":
-            raise ValueError(f"{where} only messages and instructions have a split")
-        if self.balance != "none" and (self.kind != "messages" or self.split is None):
-            raise ValueError(f"{where} balance is for messages with a split")
+        documents = self.kind == "documents"
+        options = (self.format, self.text_field, self.sha256, self.bytes, self.member, self.members)
+        _refuse_source(
+            self.name,
+            (
+                self.builtin and (any(options) or not documents),
+                "builtin takes no kind, format, text_field, sha256, bytes, member or members",
+            ),
+            (
+                self.separator and not (documents and self._may_be("text")),
+                "only documents in the format text have a separator",
+            ),
+            ((self.split is None) != (self.part is None), "split and part: train go together"),
+            (self.split and documents, "only messages and instructions have a split"),
+            (
+                self.balance != "none" and (self.kind != "messages" or self.split is None),
+                "balance is for messages with a split",
+            ),
+        )
         return self
 
 

@@ -27,16 +27,8 @@ ATTEMPTS, BACK_OFF_SECONDS = 4, 0.5
 RETRY_AFTER_SECONDS = 60
 """The longest pause that a server may ask for."""
 
+_AGENT = "gpt-pipeline"
 _BUSY = (408, 425, 429)
-
-
-@dataclass(frozen=True, slots=True)
-class Came:
-    """A complete file: its path in the cache, its sha256, and whether it was downloaded now."""
-
-    path: Path
-    sha256: str
-    fetched: bool = True
 
 
 @dataclass(slots=True)
@@ -66,11 +58,12 @@ class Download:
     _size: int = 0
     _digest: Any = field(default_factory=hashlib.sha256)
 
-    def run(self) -> Came:
+    def run(self) -> tuple[Path, str, bool]:
         """Download the file.
 
         Returns:
-            The file; its sha256 may still differ from the one wanted.
+            The path of the file in the cache; its sha256, which may still differ from the one
+            wanted; and whether it was downloaded now.
 
         Raises:
             UnavailableError: it cannot be had here.
@@ -89,21 +82,26 @@ class Download:
                 pause = max(BACK_OFF_SECONDS * 2 ** max(fruitless - 1, 0), fault.seconds)
                 self.stop.wait(min(pause, self._seconds_left()))
 
-    def _attempt(self) -> Came:
+    def _attempt(self) -> tuple[Path, str, bool]:
         note = self._load()
         if self._size and self._digest.hexdigest() == self.sha256:
             return self._complete()
         known = self.cache.get(note.sha256) if note.sha256 and not self.sha256 else None
         left = self._seconds_left()
+        headers: dict[str, str | None] = {"Accept-Encoding": "identity", "User-Agent": _AGENT}
+        if self._size:
+            headers |= {"Range": f"bytes={self._size}-", "If-Range": note.version}
+        elif known:
+            headers |= {"If-None-Match": note.etag, "If-Modified-Since": note.modified}
         try:
             with requests.get(
                 self.url,
-                headers=self._headers(note, known is not None),
+                headers=headers,
                 stream=True,
                 timeout=(min(CONNECT_SECONDS, left), min(READ_SECONDS, left)),
             ) as response:
                 if response.status_code == 304 and known:
-                    return Came(known, str(note.sha256), fetched=False)
+                    return known, str(note.sha256), False
                 note = self._accept(response, note)
                 resumed = self._size > 0
                 self._receive(response, note)
@@ -135,18 +133,6 @@ class Download:
             with partial.open("rb") as file:
                 self._digest = hashlib.file_digest(file, "sha256")
         return note
-
-    def _headers(self, note: Note, known: bool) -> dict[str, str]:
-        headers = {"Accept-Encoding": "identity", "User-Agent": "gpt-pipeline"}
-        if self._size:
-            headers["Range"] = f"bytes={self._size}-"
-            if note.version:
-                headers["If-Range"] = note.version
-        elif known and note.etag:
-            headers["If-None-Match"] = note.etag
-        elif known and note.modified:
-            headers["If-Modified-Since"] = note.modified
-        return headers
 
     def _accept(self, response: requests.Response, note: Note) -> Note:
         """Check the head of a response; return what it states of the file."""
@@ -202,12 +188,12 @@ class Download:
                     done = min(self._size, note.bytes)
                     self.log(Progress(self.task, done, note.bytes, unit="B"))
 
-    def _complete(self) -> Came:
+    def _complete(self) -> tuple[Path, str, bool]:
         if self._size:
             self.log(Progress(self.task, self._size, self._size, "B"))
         partial = self.cache.partial(self.url)
         partial.touch()
-        return Came(partial, self._digest.hexdigest())
+        return partial, self._digest.hexdigest(), True
 
     def _seconds_left(self) -> float:
         if self.stop.is_set():

@@ -20,7 +20,7 @@ from gpt.scores.bootstrap import mean, mean_loss
 from gpt.scores.text_scores import length_statistics, score_texts
 from gpt.text.records import Instruction, read_instructions, split_instructions
 from stages.evaluate.intervals import Bounds, figures_of
-from stages.evaluate.training import read_training
+from stages.training_file import read_training
 
 
 def records_by_part(directory: Path, instructions: Path) -> dict[str, list[Instruction]]:

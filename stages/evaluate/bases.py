@@ -15,6 +15,7 @@ from gpt.base.labels import in_short
 from gpt.batches.data import WindowDataset, batches
 from gpt.batches.metrics import bits_per_byte, check_finite, perplexity, target_losses
 from gpt.batches.metrics import mean_loss as mean_loss_of
+from gpt.model.config import GPTConfig
 from gpt.model.model import GPT
 from gpt.model.weights import load_base
 from gpt.scores.bootstrap import mean_loss
@@ -23,7 +24,7 @@ from gpt.tokens.token_files import open_tokens, read_manifest
 from gpt.tokens.tokenizer import Tokenizer, load_tokenizer
 from stages.evaluate.classifier import messages_by_part
 from stages.evaluate.intervals import Bounds, class_figures, figures_of
-from stages.evaluate.training import read_training
+from stages.training_file import read_training
 
 
 def measure_base(
@@ -47,10 +48,7 @@ def measure_base(
     Raises:
         InputError: the directory or the tokens cannot be used, or there is too little text.
     """
-    model, tokenizer = load_base(directory)
-    sources = _texts(tokens, tokenizer)
-    windows = _windows(directory, model, tokens, sources)
-    table = _losses(directory, model.to(device), windows, sources, batch_size)
+    config, windows, sources, table = _read_losses(directory, tokens, device, batch_size)
     by_window = table.groupby("window")[["loss", "tokens"]].sum()
     loss = of(mean_loss(by_window["loss"], by_window["tokens"]))
     counts = read_manifest(tokens).splits["validation"]
@@ -65,7 +63,7 @@ def measure_base(
         figures[f"loss/{source}"] = own
         figures[f"bits_per_byte/{source}"] = bits_per_byte(own, len(sources[str(source)]), n_bytes)
     torch.manual_seed(seed)
-    untrained = GPT(model.config).to(device).eval()
+    untrained = GPT(config).to(device).eval()
     # near the logarithm of the vocabulary's size on any text: one batch tells
     figures["untrained_loss"] = mean_loss_of(untrained, islice(batches(windows, batch_size), 1))
     return figures, table
@@ -75,82 +73,53 @@ def window_losses(
     directory: Path, tokens: Path, device: torch.device, batch_size: int
 ) -> pd.DataFrame:
     """The table of `measure_base` alone, of any base."""
+    return _read_losses(directory, tokens, device, batch_size)[-1]
+
+
+def _read_losses(
+    directory: Path, tokens: Path, device: torch.device, batch_size: int
+) -> tuple[GPTConfig, WindowDataset, dict[str, np.ndarray], pd.DataFrame]:
+    """A base's architecture, the windows that it read, the ids by source, and its losses."""
     model, tokenizer = load_base(directory)
-    sources = _texts(tokens, tokenizer)
-    windows = _windows(directory, model, tokens, sources)
-    return _losses(directory, model.to(device), windows, sources, batch_size)
-
-
-def _windows(
-    directory: Path, model: GPT, tokens: Path, sources: dict[str, np.ndarray]
-) -> WindowDataset:
-    ids = np.concatenate(list(sources.values()))
     context = model.config.context_length
+    names = list(read_manifest(tokens).splits["validation"].sources)
+    sources = {name: open_tokens(tokens, "validation", name)[:] for name in names}
+    written_by = load_tokenizer(tokens)
+    if written_by.hash != tokenizer.hash:
+        for name in names:
+            sources[name] = _in_other_tokens(sources[name], written_by, tokenizer)
+    ids = np.concatenate([np.empty(0, np.int64), *sources.values()])
     windows = WindowDataset(ids, context, context)
     if len(windows) == 0:
         raise InputError(
             f"{tokens}: the validation split has {len(ids)} tokens, fewer than one context of "
             f"{directory} and its target ({context} + 1); add text or raise tokenize.validation"
         )
-    return windows
-
-
-def _losses(
-    directory: Path,
-    model: GPT,
-    windows: WindowDataset,
-    sources: dict[str, np.ndarray],
-    batch_size: int,
-) -> pd.DataFrame:
-    losses = np.stack(target_losses(model, batches(windows, batch_size)))  # (windows, T)
+    losses = np.stack(target_losses(model.to(device), batches(windows, batch_size)))
     check_finite(losses, directory)
-    return _by_source(losses, sources)
-
-
-def _texts(tokens: Path, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
-    """The ids of the validation text by source, in the order of the shards."""
-    written_by = load_tokenizer(tokens)
-    sources: dict[str, list[np.ndarray]] = {}
-    for shard in read_manifest(tokens).splits["validation"].shards:
-        sources.setdefault(shard.source, [])
-    texts = {name: open_tokens(tokens, "validation", name)[:] for name in sources}
-    if not texts:
-        return {"": np.empty(0, np.int64)}
-    if written_by.hash == tokenizer.hash:
-        return texts
-    return {name: _in_other_tokens(ids, written_by, tokenizer) for name, ids in texts.items()}
-
-
-def _in_other_tokens(ids: np.ndarray, old: Tokenizer, new: Tokenizer) -> np.ndarray:
-    """The same documents, with the end of text between them, in another vocabulary."""
-    ends = np.flatnonzero(ids == old.eot).tolist()
-    result: list[int] = []
-    start = 0
-    for end in [*ends, len(ids)]:
-        result += new.encode(old.decode(ids[start:end].tolist()))
-        if end < len(ids):
-            result.append(new.eot)
-        start = end + 1
-    return np.array(result, np.int64)
-
-
-def _by_source(losses: np.ndarray, sources: dict[str, np.ndarray]) -> pd.DataFrame:
-    """The losses of the targets, (windows, T), summed by window and source."""
-    n_windows, context = losses.shape
-    names = list(sources)
-    source = np.repeat(np.arange(len(names)), [len(ids) for ids in sources.values()])
-    # the target of the first place is the second token
+    source = np.repeat(np.arange(len(names)), [len(each) for each in sources.values()])
     frame = pd.DataFrame(
         {
-            "window": np.repeat(np.arange(n_windows), context),
-            "source": source[1 : n_windows * context + 1],
+            "window": np.repeat(np.arange(len(windows)), context),
+            "source": source[1 : losses.size + 1],  # the target of the first place is the second id
             "loss": losses.ravel().astype(np.float64),
         }
     )
     table = frame.groupby(["window", "source"])["loss"].agg(["size", "sum"]).reset_index()
     table.columns = pd.Index(["window", "source", "tokens", "loss"])
     table["source"] = [names[i] for i in table["source"]]
-    return table
+    return model.config, windows, sources, table
+
+
+def _in_other_tokens(ids: np.ndarray, old: Tokenizer, new: Tokenizer) -> np.ndarray:
+    """The same documents, with the end of text between them, in another vocabulary."""
+    result: list[int] = []
+    for document in np.split(ids, np.flatnonzero(ids == old.eot)):
+        if len(document) and document[0] == old.eot:
+            result.append(new.eot)
+            document = document[1:]
+        result += new.encode(old.decode(document.tolist()))
+    return np.array(result, np.int64)
 
 
 METHODS = ("zero-shot", "few-shot")
@@ -212,7 +181,15 @@ def measure_untrained_classification(
                     batch_size=batch_size,
                 )
             except NoRoomError:
-                log(Message(_no_room(name, model, labels), "warning"))
+                longest = in_short([max(labels, key=len)])
+                log(
+                    Message(
+                        f"evaluate: {name} is not asked for classes without training: the label "
+                        f"{longest} leaves no room for a text in its context of "
+                        f"{model.config.context_length} tokens; shorter labels would",
+                        "warning",
+                    )
+                )
                 break
             check_finite(found.log_probs, directory)
             predicted = found.log_probs.argmax(1)
@@ -226,14 +203,6 @@ def measure_untrained_classification(
     none = np.empty((0, len(labels)))
     return figures, pd.concat(
         tables or [_table("", "", test["label"][:0], labels, none[:, 0], none)], ignore_index=True
-    )
-
-
-def _no_room(name: str, model: GPT, labels: list[str]) -> str:
-    return (
-        f"evaluate: {name} is not asked for classes without training: the label "
-        f"{in_short([max(labels, key=len)])} leaves no room for a text in its context of "
-        f"{model.config.context_length} tokens; shorter labels would"
     )
 
 

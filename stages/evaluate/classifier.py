@@ -23,7 +23,7 @@ from gpt.batches.metrics import (
 from gpt.model.weights import load_classifier, read_labels
 from gpt.text.records import usable_parts
 from stages.evaluate.intervals import Bounds, class_figures
-from stages.evaluate.training import read_training
+from stages.training_file import read_training
 
 _MOST_WRONG = 20
 """Of each part so many messages are listed that a classifier was wrong about."""

@@ -35,11 +35,11 @@ LORAS = {
     "lora of the head": LoraParams(rank=8, layers=("head",)),
 }
 CHOICES = {
-    "all": {"trainable": "all"},
-    "last_block": {"trainable": "last_block"},
-    "last_blocks": {"trainable": "last_blocks", "blocks": 2},
-    "head": {"trainable": "head"},
-    **{name: {"trainable": "lora", "lora": lora} for name, lora in LORAS.items()},
+    "all": (None, None),
+    "last_block": (1, None),
+    "last_blocks": (2, None),
+    "head": (0, None),
+    **{name: (None, lora) for name, lora in LORAS.items()},
 }
 RECIPE = TrainParams(steps=1)
 
@@ -57,7 +57,7 @@ def language_model(config, trained="all"):
 def classifier(config, trained, pooling="last"):
     """A model, how many blocks come before what is trained, and its counts."""
     model = GPTClassifier(config, ["ham", "spam"], pooling)
-    depth = freeze(model, **CHOICES[trained])
+    depth = freeze(model, *CHOICES[trained])
     return model, depth, Counts(model)
 
 

@@ -369,14 +369,14 @@ def test_a_directory_that_is_no_assistants_is_refused(
     for content, complaint in (
         ("{", r"training\.json: not JSON"),
         ("[]", r"training\.json: not a JSON object; run the fine-tuning again"),
-        ("{}", r"training\.json: split: .*; run the fine-tuning again"),
-        ('{"split": {"train": 2, "validation": 0.1}}', r"training\.json: split\.train: "),
+        ("{}", r"training\.json: base: .*; run the fine-tuning again"),
+        ('{"split": {"train": 2}}', r"training\.json: .*; run the fine-tuning again"),
     ):
         (broken / "training.json").write_text(content)
         with refused(complaint):
             run(tmp_path / "o", params(), broken, instructions)
     (broken / "training.json").unlink()
-    with refused(r"training\.json: no such file, so it cannot be told what was held out"):
+    with refused(r"training\.json: no such file; run the fine-tuning stage again"):
         run(tmp_path / "o", params(), broken, instructions)
 
 

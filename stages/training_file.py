@@ -1,4 +1,4 @@
-"""What a fine-tuned model says of its training: its base, and what was held out."""
+"""`training.json` of a fine-tuned model: its base, and what was held out of its training."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from gpt.base.files import read_json
 from gpt.model.config import Positive
 from gpt.model.model import Pooling
 from gpt.text.records import Balance, Split
+
+TRAINING_FILE = "training.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid"))
@@ -35,7 +37,7 @@ def read_training(directory: Path) -> Training:
     Raises:
         InputError: it is missing, or not such a file.
     """
-    path = directory / "training.json"
+    path = directory / TRAINING_FILE
     remedy = "run the fine-tuning again"
     said = read_json(path, missing="no such file; run the fine-tuning stage again", remedy=remedy)
     try:
