@@ -19,7 +19,7 @@ from gpt.model.config import GPT2_SIZES, GPTConfig, Positive
 from gpt.model.loss import linear_cross_entropy
 from gpt.model.model import GPT
 from gpt.model.weights import cut_vocabulary, load_tokenizer_of, save_model
-from gpt.published.load import Published, open_published
+from gpt.published.load import open_published
 from stages.samples import continuation
 
 HELD_OUT = """\
@@ -81,11 +81,16 @@ def load_gpt2(
     _check_size(params, weights, config)
     tokenizer = load_tokenizer_of(weights, config)
     config = replace(config, vocab_size=tokenizer.vocab_size)  # without rows that pad it
-    _say_what_was_found(published, log)
+    log(Message(f"load_gpt2: {config.n_layer} layers of width {config.n_embd}: {published.form}"))
+    if published.skipped:
+        skipped = first_few(published.skipped)
+        log(Message(f"load_gpt2: skipped, as the model does not need it: {skipped}"))
 
     held_out = [tokenizer.eot, *tokenizer.encode(HELD_OUT)]
     # before the other is loaded: there is never more than one model in memory
-    at_random = _perplexity(_random_model(config), held_out)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_SEED)
+        at_random = _perplexity(GPT(config).eval(), held_out)
     model = published.load()
     cut_vocabulary(model, config.vocab_size)
     perplexity = _perplexity(model, held_out)
@@ -135,19 +140,6 @@ def _check_size(params: LoadGPT2Params, weights: Path, config: GPTConfig) -> Non
             f"load_gpt2.size is {params.size} ({wanted.n_layer} of {wanted.n_embd}); "
             "correct download.gpt2 or load_gpt2.size"
         )
-
-
-def _say_what_was_found(published: Published, log: Log) -> None:
-    config, skipped = published.config, published.skipped
-    log(Message(f"load_gpt2: {config.n_layer} layers of width {config.n_embd}: {published.form}"))
-    if skipped:
-        log(Message(f"load_gpt2: skipped, as the model does not need it: {first_few(skipped)}"))
-
-
-def _random_model(config: GPTConfig) -> GPT:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_SEED)
-        return GPT(config).eval()
 
 
 @torch.no_grad()

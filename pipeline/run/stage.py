@@ -129,7 +129,7 @@ def _kind(error: BaseException) -> str:
     from requests import ConnectionError as NoConnection
     from requests import Timeout
 
-    from stages.download.faults import TransientError
+    from stages.download.transfer import TransientError
 
     cause: BaseException | None = error
     while cause is not None:

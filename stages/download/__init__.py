@@ -17,11 +17,11 @@ from gpt.base.events import Log, Message, discard
 from gpt.base.files import whole_directory, write_json
 from gpt.text.records import RawFile, instructions_in, messages_in, read_messages, write_sources
 from stages.download.cache import Cache
-from stages.download.faults import errors_at
 from stages.download.fetch import Fetched, SourceFetch, Via
-from stages.download.joined import some_documents
 from stages.download.sources import CorpusSource, DownloadParams, Source
+from stages.download.texts import some_documents
 from stages.download.threads import run_in_threads
+from stages.download.transfer import errors_at
 
 _WAYS: dict[Via, str] = {
     "here": "from this machine",

@@ -23,8 +23,13 @@ from typing import IO, Any, Self, cast
 from gpt.base.errors import InputError, in_one_line
 from gpt.text.formats import open_raw
 from gpt.text.records import inside_path
-from stages.download.blocks import GENERAL_LIMIT, READ_SIZE, blocks_of, write_blocks
-from stages.download.faults import UnavailableError
+from stages.download.transfer import (
+    GENERAL_LIMIT,
+    READ_SIZE,
+    UnavailableError,
+    blocks_of,
+    write_blocks,
+)
 
 EXPANSION, EXPANSION_FLOOR = 200, 1 << 26
 """An archive may expand to so many times its size, or to so many bytes, whichever is more."""

@@ -17,18 +17,19 @@ from gpt.base.events import Log, Message, Progress
 from gpt.base.files import remove, sha256_of
 from gpt.text.records import inside_path
 from stages.download.archives import is_archive, is_hidden, matches, unpack
-from stages.download.blocks import GENERAL_LIMIT, blocks_of, write_blocks
 from stages.download.cache import Cache, place
-from stages.download.faults import (
+from stages.download.sources import DownloadParams, Source
+from stages.download.texts import JOINED, is_joined, line_of, lines_of, python_docs
+from stages.download.transfer import (
+    GENERAL_LIMIT,
     CancelledDownloadError,
     TransientError,
     UnavailableError,
     WrongFileError,
+    blocks_of,
     errors_at,
+    write_blocks,
 )
-from stages.download.joined import JOINED, is_joined, line_of, lines_of
-from stages.download.python_docs import python_docs
-from stages.download.sources import DownloadParams, Source
 from stages.download.web import Download
 
 Via = Literal["here", "mirror", "cache", "web"]

@@ -16,9 +16,14 @@ import requests
 import urllib3
 
 from gpt.base.events import Log, Message, Progress
-from stages.download.blocks import READ_SIZE, too_large
 from stages.download.cache import Cache, Note
-from stages.download.faults import CancelledDownloadError, TransientError, UnavailableError
+from stages.download.transfer import (
+    READ_SIZE,
+    CancelledDownloadError,
+    TransientError,
+    UnavailableError,
+    too_large,
+)
 
 CONNECT_SECONDS, READ_SECONDS = 10, 30
 ATTEMPTS, BACK_OFF_SECONDS = 4, 0.5

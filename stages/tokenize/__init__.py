@@ -225,14 +225,11 @@ def _sample(params: TokenizeParams, corpus: Path, names: Sequence[str]) -> Itera
     lengths = dict.fromkeys(names, 0)
     for name, text in read_documents(corpus):
         lengths[name] += len(text)
-    total = sum(lengths.values())
     weights = params.mixture.weights if params.mixture else lengths
     scale = params.bpe_sample / (sum(weights.values()) or 1)
-    share = {
-        name: min(1.0, scale * weights[name] / (lengths[name] or 1)) if total else 1.0
-        for name in names
-    }
+    share = {name: min(1.0, scale * weights[name] / (lengths[name] or 1)) for name in names}
     clean = Cleaner(params.clean)
+    held_out = int(params.validation * 2**64) if params.split == "documents" else 0
     seen = dict.fromkeys(names, 0)
     for name, text in read_documents(corpus):
         seen[name] += len(text)
@@ -240,18 +237,12 @@ def _sample(params: TokenizeParams, corpus: Path, names: Sequence[str]) -> Itera
             over = seen[name] - int((1 - params.validation) * lengths[name])
             text = text[: len(text) - over] if over > 0 else text
         cleaned = clean(text)
-        if cleaned.removed is not None or not cleaned.text:
-            continue
-        text = cleaned.text
-        if params.split == "documents" and _held_out(text, params):
-            continue
-        if share[name] < 1 and hash_position(text, params.seed, "bpe") >= share[name] * 2**64:
-            continue
-        yield text
-
-
-def _held_out(text: str, params: TokenizeParams) -> bool:
-    return hash_position(text, params.seed) < int(params.validation * 2**64)
+        if (
+            cleaned.removed is None
+            and hash_position(cleaned.text, params.seed) >= held_out
+            and hash_position(cleaned.text, params.seed, "bpe") < share[name] * 2**64
+        ):
+            yield cleaned.text
 
 
 # --- the steps ------------------------------------------------------------------------------------

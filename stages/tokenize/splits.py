@@ -97,30 +97,25 @@ def by_tail(
         validation: the share of each source's tokens.
         word_start: of a row and a place in it, the place from there on where a word begins.
     """
-    train: list[Part] = []
-    held_out: list[Part] = []
+    parts: list[Part] = []
     for source in range(n_sources):
         rows = np.flatnonzero(table.kept & (table.source == source))
         if not len(rows):
             continue
-        ends = np.cumsum(table.length[rows] - 1)  # without the <|endoftext|> before each
+        lengths = table.length[rows]
+        ends = np.cumsum(lengths - 1)  # without the <|endoftext|> before each
         cut = int((1 - validation) * ends[-1])
-        at = int(np.searchsorted(ends, cut, side="right"))
-        if at == len(rows):  # an empty tail
-            train.append(_whole("train", source, rows, table))
-            continue
-        within = cut - int(ends[at] - table.length[rows[at]] + 1)
-        place = word_start(int(rows[at]), within + 1) if within else 0
-        halved = bool(0 < place < table.length[rows[at]])
-        if at or halved:
-            part = _whole("train", source, rows[: at + halved], table)
-            if halved:
-                part.stop[-1] = place
-            train.append(part)
-        part = replace(_whole("validation", source, rows[at:], table), lead=halved)
-        part.start[0] = place if halved else 0
-        held_out.append(part)
-    return train + held_out
+        at = int(np.searchsorted(ends, cut, side="right"))  # the document that the tail begins in
+        place = 0
+        if at < len(rows) and (within := cut - int(ends[at] - lengths[at] + 1)):
+            place = word_start(int(rows[at]), within + 1)
+        halved = at < len(rows) and bool(0 < place < lengths[at])
+        head = _whole("train", source, rows[: at + halved], table)
+        tail = replace(_whole("validation", source, rows[at:], table), lead=halved)
+        if halved:
+            head.stop[-1] = tail.start[0] = place
+        parts += [head, tail]
+    return sorted((part for part in parts if len(part.rows)), key=lambda part: part.split)
 
 
 def _whole(split: SplitName, source: int, rows: np.ndarray, table: Table) -> Part:

@@ -29,9 +29,9 @@ from pydantic import ValidationError
 from gpt.base.errors import InputError
 from gpt.base.events import Message
 from gpt.text.records import Split, read_documents, read_instructions, read_messages, split_messages
-from stages.download import joined, web
-from stages.download.python_docs import python_docs
+from stages.download import texts, web
 from stages.download.sources import format_of
+from stages.download.texts import python_docs
 
 
 @pytest.fixture
@@ -230,7 +230,7 @@ def test_many_files_are_counted_and_synced_together(tmp_path, local, monkeypatch
 
 def many_texts(local, monkeypatch, n=300):
     """A folder `many` of more texts than are kept apart; return their number."""
-    monkeypatch.setattr(joined, "MANY", n - 1)
+    monkeypatch.setattr(texts, "MOST_APART", n - 1)
     for i in range(n):
         path = local / "many" / str(i % 7) / f"{i}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -248,7 +248,7 @@ def test_very_many_texts_are_one_file_with_the_same_documents(
     read = {}
     for source in ({"folder": "many"}, {"glob": "many/**"}, {"file": "all.tar", "members": "**"}):
         for most in (n, n - 1):
-            monkeypatch.setattr(joined, "MANY", most)
+            monkeypatch.setattr(texts, "MOST_APART", most)
             corpus = [{"name": "mine", **source, "separator": separator, "format": "text"}]
             figures = run(tmp_path, params(corpus=corpus))
             folder = tmp_path / "raw" / "corpus"
@@ -299,7 +299,7 @@ def test_one_bad_text_of_very_many_is_named(tmp_path, local, monkeypatch, conten
 
 def test_a_very_long_text_is_not_written_where_it_could_not_be_read(tmp_path, local, monkeypatch):
     many_texts(local, monkeypatch, 30)
-    monkeypatch.setattr(joined, "LONGEST_LINE", 1 << 12)
+    monkeypatch.setattr(texts, "LONGEST_LINE", 1 << 12)
     (local / "many" / "0" / "14.txt").write_text("x" * (1 << 12))
     corpus = [{"name": "mine", "folder": "many"}]
     refused(tmp_path, params(corpus=corpus), r"0/14\.txt: .*a source of its own")

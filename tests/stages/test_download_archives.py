@@ -28,7 +28,7 @@ from downloads import (
 
 from gpt.text import formats
 from stages.download import archives
-from stages.download.faults import UnavailableError
+from stages.download.transfer import UnavailableError
 
 PACKERS = {
     "zip": None,
