@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 pytest.register_assert_rewrite("story")
 
@@ -96,17 +97,34 @@ def _copy_project(to: Path) -> Project:
     return Project(to)
 
 
+def _under_git(root: Path) -> Project:
+    made = _copy_project(root)
+    made.run("git", "init", "-q")
+    made.run("git", "config", "user.name", "Test")  # DVC commits each experiment
+    made.run("git", "config", "user.email", "test@localhost")
+    made.run("git", "add", "-A")
+    made.run("git", "commit", "-qm", "The project")
+    return made
+
+
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Project:
     """A copy of the project under git, with the preset `smoke` in place."""
-    made = _copy_project(tmp_path_factory.mktemp("project"))
-    made.run("git", "init", "-q")
-    made.run("git", "add", "-A")
-    made.run(
-        *("git", "-c", "user.name=Test", "-c", "user.email=test@localhost"),
-        *("commit", "-qm", "The project"),
-    )
-    return made
+    return _under_git(tmp_path_factory.mktemp("project"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Project:
+    """A copy of the project under git after `gpt-pipeline run`, which all modules share."""
+    shared = tmp_path_factory.getbasetemp().parent / "finished-project"
+    with FileLock(shared.with_suffix(".lock")):
+        if not shared.exists():
+            made = _under_git(tmp_path_factory.mktemp("finished"))
+            made.run("gpt-pipeline", "run")
+            made.root.rename(shared)
+    root = tmp_path_factory.mktemp("project") / "copy"
+    shutil.copytree(shared, root, ignore=shutil.ignore_patterns("tmp", "__pycache__"))
+    return Project(root)
 
 
 @pytest.fixture

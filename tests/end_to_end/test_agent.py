@@ -26,7 +26,7 @@ from story import STAGES, call_api
 from pipeline.flow.prefect_api import answers, environment
 
 # long enough to be stopped in the middle, and kept often
-LONG = {"pretrain.train.steps": 1000, "pretrain.train.checkpoint_seconds": 1.0}
+LONG = {"pretrain.train.steps": 600, "pretrain.train.checkpoint_seconds": 1.0}
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
@@ -160,8 +160,6 @@ class Site:
 
 @pytest.fixture(scope="module")
 def site(project, tmp_path_factory):
-    project.run("git", "config", "user.name", "Test")
-    project.run("git", "config", "user.email", "test@localhost")
     site = Site(project, tmp_path_factory.mktemp("site"))
     agent = None
     try:

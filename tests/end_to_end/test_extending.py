@@ -18,11 +18,11 @@ def insert(file: Path, before: str, text: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def extended(project):
+def extended(finished):
     """The project with the example stage in its four places, run by the flow."""
     blocks = re.findall(r"```(?:python|yaml)\n(.*?)```", DOC.read_text("utf-8"), re.DOTALL)
     stage, entry, field, lines, section = blocks
-    root = project.root
+    root = finished.root
     (root / "stages/adapt.py").write_text(stage, encoding="utf-8")
     insert(root / "pipeline/project/stage_table.py", '    "evaluate": StageSpec(', entry)
     insert(root / "pipeline/project/params.py", "    evaluate: EvaluateParams", field)
@@ -34,8 +34,8 @@ def extended(project):
     insert(root / "dvc.yaml", "  evaluate:\n", lines + "\n")
     with (root / "params.yaml").open("a", encoding="utf-8") as file:
         file.write(section)
-    project.run("gpt-pipeline", "run")
-    return project
+    finished.run("gpt-pipeline", "run")
+    return finished
 
 
 def test_the_flow_runs_it_and_mlflow_has_its_run_and_its_model(extended):

@@ -1,7 +1,7 @@
 """A team's servers: MLflow and Prefect on PostgreSQL instead of SQLite.
 
-The story of `story.py` is told with them; then what is only true of them. The tests build on each
-other.
+First what in `story.py` concerns the servers, then what is only true of them. The tests build on
+each other.
 """
 
 import json
@@ -14,9 +14,9 @@ import urllib.request
 import psutil
 import pytest
 import stand_in
+import story
 from local_servers import free_port
 from postgres import Postgres, needs_postgresql
-from story import *  # noqa: F403
 from story import Servers, prefect_server, serving
 
 from gpt.base.events import Text
@@ -26,6 +26,20 @@ from pipeline.tracking.run import StageRun
 
 # the first setup starts three servers, makes their tables and runs the whole pipeline
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), needs_postgresql]
+
+first_run = story.first_run
+test_a_second_run_executes_nothing_and_shows_every_stage_as_cached = (
+    story.test_a_second_run_executes_nothing_and_shows_every_stage_as_cached
+)
+test_each_task_has_an_artifact_with_its_metrics_and_its_mlflow_run = (
+    story.test_each_task_has_an_artifact_with_its_metrics_and_its_mlflow_run
+)
+test_mlflow_has_a_run_a_stage_and_serves_the_three_models = (
+    story.test_mlflow_has_a_run_a_stage_and_serves_the_three_models
+)
+test_the_first_versions_become_the_champions_each_with_its_card = (
+    story.test_the_first_versions_become_the_champions_each_with_its_card
+)
 
 
 @pytest.fixture(scope="module")

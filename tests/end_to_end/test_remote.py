@@ -14,8 +14,7 @@ MODELS = ("pretrain", "gpt2", "classifier", "assistant")
 
 
 def commit(project: Project, message: str) -> None:
-    who = ("-c", "user.name=Test", "-c", "user.email=test@localhost")
-    project.run("git", *who, "commit", "-qam", message)
+    project.run("git", "commit", "-qam", message)
 
 
 def weights(project: Project) -> dict[str, bytes]:
@@ -29,14 +28,13 @@ def executed(project: Project) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def first(project, tmp_path_factory):
+def first(finished, tmp_path_factory):
     """The first machine: it has run everything, committed `dvc.lock` and pushed."""
     remote = tmp_path_factory.mktemp("remote")
-    project.run("dvc", "remote", "add", "--default", "shared", str(remote))
-    project.run("gpt-pipeline", "run")
-    commit(project, "First results")
-    project.run("dvc", "push", "--run-cache")
-    return project
+    finished.run("dvc", "remote", "add", "--default", "shared", str(remote))
+    commit(finished, "First results")
+    finished.run("dvc", "push", "--run-cache")
+    return finished
 
 
 @pytest.fixture(scope="module")

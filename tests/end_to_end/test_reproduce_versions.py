@@ -12,11 +12,9 @@ _CODE = "gpt/prompts.py"
 
 
 @pytest.fixture(scope="module")
-def versions(project):
+def versions(finished):
     """Three versions of the assistant: two parameters apart, the last with edits of the code."""
-    project.run("git", "config", "user.name", "Test")
-    project.run("git", "config", "user.email", "test@localhost")
-    project.run("dvc", "repro", "finetune_instruct")
+    project = finished
     project.run("git", "commit", "-qam", "The first assistant")
     project.set("finetune_instruct.train.learning_rate", "0.002")
     project.run("dvc", "repro", "finetune_instruct")
