@@ -73,8 +73,8 @@ def servers(project, database, tmp_path_factory):
 
 def test_all_records_are_in_the_two_databases_and_none_in_the_project(project, database, first_run):
     runs = database.ask("mlflow", "SELECT count(*), count(DISTINCT experiment_id) FROM runs")
-    assert runs == "9|7", "seven of the first run, two after the change, in an experiment a stage"
-    assert int(database.ask("prefect", "SELECT count(*) FROM flow_run")) >= 4
+    assert runs == "7|7", "one run a stage, each in an experiment of its own"
+    assert int(database.ask("prefect", "SELECT count(*) FROM flow_run")) >= 2
     left = {path.name for path in project.root.rglob("*") if path.suffix == ".db"}
     assert not left & {"mlflow.db", "prefect.db"}
     assert not (project.root / "mlartifacts").exists()
@@ -146,7 +146,7 @@ def test_ui_serves_the_databases_that_the_environment_names(
             counted = urllib.request.Request(f"{told['prefect']}/flow_runs/count", data=b"{}")
             counted.add_header("Content-Type", "application/json")
             with urllib.request.urlopen(counted, timeout=30) as response:
-                assert int(response.read()) >= 4
+                assert int(response.read()) >= 2
             commands = " ".join(
                 word
                 for each in psutil.process_iter(["cmdline"])
