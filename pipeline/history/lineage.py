@@ -24,7 +24,7 @@ from gpt.base.files import sha256_of
 from gpt.text.records import SOURCES
 from pipeline.dag.cache import DvcCache, md5_now
 from pipeline.dag.code import md5_of_code
-from pipeline.dag.lock import LockEntry, parse_lock
+from pipeline.dag.lock import parse_lock
 from pipeline.history.names import Commit, ProjectPath, find, version_name
 from pipeline.history.runs import Execution, RunHistory, run_history
 from pipeline.project.git import commit_of_path, git, is_changed
@@ -150,8 +150,7 @@ class _Tracer:
         """What a version, run, file or commit came from."""
         match thing:
             case Commit():
-                for entry in self._recorded_at(thing.sha):
-                    yield from (ProjectPath(path, md5) for path, md5 in entry.outputs.items())
+                yield from self._recorded_at(thing.sha)
             case Execution():
                 for path, md5 in thing.inputs.items():
                     yield ProjectPath(path, md5, read_at=thing.started)
@@ -197,11 +196,16 @@ class _Tracer:
         md5 = version.tags.get(MD5_TAG, "")
         return [e for e in self._history.executions if md5 in e.outputs.values()][:1]
 
-    def _recorded_at(self, sha: str) -> Iterator[LockEntry]:
+    def _recorded_at(self, sha: str) -> Iterator[Execution]:
+        """The runs that the `dvc.lock` of a commit records."""
         names = git(self._root, "ls-tree", "-r", "--name-only", sha, "dvc.lock", "optional")
         for name in names.splitlines():
             if Path(name).name == "dvc.lock":
-                yield from parse_lock(git(self._root, "show", f"{sha}:{name}")).values()
+                entries = parse_lock(git(self._root, "show", f"{sha}:{name}"))
+                for stage, entry in entries.items():
+                    made = (stage, entry.outputs)
+                    alike = [e for e in self._history.executions if (e.stage, e.outputs) == made]
+                    yield from [e for e in alike if e.inputs.items() <= entry.inputs.items()][:1]
 
     def _runs_at(self, sha: str) -> list[Execution]:
         return [e for e in self._history.executions if e.tags.get("git.commit") == sha]
