@@ -138,14 +138,14 @@ def run(
 def _run_flow(root: Path, stages: list[str], force: bool, jobs: int) -> int:
     from pipeline.flow.prefect_api import prefect_told, use_api
     from pipeline.project.params import PARAMS_FILE, check_sections, check_stages, load_params
-    from pipeline.tracking.unsent import unsent_runs
+    from pipeline.tracking.outbox import outboxes
 
     check_stages(stages)
     check_sections(root / PARAMS_FILE)
     os.chdir(root)
     server = use_api(root)
-    if unsent_runs(root):
-        from pipeline.tracking.sync import send_quietly
+    if outboxes(root):
+        from pipeline.tracking.sender import send_quietly
 
         for each in send_quietly(root):
             say(each.text)
@@ -612,7 +612,7 @@ def classify(
 @app.command()
 def sync() -> None:
     """Send the runs to MLflow that it did not take when they were made, because it was gone."""
-    from pipeline.tracking.sync import send_all
+    from pipeline.tracking.sender import send_all
 
     if not send_all(_root(), say):
         say("nothing to send: MLflow has every run")

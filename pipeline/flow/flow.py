@@ -59,7 +59,7 @@ from pipeline.show.markdown import escaped, table
 from pipeline.show.terminal import safe
 from pipeline.tracking.keys import flatten_metrics
 from pipeline.tracking.run_notes import made_by
-from pipeline.tracking.sync import ready_for_promotion
+from pipeline.tracking.sender import ready_for_promotion
 
 _PASSING = ("network", "killed", "busy")
 """The kinds of failure that another try may mend."""

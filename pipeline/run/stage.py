@@ -40,10 +40,9 @@ from pipeline.run.resume import older_states, remove_state, state_folder
 from pipeline.show.console import EVENTS_VARIABLE, make_log
 from pipeline.show.terminal import say
 from pipeline.tracking.provenance import MadeOf
-from pipeline.tracking.registry import register
-from pipeline.tracking.run import StageRun, Status, mark_killed
-from pipeline.tracking.run_notes import RunNote, note_of_run
-from pipeline.tracking.sync import send_quietly
+from pipeline.tracking.run import StageRun, Status
+from pipeline.tracking.run_notes import write_note
+from pipeline.tracking.sender import send_quietly
 
 MIRROR_VARIABLE = "GPT_PIPELINE_MIRROR"
 
@@ -263,7 +262,6 @@ def _run_held(name: str, root: Path, held: contextlib.ExitStack) -> None:
     started = time.monotonic()
     notices = [notice] if notice else []
     notices += send_quietly(root)
-    _end_abandoned(root, name, root, state)
     description = (sys.modules[function.__module__].__doc__ or "").partition("\n")[0]
     run = StageRun(
         root,
@@ -276,7 +274,7 @@ def _run_held(name: str, root: Path, held: contextlib.ExitStack) -> None:
         made_of=kept,
         unreachable=tracking.unreachable,
     )
-    note = RunNote(root, name, run)
+    write_note(root, run, "RUNNING", 0.0)
     try:
         with make_log(name) as log:
             for each in notices:
@@ -300,9 +298,9 @@ def _run_held(name: str, root: Path, held: contextlib.ExitStack) -> None:
         status: Status = "KILLED" if killed else "FAILED"
         with contextlib.suppress(RunError):  # the first failure is the one to tell
             run.close(status, error=_one_line(error))
-        note.write(status, time.monotonic() - started)
+        write_note(root, run, status, time.monotonic() - started)
         raise
-    note.write("FINISHED", time.monotonic() - started, made)
+    write_note(root, run, "FINISHED", time.monotonic() - started, made)
     if state:
         remove_state(state)
 
@@ -356,14 +354,13 @@ def _finish(
     output_md5 = _md5s(root, outputs)
     with tempfile.TemporaryDirectory() as folder:
         for picture in _pictures(name, outputs, Path(folder)):
-            run.add_picture(picture)
+            run.add_file(picture, f"plots/{picture.name}")
     if "predictions" in outputs:
-        run.add_tables(outputs["predictions"])
+        run.add_file(outputs["predictions"], "predictions")
     if spec.model:
         directory = outputs["out"]
         model, md5 = spec.model.name, output_md5[_relative(root, directory)]
-        version = run.keep("did not take the model", lambda: register(run, model, directory, md5))
-        if not run.unsent:  # there it gets the number that comes next
+        if version := run.add_model(model, directory, md5):
             log(Message(f"registered as models:/{model}/{version}"))
     if spec.makes_data:
         from pipeline.data.report import write_report
@@ -371,7 +368,8 @@ def _finish(
 
         page, plots = write_report(root)
         run.add_data_sets(made_sets(root, run.inputs, output_md5))
-        run.add_report(page, plots)
+        for file in (page, *plots):
+            run.add_file(file, f"data/{file.relative_to(page.parent).as_posix()}")
         log(Message(f"the data report: {_relative(root, page)}"))
     run.close("FINISHED", metrics=metrics, outputs=output_md5)
     return output_md5
@@ -396,21 +394,7 @@ def end_killed(root: Path, stage: str, project: Path) -> None:
         project: whose MLflow has the run.
     """
     with contextlib.suppress(InputError), stage_lock(root, stage):
-        _end_abandoned(root, stage, project)
-
-
-def _end_abandoned(root: Path, stage: str, project: Path, state: Path | None = None) -> None:
-    """A process that was killed hard left its run RUNNING: end it, unless it goes on now.
-
-    Whoever calls this holds the stage's lock, so that the process is gone.
-    """
-    # where MLflow does not answer, what follows says so
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RunError):
-        note = json.loads(note_of_run(root, stage).read_text(encoding="utf-8"))
-        going_on = state is not None and (state / "run.json").exists()
-        if note["status"] == "RUNNING" and not going_on:
-            mark_killed(project, note["run_id"])
-            write_json(note_of_run(root, stage), {**note, "status": "KILLED"})
+        send_quietly(project)
 
 
 def _to_both(console: Log, run: StageRun) -> Log:

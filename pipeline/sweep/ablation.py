@@ -216,7 +216,11 @@ def _row(root: Path, table: str, row: Row, log: Log) -> dict[str, Any]:
         }
         for key, value in tags.items():
             run.client.set_tag(run.id, key, value)
-        final, scores = _train(row, inputs, folder, _to_both(row, log, run), run.add_picture)
+
+        def add_picture(path: Path) -> None:
+            run.add_file(path, f"plots/{path.name}")
+
+        final, scores = _train(row, inputs, folder, _to_both(row, log, run), add_picture)
         _save(root, table, row, folder, relative, scores)
     except BaseException as error:
         with contextlib.suppress(RunError):  # the first failure is the one to tell

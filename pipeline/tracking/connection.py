@@ -87,7 +87,7 @@ def load_mlflow() -> None:
     import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
 
 
-def connect(root: Path, uri: str = "") -> MlflowClient:
+def connect(root: Path) -> MlflowClient:
     """A client of the project's MLflow, its database in place.
 
     Stage processes start side by side, and creating the tables twice at once fails: the first
@@ -95,7 +95,6 @@ def connect(root: Path, uri: str = "") -> MlflowClient:
 
     Args:
         root: the project.
-        uri: the database of an unsent run, in the place of the project's MLflow.
 
     Raises:
         RunError: MLflow cannot be reached or its database cannot be opened.
@@ -105,17 +104,15 @@ def connect(root: Path, uri: str = "") -> MlflowClient:
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    of_unsent, uri = bool(uri), uri or tracking_uri(root)
-    with named_failure(root, "does not answer", uri=uri, opens=True):
-        check_answers(uri)
+    uri = tracking_uri(root)
+    check_reachable(root)
     with _unchanged_environment("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
         mlflow.set_tracking_uri(uri)
         mlflow.set_registry_uri(uri)
-    opening = named_failure(root, "cannot be opened", uri=uri, opens=True)
+    opening = named_failure(root, "cannot be opened", opens=True)
     with opening, FileLock(lock_file(root)):
-        database = database_file(uri)
-        if database is not None and (of_unsent or database == _own_database(root)):
-            follow_move(database)
+        if database_file(uri) == _own_database(root):
+            follow_move(_own_database(root))
         client = mlflow.MlflowClient(uri)
         client.search_experiments(max_results=1)
         client.search_registered_models(max_results=1)  # the registry keeps its own connection
@@ -134,7 +131,7 @@ def reachable(root: Path) -> bool:
     try:
         if tracking_uri(root).startswith("http"):
             os.environ.update(quiet_environment())
-            check_answers(tracking_uri(root))
+            check_reachable(root)
         else:
             connect(root)
     except (RunError, OSError):
@@ -142,7 +139,17 @@ def reachable(root: Path) -> bool:
     return True
 
 
-def check_answers(uri: str) -> None:
+def check_reachable(root: Path) -> None:
+    """Ask the project's MLflow whether it is there.
+
+    Raises:
+        RunError: it does not answer; its cause is a `ConnectionError`.
+    """
+    with named_failure(root, "does not answer", opens=True):
+        _check_answers(tracking_uri(root))
+
+
+def _check_answers(uri: str) -> None:
     """Ask a server whether it is there; of a file nothing is asked.
 
     Raises:
@@ -214,7 +221,6 @@ def named_failure(
     root: Path,
     what: str,
     kind: type[Exception] = Exception,
-    uri: str = "",
     *,
     opens: bool = False,
 ) -> Iterator[None]:
@@ -224,7 +230,6 @@ def named_failure(
         root: the project.
         what: what MLflow did not do.
         kind: of errors; others are none of MLflow's.
-        uri: another MLflow than the project's.
         opens: MLflow is looked for; what it says is of its address.
     """
     try:
@@ -232,7 +237,7 @@ def named_failure(
     except (InputError, RunError):  # they say by themselves what is wrong
         raise
     except kind as error:  # MLflow passes on its database's and network's own errors
-        uri = uri or tracking_uri(root)
+        uri = tracking_uri(root)
         reason, remedy = reason_and_remedy(error, database_file(uri))
         if not opens and getattr(error, "error_code", None) == "INVALID_PARAMETER_VALUE":
             remedy = "it answers, and refuses this name or value: change that one"
@@ -252,6 +257,18 @@ def artifact(client: MlflowClient, run_id: str, path: str) -> bytes | None:
         return Path(client.download_artifacts(run_id, path, folder)).read_bytes()
 
 
+def find_run(client: MlflowClient, run_id: str | None) -> Run | None:
+    """The run with that id; None where there is none, or none any more."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_run(run_id) if run_id else None
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+    return None
+
+
 def run_that_made(
     client: MlflowClient, stage: str, run_id: str | None, outputs: Mapping[str, str]
 ) -> Run | None:
@@ -267,21 +284,15 @@ def run_that_made(
     Returns:
         The run; None where there is none, or none any more.
     """
-    from mlflow.exceptions import MlflowException
 
     def made(run: Run, *, if_not_told: bool) -> bool:
         tags = run.data.tags
         told = ((tags.get(key_of(f"output.{path}")), md5) for path, md5 in outputs.items())
         return all(if_not_told if tag is None else tag == md5 for tag, md5 in told)
 
-    if run_id is not None:
-        try:
-            last = client.get_run(run_id)
-            if made(last, if_not_told=True):
-                return last
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
+    last = find_run(client, run_id)
+    if last is not None and made(last, if_not_told=True):
+        return last
     experiment = client.get_experiment_by_name(EXPERIMENT_PREFIX + stage)
     if experiment is None or not outputs:
         return None

@@ -10,26 +10,28 @@ import contextlib
 import importlib.metadata
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gpt
 from gpt.base.errors import InputError, RunError, in_one_line
 from pipeline.project.stage_table import MODELS
-from pipeline.tracking.run import StageRun
+from pipeline.tracking.connection import find_run
+from pipeline.tracking.keys import is_result
 from pipeline.tracking.version_page import CHANGED_TAG, version_page
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import Metric, Run
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.models import ModelSignature
 
 SERVED = Path(__file__).with_name("pyfunc.py")
 CANDIDATE = "candidate"
 MD5_TAG = "md5"
-_OF_GIT = ("git.commit", "git.dirty")
+_BATCH_METRICS = 1000  # MLflow's limit for one call
+_OF_RUN = ("dvc.stage", "git.commit", "git.dirty")  # tags that a version has, too
 
 _REQUIREMENTS = (
     "mlflow",
@@ -50,67 +52,102 @@ _EXAMPLE_PARAMS = {"max_new_tokens": 8}
 """With the example input; MLflow runs it once when a model is logged, so it is a short one."""
 
 
-def register(run: StageRun, name: str, directory: Path, md5: str) -> int:
-    """Make `directory` the newest version of the registered model `name`; move `candidate` there.
+def publish(
+    client: MlflowClient, run_id: str, name: str, md5: str, folder: Path, when: int
+) -> ModelVersion:
+    """Make a model the newest version of its registered model; move `candidate` there.
 
-    A directory that is registered already, by its md5, is not registered again: the alias moves
-    to that version.
+    Bytes that have a version already, by their md5, get no second one: the alias moves to that
+    version. It does not move away from what a run made that ended later than `when`.
 
     Args:
-        run: the run that made it.
+        client: of the registry.
+        run_id: the run that made it.
         name: of the registered model.
-        directory: a model directory.
-        md5: its checksum as DVC computes it.
-
-    Returns:
-        The version.
+        md5: the model directory's checksum as DVC computes it.
+        folder: the model as `save_model` left it.
+        when: it was made, in milliseconds.
     """
-    client = run.client
-    known = version_of(client, name, md5=md5)
-    if known:
-        version = int(known.version)
-    else:
-        ensure_registered(client, name, MODELS[name].what)
-        description, told = describe(client, client.get_run(run.id), name)
-        logged = _log(run, name, directory)
-        run.model_id = logged.model_id
-        created = client.create_model_version(
+    version = version_of(client, name, md5=md5)
+    if version is None:
+        _ensure_registered(client, name)
+        run = client.get_run(run_id)
+        page = version_page(client, run, name, MODELS[name].what)
+        tags = {key: run.data.tags[key] for key in _OF_RUN if key in run.data.tags}
+        if page.changed:
+            tags[CHANGED_TAG] = page.changed
+        model_id = _send_model(client, run, name, md5, folder)
+        version = client.create_model_version(
             name,
-            source=logged.model_uri,
-            run_id=run.id,
-            model_id=logged.model_id,
-            tags={MD5_TAG: md5, "dvc.stage": run.stage, **told},
-            description=description,
+            source=f"models:/{model_id}",
+            run_id=run_id,
+            model_id=model_id,
+            tags={**tags, MD5_TAG: md5},
+            description=page.description,
         )
-        version = int(created.version)
-    client.set_registered_model_alias(name, CANDIDATE, str(version))
+    now = version_of(client, name, CANDIDATE)
+    newest = find_run(client, now.run_id) if now else None
+    if newest is None or (newest.info.end_time or 0) <= when:
+        client.set_registered_model_alias(name, CANDIDATE, str(version.version))
     return version
 
 
-def ensure_registered(client: MlflowClient, name: str, description: str) -> None:
-    """Let MLflow know of a registered model, though another process may do so now, too."""
+def _ensure_registered(client: MlflowClient, name: str) -> None:
     from mlflow.exceptions import MlflowException
 
     if client.search_registered_models(f"name = '{name}'"):
         return
     try:
-        client.create_registered_model(name, description=description)
+        client.create_registered_model(name, description=MODELS[name].what)
     except MlflowException as error:  # another process was quicker
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
 
 
-def describe(client: MlflowClient, run: Run, name: str) -> tuple[str, dict[str, str]]:
-    """What a new version's page says until its model card is written, and tags in short.
+def _send_model(client: MlflowClient, run: Run, name: str, md5: str, folder: Path) -> str:
+    """Give MLflow the model of a run, or complete it; the model's id."""
+    from mlflow.entities import LoggedModelOutput
+    from mlflow.models import Model
 
-    Args:
-        client: of the MLflow that the version will be registered in.
-        run: the run that made it, of that MLflow.
-        name: the registered model's.
-    """
-    page = version_page(client, run, name, MODELS[name].what)
-    tags = {key: run.data.tags[key] for key in _OF_GIT if key in run.data.tags}
-    return page.description, {**tags, **({CHANGED_TAG: page.changed} if page.changed else {})}
+    experiment_id, run_id = run.info.experiment_id, run.info.run_id
+    begun = client.search_logged_models(
+        [experiment_id],
+        filter_string=f"source_run_id = '{run_id}' AND tags.`{MD5_TAG}` = '{md5}'",
+    )
+    if begun:
+        model = begun[0]
+    else:
+        model = client.create_logged_model(
+            experiment_id, name, run_id, tags={MD5_TAG: md5}, params=run.data.params
+        )
+    model_id = str(model.model_id)
+    if str(model.status) != "READY":
+        described = Model.load(str(folder))
+        described.run_id, described.model_id, described.model_uuid = run_id, model_id, model_id
+        described.artifact_path = model.artifact_location
+        described.save(str(folder / "MLmodel"))
+        client.log_model_artifacts(model_id, str(folder))
+        client.finalize_logged_model(model_id, "READY")
+    client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
+    return model_id
+
+
+def show_on_model(client: MlflowClient, run_id: str, model_id: str) -> None:
+    """Show a run's results on its model: what it came to, the end of its curves, its tokens."""
+    from mlflow.entities import Metric
+
+    metrics = [
+        Metric(each.key, each.value, each.timestamp, each.step, model_id=model_id)
+        for each in client.get_run(run_id).to_proto().data.metrics
+        if is_result(each.key)
+    ]
+    log_metrics(client, run_id, metrics)
+
+
+def log_metrics(client: MlflowClient, run_id: str, metrics: Sequence[Metric]) -> None:
+    """Log values in as many calls as MLflow's limit for one makes necessary."""
+    for start in range(0, len(metrics), _BATCH_METRICS):
+        client.log_batch(run_id, metrics=metrics[start : start + _BATCH_METRICS])
 
 
 def version_of(
@@ -140,27 +177,32 @@ def version_of(
     return None
 
 
-def _log(run: StageRun, name: str, directory: Path) -> Any:
-    """The directory as a logged model of the run."""
+def save_model(name: str, directory: Path, folder: Path) -> None:
+    """Write a model directory as MLflow keeps it, with the code that runs it.
+
+    Args:
+        name: the registered model's.
+        directory: the model directory.
+        folder: what is there is replaced.
+    """
     import mlflow
 
     signature, example = _interface(name, directory)
-    with tempfile.TemporaryDirectory() as folder:
-        code = Path(folder) / "gpt"
-        shutil.copytree(
-            Path(gpt.__file__).parent, code, ignore=shutil.ignore_patterns("__pycache__")
+    shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory() as code:
+        package = Path(gpt.__file__).parent
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(package, Path(code) / package.name, ignore=ignored)
+        mlflow.pyfunc.save_model(
+            str(folder),
+            python_model=str(SERVED),
+            artifacts={"model": str(directory)},
+            code_paths=[str(Path(code) / package.name)],
+            model_config={"kind": MODELS[name].serves},
+            signature=signature,
+            input_example=example,
+            pip_requirements=_requirements(),
         )
-        with mlflow.start_run(run_id=run.id, log_system_metrics=False):
-            return mlflow.pyfunc.log_model(
-                name=name,
-                python_model=str(SERVED),
-                artifacts={"model": str(directory)},
-                code_paths=[str(code)],
-                model_config={"kind": MODELS[name].serves},
-                signature=signature,
-                input_example=example,
-                pip_requirements=_requirements(),
-            )
 
 
 def _requirements() -> list[str]:

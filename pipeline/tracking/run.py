@@ -1,7 +1,8 @@
 """A stage's run in MLflow: its parameters, metrics, lineage and texts.
 
 MLflow remembers; it decides nothing. One run for each stage that executed, in one experiment a
-stage. Metrics are written in batches by a thread of their own, so training never waits for them.
+stage. What happens is written to the run's outbox; a thread of its own sends it from there, so
+training never waits for MLflow.
 """
 
 from __future__ import annotations
@@ -14,52 +15,37 @@ import json
 import os
 import platform
 import resource
+import shutil
 import sys
-import tempfile
 import threading
 import time
+import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TextIO, TypeVar
-
-from filelock import FileLock, Timeout
+from typing import TYPE_CHECKING, Any, Literal
 
 from gpt.base.errors import RunError, shortened
 from gpt.base.events import Event, Message, Metrics, Text
 from gpt.base.files import write_json
-from pipeline.project.secrets import without_credentials, without_secrets
+from pipeline.project.secrets import without_secrets
 from pipeline.show.markdown import escaped
-from pipeline.tracking import unsent
-from pipeline.tracking.connection import (
-    REMEDY,
-    artifact_folder,
-    check_answers,
-    connect,
-    experiment_of,
-    lock_file,
-    named_failure,
-    run_url,
-    tracking_uri,
-)
-from pipeline.tracking.differences import Differs, what_differs
+from pipeline.tracking.connection import REMEDY, tracking_uri
 from pipeline.tracking.keys import (
     EXPERIMENT_PREFIX,
     VALUE_LENGTH,
     flatten,
     flatten_metrics,
-    is_result,
     key_of,
 )
+from pipeline.tracking.outbox import Outbox, held, place_of, read_outbox
 from pipeline.tracking.provenance import Provenance, git_state
-from pipeline.tracking.unsent import Unsent
+from pipeline.tracking.registry import save_model
+from pipeline.tracking.sender import Sender
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
-
-_T = TypeVar("_T")
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -79,9 +65,8 @@ PEAK_MEMORY = "system/process_peak_memory_megabytes"
 """The metric of a run that holds the most memory its process had, in megabytes."""
 
 FLUSH_SECONDS = 2.0
-_SEND_SECONDS = 60.0
-"""So long another process may take to send a run that goes on here."""
-BATCH_METRICS, BATCH_PARAMS = 1000, 100  # MLflow's limits for one call
+_WAIT_SECONDS = 60.0
+"""How long another process may take to send a run that is resumed here."""
 _SOURCE_LENGTH = 65_535  # of the JSON that says where a data set is
 
 
@@ -122,13 +107,20 @@ class DataSet:
     profile: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _place_of(data_set: DataSet) -> str:
-    """Where it is, as JSON; of more addresses than MLflow takes, the first."""
-    said = without_secrets(json.dumps(data_set.source))
-    if len(said) <= _SOURCE_LENGTH:
-        return said
-    one = {key: value for key, value in data_set.source.items() if not isinstance(value, list)}
-    return without_secrets(json.dumps(one))
+def _described(data_set: DataSet) -> dict[str, Any]:
+    """What MLflow's `Dataset` takes, and the context."""
+    source = without_secrets(json.dumps(data_set.source))
+    if len(source) > _SOURCE_LENGTH:  # of more addresses than MLflow takes, the first
+        one = {key: each for key, each in data_set.source.items() if not isinstance(each, list)}
+        source = without_secrets(json.dumps(one))
+    return {
+        "name": shortened(data_set.name, VALUE_LENGTH),
+        "digest": data_set.digest,
+        "source_type": data_set.source_type,
+        "source": source,
+        "profile": json.dumps(data_set.profile) if data_set.profile else None,
+        "context": data_set.context,
+    }
 
 
 class StageRun:
@@ -139,18 +131,16 @@ class StageRun:
         stage: its name in `dvc.yaml`; the experiment is named after it.
         params: the stage's parameters.
         inputs: path relative to `root` -> md5 as DVC computes it.
-        state: where a stage that can be resumed keeps its state. The run's id, its step metrics
-            and its texts are noted there too, so that a run that is cut off, by SIGKILL even, goes
-            on as the same run, with no step missing and none logged twice.
+        state: where a stage that can be resumed keeps its state. Which run it is is noted there
+            too, so that a stage that was cut off, by SIGKILL even, resumes the same run, with no
+            step missing and none logged twice.
         description: what the stage does, for the experiment's page.
         data_sets: what the inputs are, for the run's page.
         made_of: what else it is made of; without it, the commit.
         unreachable: what happens where MLflow does not answer: see `TrackingParams`.
 
     Attributes:
-        unsent: where the run is kept while MLflow does not answer; mostly None.
-        notices: what a person should know of it, to be told by who made this.
-        model_id: the run's model in MLflow; its page shows the run's metrics, too.
+        notices: what a person should know of it, to be shown by the caller.
 
     Raises:
         RunError: MLflow cannot be reached.
@@ -169,102 +159,138 @@ class StageRun:
         made_of: Provenance | None = None,
         unreachable: Literal["stop", "later"] = "stop",
     ) -> None:
-        self.root = root
         self.stage = stage
         self.inputs = dict(inputs)
         self.experiment = EXPERIMENT_PREFIX + stage
-        self.unsent: Unsent | None = None
         self.notices: deque[Message] = deque()
-        self.model_id: str | None = None
-        self._params = flatten(params)
-        self._tags = dict(made_of.tags) if made_of else git_state(root)
-        self._files = dict(made_of.files) if made_of else {}
-        self._description = description
-        self._state = state
         self._later = unreachable == "later"
-        self._seen: dict[str, set[int]] = {}
-        self._last: dict[str, tuple[float, int, int]] = {}  # name -> value, ms, step
-        self._metrics: deque[tuple[str, float, int, int]] = deque()  # name, value, ms, step
-        self._texts: deque[Text] = deque()
-        self._journal: TextIO | None = None
-        self._silent = False
-        self._telling = threading.Lock()
-        self._turn = threading.Lock()  # a batch of metrics goes to one place, not half to another
-        self.resumed = self._begin(data_sets)
-        of_server = self.unsent is None
-        self.url = run_url(root, self.experiment_id, self.id) if of_server else ""
+        self._resumable = state is not None
+        self._gone = False
+        self._turn = threading.Lock()
+        self._held = contextlib.ExitStack()
+        noted = _noted(state)
+        name = noted.get("outbox") or noted.get("unsent") or f"{stage}-{uuid.uuid4().hex[:12]}"
+        if not self._held.enter_context(held(root, name, _WAIT_SECONDS)):
+            raise RunError(
+                f"{stage}: another process still sends its run to MLflow; try again when that has "
+                "ended"
+            )
+        resumed = noted.get("resumed", 0) + 1 if noted else 0
+        outbox = read_outbox(root, name)
+        new = outbox is None
+        if outbox is None:
+            made_of = made_of or Provenance(tags=git_state(root))
+            outbox = Outbox(
+                folder=place_of(root, name),
+                root=root.resolve(),
+                stage=stage,
+                begun=int(time.time() * 1000),
+                description=description,
+                params=flatten(params),
+                tags=_tags(stage, made_of, inputs),
+                data_sets=[_described(each) for each in data_sets],
+                run_id=noted.get("run_id", ""),
+            )
+            lineage = outbox.files / "lineage"
+            for path, content in made_of.files.items():
+                lineage.mkdir(parents=True, exist_ok=True)
+                (lineage / path).write_bytes(content)
+            outbox.save()
+        if resumed:
+            outbox.write("resume", resumed)
+        self._outbox = outbox
+        self._sender = Sender(outbox)
+        try:
+            self._send()
+        except RunError:
+            if self._sender.client is None and new:
+                outbox.remove()
+            self._held.close()
+            raise
         if state is not None:
-            self._journal = self._open_journal(state)
+            write_json(state / "run.json", {"outbox": name, "resumed": resumed})
+        self._system = _SystemSampler(tracking_uri(root))
         self._stop = threading.Event()
-        self._system = _SystemSampler(self.id, self._uri)
         self._thread = threading.Thread(target=self._work, name="mlflow-writer", daemon=True)
         self._thread.start()
 
     def __call__(self, event: Event) -> None:
-        """Take an event in; it is written later. What MLflow has no place for is let go."""
+        """Take an event in; it is sent later. What MLflow has no place for is dropped."""
         if isinstance(event, Metrics):
-            when = int(time.time() * 1000)
-            new = self._take(event.step, event.values, when)
-            if new and self._journal:
-                self._journal.write(json.dumps([event.step, new, when]) + "\n")
+            values = {key_of(key): float(value) for key, value in event.values.items()}
+            self._outbox.write("metrics", event.step, values, _now())
         elif isinstance(event, Text):
-            self._texts.append(event)
-            if self._journal:
-                self._journal.write(json.dumps([event.name, event.text]) + "\n")
+            file = self._outbox.files / event.name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(event.text, encoding="utf-8")
+            self._outbox.write("artifact", event.name)
 
     @property
-    def known_as(self) -> str:
-        """The run's id in MLflow, as far as it has one; else that of where it is kept."""
-        return (self.unsent and self.unsent.continues) or self.id
+    def id(self) -> str:
+        """The run's id in MLflow; the name of its outbox before MLflow has the run."""
+        return self._sender.run_id or self._outbox.name
 
-    def keep(self, what: str, action: Callable[[], _T]) -> _T:
-        """Give MLflow something of the run.
+    @property
+    def name(self) -> str:
+        """The run's name in MLflow, which numbers the runs."""
+        return self._sender.name or "kept"
+
+    @property
+    def experiment_id(self) -> str:
+        """Of the stage's experiment; empty before MLflow has the run."""
+        return self._sender.experiment_id
+
+    @property
+    def url(self) -> str:
+        """The run's page; empty before MLflow has the run."""
+        return self._sender.url
+
+    @property
+    def client(self) -> MlflowClient:
+        """Of the project's MLflow, where it answers."""
+        assert self._sender.client is not None
+        return self._sender.client
+
+    def add_file(self, path: Path, to: str) -> None:
+        """Keep a file, or a folder with what is in it.
 
         Args:
-            what: the words for a failure.
-            action: what is done, with the `client` and `id` as they are then; it may be done twice,
-                where MLflow was gone in between.
+            path: it is copied: it may change or go afterwards.
+            to: its path on the run's page, `plots/loss.png`.
+        """
+        copy = self._outbox.files / to
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            shutil.copytree(path, copy, dirs_exist_ok=True)
+        else:
+            shutil.copyfile(path, copy)
+        self._outbox.write("artifact", to)
+
+    def add_data_sets(self, data_sets: Iterable[DataSet]) -> None:
+        """Name data sets that the stage found or made."""
+        self._outbox.write("data_sets", [_described(each) for each in data_sets])
+
+    def add_model(self, name: str, directory: Path, md5: str) -> int | None:
+        """Make `directory` the newest version of a registered model; move `candidate` there.
+
+        A directory that is registered already, by its md5, is not registered again: the alias
+        moves to that version.
+
+        Args:
+            name: `base`, `classifier`, `assistant` or `preferred`.
+            directory: a model directory.
+            md5: its checksum as DVC computes it.
+
+        Returns:
+            The version; None where MLflow does not answer, and gets it later.
 
         Raises:
             RunError: MLflow does not take it.
         """
-        if self.unsent is None:
-            try:
-                with self._named(what):
-                    check_answers(self._uri)
-                    return action()
-            except RunError:
-                if not self._later:
-                    raise
-                try:
-                    check_answers(self._uri)
-                except ConnectionError as error:
-                    self._go_on_unsent(str(error))
-        with self._named(what):
-            return action()
-
-    def add_picture(self, path: Path) -> None:
-        """Keep a picture under `plots/`."""
-        self._add("did not take a picture", path, "plots")
-
-    def add_tables(self, folder: Path) -> None:
-        """Keep a folder of CSV tables under `predictions/`."""
-        self.keep(
-            "did not take the predictions",
-            lambda: self.client.log_artifacts(self.id, str(folder), "predictions"),
-        )
-
-    def add_data_sets(self, data_sets: Iterable[DataSet]) -> None:
-        """Name data sets that the stage found or made."""
-        found = list(data_sets)
-        self.keep("did not take the data sets", lambda: self._log_data_sets(found))
-
-    def add_report(self, page: Path, pictures: Sequence[Path]) -> None:
-        """Keep a page under `data/`, and its pictures where it links to them."""
-        self._add("did not take the data report", page, "data")
-        for picture in pictures:
-            folder = picture.relative_to(page.parent).parent
-            self._add("did not take the data report", picture, f"data/{folder.as_posix()}")
+        save_model(name, directory, self._outbox.model)
+        self._outbox.write("model", name, md5, _now())
+        self._send()
+        return self._sender.version
 
     def close(
         self,
@@ -274,7 +300,7 @@ class StageRun:
         outputs: Mapping[str, str] | None = None,
         error: str = "",
     ) -> None:
-        """Write what is left and end the run.
+        """Send what is left and end the run.
 
         Args:
             status: how the stage ended.
@@ -287,232 +313,45 @@ class StageRun:
         """
         self._stop.set()
         self._thread.join()
-        if self._journal:
-            self._journal.close()
-            self._journal = None
         tags = {key_of(f"output.{path}"): md5 for path, md5 in (outputs or {}).items()}
         if torch := sys.modules.get("torch"):
             tags["machine.threads"] = str(torch.get_num_threads())
         if error:
             tags |= {"error": error, "mlflow.note.content": escaped(error)}
-        now = int(time.time() * 1000)
-        # one step after the curves: of a metric's values MLflow shows the one of the highest step
-        curves = [step for key, (_, _, step) in self._last.items() if is_result(key)]
         final = {key_of(name): value for name, value in flatten_metrics(metrics or {}).items()}
-        self._take(max(curves, default=-1) + 1, final, now)
-        self._sample_system()
-        self._metrics.append((PEAK_MEMORY, _peak_memory(), now, 0))
+        self._outbox.write("final", final, _now())
+        self._sample({**self._system.sample(), PEAK_MEMORY: _peak_memory()})
+        self._outbox.write("end", status, tags, _now())
+        if self._send():
+            self._outbox.remove()
+        self._held.close()
 
-        def end() -> None:
-            self._write()
-            if self.model_id:
-                show_on_model(self.client, self.id, self.model_id, self._last)
-            self._tag(tags)
-            self.client.set_terminated(self.id, status)
-
-        try:
-            self.keep("did not take the end of a run", end)
-        finally:
-            if self.unsent:
-                self._held.release()
-
-    def _begin(self, data_sets: Sequence[DataSet]) -> bool:
-        """Open the run where it can be; whether it goes on with one that was cut off."""
-        noted, gone = _noted(self._state), ""
-        try:
-            self.client = connect(self.root)
-        except RunError as error:
-            if not self._later:
-                raise
-            gone = str(error).partition(f"; {REMEDY}")[0]
-        # one that could not be sent goes on where it is
-        kept = unsent.find(self.root, noted.folder) if noted.folder else None
-        if kept is not None and not self._hold(kept):  # sent meanwhile: its new id is noted now
-            kept, noted = None, _noted(self._state)
-        if kept is None and gone:
-            kept = unsent.begin(self.root, self.stage, self._state, noted.run_id)
-            noted = _Noted()
-            self._hold(kept)
-        if kept is not None:
-            self.unsent = kept
-            gone = gone or f"MLflow at {self._place} did not take the beginning of this run"
-            self._tell(
-                f"{gone}: {self.stage} runs all the same and is logged later, by the next run or "
-                "`gpt-pipeline sync`"
-            )
-        with self._named("does not take a run"):
-            self.experiment_id = self._experiment()
-            resumed = self._reopen(noted.run_id)
-            self.id = resumed or self._create()
-            if not resumed:
-                self._log_data_sets(data_sets)
-        return resumed is not None or (self.unsent is not None and bool(self.unsent.continues))
-
-    def _go_on_unsent(self, reason: str) -> None:
-        """MLflow is gone in the middle: what it has not got goes into a database of its own."""
+    def _send(self) -> bool:
+        """Send what is in the outbox; False where MLflow does not answer and may get it later."""
         with self._turn:
-            self.unsent = unsent.begin(
-                self.root, self.stage, self._state, self.id, model_id=self.model_id
-            )
-            self.model_id = None
-            self._hold(self.unsent)
-            with self._named("does not take a run"):
-                self.id = self._create(self._experiment())
-        self._tell_once(reason)
+            try:
+                self._sender.send()
+            except RunError as error:
+                gone = isinstance(error.__cause__, ConnectionError) or self._sender.client is None
+                before, self._gone = self._gone, gone
+                if self._gone and not before:
+                    self._tell_gone(error)
+                if not (self._gone and self._later):
+                    raise
+                return False
+            if self._gone:
+                self.notices.append(Message("MLflow answers again"))
+            self._gone = False
+            return True
 
-    def _hold(self, kept: Unsent) -> bool:
-        """Write to this from now on; False if it was sent meanwhile and has gone."""
-        try:
-            held = kept.take(_SEND_SECONDS)
-        except Timeout:
-            raise RunError(
-                f"{self.stage}: another process still sends its run to MLflow; try again when "
-                "that has ended"
-            ) from None
-        if held is None:
-            return False
-        self._held = held
-        self.client = connect(self.root, kept.uri)
-        return True
-
-    @property
-    def _uri(self) -> str:
-        return self.unsent.uri if self.unsent else tracking_uri(self.root)
-
-    @property
-    def _place(self) -> str:
-        return without_credentials(tracking_uri(self.root))
-
-    def _named(self, what: str) -> contextlib.AbstractContextManager[None]:
-        return named_failure(self.root, what, uri=self._uri)
-
-    def _tell(self, text: str) -> None:
-        self.notices.append(Message(text, "warning"))
-
-    def _tell_once(self, reason: str) -> None:
-        """MLflow is gone: said by the one of our two threads that finds out first."""
-        with self._telling:
-            told, self._silent = self._silent, True
-        if told:
-            return
-        what = f"MLflow at {self._place} does not answer ({reason}): {self.stage} goes on"
+    def _tell_gone(self, error: RunError) -> None:
+        what = f"{str(error).partition(f'; {REMEDY}')[0]}: {self.stage} goes on"
         if self._later:
             what += ", and what is missing is logged later, by the next run or `gpt-pipeline sync`"
         else:
             what += ", but cannot end well before it answers"
-            what += "; the state is kept" if self._state else ""
-        self._tell(what)
-
-    def _add(self, what: str, path: Path, folder: str) -> None:
-        self.keep(what, lambda: self.client.log_artifact(self.id, str(path), folder))
-
-    def _take(self, step: int, values: Mapping[str, float], when: int) -> dict[str, float]:
-        """Queue the values that the run does not have yet, and return them."""
-        new: dict[str, float] = {}
-        for key, value in values.items():
-            seen = self._seen.setdefault(key, set())
-            self._last[key] = (float(value), when, step)
-            if step not in seen:
-                seen.add(step)
-                new[key] = float(value)
-                self._metrics.append((key, new[key], when, step))
-        return new
-
-    def _open_journal(self, state: Path) -> TextIO:
-        """Take in what a process that was cut off noted but had not written; go on noting."""
-        folder = self.unsent.folder.name if self.unsent else None
-        write_json(state / "run.json", {"run_id": self.id, "unsent": folder})
-        path = state / "metrics.jsonl"
-        noted = path.read_text().splitlines() if self.resumed and path.is_file() else []
-        for line in noted:
-            with contextlib.suppress(ValueError):  # the last line may be cut
-                match json.loads(line):
-                    case [int(step), values, when]:
-                        self._take(step, values, when)
-                    case [str(name), text]:
-                        self._texts.append(Text(name, text))
-        # line by line: what is handed to the system survives the end of the process
-        journal = path.open("a" if self.resumed else "w", buffering=1)
-        journal.write("\n")  # ends a line that was cut
-        return journal
-
-    def _experiment(self) -> str:
-        if self.unsent:
-            folder: str | None = self.unsent.artifacts.as_uri()
-        else:
-            folder = artifact_folder(self.root, self.stage)
-        return experiment_of(self.client, self.stage, folder, self._description)
-
-    def _create(self, experiment_id: str = "") -> str:
-        from mlflow.entities import Param
-
-        experiment_id = experiment_id or self.experiment_id
-        with FileLock(lock_file(self.root)):  # else two that begin together have one number
-            differs = what_differs(self.client, experiment_id, self._params, self._tags)
-            self.name = differs.name
-            made = self._create_named(experiment_id, differs)
-        run_id = str(made.info.run_id)
-        params = [Param(key, value) for key, value in self._params.items()]
-        for start in range(0, len(params), BATCH_PARAMS):
-            self.client.log_batch(run_id, params=params[start : start + BATCH_PARAMS])
-        if self._files:
-            with tempfile.TemporaryDirectory() as folder:
-                for name, content in self._files.items():
-                    (Path(folder) / name).write_bytes(content)
-                self.client.log_artifacts(run_id, folder, "lineage")
-        return run_id
-
-    def _create_named(self, experiment_id: str, differs: Differs) -> Run:
-        tags = {
-            **differs.tags,
-            "dvc.stage": self.stage,
-            "mlflow.source.name": f"python -m pipeline stage {self.stage}",
-            "mlflow.source.type": "LOCAL",
-            "mlflow.user": _user(),
-            **self._tags,
-            **machine(),
-            **{key_of(f"input.{path}"): md5 for path, md5 in self.inputs.items()},
-        }
-        return self.client.create_run(experiment_id, tags=tags, run_name=differs.name)
-
-    def _log_data_sets(self, data_sets: Sequence[DataSet]) -> None:
-        from mlflow.entities import Dataset, DatasetInput, InputTag
-
-        inputs = [
-            DatasetInput(
-                Dataset(
-                    shortened(each.name, VALUE_LENGTH),
-                    each.digest,
-                    each.source_type,
-                    _place_of(each),
-                    profile=json.dumps(each.profile) if each.profile else None,
-                ),
-                [InputTag("mlflow.data.context", each.context)],
-            )
-            for each in data_sets
-        ]
-        if inputs:
-            self.client.log_inputs(self.id, inputs)
-
-    def _reopen(self, run_id: str | None) -> str | None:
-        """Go on with a run that was cut off; None if MLflow no longer has it."""
-        from mlflow.exceptions import MlflowException
-
-        if run_id is None:
-            return None
-        try:
-            run = self.client.get_run(run_id)
-        except MlflowException:
-            return None
-        if run.info.lifecycle_stage != "active" or run.info.experiment_id != self.experiment_id:
-            return None
-        self.name = str(run.info.run_name)
-        for key in run.data.metrics:
-            history = self.client.get_metric_history(run_id, key)
-            self._seen[key] = {metric.step for metric in history}
-        self.client.update_run(run_id, status="RUNNING")
-        self.client.set_tag(run_id, "resumed", str(int(run.data.tags.get("resumed", 0)) + 1))
-        return run_id
+            what += "; the state is kept" if self._resumable else ""
+        self.notices.append(Message(what, "warning"))
 
     def _work(self) -> None:
         started = sampled = time.monotonic()
@@ -520,72 +359,31 @@ class StageRun:
             now = time.monotonic()
             # often at first, so that a short run has a curve; every 10 s in a long one
             if now - sampled >= min(10.0, (now - started) / 10):
-                self._sample_system()
+                self._sample(self._system.sample())
                 sampled = now
-            # what was not taken stays in the queue; `close` tries last and tells
-            with contextlib.suppress(Exception):
-                self._look_whether_it_answers()
-                self._write()
+            with contextlib.suppress(Exception):  # `close` tries last and tells
+                self._send()
 
-    def _look_whether_it_answers(self) -> None:
-        """Say once that MLflow is gone, and once that it is back."""
-        if self.unsent:
-            return
-        try:
-            check_answers(self._uri)
-        except ConnectionError as error:
-            self._tell_once(str(error))
-            raise
-        if self._silent:
-            self.notices.append(Message(f"MLflow at {self._place} answers again"))
-        self._silent = False
-
-    def _sample_system(self) -> None:
-        values = self._system.sample()
-        seen = self._seen.get(next(iter(values)), set())
-        self._take(max(seen, default=-1) + 1, values, int(time.time() * 1000))
-
-    def _write(self) -> None:
-        from mlflow.entities import Metric
-
-        with self._turn:
-            while self._metrics:
-                batch = [self._metrics[i] for i in range(min(BATCH_METRICS, len(self._metrics)))]
-                self.client.log_batch(self.id, metrics=[Metric(*entry) for entry in batch])
-                for _ in batch:
-                    self._metrics.popleft()
-            while self._texts:
-                text = self._texts[0]
-                self.client.log_text(self.id, text.text, text.name)
-                self._texts.popleft()
-
-    def _tag(self, tags: Mapping[str, str]) -> None:
-        from mlflow.entities import RunTag
-
-        self.client.log_batch(self.id, tags=[RunTag(key, value) for key, value in tags.items()])
+    def _sample(self, values: Mapping[str, float]) -> None:
+        """Log something of the machine, by the second of the run."""
+        now = _now()
+        self._outbox.write("metrics", (now - self._outbox.begun) // 1000, values, now)
 
 
-def show_on_model(
-    client: MlflowClient,
-    run_id: str,
-    model_id: str,
-    last: Mapping[str, tuple[float, int, int]],
-) -> None:
-    """Show a run's results on its model: what it came to, the end of its curves, its tokens.
+def _tags(stage: str, made_of: Provenance, inputs: Mapping[str, str]) -> dict[str, str]:
+    return {
+        "dvc.stage": stage,
+        "mlflow.source.name": f"python -m pipeline stage {stage}",
+        "mlflow.source.type": "LOCAL",
+        "mlflow.user": _user(),
+        **made_of.tags,
+        **machine(),
+        **{key_of(f"input.{path}"): md5 for path, md5 in inputs.items()},
+    }
 
-    Args:
-        client: of the tracking server.
-        run_id: the run that made the model.
-        model_id: the model, as MLflow calls it.
-        last: the run's metrics -> value, milliseconds and step of the last entry.
-    """
-    from mlflow.entities import Metric
 
-    metrics = [
-        Metric(name, *entry, model_id=model_id) for name, entry in last.items() if is_result(name)
-    ]
-    for start in range(0, len(metrics), BATCH_METRICS):
-        client.log_batch(run_id, metrics=metrics[start : start + BATCH_METRICS])
+def _now() -> int:
+    return int(time.time() * 1000)
 
 
 def _peak_memory() -> float:
@@ -597,10 +395,10 @@ def _peak_memory() -> float:
 class _SystemSampler:
     """MLflow's own monitors (CPU, memory, disk, network, GPU), asked when we want an answer."""
 
-    def __init__(self, run_id: str, uri: str) -> None:
+    def __init__(self, uri: str) -> None:
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-        self._monitor = SystemMetricsMonitor(run_id, tracking_uri=uri)
+        self._monitor = SystemMetricsMonitor("", tracking_uri=uri)
         self.sample()  # CPU use is measured since the call before: the first answer is always 0
 
     def sample(self) -> dict[str, float]:
@@ -611,30 +409,12 @@ class _SystemSampler:
         return {f"system/{name}": value for name, value in values.items()}
 
 
-@dataclass(frozen=True, slots=True)
-class _Noted:
-    """The run that the stage's earlier process worked in: its id, and where it is unsent."""
-
-    run_id: str | None = None
-    folder: str | None = None
-
-
-def _noted(state: Path | None) -> _Noted:
+def _noted(state: Path | None) -> dict[str, Any]:
+    """What is noted of the run that the stage's earlier process worked in; empty if nothing."""
     if state is not None:
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            said = json.loads((state / "run.json").read_text())
-            return _Noted(str(said["run_id"]), said.get("unsent"))
-    return _Noted()
-
-
-def mark_killed(root: Path, run_id: str) -> None:
-    """End a run that a killed process left RUNNING; nothing happens if it is not there any more."""
-    from mlflow.exceptions import MlflowException
-
-    client = connect(root)
-    with contextlib.suppress(MlflowException):
-        if client.get_run(run_id).info.status == "RUNNING":
-            client.set_terminated(run_id, "KILLED")
+        with contextlib.suppress(OSError, ValueError):
+            return dict(json.loads((state / "run.json").read_text()))
+    return {}
 
 
 def _user() -> str:

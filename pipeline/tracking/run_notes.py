@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,30 +61,28 @@ def _note(path: Path) -> dict[str, Any]:
     return note if isinstance(note, dict) else {}
 
 
-@dataclass(frozen=True, slots=True)
-class RunNote:
-    """Notes a stage's MLflow run, and what made which outputs: for flow, report and status."""
+def notes_of(root: Path, name: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """All that is noted of a stage's MLflow runs, and where."""
+    last = note_of_run(root, name)
+    for path in (last, *last.with_suffix("").glob("*.json")):
+        yield path, _note(path)
 
-    root: Path
-    stage: str
-    run: StageRun
 
-    def __post_init__(self) -> None:
-        self.write("RUNNING", 0.0)
-
-    def write(self, status: str, seconds: float, outputs: Mapping[str, str] | None = None) -> None:
-        """Note how the run stands after so many seconds, and what it wrote (path -> md5)."""
-        note = {
-            "run_id": self.run.known_as,
-            "name": self.run.name,
-            "experiment_id": self.run.experiment_id,
-            "experiment": self.run.experiment,
-            "url": self.run.url,
-            "status": status,
-            "seconds": round(seconds, 2),
-            "pid": os.getpid(),
-        }
-        if outputs is not None:
-            note["outputs"] = outputs
-            write_json(note_of_maker(self.root, self.stage, outputs), note)
-        write_json(note_of_run(self.root, self.stage), note)
+def write_note(
+    root: Path, run: StageRun, status: str, seconds: float, outputs: Mapping[str, str] | None = None
+) -> None:
+    """Note how a stage's run stands after so many seconds, and what it wrote (path -> md5)."""
+    note = {
+        "run_id": run.id,
+        "name": run.name,
+        "experiment_id": run.experiment_id,
+        "experiment": run.experiment,
+        "url": run.url,
+        "status": status,
+        "seconds": round(seconds, 2),
+        "pid": os.getpid(),
+    }
+    if outputs is not None:
+        note["outputs"] = outputs
+        write_json(note_of_maker(root, run.stage, outputs), note)
+    write_json(note_of_run(root, run.stage), note)

@@ -23,7 +23,7 @@ from pipeline.dag.cache import dvc_md5
 from pipeline.history.compare import compare, print_comparison
 from pipeline.tracking.connection import connect
 from pipeline.tracking.provenance import MadeOf
-from pipeline.tracking.registry import CHAMPION, register
+from pipeline.tracking.registry import CHAMPION
 from pipeline.tracking.run import DataSet, StageRun
 
 CONFIG = GPTConfig(vocab_size=257, context_length=32, n_layer=1, n_head=2, n_embd=16)
@@ -86,7 +86,7 @@ def ran(root, stage, params=None, *, inputs=None, outputs=None, metrics=None, se
     if more.get("model"):
         directory = root / "models" / {"base": "pretrain"}.get(more["model"], more["model"])
         outputs[f"models/{directory.name}"] = dvc_md5(directory)
-        register(run, more["model"], directory, dvc_md5(directory))
+        run.add_model(more["model"], directory, dvc_md5(directory))
     run.close("FINISHED", metrics=metrics, outputs=outputs)
     return run.id
 

@@ -20,8 +20,8 @@ from mlflow_server import MlflowServer
 from gpt.base.files import sha256_of
 from gpt.text.records import RawFile, write_sources
 from pipeline.tracking.connection import connect
-from pipeline.tracking.sync import send_all
-from pipeline.tracking.unsent import unsent_runs
+from pipeline.tracking.outbox import outboxes
+from pipeline.tracking.sender import send_all
 from stages.tokenize import TokenizeParams, tokenize
 
 ROOT = Path(__file__).resolve().parent.parent.parent.parent
@@ -218,7 +218,7 @@ def test_a_training_whose_mlflow_dies_loses_nothing(
     wait_for_state(project)
     mlflow_server.kill()
     out, error = process.communicate(timeout=200)
-    assert "does not answer (Connection refused): pretrain goes on" in out
+    assert "does not answer: Connection refused: pretrain goes on" in out
     if unreachable == "stop":
         assert process.returncode == 1
         assert "Connection refused" in one_line(error)
@@ -232,7 +232,7 @@ def test_a_training_whose_mlflow_dies_loses_nothing(
         send_all(project, print)
     assert (weights(project), curve(project)) == straight
     assert not leftovers(project)
-    assert not unsent_runs(project)
+    assert not outboxes(project)
     versions = connect(project).search_model_versions("name = 'base'")
     assert len(versions) == 1, "the same bytes are one version"
 

@@ -4,13 +4,14 @@ import os
 import shutil
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gpt.base.errors import RunError
-from pipeline.tracking import unsent
 from pipeline.tracking.connection import artifact, artifact_folder, connect, experiment_of
 from pipeline.tracking.database import database_file, database_uri, follow_move
+from pipeline.tracking.outbox import Outbox, outboxes, place_of, read_outbox
 
 
 @pytest.fixture
@@ -72,13 +73,15 @@ def test_one_folder_under_two_names_is_no_move(project: Path) -> None:
     assert database.read_bytes() == before
 
 
-def test_what_is_unsent_moves_with_its_project(project: Path) -> None:
-    state = project / ".checkpoints" / "learn" / "0123"
-    begun = unsent.begin(project, "learn", state, None)
+def test_what_is_not_sent_moves_with_its_project(project: Path) -> None:
+    values: Any = {"begun": 1, "description": "", "params": {}, "tags": {}, "data_sets": []}
+    outbox = Outbox(folder=place_of(project, "learn-1"), root=project, stage="learn", **values)
+    outbox.save()
     new = project.rename(project.with_name("new"))
-    found = unsent.find(new, begun.folder.name)
+    assert outboxes(new) == ["learn-1"]
+    found = read_outbox(new, "learn-1")
     assert found is not None
-    assert (found.root, found.state) == (new, new / ".checkpoints" / "learn" / "0123")
+    assert (found.root, found.folder) == (new, new / ".pipeline" / "outbox" / "learn-1")
 
 
 @pytest.mark.parametrize("name", ["a b", "a%20b", "a?b", "a%b", "ü#:"])

@@ -96,8 +96,9 @@ def register(root: Path, stage: str) -> int:
     assert spec.model is not None
     run = StageRun(root, stage, CONFIG, {})
     directory = root / spec.outputs["out"]
-    version = models.register(run, spec.model, directory, dvc_md5(directory))
+    version = run.add_model(spec.model, directory, dvc_md5(directory))
     run.close("FINISHED")
+    assert version is not None
     return version
 
 
@@ -242,7 +243,7 @@ def test_a_versions_page_shows_what_its_run_came_to(
     for step in (1, 2, 3):
         run(Metrics(step, {"train_loss": 4.0 - step, "tokens": 8 * step, "grad_norm": 1.0}))
     run(Metrics(2, {"validation_loss": 2.5}))
-    models.register(run, "base", directory, "0")
+    run.add_model("base", directory, "0")
     run.close("FINISHED", metrics={"validation_loss": 2.25, "perplexity": 9.0})
     (version,) = run.client.search_model_versions("name = 'base'")
     model = run.client.get_logged_model(version.source.removeprefix("models:/"))
@@ -275,7 +276,7 @@ def _train(root: Path, rate: float, data: str) -> dict[str, Any]:
     )
     made_of = Provenance(tags={"git.commit": "c" * 40, "git.dirty": "true", "code": data})
     run = StageRun(root, "pretrain", params, {"data/tokens": data}, made_of=made_of)
-    number = models.register(run, "base", directory, dvc_md5(directory))
+    number = run.add_model("base", directory, dvc_md5(directory))
     run.close("FINISHED")
     version = run.client.get_model_version("base", str(number))
     return {"tags": version.tags, "said": version.description, "url": run.url, "name": run.name}

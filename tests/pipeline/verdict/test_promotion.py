@@ -31,7 +31,7 @@ from pipeline.dag.cache import dvc_md5
 from pipeline.project.file_locks import stage_lock
 from pipeline.project.settings import PromotionParams
 from pipeline.tracking.connection import connect
-from pipeline.tracking.registry import CHAMPION, PREVIOUS, register, version_of
+from pipeline.tracking.registry import CHAMPION, PREVIOUS, version_of
 from pipeline.tracking.run import StageRun
 from pipeline.verdict import promotion
 from pipeline.verdict.promotion import (
@@ -157,7 +157,7 @@ def enter(root, name):
     """Register the model directory as the stage's end does."""
     run = StageRun(root, STAGES[name], CONFIG, {})
     directory = root / "models" / PATHS[name]
-    version = register(run, name, directory, dvc_md5(directory))
+    version = run.add_model(name, directory, dvc_md5(directory))
     run.close("FINISHED")
     return version
 

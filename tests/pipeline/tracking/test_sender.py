@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 import stand_in
 import torch
@@ -23,6 +24,7 @@ from mlflow_server import MlflowServer
 
 from gpt.base.errors import RunError
 from gpt.base.events import Metrics, Text
+from gpt.base.files import write_json
 from gpt.model.config import GPTConfig
 from gpt.model.model import GPT
 from gpt.model.weights import load_model, save_model
@@ -30,12 +32,11 @@ from gpt.tokens.tokenizer import byte_tokenizer
 from pipeline.dag.cache import dvc_md5
 from pipeline.project.settings import TrackingParams
 from pipeline.run.stage import run_stage
-from pipeline.tracking import connection, sync
-from pipeline.tracking import registry as models
+from pipeline.tracking import connection, registry, sender
 from pipeline.tracking.connection import connect
+from pipeline.tracking.outbox import held, outboxes, read_outbox
 from pipeline.tracking.provenance import Provenance
 from pipeline.tracking.run import StageRun
-from pipeline.tracking.unsent import begin, unsent_runs
 
 HERE = Path(__file__).parent.parent
 LATER = {"tracking": {"unreachable": "later"}}
@@ -107,12 +108,12 @@ def steps(client: MlflowClient, run: Run, metric: str) -> list[int]:
 
 def told(project: Path) -> list[str]:
     lines: list[str] = []
-    sync.send_all(project, lines.append)
+    sender.send_all(project, lines.append)
     return lines
 
 
 def assert_whole(project: Path, total: int) -> Run:
-    """The last run of `learn` is in MLflow: each step once, every text, the end; none is unsent."""
+    """The last run of `learn` is in MLflow: each step once, every text, the end."""
     client = connect(project)
     run = client.get_run(note(project)["run_id"])
     assert run.info.status == "FINISHED"
@@ -124,7 +125,7 @@ def assert_whole(project: Path, total: int) -> Run:
     assert plots == ["plots/learning_rate.png", "plots/loss.png"]
     assert run.data.tags["output.models/learnt"] == dvc_md5(project / "models/learnt")
     assert run.info.run_id in note(project)["url"]
-    assert not unsent_runs(project)
+    assert not outboxes(project)
     return run
 
 
@@ -142,7 +143,7 @@ def test_without_mlflow_a_stage_stops_before_any_work_and_within_seconds(
     assert error.count("\n") == 1
     assert "does not answer: Connection refused; check that MLFLOW_TRACKING_URI answers" in error
     assert not (project / "models").exists()
-    assert not unsent_runs(project)
+    assert not outboxes(project)
 
 
 def test_a_run_made_without_mlflow_is_logged_later_as_it_was(
@@ -155,11 +156,13 @@ def test_a_run_made_without_mlflow_is_logged_later_as_it_was(
     stand_in.set_params(project, **LATER)
     assert run_stage("learn", project) == 0
     shown = capsys.readouterr()
-    assert "learn runs all the same and is logged later" in shown.out
+    assert "learn goes on, and what is missing is logged later" in shown.out
     assert "gpt-pipeline sync" in shown.out
     with pytest.raises(RunError, match="does not answer"):
         told(project)
-    (kept,) = unsent_runs(project)
+    (name,) = outboxes(project)
+    kept = read_outbox(project, name)
+    assert kept is not None
     ended = time.time()
     time.sleep(1.5)
 
@@ -170,7 +173,8 @@ def test_a_run_made_without_mlflow_is_logged_later_as_it_was(
     assert line.startswith("learn: #1")
     assert "(finished) is in MLflow: http://127.0.0.1" in line
     run = assert_whole(project, 20)
-    assert kept.begun - 1 < run.info.start_time / 1000 <= run.info.end_time / 1000 < ended + 0.5
+    assert kept.begun == run.info.start_time
+    assert run.info.start_time <= run.info.end_time < (ended + 0.5) * 1000
     assert run.data.params["train.learning_rate"] == "0.5"
     assert [each.dataset.name for each in run.inputs.dataset_inputs] == ["data/prepared"]
     files = connect(project).list_artifacts(run.info.run_id, "lineage")
@@ -178,19 +182,19 @@ def test_a_run_made_without_mlflow_is_logged_later_as_it_was(
     assert told(project) == []
 
 
-def test_the_next_run_sends_what_is_unsent(
+def test_the_next_run_sends_what_is_kept(
     project: Path, server: MlflowServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stand_in.set_params(project, **LATER)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     assert run_stage("learn", project) == 0
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
-    unsent = assert_unsent(project)
+    kept = assert_kept(project)
     stand_in.set_params(project, learn={"train": {"learning_rate": 0.25}})
     assert run_stage("learn", project) == 0
     client, last = connect(project), assert_whole(project, 20)
     sent = client.search_runs(
-        [last.info.experiment_id], f"tags.`{sync.TAG}` = '{unsent}'", max_results=2
+        [last.info.experiment_id], f"tags.`{sender.TAG}` = '{kept}'", max_results=2
     )
     assert len(sent) == 1
     assert int(last.data.tags["number"]) == int(sent[0].data.tags["number"]) + 1
@@ -198,19 +202,19 @@ def test_the_next_run_sends_what_is_unsent(
     assert last.info.run_name.endswith(" train.learning_rate=0.25")
 
 
-def assert_unsent(project: Path) -> str:
+def assert_kept(project: Path) -> str:
     """The id of the run that the stage's note names, which is kept here."""
-    assert len(unsent_runs(project)) == 1
+    assert len(outboxes(project)) == 1
     return str(note(project)["run_id"])
 
 
 @pytest.mark.usefixtures("elsewhere")
 def test_without_mlflow_the_promotion_waits_or_fails_as_params_say(tmp_path: Path) -> None:
-    ready, (message,) = sync.ready_for_promotion(tmp_path, TrackingParams(unreachable="later"))
+    ready, (message,) = sender.ready_for_promotion(tmp_path, TrackingParams(unreachable="later"))
     assert not ready
     assert message.level == "warning"
     assert "no model is compared with its champion" in message.text
-    assert sync.ready_for_promotion(tmp_path, TrackingParams()) == (True, [])
+    assert sender.ready_for_promotion(tmp_path, TrackingParams()) == (True, [])
 
 
 # --- dying in the middle --------------------------------------------------------------------------
@@ -240,7 +244,7 @@ def test_mlflow_killed_in_the_middle_has_the_whole_run_later(
     begun = note(project)["run_id"]
     out, error = process.communicate(timeout=120)
     assert process.returncode == 0, error
-    assert "does not answer (Connection refused): learn goes on, and what is missing" in out
+    assert "does not answer: Connection refused: learn goes on, and what is missing" in out
     assert out.count("does not answer") == 1, out
     assert note(project)["run_id"] == begun
     server.start()
@@ -283,7 +287,7 @@ def test_mlflow_that_comes_back_before_the_end_gets_all_of_it(
     out, error = process.communicate(timeout=120)
     assert process.returncode == 0, error
     assert "answers again" in out
-    assert not unsent_runs(project)
+    assert not outboxes(project)
     assert_whole(project, 300)
 
 
@@ -319,14 +323,14 @@ def test_a_run_begun_without_mlflow_and_killed_goes_on_once_it_is_there(
     wait_for(lambda: bool(list((project / ".checkpoints").rglob("step.json"))))
     process.kill()
     process.communicate()
-    assert_unsent(project)
+    assert_kept(project)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     process = start("learn", project)
     out, error = process.communicate(timeout=120)
     assert process.returncode == 0, error
     assert "(killed) is in MLflow" in out
     run = assert_whole(project, 160)
-    assert sync.TAG in run.data.tags
+    assert sender.TAG in run.data.tags
     assert run.data.tags["resumed"] == "1"
 
 
@@ -380,7 +384,7 @@ def made_without_mlflow(root: Path) -> Path:
     for step in range(1, 1501):
         run(Metrics(step, {"train_loss": 1 / step, "tokens": 8.0 * step}))
     run(Text("samples/step.txt", "once"))
-    models.register(run, "base", directory, dvc_md5(directory))
+    run.add_model("base", directory, dvc_md5(directory))
     run.close("FINISHED", metrics={"loss": 0.5}, outputs={"models/pretrain": "2"})
     return directory
 
@@ -393,20 +397,21 @@ def test_an_interrupted_sync_is_completed_and_sends_everything_once(
     directory = made_without_mlflow(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     client = connect(tmp_path)
-    (kept,) = unsent_runs(tmp_path)
+    (name,) = outboxes(tmp_path)
+    kept = read_outbox(tmp_path, name)
+    assert kept is not None
     cuts = 0
     while True:  # cut off at the first call, the second, and so on to the last
         try:
-            sent = sync._send(tmp_path, _Breaking(client, cuts), kept)  # type: ignore[arg-type]
-        except ConnectionError:
+            sender.Sender(kept, _Breaking(client, cuts)).finish()  # type: ignore[arg-type]
+        except RunError:
             cuts += 1
-            assert unsent_runs(tmp_path)
+            assert outboxes(tmp_path)
         else:
             break
-    assert cuts > 20
-    assert sent is not None
-    assert not unsent_runs(tmp_path)
-    assert not list((tmp_path / ".pipeline" / "unsent").iterdir())
+    assert cuts > 12
+    assert not outboxes(tmp_path)
+    assert not list((tmp_path / ".pipeline" / "outbox").glob("*/"))
 
     experiment = client.get_experiment_by_name("gpt-pipeline/pretrain")
     (run,) = client.search_runs([experiment.experiment_id])
@@ -426,8 +431,6 @@ def test_an_interrupted_sync_is_completed_and_sends_everything_once(
     assert shown["train_loss"] == (1 / 1500, 1500)
     assert shown["tokens"] == (12000.0, 1500)
     assert model.params["n_embd"] == "16"
-    import mlflow
-
     files = Path(mlflow.artifacts.download_artifacts("models:/base@candidate"))
     described = (files / "MLmodel").read_text()
     assert model.model_id in described
@@ -451,9 +454,9 @@ def test_an_alias_never_goes_back_to_an_older_run(
     torch.manual_seed(2)
     save_model(GPT(CONFIG), directory, tokenizer=byte_tokenizer())
     run = StageRun(tmp_path / "second", "pretrain", CONFIG, {})
-    version = models.register(run, "base", directory, dvc_md5(directory))
+    version = run.add_model("base", directory, dvc_md5(directory))
     run.close("FINISHED")
-    sync.send_all(tmp_path / "first", lambda line: None)
+    sender.send_all(tmp_path / "first", lambda line: None)
     candidate = connect(tmp_path).get_model_version_by_alias("base", "candidate")
     assert int(candidate.version) == version
 
@@ -466,15 +469,82 @@ def test_a_run_that_is_still_written_is_not_sent(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     (line,) = told(tmp_path)
     assert line.startswith("learn: a process is still at it")
-    run.close("FINISHED")
+    run.close("FINISHED")  # MLflow answers again: the run itself sends what is there
+    assert run.client.get_run(run.id).info.status == "FINISHED"
+    assert told(tmp_path) == []
+
+
+def test_a_run_is_held_by_one_process_at_a_time(tmp_path: Path) -> None:
+    with held(tmp_path, "learn-1") as ours:
+        assert ours
+        with held(tmp_path, "learn-1") as ours:
+            assert not ours
+    assert not list((tmp_path / ".pipeline" / "outbox").iterdir())
+
+
+# --- kept by earlier versions ---------------------------------------------------------------------
+
+
+def kept_before(root: Path, continues: str | None) -> None:
+    """A run as earlier versions kept it: a database of its own, the files beside it."""
+    folder = root / ".pipeline" / "unsent" / "pretrain-0123456789ab"
+    folder.mkdir(parents=True)
+    uri = f"sqlite:///{folder}/mlflow.db"
+    with connection._unchanged_environment("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+        mlflow.set_tracking_uri(uri)
+        mlflow.set_registry_uri(uri)
+    client = MlflowClient()
+    place = (folder / "artifacts").as_uri()
+    experiment = client.create_experiment("gpt-pipeline/pretrain", place)
+    run_id = client.create_run(experiment, 1_000_000, {"number": "1", "code": "c"}).info.run_id
+    client.log_param(run_id, "train.steps", "2")
+    for step in (1, 2, 3):
+        client.log_metric(run_id, "loss/train", 1 / step, 1_000_000 + 1000 * step, step)
+    client.log_metric(run_id, "system/cpu", 1.0, 1_060_000, 0)
+    client.log_text(run_id, "once", "samples/a.txt")
+    directory = root / "models" / "pretrain"
+    save_model(GPT(CONFIG), directory, tokenizer=byte_tokenizer())
+    registry.save_model("base", directory, root / "saved")
+    model = client.create_logged_model(experiment, "base", run_id)
+    client.log_model_artifacts(model.model_id, str(root / "saved"))
+    client.create_registered_model("base")
+    source, tags = f"models:/{model.model_id}", {"md5": "m"}
+    client.create_model_version("base", source, run_id, tags, model_id=model.model_id)
+    client.set_tag(run_id, "output.models/pretrain", "m")
+    client.set_terminated(run_id, "FINISHED", 1_070_000)
+    about = {"stage": "pretrain", "root": str(root), "home": str(root), "state": None}
+    write_json(folder / "unsent.json", {**about, "continues": continues, "begun": 1000.0})
+    write_json(root / ".pipeline/runs/pretrain.json", {"run_id": continues or run_id})
+
+
+@pytest.mark.parametrize("continued", [False, True])
+def test_a_run_that_an_earlier_version_kept_is_sent(
+    tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch, continued: bool
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copy(empty_database, tmp_path)
+    continues = None
+    if continued:
+        client = connect(tmp_path)
+        place = connection.artifact_folder(tmp_path, "pretrain")
+        experiment = connection.experiment_of(client, "pretrain", place, "")
+        continues = client.create_run(experiment, 900_000).info.run_id
+        client.log_metric(continues, "loss/train", 1.0, 1_001_000, 1)
+        client.log_metric(continues, "system/cpu", 1.0, 1_000_500, 0)
+    (tmp_path / ".pipeline" / "runs").mkdir(parents=True)
+    kept_before(tmp_path, continues)
     (line,) = told(tmp_path)
     assert "(finished) is in MLflow" in line
-
-
-def test_a_run_that_another_process_has_sent_meanwhile_is_not_taken(tmp_path):
-    run = begin(tmp_path, "prepare", None, None)
-    with run.held() as held:
-        assert held
-    run.remove()
-    assert run.take(1) is None
-    assert not run.folder.exists()
+    assert told(tmp_path) == []
+    client = connect(tmp_path)
+    run = client.get_run(note(tmp_path, "pretrain")["run_id"])
+    assert continues in (None, run.info.run_id)
+    assert (run.info.status, run.info.end_time) == ("FINISHED", 1_070_000)
+    assert run.data.tags["output.models/pretrain"] == "m"
+    assert run.data.params["train.steps"] == "2"
+    assert steps(client, run, "loss/train") == [1, 2, 3]
+    assert steps(client, run, "system/cpu") == ([0, 60] if continued else [60])
+    assert client.list_artifacts(run.info.run_id, "samples")
+    version = client.get_model_version_by_alias("base", "candidate")
+    assert (version.run_id, version.tags["md5"]) == (run.info.run_id, "m")
+    assert not list((tmp_path / ".pipeline" / "unsent").iterdir())

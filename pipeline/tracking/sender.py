@@ -1,0 +1,316 @@
+"""Sends runs to MLflow: while their stage is at work, or later.
+
+There is one way to MLflow, the replay of an outbox, which may be interrupted and repeated at will:
+the run is found by its tag `outbox.id`, a step that MLflow has is not sent again, files are
+replaced, and bytes that have a version get no second one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+
+from gpt.base.errors import RunError
+from gpt.base.events import Message
+from gpt.base.files import write_json
+from pipeline.project.secrets import without_credentials
+from pipeline.project.settings import TrackingParams
+from pipeline.tracking.connection import (
+    artifact_folder,
+    check_reachable,
+    connect,
+    experiment_of,
+    find_run,
+    lock_file,
+    named_failure,
+    reachable,
+    run_url,
+    tracking_uri,
+)
+from pipeline.tracking.differences import what_differs
+from pipeline.tracking.kept_before import adopt
+from pipeline.tracking.outbox import Outbox, held, outboxes, read_outbox
+from pipeline.tracking.registry import log_metrics, publish, show_on_model
+from pipeline.tracking.run_notes import notes_of
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Run
+
+TAG = "outbox.id"
+"""Of a run: the name of its outbox."""
+
+_BATCH_PARAMS = 100  # MLflow's limit for one call
+
+
+@dataclass(slots=True)
+class Sender:
+    """Replays one outbox; whoever calls it holds the outbox.
+
+    Attributes:
+        outbox: the run.
+        client: of the project's MLflow; None before it has answered.
+        experiment_id: of the stage's experiment; empty before MLflow has the run.
+        run_id: the run's id there; empty before.
+        name: the run's name there; empty before.
+        status: as far as the journal goes.
+        version: the number of the model's version, once it is registered.
+    """
+
+    outbox: Outbox
+    client: MlflowClient | None = None
+    experiment_id: str = ""
+    run_id: str = ""
+    name: str = ""
+    status: str = "RUNNING"
+    version: int | None = None
+    _sent: int = 0  # bytes of the journal
+    _open: bool = False
+    _known: dict[str, set[int]] = field(default_factory=dict)  # metric -> its steps in MLflow
+    _metrics: list[Metric] = field(default_factory=list)
+    _model_id: str | None = None
+    _last: int = 0  # the time of the last event
+
+    def send(self) -> None:
+        """Send what the journal has more than before.
+
+        Raises:
+            RunError: MLflow does not answer, or refuses something. All can be sent again.
+        """
+        root = self.outbox.root
+        check_reachable(root)
+        self.client = self.client or connect(root)
+        try:
+            with named_failure(root, f"did not take a run of {self.outbox.stage}"):
+                self._replay(self.client)
+        except RunError:
+            self._sent, self._open = 0, False  # what was taken is asked for
+            check_reachable(root)  # that it is gone is the better reason
+            raise
+
+    def finish(self) -> None:
+        """Send the rest of a run whose process has gone; it was killed unless its end is there."""
+        self.send()
+        assert self.client is not None
+        if self.status == "RUNNING":
+            self.status = "KILLED"
+            end = self._last or self.outbox.begun
+            with named_failure(self.outbox.root, "did not take the end of a run"):
+                self.client.set_terminated(self.run_id, self.status, end)
+        self._note()
+        self.outbox.remove()
+
+    @property
+    def url(self) -> str:
+        """The run's page; empty before MLflow has the run."""
+        return run_url(self.outbox.root, self.experiment_id, self.run_id) if self.run_id else ""
+
+    def _replay(self, client: MlflowClient) -> None:
+        if not self._open:
+            self._begin(client)
+            self._open = True
+        if not self.outbox.journal.exists():
+            return
+        with self.outbox.journal.open("rb") as file:
+            file.seek(self._sent)
+            for line in file:
+                self._take(client, json.loads(line))
+                self._sent += len(line)
+        self._send_metrics(client)
+
+    def _take(self, client: MlflowClient, event: list[Any]) -> None:
+        if event[0] != "metrics":
+            self._send_metrics(client)
+        match event:
+            case ["metrics", step, values, when]:
+                self._queue(step, values, when)
+            case ["final", values, when]:
+                # one step after the curves: MLflow shows the value of the highest step
+                curves = [
+                    max(steps)
+                    for key, steps in self._known.items()
+                    if key not in values and not key.startswith("system/")
+                ]
+                self._queue(max(curves, default=-1) + 1, values, when)
+            case ["artifact", path]:
+                folder = Path(path).parent.as_posix()
+                file = str(self.outbox.files / path)
+                client.log_artifact(self.run_id, file, None if folder == "." else folder)
+            case ["data_sets", data_sets]:
+                self._log_data_sets(client, data_sets)
+            case ["model", name, md5, when]:
+                version = publish(client, self.run_id, name, md5, self.outbox.model, when)
+                self.version = int(version.version)
+                # where an earlier run made the same bytes, the model is that run's
+                own = version.run_id == self.run_id
+                self._model_id = version.source.removeprefix("models:/") if own else None
+            case ["resume", times]:
+                self.status = "RUNNING"
+                client.update_run(self.run_id, status=self.status)
+                client.set_tag(self.run_id, "resumed", str(times))
+            case ["end", status, tags, when]:
+                self._end(client, status, tags, when)
+
+    def _begin(self, client: MlflowClient) -> None:
+        """Find the run or create it, and complete what it begins with."""
+        from mlflow.entities import Param
+
+        box = self.outbox
+        folder = artifact_folder(box.root, box.stage)
+        self.experiment_id = experiment_of(client, box.stage, folder, box.description)
+        run = self._find(client) or self._create(client)
+        self.run_id, self.name = str(run.info.run_id), str(run.info.run_name)
+        self._metrics.clear()
+        self._known = {
+            key: {each.step for each in client.get_metric_history(self.run_id, key)}
+            for key in run.data.metrics
+        }
+        # those that MLflow has stay: how many processes share the work may differ later
+        params = [Param(*each) for each in box.params.items() if each[0] not in run.data.params]
+        for start in range(0, len(params), _BATCH_PARAMS):
+            client.log_batch(self.run_id, params=params[start : start + _BATCH_PARAMS])
+        lineage = box.files / "lineage"
+        if lineage.exists() and not client.list_artifacts(self.run_id, lineage.name):
+            client.log_artifact(self.run_id, str(lineage))
+        self._log_data_sets(client, box.data_sets)
+
+    def _find(self, client: MlflowClient) -> Run | None:
+        box = self.outbox
+        if (known := find_run(client, box.run_id)) and known.info.lifecycle_stage == "active":
+            client.set_tag(box.run_id, TAG, box.name)
+            return known
+        found = client.search_runs([self.experiment_id], f"tags.`{TAG}` = '{box.name}'")
+        return next(iter(found), None)
+
+    def _create(self, client: MlflowClient) -> Run:
+        box = self.outbox
+        with FileLock(lock_file(box.root)):  # two that begin together would have one number
+            differs = what_differs(client, self.experiment_id, box.params, box.tags, box.begun)
+            tags = {**differs.tags, **box.tags, TAG: box.name}
+            return client.create_run(self.experiment_id, box.begun, tags, differs.name)
+
+    def _queue(self, step: int, values: Mapping[str, float], when: int) -> None:
+        from mlflow.entities import Metric
+
+        self._last = when
+        for name, value in values.items():
+            steps = self._known.setdefault(name, set())
+            if step not in steps:
+                steps.add(step)
+                self._metrics.append(Metric(name, value, when, step))
+
+    def _send_metrics(self, client: MlflowClient) -> None:
+        log_metrics(client, self.run_id, self._metrics)
+        self._metrics.clear()
+
+    def _log_data_sets(self, client: MlflowClient, data_sets: list[dict[str, Any]]) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        inputs = []
+        for each in data_sets:  # MLflow takes each of them once
+            values = dict(each)
+            context = InputTag("mlflow.data.context", values.pop("context"))
+            inputs.append(DatasetInput(Dataset(**values), [context]))
+        if inputs:
+            client.log_inputs(self.run_id, inputs)
+
+    def _end(self, client: MlflowClient, status: str, tags: Mapping[str, str], when: int) -> None:
+        from mlflow.entities import RunTag
+
+        client.log_batch(self.run_id, tags=[RunTag(*each) for each in tags.items()])
+        if self._model_id:
+            show_on_model(client, self.run_id, self._model_id)
+        client.set_terminated(self.run_id, status, when)
+        self.status, self._last = status, when
+
+    def _note(self) -> None:
+        """Put right what names the run by its outbox, or takes it for RUNNING."""
+        box = self.outbox
+        known = {
+            "run_id": self.run_id,
+            "name": self.name,
+            "experiment_id": self.experiment_id,
+            "url": self.url,
+            "status": self.status,
+        }
+        for path, note in notes_of(box.root, box.stage):
+            if note.get("run_id") in (box.name, self.run_id):
+                write_json(path, {**note, **known})
+
+
+def send_all(root: Path, say: Callable[[str], None], *, busy: bool = True) -> int:
+    """Send every run that can be; one that a process still writes is left alone.
+
+    Args:
+        root: the project.
+        say: takes a line a run.
+        busy: whether a run that is left alone gets its line.
+
+    Returns:
+        How many there were.
+
+    Raises:
+        RunError: MLflow does not answer, or did not take some of them; these are kept.
+    """
+    adopt(root)
+    names, failed = outboxes(root), []
+    for name in names:
+        with held(root, name) as free:
+            outbox = read_outbox(root, name)
+            if not free and busy:
+                stage = name.rpartition("-")[0]
+                say(f"{stage}: a process is still at it; it can be sent when that has ended")
+            if not free or outbox is None:
+                continue
+            sender = Sender(outbox)
+            try:
+                sender.finish()
+            except RunError as error:
+                failed.append(str(error))
+            else:
+                status = sender.status.lower()
+                say(f"{outbox.stage}: {sender.name} ({status}) is in MLflow: {sender.url}")
+    if failed:
+        more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+        raise RunError(f"{failed[0]}{more}; what is not sent is kept in .pipeline/outbox")
+    return len(names)
+
+
+def send_quietly(root: Path) -> list[Message]:
+    """Send what can be sent, and never fail: what a person should know of it."""
+    adopt(root)
+    if not outboxes(root) or not reachable(root):
+        return []
+    said: list[Message] = []
+    try:
+        send_all(root, lambda line: said.append(Message(line)), busy=False)
+    except RunError as error:
+        said.append(Message(str(error), "warning"))
+    return said
+
+
+def ready_for_promotion(root: Path, tracking: TrackingParams) -> tuple[bool, list[Message]]:
+    """Whether models can be compared with the champions now, after all kept runs were sent.
+
+    With `unreachable: later` that waits for MLflow to answer; with `stop` it is to fail by itself.
+
+    Args:
+        root: the project.
+        tracking: the section of `params.yaml`.
+
+    Returns:
+        Whether to go on, and what to tell a person.
+    """
+    if tracking.unreachable == "later" and not reachable(root):
+        place = without_credentials(tracking_uri(root))
+        line = (
+            f"MLflow at {place} does not answer, so no model is compared with its champion; "
+            "`gpt-pipeline run` does that once it answers"
+        )
+        return False, [Message(line, "warning")]
+    return True, send_quietly(root)
