@@ -257,7 +257,7 @@ def artifact(client: MlflowClient, run_id: str, path: str) -> bytes | None:
         return Path(client.download_artifacts(run_id, path, folder)).read_bytes()
 
 
-def find_run(client: MlflowClient, run_id: str | None) -> Run | None:
+def existing_run(client: MlflowClient, run_id: str | None) -> Run | None:
     """The run with that id; None where there is none, or none any more."""
     from mlflow.exceptions import MlflowException
 
@@ -290,7 +290,7 @@ def run_that_made(
         told = ((tags.get(key_of(f"output.{path}")), md5) for path, md5 in outputs.items())
         return all(if_not_told if tag is None else tag == md5 for tag, md5 in told)
 
-    last = find_run(client, run_id)
+    last = existing_run(client, run_id)
     if last is not None and made(last, if_not_told=True):
         return last
     experiment = client.get_experiment_by_name(EXPERIMENT_PREFIX + stage)

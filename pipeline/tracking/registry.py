@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import gpt
 from gpt.base.errors import InputError, RunError, in_one_line
 from pipeline.project.stage_table import MODELS
-from pipeline.tracking.connection import find_run
+from pipeline.tracking.connection import existing_run
 from pipeline.tracking.keys import is_result
 from pipeline.tracking.version_page import CHANGED_TAG, version_page
 
@@ -86,7 +86,7 @@ def publish(
             description=page.description,
         )
     now = version_of(client, name, CANDIDATE)
-    newest = find_run(client, now.run_id) if now else None
+    newest = existing_run(client, now.run_id) if now else None
     if newest is None or (newest.info.end_time or 0) <= when:
         client.set_registered_model_alias(name, CANDIDATE, str(version.version))
     return version

@@ -24,8 +24,8 @@ from pipeline.tracking.connection import (
     artifact_folder,
     check_reachable,
     connect,
+    existing_run,
     experiment_of,
-    find_run,
     lock_file,
     named_failure,
     reachable,
@@ -181,7 +181,7 @@ class Sender:
 
     def _find(self, client: MlflowClient) -> Run | None:
         box = self.outbox
-        if (known := find_run(client, box.run_id)) and known.info.lifecycle_stage == "active":
+        if (known := existing_run(client, box.run_id)) and known.info.lifecycle_stage == "active":
             client.set_tag(box.run_id, TAG, box.name)
             return known
         found = client.search_runs([self.experiment_id], f"tags.`{TAG}` = '{box.name}'")

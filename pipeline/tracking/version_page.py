@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from gpt.base.errors import first_few, shortened
 from pipeline.show.documents import fill
+from pipeline.tracking.connection import existing_run
 from pipeline.tracking.differences import OF_MODELS, Change, changed_code, changes, profile
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def version_page(client: MlflowClient, run: Run, name: str, what: str) -> Versio
         what: the model is, in a sentence.
     """
     before = _newest(client, name)
-    last = _run_of(client, before) if before else None
+    last = existing_run(client, before.run_id) if before else None
     params: list[str] = []
     data: list[Change] = []
     files: str | None = ""
@@ -95,17 +96,6 @@ def _data_line(last: Run, run: Run, change: Change) -> str:
 def _newest(client: MlflowClient, name: str) -> ModelVersion | None:
     found = client.search_model_versions(f"name = '{name}'")
     return max(found, key=lambda each: int(each.version), default=None)
-
-
-def _run_of(client: MlflowClient, version: ModelVersion) -> Run | None:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return client.get_run(version.run_id) if version.run_id else None
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-    return None
 
 
 def _inputs(run: Run) -> dict[str, str]:
