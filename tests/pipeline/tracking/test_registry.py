@@ -96,7 +96,7 @@ def register(root: Path, stage: str) -> int:
     assert spec.model is not None
     run = StageRun(root, stage, CONFIG, {})
     directory = root / spec.outputs["out"]
-    version = run.add_model(spec.model, directory, dvc_md5(directory))
+    version = run.add_model(spec.model.name, directory, dvc_md5(directory))
     run.close("FINISHED")
     assert version is not None
     return version
