@@ -274,7 +274,7 @@ def _run_held(name: str, root: Path, held: contextlib.ExitStack) -> None:
         made_of=kept,
         unreachable=tracking.unreachable,
     )
-    write_note(root, run, "RUNNING", 0.0)
+    write_note(root, name, run.facts, "RUNNING", 0.0)
     try:
         with make_log(name) as log:
             for each in notices:
@@ -298,9 +298,9 @@ def _run_held(name: str, root: Path, held: contextlib.ExitStack) -> None:
         status: Status = "KILLED" if killed else "FAILED"
         with contextlib.suppress(RunError):  # the first failure is the one to tell
             run.close(status, error=_one_line(error))
-        write_note(root, run, status, time.monotonic() - started)
+        write_note(root, name, run.facts, status, time.monotonic() - started)
         raise
-    write_note(root, run, "FINISHED", time.monotonic() - started, made)
+    write_note(root, name, run.facts, "FINISHED", time.monotonic() - started, made)
     if state:
         remove_state(state)
 

@@ -161,7 +161,6 @@ class StageRun:
     ) -> None:
         self.stage = stage
         self.inputs = dict(inputs)
-        self.experiment = EXPERIMENT_PREFIX + stage
         self.notices: deque[Message] = deque()
         self._later = unreachable == "later"
         self._resumable = state is not None
@@ -231,19 +230,30 @@ class StageRun:
         return self._sender.run_id or self._outbox.name
 
     @property
-    def name(self) -> str:
-        """The run's name in MLflow, which numbers the runs."""
-        return self._sender.name or "kept"
-
-    @property
     def experiment_id(self) -> str:
         """Of the stage's experiment; empty before MLflow has the run."""
         return self._sender.experiment_id
 
     @property
+    def name(self) -> str:
+        """The run's name in MLflow, which numbers the runs."""
+        return self._sender.name or "kept"
+
+    @property
     def url(self) -> str:
         """The run's page; empty before MLflow has the run."""
         return self._sender.url
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What is noted of the run."""
+        return {
+            "run_id": self.id,
+            "name": self.name,
+            "experiment_id": self.experiment_id,
+            "experiment": EXPERIMENT_PREFIX + self.stage,
+            "url": self.url,
+        }
 
     @property
     def client(self) -> MlflowClient:

@@ -7,13 +7,10 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gpt.base.files import write_json
 from pipeline.dag.graph import Dag
-
-if TYPE_CHECKING:
-    from pipeline.tracking.run import StageRun
 
 
 def note_of_run(root: Path, name: str) -> Path:
@@ -69,20 +66,17 @@ def notes_of(root: Path, name: str) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 
 def write_note(
-    root: Path, run: StageRun, status: str, seconds: float, outputs: Mapping[str, str] | None = None
+    root: Path,
+    stage: str,
+    run: Mapping[str, str],
+    status: str,
+    seconds: float,
+    outputs: Mapping[str, str] | None = None,
 ) -> None:
     """Note how a stage's run stands after so many seconds, and what it wrote (path -> md5)."""
-    note = {
-        "run_id": run.id,
-        "name": run.name,
-        "experiment_id": run.experiment_id,
-        "experiment": run.experiment,
-        "url": run.url,
-        "status": status,
-        "seconds": round(seconds, 2),
-        "pid": os.getpid(),
-    }
+    note: dict[str, Any] = {**run, "status": status, "seconds": round(seconds, 2)}
+    note["pid"] = os.getpid()
     if outputs is not None:
         note["outputs"] = outputs
-        write_json(note_of_maker(root, run.stage, outputs), note)
-    write_json(note_of_run(root, run.stage), note)
+        write_json(note_of_maker(root, stage, outputs), note)
+    write_json(note_of_run(root, stage), note)
