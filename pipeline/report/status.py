@@ -1,16 +1,16 @@
-"""The DAG as a person asks for it: what is up to date, what would run and why, and what it costs.
+"""The state of the DAG: what is up to date, what would run and why, and what it costs.
 
-Everything is read from DVC and from files that lie in the project; nothing heavy is imported, so
-that the answer comes at once.
+Everything is read from DVC and from the project's files, and no heavy library is imported, so that
+the answer comes at once.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from rich.text import Text
 
@@ -32,42 +32,37 @@ _STYLES: dict[State, str] = {
     "may run": "cyan",
     "optional": "dim",
 }
-
-
+_COLUMNS = ("stage", "state", "took", "run", "metrics")
 _MOST_REASONS = 5
-_SHORT_ID = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """An MLflow run of a stage, as `.pipeline/runs` notes it."""
-
-    id: str
-    name: str
-    """`#4 train.steps=700`; empty where it was noted before names were."""
-    status: str
-    url: str
+_ID_LENGTH = 8  # characters of an MLflow run's id
 
 
 @dataclass(frozen=True, slots=True)
 class StageStatus:
-    """What there is to say about one stage."""
+    """What there is to say about one stage.
+
+    Attributes:
+        name: of the stage.
+        state: whether it would run.
+        optional: it runs only when it is asked for.
+        reasons: why it would run.
+        after: the stages before it that would run, so it may have to run too.
+        seconds: how long the run that made its outputs took; None if that is not known.
+        metrics: its final metrics, nested names joined by a slash.
+        run: the MLflow run that made its outputs: `id`, `name` (`#4 train.steps=700`), `status` and
+            `url`; None if that is not known.
+        last_status: how the last run of the stage ended, which may be another one.
+    """
 
     name: str
     state: State
     optional: bool
     reasons: list[Change]
-    """Why it would run."""
     after: list[str]
-    """The stages before it that would run, so that it may have to."""
     seconds: float | None
-    """So long the run took that made what is there; None if none is known."""
     metrics: dict[str, float]
-    """All that it came to, nested names joined by a slash."""
-    run: Run | None
-    """The one that made what is there."""
+    run: dict[str, str] | None
     last_status: str
-    """How the last run of the stage ended, which may be another."""
 
 
 def stage_statuses(root: Path) -> list[StageStatus]:
@@ -90,7 +85,7 @@ def stage_statuses(root: Path) -> list[StageStatus]:
             else:
                 stale.add(name)
         note = notes[name]
-        seconds = note.get("seconds")
+        run = {key: str(note.get(key) or "") for key in ("name", "status", "url")}
         statuses.append(
             StageStatus(
                 name=name,
@@ -98,9 +93,9 @@ def stage_statuses(root: Path) -> list[StageStatus]:
                 optional=stage.optional,
                 reasons=changes[name],
                 after=after,
-                seconds=float(seconds) if isinstance(seconds, int | float) else None,
+                seconds=note.get("seconds"),
                 metrics=_metrics(root, stage),
-                run=_run(note),
+                run={"id": str(note["run_id"]), **run} if "run_id" in note else None,
                 last_status=str(last_run(root, name).get("status") or ""),
             )
         )
@@ -113,13 +108,6 @@ def _metrics(root: Path, stage: Stage) -> dict[str, float]:
         with contextlib.suppress(InputError):  # not there yet, or being written: then it has none
             found |= flatten_metrics(read_json(root / path, missing="", remedy=""))
     return found
-
-
-def _run(note: Mapping[str, Any]) -> Run | None:
-    if "run_id" not in note:
-        return None
-    told = {key: str(note.get(key) or "") for key in ("name", "status", "url")}
-    return Run(id=str(note["run_id"]), **told)
 
 
 def print_status(root: Path, *, verbose: bool = False, as_json: bool = False) -> None:
@@ -136,28 +124,23 @@ def print_status(root: Path, *, verbose: bool = False, as_json: bool = False) ->
         return
     console = safe_console(soft_wrap=True)
     lines = [_cells(each) for each in statuses]
-    columns = ("stage", "state", "took", "run", "metrics")
-    widths = [max(map(len, cells)) for cells in zip(columns, *lines, strict=True)]
-    heading = [Text(cell, style="dim") for cell in columns]
-    console.print(_line(heading, widths))
+    widths = [max(map(len, cells)) for cells in zip(_COLUMNS, *lines, strict=True)]
+    console.print(_line(_COLUMNS, widths, ["dim"] * len(_COLUMNS)))
     for status, cells in zip(statuses, lines, strict=True):
-        styles = ("bold", _STYLES[status.state], "", "dim", "")
-        styled = [Text(cell, style=style) for cell, style in zip(cells, styles, strict=True)]
-        console.print(_line(styled, widths))
+        console.print(_line(cells, widths, ["bold", _STYLES[status.state], "", "dim", ""]))
         for text, style in _notes(status, verbose):
             console.print(Text(f"  {text}", style=style))
     if last := _last_line(statuses):
         console.print(f"\n{last}")
 
 
-def _line(cells: Sequence[Text], widths: Sequence[int]) -> Text:
-    """Cells in columns; durations are figures, and what is last needs no padding."""
-    line = Text()
-    for index, (cell, width) in enumerate(zip(cells, widths, strict=True)):
-        padding = " " * (width - len(cell))
-        if index:
-            line += Text("  ")
-        line += Text(padding) + cell if index == 2 else cell + Text(padding)
+def _line(cells: Sequence[str], widths: Sequence[int], styles: Sequence[str]) -> Text:
+    """Cells in columns, durations aligned to the right."""
+    padded = [
+        cell.rjust(width) if column == "took" else cell.ljust(width)
+        for column, cell, width in zip(_COLUMNS, cells, widths, strict=True)
+    ]
+    line = Text("  ").join(map(Text, padded, styles))
     line.rstrip()
     return line
 
@@ -166,17 +149,16 @@ def _cells(status: StageStatus) -> tuple[str, ...]:
     took = NOTHING if status.seconds is None else seconds_in_words(status.seconds)
     run = NOTHING
     if status.run:
-        number = status.run.name.split(" ", 1)[0]
-        run = f"{number} {status.run.id[:_SHORT_ID]}".strip()
-    return status.name, status.state, took, run, _short_metrics(status)
-
-
-def _short_metrics(status: StageStatus) -> str:
+        number, _, _ = status.run["name"].partition(" ")
+        run = f"{number} {status.run['id'][:_ID_LENGTH]}".strip()
     spec = STAGES.get(status.name)
     names = (spec and spec.headline) or list(status.metrics)[:1]
-    known = {name: status.metrics[name] for name in names if name in status.metrics}
-    shown = [f"{label_of(name)} {_figure(value)}" for name, value in known.items()]
-    return ", ".join(shown) or NOTHING
+    metrics = [
+        f"{label_of(name)} {_figure(status.metrics[name])}"
+        for name in names
+        if name in status.metrics
+    ]
+    return status.name, status.state, took, run, ", ".join(metrics) or NOTHING
 
 
 def _figure(value: float) -> str:
@@ -189,9 +171,9 @@ def _notes(status: StageStatus, verbose: bool) -> list[tuple[str, str]]:
     if status.state == "optional":
         notes.append((f"runs only when asked for: `gpt-pipeline run {status.name}`", "dim"))
     if status.state != "optional" or verbose:
-        most = len(status.reasons) if verbose else _MOST_REASONS
-        notes += [(str(each), "yellow") for each in status.reasons[:most]]
-        if more := len(status.reasons) - most if status.reasons[most:] else 0:
+        shown = status.reasons if verbose else status.reasons[:_MOST_REASONS]
+        notes += [(str(each), "yellow") for each in shown]
+        if more := len(status.reasons) - len(shown):
             notes.append((f"and {more} more; --verbose shows all", "yellow"))
         if status.after and not status.reasons:
             notes.append((f"after {', '.join(status.after)}", "cyan"))
@@ -199,7 +181,7 @@ def _notes(status: StageStatus, verbose: bool) -> list[tuple[str, str]]:
         notes.append((f"its last run is {status.last_status}", "red"))
     if verbose:
         if status.run:
-            notes += [(text, "dim") for text in (status.run.name, status.run.url) if text]
+            notes += [(status.run[key], "dim") for key in ("name", "url") if status.run[key]]
         notes += [(f"{name} {_figure(value)}", "dim") for name, value in status.metrics.items()]
     return notes
 
@@ -212,7 +194,5 @@ def _last_line(statuses: Sequence[StageStatus]) -> str:
     line = f"`gpt-pipeline run` brings {len(stale)} of {plain} up to date"
     known = [each.seconds for each in stale if each.seconds is not None]
     if known:
-        those = "they" if len(known) == len(stale) else f"{len(known)} of them"
-        those = "it" if len(stale) == 1 else those
-        line += f"; last time {those} took {seconds_in_words(sum(known))}"
+        line += f"; last time {len(known)} of them took {seconds_in_words(sum(known))}"
     return f"{line}."
