@@ -87,29 +87,21 @@ def _recorded_code(client: MlflowClient, run: Run) -> dict[str, str]:
         return {}
 
 
-@dataclass(frozen=True, slots=True)
-class Differs:
-    """What a run is called beside the ones before it, and the tags that say so."""
-
-    name: str
-    tags: Mapping[str, str]
-
-
-def what_differs(
+def number_and_changes(
     client: MlflowClient,
     experiment_id: str,
     params: Mapping[str, str],
     git: Mapping[str, str],
-    begun: int | None = None,
-) -> Differs:
-    """A new run's number, and which parameters differ from the last run that ended well.
+    begun: int,
+) -> tuple[str, dict[str, str]]:
+    """What a new run is called, and tags that say what changed since the last one that ended well.
 
     Args:
         client: of the tracking server.
         experiment_id: the stage's.
         params: the run's.
         git: its `git.commit`, if it has one.
-        begun: when it began, in milliseconds; by default now.
+        begun: when it began, in milliseconds.
     """
     newest = client.search_runs(
         [experiment_id], order_by=["attributes.start_time DESC"], max_results=_RECENT
@@ -117,22 +109,16 @@ def what_differs(
     number = 1 + max((int(run.data.tags.get("number", 0)) for run in newest), default=0)
     before = client.search_runs(
         [experiment_id],
-        "attributes.status = 'FINISHED'"
-        + (f" and attributes.start_time < {begun}" if begun else ""),
+        f"attributes.status = 'FINISHED' and attributes.start_time < {begun}",
         order_by=["attributes.start_time DESC"],
         max_results=1,
     )
-    changed: dict[str, str] = {}
-    tags = {"number": str(number)}
-    if before:
-        last = before[0].data.params
-        changed = {key: value for key, value in params.items() if last.get(key) != value}
-        gone = {key for key in last if key not in params and key not in OF_MODELS}
-        for key in (*changed, *sorted(gone)):
-            tags[key_of(f"changed.{key}")] = (
-                f"{last.get(key, NOTHING)} → {params.get(key, NOTHING)}"
-            )
-    words = [f"{key}={value}" for key, value in changed.items()]
+    changed = changes(before[0].data.params, params, OF_MODELS) if before else []
+    tags = {
+        key_of(f"changed.{each.what}"): str(each).removeprefix(f"{each.what} ") for each in changed
+    }
+    words = [f"{each.what}={each.after}" for each in changed if each.after is not None]
     if not words or len(words) > 3:
         words = [git["git.commit"][:7]] if "git.commit" in git else []
-    return Differs(" ".join((f"#{number}", *(shortened(word, 60) for word in words))), tags)
+    name = " ".join((f"#{number}", *(shortened(word, 60) for word in words)))
+    return name, {**tags, "number": str(number)}

@@ -32,7 +32,7 @@ from pipeline.tracking.connection import (
     run_url,
     tracking_uri,
 )
-from pipeline.tracking.differences import what_differs
+from pipeline.tracking.differences import number_and_changes
 from pipeline.tracking.kept_before import adopt
 from pipeline.tracking.outbox import Outbox, held, outboxes, read_outbox
 from pipeline.tracking.registry import log_metrics, publish, show_on_model
@@ -190,9 +190,11 @@ class Sender:
     def _create(self, client: MlflowClient) -> Run:
         box = self.outbox
         with FileLock(lock_file(box.root)):  # two that begin together would have one number
-            differs = what_differs(client, self.experiment_id, box.params, box.tags, box.begun)
-            tags = {**differs.tags, **box.tags, TAG: box.name}
-            return client.create_run(self.experiment_id, box.begun, tags, differs.name)
+            name, changed = number_and_changes(
+                client, self.experiment_id, box.params, box.tags, box.begun
+            )
+            tags = {**changed, **box.tags, TAG: box.name}
+            return client.create_run(self.experiment_id, box.begun, tags, name)
 
     def _queue(self, step: int, values: Mapping[str, float], when: int) -> None:
         from mlflow.entities import Metric
