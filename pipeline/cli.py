@@ -5,7 +5,6 @@ Each command imports what it needs when it runs: `--help` loads no torch, `statu
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import signal
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from gpt.base.errors import InputError, RunError, lacks_memory
+from gpt.base.errors import InputError, RunError
 from gpt.base.files import whole_file
 from pipeline.project.processes import (
     collect_seldom,
@@ -35,46 +34,32 @@ class _Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            _refuse_other_encodings(ctx.args)
+            for each in ctx.args:
+                each.encode()
             return super().invoke(ctx)
-        except InputError as error:
-            code, line = 2, str(error)
-        except RunError as error:
-            code, line = 1, str(error)
-        except (MemoryError, RuntimeError) as error:
-            if not lacks_memory(error):
-                raise
-            code, line = 1, "out of memory; ask for less at once, or take a smaller model"
+        except (InputError, RunError) as error:
+            code, line = 2 if isinstance(error, InputError) else 1, str(error)
         except KeyboardInterrupt as error:
             code, line = 128 + getattr(error, "signal", signal.SIGINT), "stopped"
         except BrokenPipeError:  # `gpt-pipeline status | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
-        except OSError as error:
+        except UnicodeEncodeError as error:  # Python takes such bytes for halves of characters
+            given = error.object.encode("utf-8", "surrogateescape")
+            shown = given.decode("utf-8", "backslashreplace")[:80]
+            code, line = 2, f"argument {shown}: not UTF-8; convert it, as `iconv -f latin1` does"
+        except (MemoryError, RuntimeError, OSError) as error:
             from pipeline.project.secrets import without_secrets
             from pipeline.run.stage import system_fault
 
             code, line = 1, without_secrets(system_fault(error))
-            if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):  # a name that somebody gave
+            if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
                 name = name_of(str(error.filename), 120)
                 code, line = 2, f"{name}: {error.strerror}; name another"
             if not line:  # a mistake of ours: nothing is hidden
                 raise
         say(f"error: {line}", file=sys.stderr)
         raise typer.Exit(code)
-
-
-def _refuse_other_encodings(arguments: list[str]) -> None:
-    """Only a file that is there may have a name of other bytes: it is not shown or kept as text."""
-    for each in arguments:
-        try:
-            each.encode()
-        except UnicodeEncodeError:  # Python lets such bytes through as halves of surrogate pairs
-            if not os.path.lexists(each):
-                shown = each.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-                raise InputError(
-                    f"argument {shown[:80]}: not UTF-8; convert it, as `iconv -f latin1` does"
-                ) from None
 
 
 def _mend_streams() -> None:
@@ -451,47 +436,39 @@ def export(
     if dtype is not None:
         raise InputError("dtype: is a model directory's; of GGUF, --type says the precision")
     type = type or "q8_0"
-    size, loss = export_gguf(source, target, type, text or _sample_text())
+    samples = Path("samples") / "stories.txt"
+    text = text or (samples if samples.is_file() else None)
+    size, loss = export_gguf(source, target, type, text)
     say(f"{target}: {size / 1e6:.1f} MB, {type}")
     if loss is not None:
         say(loss)
 
 
-def _sample_text() -> Path | None:
-    """The samples' prose, if this is a project's folder that has it."""
-    from pipeline.dag.dvc_files import find_root
-
-    with contextlib.suppress(InputError):
-        text = find_root(Path.cwd()) / "samples" / "stories.txt"
-        return text if text.is_file() else None
-    return None
-
-
-_Model = Annotated[Path | None, typer.Option(help="A model directory.")]
-_MaxNewTokens = Annotated[int, typer.Option(min=1, help="The most tokens to write.")]
-_MinNewTokens = Annotated[
+_ModelOption = Annotated[Path | None, typer.Option(help="A model directory.")]
+_MaxNewTokensOption = Annotated[int, typer.Option(min=1, help="The most tokens to write.")]
+_MinNewTokensOption = Annotated[
     int, typer.Option(min=0, help="Before so many tokens nothing ends the answer.")
 ]
-_Temperature = Annotated[
+_TemperatureOption = Annotated[
     float, typer.Option(min=0.0, help="0 takes the likeliest token; 1 samples as the model says.")
 ]
-_TopK = Annotated[int | None, typer.Option(min=1, help="Sample among the k likeliest only.")]
-_TopP = Annotated[
+_TopKOption = Annotated[int | None, typer.Option(min=1, help="Sample among the k likeliest only.")]
+_TopPOption = Annotated[
     float | None, typer.Option(min=0.0, max=1.0, help="Sample among this share of likelihood only.")
 ]
-_RepetitionPenalty = Annotated[
+_RepetitionPenaltyOption = Annotated[
     float, typer.Option(help="Above 1 makes tokens that are there already less likely.")
 ]
-_Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
-_Stop = Annotated[list[str] | None, typer.Option(help="Ends the answer; may be given often.")]
-_Precision = Annotated[
+_SeedOption = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+_StopOption = Annotated[list[str] | None, typer.Option(help="Ends the answer; may be given often.")]
+_PrecisionOption = Annotated[
     Literal["fp32", "bf16", "int8"],
     typer.Option(
         help="Of the weights: bf16 is about twice as fast and a little less exact, int8 up to "
         "twice as fast again, on the CPU and compiled."
     ),
 ]
-_Engine = Annotated[
+_EngineOption = Annotated[
     Literal["auto", "plain", "compiled"],
     typer.Option(
         help="plain is PyTorch, compiled several times as fast on a CPU; auto compiles in the "
@@ -531,17 +508,17 @@ def _sampling(
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="The text to go on with.")],
-    model: _Model = None,
-    max_new_tokens: _MaxNewTokens = 100,
-    min_new_tokens: _MinNewTokens = 0,
-    temperature: _Temperature = 0.0,
-    top_k: _TopK = None,
-    top_p: _TopP = None,
-    repetition_penalty: _RepetitionPenalty = 1.0,
-    seed: _Seed = None,
-    stop: _Stop = None,
-    precision: _Precision = "fp32",
-    engine: _Engine = "auto",
+    model: _ModelOption = None,
+    max_new_tokens: _MaxNewTokensOption = 100,
+    min_new_tokens: _MinNewTokensOption = 0,
+    temperature: _TemperatureOption = 0.0,
+    top_k: _TopKOption = None,
+    top_p: _TopPOption = None,
+    repetition_penalty: _RepetitionPenaltyOption = 1.0,
+    seed: _SeedOption = None,
+    stop: _StopOption = None,
+    precision: _PrecisionOption = "fp32",
+    engine: _EngineOption = "auto",
 ) -> None:
     """Let a base model go on with a text (by default models/pretrain)."""
     from pipeline.use import predict
@@ -564,17 +541,17 @@ def chat(
         int | None,
         typer.Option(min=1, help="Turns it reads at once (by default as many as it learnt from)."),
     ] = None,
-    model: _Model = None,
-    max_new_tokens: _MaxNewTokens = 200,
-    min_new_tokens: _MinNewTokens = 0,
-    temperature: _Temperature = 0.0,
-    top_k: _TopK = None,
-    top_p: _TopP = None,
-    repetition_penalty: _RepetitionPenalty = 1.0,
-    seed: _Seed = None,
-    stop: _Stop = None,
-    precision: _Precision = "fp32",
-    engine: _Engine = "auto",
+    model: _ModelOption = None,
+    max_new_tokens: _MaxNewTokensOption = 200,
+    min_new_tokens: _MinNewTokensOption = 0,
+    temperature: _TemperatureOption = 0.0,
+    top_k: _TopKOption = None,
+    top_p: _TopPOption = None,
+    repetition_penalty: _RepetitionPenaltyOption = 1.0,
+    seed: _SeedOption = None,
+    stop: _StopOption = None,
+    precision: _PrecisionOption = "fp32",
+    engine: _EngineOption = "auto",
 ) -> None:
     """Talk to the assistant (by default models/assistant)."""
     from pipeline.use import predict
@@ -600,7 +577,7 @@ def classify(
     texts: Annotated[
         list[str] | None, typer.Argument(metavar="TEXT", help="Texts; `-` reads lines.")
     ] = None,
-    model: _Model = None,
+    model: _ModelOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="A JSON object a text.")] = False,
 ) -> None:
     """Classify texts (by default with models/classifier)."""
@@ -686,7 +663,7 @@ def push() -> None:
     """Let the DVC remote have all that was made here, so that another machine need not make it."""
     from pipeline.dag.cache import push as share
 
-    share(_root())
+    say(f"{share(_root())} files pushed")
 
 
 @app.command()

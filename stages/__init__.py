@@ -1,1 +1,1 @@
-"""The stages, each a plain function from parameters and input paths to output paths."""
+"""The seven stages, each a plain function from parameters and input paths to output paths."""

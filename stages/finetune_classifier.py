@@ -34,10 +34,10 @@ from gpt.tune.overlap import count_contaminated
 Trainable = Literal["all", "last_block", "last_blocks", "head", "lora"]
 
 _KEPT_BYTES = 2 << 30
-"""Outputs of frozen blocks are kept up to this size; larger ones are recomputed at each step."""
+"""What a frozen trunk makes of the texts is kept up to this size, else made anew at each step."""
 _TOKENS_AT_ONCE = 4096
 _MORE_MESSAGES = "add messages of them, or try another finetune_classifier.split.seed"
-SCORED_AT_ONCE = 16
+ROWS_AT_ONCE = 16
 """Rows that are scored together; it changes no score."""
 
 
@@ -100,7 +100,7 @@ class Prepared(NamedTuple):
     data: dict[str, ClassificationDataset]
     """Of the parts `train` and `validation`."""
     keeps: bool
-    """Whether the outputs of frozen blocks are small enough to be kept."""
+    """What frozen blocks make of the texts is little enough to be kept."""
 
 
 def prepare(
@@ -166,8 +166,9 @@ def finetune_classifier(
     Returns:
         The final figures.
 
-    The blocks before the trained part never change, so their output is computed once for each
-    text, without padding and dropout, and each step runs only the rest.
+    What comes before the trained part never changes, and neither does what it makes of a text: so
+    it is computed once for each text, without padding and without dropout, and only the rest is
+    gone through at each step.
 
     Adapters (`lora`) are merged into the layers' own matrices when the training is over, so that
     the directory is a plain model however it was trained.
@@ -218,7 +219,7 @@ def finetune_classifier(
         )
 
     def scores(model: GPTClassifier | ClassifierTop, part: str) -> dict[str, float]:
-        rows = list(batches(data[part], SCORED_AT_ONCE))
+        rows = list(batches(data[part], ROWS_AT_ONCE))
         actual = torch.cat([batch.targets for batch in rows])  # (n,)
         with autocast(device, train.precision):
             logits = class_logits(model, rows)  # (n, classes)

@@ -37,7 +37,7 @@ and ask at the shop whether one of the empty houses is for sale.
 """
 """English that was written for this stage: no model was trained on it."""
 _SEED = 123
-_LOGITS_AT_ONCE = 8
+_ROWS_AT_ONCE = 8
 """Positions whose logits are held at a time, 201 kB each for GPT-2's vocabulary."""
 
 
@@ -152,8 +152,8 @@ def _perplexity(model: GPT, ids: Sequence[int]) -> float:
         window = torch.tensor(ids[start : start + length + 1])  # (T + 1,)
         hidden = model.hidden(window[None, :-1])[0]  # (T, C)
         for rows, targets in zip(
-            torch.split(hidden, _LOGITS_AT_ONCE),
-            torch.split(window[1:], _LOGITS_AT_ONCE),
+            torch.split(hidden, _ROWS_AT_ONCE),
+            torch.split(window[1:], _ROWS_AT_ONCE),
             strict=True,
         ):
             total += linear_cross_entropy(rows, model.head_weight, targets).item()

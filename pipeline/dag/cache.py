@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gpt.base.errors import InputError, RunError
+from gpt.base.errors import InputError, RunError, in_one_line
+from gpt.base.files import remove
 from pipeline.dag.code import files_of_code, is_code, md5_of_code
-from pipeline.dag.graph import Dag, Recorded
+from pipeline.dag.graph import Dag, Reason
 from pipeline.dag.objects import Objects, md5_of, remove_damaged
 from pipeline.dag.repository import has_remote, open_repo
 
@@ -36,11 +36,14 @@ def md5_now(root: Path, path: str) -> str:
     return md5_of_code({file: md5_of(root / file) for file in files_of_code(root, path)}, path)
 
 
-def push(root: Path) -> None:
+def push(root: Path) -> int:
     """Let the default remote have what the project made: `dvc push --run-cache`, and the metrics.
 
     DVC's run cache names the metrics of a stage too, but `cache: false` leaves them to git, and DVC
     does not push them: another machine that has the run cache alone could restore nothing.
+
+    Returns:
+        The number of files that the remote did not have.
 
     Raises:
         InputError: there is no remote.
@@ -48,20 +51,21 @@ def push(root: Path) -> None:
     """
     if not has_remote(root):
         raise InputError("no DVC remote is set; `dvc remote add --default NAME PLACE` names one")
-    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "push", "--run-cache"]
-    done = subprocess.run(command, cwd=root, stderr=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.strip()] or ["no word why"]
-        reason = next((line for line in said if line.startswith("ERROR")), said[-1])
-        raise RunError(
-            f"dvc push: {reason.removeprefix('ERROR: ')}; see that the remote answers "
-            "(`dvc remote list`), and push again"
-        )
-    cache = DvcCache(root)
-    try:
-        cache.push_metrics()
-    finally:
-        cache.close()
+    with contextlib.closing(open_repo(root)) as repo:
+        try:
+            pushed = int(repo.push(run_cache=True))
+            outs = [out for stage in repo.index.stages for out in stage.outs]
+            metrics = {out.hash_info for out in outs if not out.use_cache and out.hash_info}
+            kept = {each for each in metrics if repo.cache.local.exists(each.value)}
+            result = repo.cloud.push(kept)
+        except Exception as error:  # each kind of remote has errors of its own
+            raise RunError(
+                f"dvc push: {in_one_line(error)}; see that the remote answers (`dvc remote list`), "
+                "and push again"
+            ) from error
+    if result.failed:
+        raise RunError(f"dvc push: {len(result.failed)} files of metrics failed; push again")
+    return pushed + len(result.transferred)
 
 
 @dataclass(slots=True)
@@ -69,9 +73,9 @@ class Flaws:
     """What is wrong with outputs that DVC says it made, restored or kept."""
 
     damaged: list[str] = field(default_factory=list)
-    """Files in place that were not what `dvc.lock` says, and are removed."""
+    """Outputs in place that were not what `dvc.lock` says, and are removed."""
     lacking: list[str] = field(default_factory=list)
-    """Sound outputs, or files of one, that DVC's cache has not got."""
+    """Sound outputs that DVC's cache does not have, or not all of it."""
     dropped: list[str] = field(default_factory=list)
     """The md5 of damaged objects that were removed from the cache."""
 
@@ -90,46 +94,35 @@ def mend(dag: Dag, names: Iterable[str]) -> Flaws:
         RunError: something damaged cannot be removed.
     """
     objects, flaws = dag.objects, Flaws()
-    for outputs in dag.recorded_outputs(names).values():
-        for output in outputs:
-            _mend(dag.root, output, objects, flaws)
+    for name, outputs in dag.recorded_outputs(names).items():
+        for path, md5 in outputs.items():
+            place = dag.root / path
+            damaged = not place.exists() or dvc_md5(place) != md5
+            lacking = path not in dag.stages[name].uncached and not objects.has(md5)
+            if damaged or lacking:
+                (flaws.damaged if damaged else flaws.lacking).append(path)
+                files = (objects.members(md5) or {}).values()
+                flaws.dropped += [each for each in (md5, *files) if objects.drop_damaged(each)]
+            if damaged:
+                remove_damaged(place)
     return flaws
 
 
-def _mend(root: Path, output: Recorded, objects: Objects, flaws: Flaws) -> None:
-    files: Mapping[str, str] | None = {"": output.md5}
-    if output.md5.endswith(".dir"):
-        flaws.dropped += [output.md5] * objects.drop_damaged(output.md5)
-        files = objects.members(output.md5)
-    if files is None:  # which of its files are sound cannot be told without the list
-        place = root / output.path
-        if place.exists() and dvc_md5(place) == output.md5:
-            flaws.lacking.append(output.path)
-        else:
-            flaws.damaged.append(output.path)
-        return
-    for name, md5 in files.items():
-        place, kept = root / output.path / name, objects.path(md5)
-        if md5_of(place) != md5:
-            remove_damaged(place)
-            flaws.damaged.append(place.relative_to(root).as_posix())
-            flaws.dropped += [md5] * objects.drop_damaged(md5)
-        elif output.cached and not (kept.exists() and _size(kept) == _size(place)):
-            flaws.lacking.append(place.relative_to(root).as_posix())
-            flaws.dropped += [md5] * objects.drop_damaged(md5)
+def is_made(dag: Dag, name: str, reasons: Sequence[Reason]) -> bool:
+    """Whether the outputs in place are those that a run would make, and only DVC's cache lacks
+    them: it could not keep them, or was deleted.
 
-
-def _size(path: Path) -> int:
-    return path.stat().st_size
-
-
-def are_in_place(dag: Dag, name: str) -> bool:
-    """Whether the outputs of a stage, byte for byte, are what `dvc.lock` says."""
-    outputs = dag.recorded_outputs([name])[name]
-    places = {dag.root / each.path: each.md5 for each in outputs}
-    return bool(places) and all(
-        path.exists() and dvc_md5(path) == md5 for path, md5 in places.items()
-    )
+    Args:
+        dag: the project.
+        name: of a stage.
+        reasons: why it is out of date.
+    """
+    if reasons and all(each.not_in_cache for each in reasons):
+        return all(
+            (dag.root / path).exists() and dvc_md5(dag.root / path) == md5
+            for path, md5 in dag.recorded_outputs([name])[name].items()
+        )
+    return dag.is_noted_as_made(name)
 
 
 class DvcCache(Objects):
@@ -147,23 +140,6 @@ class DvcCache(Objects):
         """Let go of what DVC holds open."""
         self._repo.close()
 
-    def push_metrics(self) -> None:
-        """Push what `dvc push` leaves out of the stages' outputs, as far as the cache has it.
-
-        Raises:
-            RunError: the remote does not take it.
-        """
-        outs = [out for stage in self._repo.index.stages for out in stage.outs]
-        wanted = {out.hash_info for out in outs if not out.use_cache and out.hash_info}
-        result = self._repo.cloud.push({each for each in wanted if self._odb.exists(each.value)})
-        if result.failed:
-            raise RunError(f"dvc push: {len(result.failed)} files of metrics failed; push again")
-
-    @property
-    def has_remote(self) -> bool:
-        """Whether there is a default remote to fetch from."""
-        return bool(self._repo.config["core"].get("remote"))
-
     def fetch(self, md5: str) -> bool:
         """Bring a file or directory from the default remote into the cache; whether it is there.
 
@@ -175,21 +151,17 @@ class DvcCache(Objects):
         from dvc.exceptions import DvcException
         from dvc_data.hashfile.hash_info import HashInfo
 
-        if self._is_whole(md5):
-            return True
-        if not self.has_remote:
-            return False
-        try:
-            self._repo.cloud.pull([HashInfo("md5", md5)])
-            if files := self.members(md5):  # of a directory the list alone came
-                self._repo.cloud.pull([HashInfo("md5", each) for each in set(files.values())])
-        except (FileNotFoundError, DvcException):
-            return self._is_whole(md5)
-        except Exception as error:  # each kind of remote has errors of its own
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise RunError(
-                f"DVC's remote cannot be read ({reason}); check `dvc remote list`"
-            ) from error
+        if not self._is_whole(md5) and self._repo.config["core"].get("remote"):
+            try:
+                self._repo.cloud.pull([HashInfo("md5", md5)])
+                files = set((self.members(md5) or {}).values())  # of a folder the list alone came
+                self._repo.cloud.pull([HashInfo("md5", each) for each in files])
+            except (FileNotFoundError, DvcException):
+                pass
+            except Exception as error:  # each kind of remote has errors of its own
+                raise RunError(
+                    f"DVC's remote cannot be read ({in_one_line(error)}); check `dvc remote list`"
+                ) from error
         return self._is_whole(md5)
 
     def _is_whole(self, md5: str) -> bool:
@@ -202,17 +174,16 @@ class DvcCache(Objects):
         Raises:
             RunError: it cannot be written.
         """
-        files = self.members(md5) or ({} if md5.endswith(".dir") else {"": md5})
+        files = self.members(md5)
         try:
-            if path.exists():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            if md5.endswith(".dir"):
+            remove(path)
+            if files is not None:
                 path.mkdir(parents=True)
-            for name, each in files.items():
-                target = path / name if name else path
+            for name, each in ({"": md5} if files is None else files).items():
+                target = path / name
                 target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(self._odb.oid_to_path(each), target)
+                shutil.copyfile(self.path(each), target)
         except OSError as error:
             raise RunError(
-                f"{os.fspath(path)}: {error.strerror or error}; make room or make it writable"
+                f"{path}: {error.strerror or error}; make room or make it writable"
             ) from None

@@ -27,14 +27,12 @@ def code_of(root: Path, stage: str) -> list[str]:
     Raises:
         InputError: `dvc.yaml` cannot be read, or names code that is not there.
     """
-    for stages in pipeline_stages(root):
-        if isinstance(entry := stages.get(stage), dict) and isinstance(entry.get("deps"), list):
-            listed = [dep for dep in entry["deps"] if is_code(dep)]
-            break
-    else:
+    known = {name: entry for stages in pipeline_stages(root) for name, entry in stages.items()}
+    listed = known.get(stage, {}).get("deps")
+    if not isinstance(listed, list):
         raise InputError(f"dvc.yaml: names no deps of {stage}, or cannot be read; restore the file")
     files = []
-    for path in listed:
+    for path in filter(is_code, listed):
         found = files_of_code(root, path)
         if not found:
             raise missing_code(path, stage)

@@ -7,7 +7,6 @@ for.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -21,8 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt.base.errors import InputError, RunError, in_one_line, shortened
+from gpt.base.files import whole_file
 from pipeline.dag.code import files_of_code, is_code, md5_of_code, missing_code, note_of_code
 from pipeline.dag.dvc_files import LOCK_FILE, PIPELINE_FILE, lock_files, pipeline_files, read_stages
+from pipeline.dag.lock import read_lock
 from pipeline.dag.objects import Objects, md5_of
 from pipeline.dag.repository import mend_rwlock, open_repo
 from pipeline.project.params import PARAMS_FILE, read_params
@@ -42,6 +43,8 @@ class Stage:
     outputs: tuple[str, ...]
     metrics: tuple[str, ...]
     """Those of the outputs that hold metrics."""
+    uncached: tuple[str, ...]
+    """Those of the outputs that git keeps and not DVC."""
     file: str = PIPELINE_FILE
     """The pipeline file that it stands in."""
 
@@ -57,18 +60,7 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True)
-class Recorded:
-    """An output as `dvc.lock` has it."""
-
-    path: str
-    """Relative to the project's root."""
-    md5: str
-    cached: bool
-    """DVC keeps it; else git does."""
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
+class Reason:
     """One reason why a stage is out of date."""
 
     what: str
@@ -81,7 +73,7 @@ class Change:
     @property
     def not_in_cache(self) -> bool:
         """The output may be as it was: DVC's cache only has not got it."""
-        return self.how == f"output {_WORDS['not in cache']}"
+        return self.how == f"output {_DVC_WORDS['not in cache']}"
 
 
 class Dag:
@@ -96,7 +88,6 @@ class Dag:
 
     def __init__(self, root: Path) -> None:
         from dvc.exceptions import DvcException
-        from dvc.lock import make_lock
 
         # DVC reads them, too, but says less of what is wrong in them
         read_params(root / PARAMS_FILE)
@@ -106,14 +97,10 @@ class Dag:
         mend_rwlock(root)
         self.root = root
         self._thread_lock = threading.RLock()
+        self.objects = Objects(self._repo.cache.local)
+        # by a damaged list of a folder's files DVC would restore wrong names, or fail
+        self.objects.drop_damaged_lists()
         try:
-            # DVC's own lock, but without its message on the terminal, and patient.
-            self._repo.lock = make_lock(
-                self._repo.lock.lockfile,
-                tmp_dir=self._repo.tmp_dir,
-                hardlink_lock=self._repo.config["core"].get("hardlink_lock", False),
-                wait=True,
-            )
             self.stages: dict[str, Stage] = self._load()
         except DvcException as error:
             reason = in_one_line(error)
@@ -157,25 +144,17 @@ class Dag:
                     "dir --local FOLDER`, then `dvc config --local cache.type symlink`"
                 )
 
-    def changes(self, names: Iterable[str] | None = None) -> dict[str, list[Change]]:
+    def changes(self, names: Iterable[str] | None = None) -> dict[str, list[Reason]]:
         """Why each stage (by default all) is out of date; an empty list is up to date."""
-        names = names if names is None else list(names)
         try:
-            return self._changes(names)
+            with self._held_still() as stages:
+                wanted = list(stages) if names is None else names
+                return {name: list(_changes(stages[name], self.root)) for name in wanted}
         except NotADirectoryError as error:
             raise InputError(
                 f"{self.cache}: DVC's cache is no folder ({error.strerror}); remove it, or name "
                 "another: `dvc cache dir --local FOLDER`"
             ) from None
-        except (AttributeError, KeyError, TypeError):
-            # DVC does not expect a damaged list of a directory's files that is JSON all the same
-            if not self.objects.drop_damaged_lists():
-                raise
-            return self._changes(names)
-
-    def _changes(self, names: Iterable[str] | None) -> dict[str, list[Change]]:
-        with self._held_still() as stages:
-            return {name: list(_changes(stages[name], self.root)) for name in names or list(stages)}
 
     def missing_params(self, name: str) -> list[str]:
         """The parameters that a stage depends on and `params.yaml` lacks: DVC would not run it."""
@@ -190,38 +169,45 @@ class Dag:
                 if param not in dep.read_params()
             ]
 
-    def fingerprint(self, name: str) -> str:
+    def note_made(self, name: str) -> None:
+        """Note that the outputs in place are what the stage made, though DVC does not have them."""
+        path = self._made_note(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as partial:
+            partial.write_text(self._fingerprint(name), encoding="utf-8")
+
+    def is_noted_as_made(self, name: str) -> bool:
+        """Whether `note_made` was called of just these outputs, made of just this."""
+        try:
+            return self._made_note(name).read_text(encoding="utf-8") == self._fingerprint(name)
+        except OSError:
+            return False
+
+    def _made_note(self, name: str) -> Path:
+        return self.root / ".pipeline" / "uncommitted" / name
+
+    def _fingerprint(self, name: str) -> str:
         """Of all that `dvc.lock` would record of a stage now: equal while nothing of it changes."""
         from dvc.dependency.param import ParamsDependency
 
         with self._held_still() as stages:
             stage = stages[name]
-            entry = {
-                "cmd": stage.cmd,
-                "params": [
-                    dep.read_params() for dep in stage.deps if isinstance(dep, ParamsDependency)
-                ],
-                "files": {
-                    each.fs_path: each.get_hash().value if each.exists else None
-                    for each in (*stage.deps, *stage.outs)
-                    if not isinstance(each, ParamsDependency)
-                },
-            }
-        content = json.dumps(entry, sort_keys=True, default=str)
+            files = [
+                (each.fs_path, each.get_hash().value if each.exists else None)
+                for each in (*stage.deps, *stage.outs)
+                if not isinstance(each, ParamsDependency)
+            ]
+            params = [dep.read_params() for dep in stage.deps if isinstance(dep, ParamsDependency)]
+        content = json.dumps([stage.cmd, params, files], default=str)
         return hashlib.sha256(content.encode()).hexdigest()
 
-    def recorded_outputs(self, names: Iterable[str] | None = None) -> dict[str, list[Recorded]]:
-        """The outputs of each stage (by default of all) as `dvc.lock` has them; none where it has
-        no entry."""
-        with self._held_still() as stages:
-            return {
-                name: [
-                    Recorded(_relative(out, self.root), str(out.hash_info.value), out.use_cache)
-                    for out in stages[name].outs
-                    if out.hash_info and out.hash_info.name == "md5"
-                ]
-                for name in names or list(stages)
-            }
+    def recorded_outputs(self, names: Iterable[str] | None = None) -> dict[str, dict[str, str]]:
+        """Path -> md5 of the outputs of each stage (by default of all) as `dvc.lock` has them;
+        none where it has no entry."""
+        with self._locked():
+            entries = read_lock(self.root)
+        wanted = self.stages if names is None else names
+        return {name: entries[name].outputs if name in entries else {} for name in wanted}
 
     def check_cache(self) -> None:
         """Whether DVC's cache can be written is known before there is something to keep.
@@ -252,27 +238,13 @@ class Dag:
 
         with self._held_still() as stages:
             outputs = [out.fs_path for name in names for out in stages[name].outs]
-        held = contextlib.ExitStack()
+        hardlink = self._repo.config["core"].get("hardlink_lock", False)
+        command = " ".join(sys.argv)
         try:
-            held.enter_context(
-                rwlock(
-                    self._repo.tmp_dir,
-                    self._repo.fs,
-                    " ".join(sys.argv),
-                    outputs,
-                    [],
-                    self._repo.config["core"].get("hardlink_lock", False),
-                )
-            )
+            with rwlock(self._repo.tmp_dir, self._repo.fs, command, outputs, [], hardlink):
+                yield
         except LockError as error:
             raise BlockingIOError(str(error)) from None
-        with held:
-            yield
-
-    @property
-    def objects(self) -> Objects:
-        """What DVC's cache holds."""
-        return Objects(self._repo.cache.local)
 
     @property
     def cache(self) -> str:
@@ -281,30 +253,22 @@ class Dag:
         cache = path.parents[1] if path.parts[-2:] == ("files", "md5") else path
         return os.path.relpath(cache, self.root) if cache.is_relative_to(self.root) else str(cache)
 
-    def recorded(self) -> list[str]:
-        """The stages that have an entry in a `dvc.lock`, in its order."""
-        with self._locked():
-            return [name for lock in lock_files(self.root) for name in read_stages(lock)]
-
-    def sort_lock(self, recorded: Iterable[str]) -> None:
-        """Put the entries of each `dvc.lock` in the order that `dvc repro` gives them.
+    def sort_lock(self) -> None:
+        """Put the entries of each `dvc.lock` in the order in which `dvc repro` makes them.
 
         DVC appends the entry of a stage that has none yet when it ends, and stages that run side
-        by side end in any order. `recorded` is what stood there before they ran.
+        by side end in any order.
         """
         from dvc.utils.serialize import modify_yaml
 
-        recorded = list(recorded)
         with self._locked():
             for lock in lock_files(self.root):
-                now = read_stages(lock)
-                order = [name for name in recorded if name in now]
-                order += [name for name in self.stages if name in now and name not in order]
-                if order == list(now) or set(order) != set(now):
-                    continue
-                with modify_yaml(str(lock)) as content:
-                    entries = content["stages"]
-                    content["stages"] = {name: entries[name] for name in order}
+                now = list(read_stages(lock))
+                order = [name for name in (*self.stages, *now) if name in now]
+                order = list(dict.fromkeys(order))
+                if order != now:
+                    with modify_yaml(str(lock)) as content:
+                        content["stages"] = {name: content["stages"][name] for name in order}
 
     def _load(self) -> dict[str, Stage]:
         from dvc.repo.reproduce import get_active_graph, plan_repro
@@ -321,6 +285,9 @@ class Dag:
                     inputs=tuple(_relative(dep, self.root) for dep in stage.deps),
                     outputs=tuple(_relative(out, self.root) for out in stage.outs),
                     metrics=tuple(_relative(out, self.root) for out in stage.outs if out.metric),
+                    uncached=tuple(
+                        _relative(out, self.root) for out in stage.outs if not out.use_cache
+                    ),
                     file=_file(stage, self.root),
                 )
                 for stage in order
@@ -351,7 +318,7 @@ def _relative(entry: Any, root: Path) -> str:
     return Path(os.path.relpath(entry.fs_path, root)).as_posix()
 
 
-_WORDS = {
+_DVC_WORDS = {
     "deleted": "is missing",
     "modified": "changed",
     "new": "is new",
@@ -359,15 +326,15 @@ _WORDS = {
 }
 
 
-def _changes(stage: PipelineStage, root: Path) -> Iterator[Change]:
+def _changes(stage: PipelineStage, root: Path) -> Iterator[Reason]:
     from dvc.dependency.param import ParamsDependency
 
     file = Path(_file(stage, root))
     if not any(entry.hash_info for entry in (*stage.deps, *stage.outs)):
-        yield Change(file.with_name(LOCK_FILE).as_posix(), "no run of this stage is recorded")
+        yield Reason(file.with_name(LOCK_FILE).as_posix(), "no run of this stage is recorded")
         return
     if stage.cmd_changed:
-        yield Change(file.as_posix(), "the command changed")
+        yield Reason(file.as_posix(), "the command changed")
     for dep in stage.deps:
         if isinstance(dep, ParamsDependency):
             before, now = dep.hash_info.value or {}, dep.read_params()
@@ -377,14 +344,14 @@ def _changes(stage: PipelineStage, root: Path) -> Iterator[Change]:
             for status in dep.status().values():
                 path, md5 = _relative(dep, root), str(dep.hash_info.value)
                 yield from _changes_below(root, stage.name, path, md5) or [
-                    Change(path, _WORDS.get(status, str(status)))
+                    Reason(path, _DVC_WORDS.get(status, str(status)))
                 ]
     for out in stage.outs:
         for status in out.status().values():
-            yield Change(_relative(out, root), f"output {_WORDS.get(status, status)}")
+            yield Reason(_relative(out, root), f"output {_DVC_WORDS.get(status, status)}")
 
 
-def _changes_below(root: Path, stage: str, folder: str, md5: str) -> list[Change]:
+def _changes_below(root: Path, stage: str, folder: str, md5: str) -> list[Reason]:
     """What differs in a folder of code, where it is noted which files had this md5 together."""
     try:
         before = json.loads(note_of_code(root, stage).read_text("utf-8"))
@@ -394,11 +361,11 @@ def _changes_below(root: Path, stage: str, folder: str, md5: str) -> list[Change
         return []
     now = {path: md5_of(root / path) for path in files_of_code(root, folder)}
     return [
-        Change(path, _WORDS["modified" if path in before else "new"])
+        Reason(path, _DVC_WORDS["modified" if path in before else "new"])
         for path in now
         if now[path] != before.get(path)
     ] + [
-        Change(path, _WORDS["deleted"])
+        Reason(path, _DVC_WORDS["deleted"])
         for path in before
         if path.startswith(f"{folder}/") and path not in now
     ]
@@ -407,13 +374,13 @@ def _changes_below(root: Path, stage: str, folder: str, md5: str) -> list[Change
 _ABSENT = object()
 
 
-def _compare(old: Any, new: Any, path: str) -> Iterator[Change]:
+def _compare(old: Any, new: Any, path: str) -> Iterator[Reason]:
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*old, *(key for key in new if key not in old)]:
             yield from _compare(old.get(key, _ABSENT), new.get(key, _ABSENT), f"{path}.{key}")
     elif old is _ABSENT:
-        yield Change(path, f"added: {shortened(str(new), 60)}")
+        yield Reason(path, f"added: {shortened(str(new), 60)}")
     elif new is _ABSENT:
-        yield Change(path, f"removed, was {shortened(str(old), 60)}")
+        yield Reason(path, f"removed, was {shortened(str(old), 60)}")
     elif old != new:
-        yield Change(path, f"{shortened(str(old), 60)} → {shortened(str(new), 60)}")
+        yield Reason(path, f"{shortened(str(old), 60)} → {shortened(str(new), 60)}")

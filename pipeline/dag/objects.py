@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt.base.errors import RunError
+from gpt.base.files import remove
 
 
 class Objects:
@@ -81,13 +82,13 @@ def md5_of(path: Path) -> str:
 
 
 def remove_damaged(path: Path) -> None:
-    """Remove a file that is not what it should be, if it is there.
+    """Remove a file or folder that is not what it should be, if it is there.
 
     Raises:
         RunError: it cannot be removed.
     """
     try:
-        path.unlink(missing_ok=True)
+        remove(path)
     except OSError as error:
         raise RunError(
             f"{path}: damaged, and cannot be removed ({error.strerror}); make it writable"

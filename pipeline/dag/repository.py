@@ -7,7 +7,6 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,7 +38,7 @@ def open_repo(root: Path) -> Repo:
         logging.getLogger(bars).setLevel(logging.CRITICAL)
     allow_missing_git(root)
     with _opening():
-        return Repo(str(root))
+        return Repo(str(root), _wait_for_lock=True)
 
 
 def has_remote(root: Path) -> bool:
@@ -54,16 +53,8 @@ def has_remote(root: Path) -> bool:
         return bool(Config(str(root / ".dvc"), validate=False)["core"].get("remote"))
 
 
-@dataclass(frozen=True, slots=True)
-class Remote:
-    """DVC's default remote: its address, and whether it is a folder that is not there yet."""
-
-    place: str
-    missing: bool
-
-
-def remote_of(root: Path) -> Remote | None:
-    """DVC's default remote, asked whether it is there; None where none is set.
+def remote_of(root: Path) -> tuple[str, bool] | None:
+    """The address of DVC's default remote, and whether it is there; None where none is set.
 
     Raises:
         RunError: it cannot be reached.
@@ -75,8 +66,8 @@ def remote_of(root: Path) -> Remote | None:
             if not repo.config["core"].get("remote"):
                 return None
             remote = repo.cloud.get_remote()
-            missing = not remote.fs.exists(remote.path) and remote.fs.protocol == "local"
-            return Remote(str(remote.config.get("url", remote.path)), missing)
+            there = remote.fs.exists(remote.path) or remote.fs.protocol != "local"
+            return str(remote.config.get("url", remote.path)), there
     except Exception as error:  # each kind of remote has errors of its own
         raise RunError(f"cannot be reached: {in_one_line(error)}") from None
 
@@ -99,41 +90,32 @@ def _opening() -> Iterator[None]:
 def mend_rwlock(root: Path) -> bool:
     """Mend DVC's table of running commands where kills left it wrong; whether they did.
 
-    DVC writes it in place and does not start when it is cut off. Of a process that was killed it
-    only asks whether there is one of that number, and after a reboot, or in a container, there is.
+    DVC writes it in place, and does not start when it is cut off. Of a process it only asks whether
+    there is one of that number: after a reboot, or in a container, there is.
     """
     from dvc.lock import LockError, make_lock
 
     path = root / ".dvc" / "tmp" / "rwlock"
-    if _mended(path) is None:
+    if not path.exists():
         return False
     with contextlib.suppress(LockError):  # a DVC command is writing it now
         with make_lock(f"{path}.lock", tmp_dir=str(path.parent)):
-            if (content := _mended(path)) is None:
-                return False
-            path.write_text(content, encoding="utf-8")
-        return True
+            try:
+                table = {"write": {}, "read": {}} | json.loads(path.read_bytes())
+                running = {
+                    "write": {at: by for at, by in table["write"].items() if is_running(**by)},
+                    "read": {
+                        at: [each for each in by if is_running(**each)]
+                        for at, by in table["read"].items()
+                    },
+                }
+            except (AttributeError, KeyError, TypeError, ValueError):
+                table, running = None, {}
+            wrong = bool(running != table)
+            if wrong:
+                path.write_text(json.dumps(running), encoding="utf-8")
+        return wrong
     return False
-
-
-def _mended(path: Path) -> str | None:
-    """What the table should hold; None where it holds that."""
-    try:
-        table = json.loads(path.read_bytes())
-        running = {
-            "write": {file: by for file, by in table.get("write", {}).items() if is_running(**by)},
-            "read": {
-                file: left
-                for file, by in table.get("read", {}).items()
-                if (left := [each for each in by if is_running(**each)])
-            },
-        }
-    except FileNotFoundError:
-        return None
-    except (AttributeError, TypeError, ValueError):
-        return "{}"
-    same = all(running[kind] == table.get(kind, {}) for kind in running)
-    return None if same else json.dumps(running)
 
 
 def is_running(pid: int, cmd: str) -> bool:

@@ -22,7 +22,6 @@ from typing import Any
 
 from gpt.base.errors import RunError
 from gpt.base.events import Event
-from gpt.base.files import whole_file
 from pipeline.dag.cache import mend
 from pipeline.dag.dvc_files import LOCK_FILE
 from pipeline.dag.graph import Dag
@@ -105,6 +104,16 @@ class Ended:
         said = any(mark in line for line in self.output for mark in _LOCKED)
         return bool(self.code) and not self.executed and said
 
+    @property
+    def blockers(self) -> dict[int, str]:
+        """Process id -> command of those that DVC says are at work on the same files."""
+        return {int(pid): cmd for pid, cmd in _BLOCKERS.findall("\n".join(self.output))}
+
+    @property
+    def who_blocks(self) -> str:
+        """The same in words; empty if there is none."""
+        return ", ".join(f"process {pid} ({cmd})" for pid, cmd in self.blockers.items())
+
 
 class Processes:
     """The DVC processes of one flow run, and whether and why they were stopped."""
@@ -118,15 +127,15 @@ class Processes:
     def stop(self, number: int) -> None:
         """Let the running stages save their state; a second call, or patience at its end, kills
         them."""
+        running = list(self._running)
         if self.stopped_by:
-            self._send(signal.SIGKILL)
+            for process in running:
+                _signal(process, signal.SIGKILL)
             return
         self.stopped_by = number
         self.stopping.set()
-        self._send(signal.SIGINT)
-        timer = threading.Timer(STOP_SECONDS, self._send, [signal.SIGKILL])
-        timer.daemon = True
-        timer.start()
+        for process in running:
+            threading.Thread(target=_end, args=[process], daemon=True).start()
 
     @contextlib.contextmanager
     def stopped_by_signals(self) -> Iterator[None]:
@@ -186,15 +195,15 @@ class Processes:
         first = commit if made else [*again, *(["--force"] if force else []), *pull]
         # a damaged copy of the remote would come back, so the last time it is not asked
         ways = [first, [*again, *pull], again]
+        for name in names:
+            _verdict_file(dag.root, name).unlink(missing_ok=True)
         done = Ended()
         hears = (done, show, say, environment, seconds)
         dag.check_cache()
-        # by a wrong list DVC would restore wrong names, and record them as what the stage made
-        dag.objects.drop_damaged_lists()
         while True:
             arguments = [*ways.pop(0), *addresses]
             self._dvc_or_as_before(dag, names, arguments, *hears)
-            while done.blocked and self._others_end(dag.root, done, warn):
+            while done.blocked and self._wait_for_others(dag.root, done, warn):
                 done.code, done.output = 0, []
                 self._dvc_or_as_before(dag, names, arguments, *hears)
             if done.code or done.timed_out or self.stopped_by:
@@ -246,102 +255,83 @@ class Processes:
         """A DVC command; how it ended is added to `done`."""
         with scratch(root) as folder:
             events = folder / "events.jsonl"
-            process = subprocess.Popen(
-                [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments],
-                cwd=root,
-                env={
-                    **os.environ,
-                    **(environment or {}),
-                    EVENTS_VARIABLE: str(events),
-                    "PYTHONUNBUFFERED": "1",
-                    # dvc.yaml says `python`, and that is the one that runs here
-                    "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-                },
-                # The stage holds the other end of this too: its end says that we are gone.
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                encoding="utf-8",
-                errors="replace",
-                start_new_session=True,  # Ctrl-C comes to us, and we pass it on
-            )
-            self._running.add(process)
-            if self.stopped_by:  # the signal came between the last look and now
-                _signal(process, signal.SIGINT)
-            try:
-                with _limited(process, seconds, done), following(events, show):
-                    assert process.stdout is not None
-                    for line in process.stdout:
-                        text = line.rstrip()
-                        if text.startswith(AFTERWARDS):
-                            process.stdout.read()
-                            break
-                        if not text:
-                            continue
+            variables = {
+                **os.environ,
+                **(environment or {}),
+                EVENTS_VARIABLE: str(events),
+                "PYTHONUNBUFFERED": "1",
+                # dvc.yaml says `python`, and that is the one that runs here
+                "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+            }
+            command = [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments]
+            with (
+                # The stage holds the other end of stdin too: its end says that we are gone.
+                self._started(
+                    root, command, env=variables, stdin=subprocess.PIPE, stderr=subprocess.STDOUT
+                ) as process,
+                _limited(process, seconds, done),
+                following(events, show),
+            ):
+                assert process.stdout is not None
+                for line in process.stdout:
+                    text = line.rstrip()
+                    if text.startswith(AFTERWARDS):
+                        process.stdout.read()
+                        break
+                    if text:
                         done.output.append(text)
                         begun = done.executed
                         done.executed = begun or text.startswith("> ")
                         say(text, begun)
-                    done.code = process.wait()
-            except BaseException:  # of a listener, as when its pipe is closed: nobody reads on
-                _end(process)
-                raise
-            finally:
-                self._running.discard(process)
+                done.code = process.wait()
 
-    def _others_end(self, root: Path, done: Ended, warn: Callable[[str], None]) -> bool:
+    @contextlib.contextmanager
+    def _started(
+        self, root: Path, command: Sequence[str], **options: Any
+    ) -> Iterator[subprocess.Popen[str]]:
+        """A process that is stopped with the others; an error within the block ends it."""
+        process = subprocess.Popen(
+            command,
+            cwd=root,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,  # Ctrl-C comes to us, and we pass it on
+            **options,
+        )
+        self._running.add(process)
+        try:
+            if self.stopped_by:  # the signal came between the last look and now
+                _signal(process, signal.SIGINT)
+            yield process
+        except BaseException:  # of a listener, as when its pipe is closed: nobody reads on
+            _end(process)
+            raise
+        finally:
+            self._running.discard(process)
+
+    def _wait_for_others(self, root: Path, done: Ended, warn: Callable[[str], None]) -> bool:
         """Wait for the processes that DVC says are at work on the same files; whether they ended.
 
         False where it names none, or this run is stopped meanwhile.
         """
         if mend_rwlock(root):
             return True
-        others = {int(pid): cmd for pid, cmd in _BLOCKERS.findall("\n".join(done.output))}
-        if others:
-            who = ", ".join(f"process {pid} ({cmd})" for pid, cmd in others.items())
-            warn(f"waits for {who}, which works on the same files")
-        while any(is_running(pid, cmd) for pid, cmd in others.items()):
+        if done.blockers:
+            warn(f"waits for {done.who_blocks}, which works on the same files")
+        while any(is_running(pid, cmd) for pid, cmd in done.blockers.items()):
             if self.stopping.wait(_LOOKS_SECONDS):
                 return False
-        return bool(others)
+        return bool(done.blockers)
 
     def run(self, root: Path, command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-        """A command that is stopped with the stages.
-
-        Args:
-            root: where it works.
-            command: its words.
-
-        Returns:
-            Its exit code and what it printed.
-        """
-        process = subprocess.Popen(
-            command,
-            cwd=root,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        self._running.add(process)
-        try:
-            if self.stopped_by:
-                _signal(process, signal.SIGINT)
+        """A command that is stopped with the stages: its exit code and what it printed."""
+        with self._started(
+            root, command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE
+        ) as process:
             out, err = process.communicate()
-        finally:
-            self._running.discard(process)
         return subprocess.CompletedProcess(command, process.returncode, out, err)
-
-    def _send(self, number: int) -> None:
-        for process in list(self._running):
-            _signal(process, number)
-
-
-def forget_failure(root: Path, name: str) -> None:
-    """Before a stage runs: what it left of its last failure."""
-    _verdict_file(root, name).unlink(missing_ok=True)
 
 
 def failure(root: Path, names: Sequence[str], done: Ended) -> StageError:
@@ -352,16 +342,14 @@ def failure(root: Path, names: Sequence[str], done: Ended) -> StageError:
     for name in names:
         with contextlib.suppress(OSError, ValueError, KeyError):
             said = json.loads(_verdict_file(root, name).read_text(encoding="utf-8"))
-            code = int(said["code"])
-            kind = str(said.get("kind") or ("input" if code == 2 else "failed"))
-            return StageError(str(said["error"]), code, kind)
+            kind = said.get("kind") or ("input" if said["code"] == 2 else "failed")
+            return StageError(str(said["error"]), int(said["code"]), kind)
     name = ", ".join(names)
     if done.lacking:
         reasons = [line for line in done.output if line.startswith(_NOT_TRANSFERRED)]
         reason = reasons[-1].partition(" - ")[2] if reasons else ""
         return StageError(reason or f"{', '.join(done.lacking)} is not in it", kind="cache")
-    if blockers := _BLOCKERS.findall("\n".join(done.output)):
-        who = ", ".join(f"process {pid} ({cmd})" for pid, cmd in blockers)
+    if who := done.who_blocks:
         return StageError(f"{name}: {who} works on the same files; wait for it or stop it")
     for mark in ("error: ", "ERROR: "):
         if lines := [line for line in done.output if line.startswith(mark)]:
@@ -377,36 +365,6 @@ def _only_not_kept(dag: Dag, names: Sequence[str], done: Ended) -> bool:
     """Whether stages are made and DVC's cache only could not take them in."""
     outputs = (dag.root / path for name in names for path in dag.stages[name].outputs)
     return failure(dag.root, names, done).kind == "cache" and all(map(Path.exists, outputs))
-
-
-def keep_for_commit(root: Path, name: str, fingerprint: str) -> None:
-    """Note that the outputs in place are what the stage made, though DVC has them not.
-
-    Args:
-        root: the project.
-        name: the stage.
-        fingerprint: of the stage and its outputs, `pipeline.dag.graph.Dag.fingerprint`.
-    """
-    path = _uncommitted_file(root, name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as partial:
-        partial.write_text(fingerprint, encoding="utf-8")
-
-
-def kept_for_commit(root: Path, name: str) -> str:
-    """The fingerprint under which the stage's outputs wait for DVC; empty if they do not."""
-    with contextlib.suppress(OSError):
-        return _uncommitted_file(root, name).read_text(encoding="utf-8")
-    return ""
-
-
-def forget_for_commit(root: Path, name: str) -> None:
-    """DVC has the outputs, or others are made."""
-    _uncommitted_file(root, name).unlink(missing_ok=True)
-
-
-def _uncommitted_file(root: Path, name: str) -> Path:
-    return root / ".pipeline" / "uncommitted" / name
 
 
 def _verdict_file(root: Path, name: str) -> Path:
@@ -433,23 +391,15 @@ def _end(process: subprocess.Popen[str]) -> None:
 @contextlib.contextmanager
 def _limited(process: subprocess.Popen[str], seconds: float | None, done: Ended) -> Iterator[None]:
     """Stop the process, as Ctrl-C does, when its time is over; kill it when that is not heard."""
-    if seconds is None:
-        yield
-        return
 
     def stop() -> None:
         done.timed_out = True
-        _signal(process, signal.SIGINT)
+        _end(process)
 
-    timers = [
-        threading.Timer(seconds, stop),
-        threading.Timer(seconds + STOP_SECONDS, _signal, (process, signal.SIGKILL)),
-    ]
-    for timer in timers:
-        timer.daemon = True
-        timer.start()
+    timer = threading.Timer(threading.TIMEOUT_MAX if seconds is None else seconds, stop)
+    timer.daemon = True
+    timer.start()
     try:
         yield
     finally:
-        for timer in timers:
-            timer.cancel()
+        timer.cancel()

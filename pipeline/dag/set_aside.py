@@ -14,7 +14,7 @@ from pathlib import Path
 
 from gpt.base.errors import RunError
 from gpt.base.files import remove
-from pipeline.dag.graph import Dag, Recorded
+from pipeline.dag.graph import Dag
 
 
 class Earlier:
@@ -31,7 +31,7 @@ class Earlier:
 
     def __init__(self, dag: Dag, names: Sequence[str], folder: Path) -> None:
         self._dag, self._names, self._folder = dag, names, folder
-        self._recorded: dict[str, list[Recorded]] = {}
+        self._recorded: dict[str, dict[str, str]] = {}
         with contextlib.suppress(BlockingIOError), dag.unwritten(names):
             for path in (path for name in names for path in dag.stages[name].outputs):
                 try:

@@ -46,13 +46,12 @@ def make_workspace(
         _share_cache(project, folder)
         if params is not None:
             (folder / PARAMS_FILE).write_bytes(params)
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
-        raise RunError(
-            f"{folder}: {error.strerror or error}; make room or choose another"
-        ) from None
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise RunError(
+                f"{folder}: {error.strerror or error}; make room or choose another"
+            ) from None
         raise
     return folder
 

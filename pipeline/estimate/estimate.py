@@ -159,7 +159,7 @@ def _forward(model: Counts, data: Dataset, size: int) -> float:
 
 
 def _plan_classifier(params: Any, ready: Any) -> Plan:
-    from stages.finetune_classifier import SCORED_AT_ONCE, freeze
+    from stages.finetune_classifier import ROWS_AT_ONCE, freeze
 
     with torch.device("meta"):
         classifier = GPTClassifier(ready.config, ready.labels, params.pooling)
@@ -170,7 +170,7 @@ def _plan_classifier(params: Any, ready: Any) -> Plan:
     one_vector = depth == ready.config.n_layer and not model.mean  # of each text
     flops = functools.partial(shapes.classifier_flops, model, kept=kept)
     scored = {
-        name: sum(flops(_shape(batch)) / 3 for batch in batches(each, SCORED_AT_ONCE))
+        name: sum(flops(_shape(batch)) / 3 for batch in batches(each, ROWS_AT_ONCE))
         for name, each in ready.data.items()
     }
     texts = [Shape(rows=1, length=n, tokens=n, targets=1) for n in lengths]

@@ -121,8 +121,9 @@ def _check_remote(root: Path) -> Check:
         none = "none is set (`dvc remote add -d NAME PLACE`), so outputs stay here"
         return Check("DVC remote", none, "warning")
     new = " is not there; the first push makes it, if nothing is to be mounted"
-    place = without_credentials(remote.place) + (new if remote.missing else "")
-    return Check("DVC remote", place, "warning" if remote.missing else "ok")
+    address, there = remote
+    place = without_credentials(address) + ("" if there else new)
+    return Check("DVC remote", place, "ok" if there else "warning")
 
 
 # --- the work pool and the worker -----------------------------------------------------------------

@@ -34,18 +34,14 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from gpt.base.errors import InputError, RunError, first_few
 from gpt.base.events import Event
-from pipeline.dag.cache import are_in_place
+from pipeline.dag.cache import is_made
 from pipeline.dag.dvc_files import find_root
-from pipeline.dag.graph import Change, Dag, Stage
+from pipeline.dag.graph import Dag, Reason, Stage
 from pipeline.dag.repro import (
     Ended,
     Processes,
     StageError,
     failure,
-    forget_failure,
-    forget_for_commit,
-    keep_for_commit,
-    kept_for_commit,
 )
 from pipeline.flow.prefect_api import note_flow_run
 from pipeline.flow.resources import Resources, StoppedWaitingError, needs
@@ -80,11 +76,11 @@ class _FlowContext:
     processes: Processes
     resources: Resources
     display: Display
-    changes: dict[str, list[Change]]
+    changes: dict[str, list[Reason]]
     touched: set[str] = field(default_factory=set)
     """Stages that ran or were restored, so that their outputs may have changed."""
 
-    def reasons(self, stage: Stage) -> list[Change]:
+    def reasons(self, stage: Stage) -> list[Reason]:
         """Why the stage must run now, after its upstream."""
         if self.touched.isdisjoint(stage.upstream):
             return self.changes[stage.name]
@@ -158,7 +154,6 @@ def run_stages(
     dag = dag or Dag(root)
     began = time.monotonic()
     with make_display() as display:
-        recorded = dag.recorded()
         try:
             names = dag.plan(targets)
             params = load_section(root / PARAMS_FILE, "flow") or FlowParams()
@@ -176,7 +171,7 @@ def run_stages(
                 )
             for future in futures.values():
                 future.wait()
-        dag.sort_lock(recorded)
+        dag.sort_lock()
         states = {name: future.state for name, future in futures.items()}
         verdict = _verdict(run, states, began)
         if verdict.is_completed() and "evaluate" in names:
@@ -332,11 +327,10 @@ def _execute(run: _FlowContext, stage: Stage, why: str) -> bool:
     need = needs(root, name, spec is not None and spec.accelerated)
     for tried in itertools.count():  # until it returns or raises
         with run.resources.held(need, lambda text: run.tell(name, text, "quiet")) as environment:
-            made = _is_made(run, stage)
+            made = not run.force and is_made(run.dag, name, run.reasons(stage))
             run.display.line(name, "made before: DVC takes it in" if made else f"started: {why}")
             done = _repro(run, stage, environment, made)
         if not done.code:
-            forget_for_commit(root, name)
             return done.executed or made
         end_killed(root, name, root)
         if run.processes.stopped_by:
@@ -350,22 +344,6 @@ def _execute(run: _FlowContext, stage: Stage, why: str) -> bool:
         run.tell(name, line, "warning")
         run.processes.stopping.wait(wait)
     raise AssertionError("the last try returns")
-
-
-def _is_made(run: _FlowContext, stage: Stage) -> bool:
-    """Whether the outputs in place are those of a run like this one and DVC's cache lacks them: it
-    could not keep them, or was deleted."""
-    if run.force:
-        return False
-    reasons = run.reasons(stage)
-    if reasons and all(each.not_in_cache for each in reasons) and are_in_place(run.dag, stage.name):
-        return True
-    if not (kept := kept_for_commit(run.dag.root, stage.name)):
-        return False
-    if kept == run.dag.fingerprint(stage.name):
-        return True
-    forget_for_commit(run.dag.root, stage.name)
-    return False
 
 
 def _failure_of(run: _FlowContext, stage: Stage, done: Ended, made: bool) -> StageError:
@@ -384,7 +362,7 @@ def _failure_of(run: _FlowContext, stage: Stage, done: Ended, made: bool) -> Sta
     if not (not_kept and all(path.exists() for path in outputs)):
         return failed
     if not made:
-        keep_for_commit(root, name, run.dag.fingerprint(name))
+        run.dag.note_made(name)
     reason = str(failed).removeprefix(f"failed to reproduce '{name}': ")
     reason = reason.removeprefix("unexpected error - ")
     remedy = "see that it can be written"
@@ -403,7 +381,6 @@ def _failure_of(run: _FlowContext, stage: Stage, done: Ended, made: bool) -> Sta
 def _repro(run: _FlowContext, stage: Stage, environment: Mapping[str, str], made: bool) -> Ended:
     """`dvc repro` of one stage, shown on the terminal and in Prefect's log."""
     logger, name = get_run_logger(), stage.name
-    forget_failure(run.dag.root, name)
     in_log = PlainDisplay(lambda _, text, level: logger.log(_LEVELS.get(level, logging.INFO), text))
 
     def show(event: Event) -> None:

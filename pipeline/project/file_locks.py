@@ -22,57 +22,23 @@ class BusyError(InputError):
     """Another process is at the same work: it can be done when that one has ended."""
 
 
+def stage_lock(root: Path, stage: str) -> contextlib.AbstractContextManager[None]:
+    """Within the block no other process runs the stage in this project: see `locked`."""
+    return locked(root, stage, stage, "is running this stage here")
+
+
+def state_lock(root: Path, stage: str, state: Path) -> contextlib.AbstractContextManager[None]:
+    """Within the block no other process continues the resume state, in no other checkout either:
+    see `locked`."""
+    what = "makes just this in another checkout of the project"
+    return locked(shared_folder(root), f"{stage}-{state.name}", stage, what)
+
+
 @contextlib.contextmanager
-def stage_lock(root: Path, stage: str) -> Iterator[None]:
-    """Within the block no other process runs the stage in this project.
+def locked(root: Path, name: str, stage: str, what: str) -> Iterator[None]:
+    """Hold a lock, and note beside it which process does.
 
     The system keeps the lock: it is free again when this process is gone, however it went.
-
-    Raises:
-        BusyError: another process holds it; at once, without waiting.
-        InputError: it cannot be taken.
-    """
-    with _held(root, stage, stage, "is running this stage here"):
-        yield
-
-
-@contextlib.contextmanager
-def state_lock(root: Path, stage: str, state: Path) -> Iterator[None]:
-    """Within the block nobody else goes on from the state, in no other checkout either.
-
-    Raises:
-        BusyError: another process does; at once, without waiting.
-        InputError: it cannot be taken.
-    """
-    name = state_lock_name(stage, state)
-    with _held(
-        shared_folder(root), name, stage, "makes just this in another checkout of the project"
-    ):
-        yield
-
-
-def state_lock_name(stage: str, state: Path) -> str:
-    """What the lock of a resume state is called."""
-    return f"{stage}-{state.name}"
-
-
-@contextlib.contextmanager
-def _held(root: Path, name: str, stage: str, what: str) -> Iterator[None]:
-    """Hold a lock, and let others know who does."""
-    with locked(root, name, stage, what):
-        pid = _pid_file(root, name)
-        with contextlib.suppress(OSError):  # it only serves a better message
-            pid.write_text(f"{os.getpid()}\n")
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                pid.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def locked(root: Path, name: str, stage: str, what: str = "is at work on it") -> Iterator[None]:
-    """Hold a lock without saying who does.
 
     Args:
         root: the project.
@@ -84,32 +50,31 @@ def locked(root: Path, name: str, stage: str, what: str = "is at work on it") ->
         BusyError: another process holds it; at once, without waiting.
         InputError: it cannot be taken.
     """
-    path = _pid_file(root, name).with_suffix(".lock")
+    path = root / ".pipeline" / "locks" / f"{name}.lock"
+    note = path.with_suffix(".pid")
     lock = FileLock(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
     except Timeout:
-        raise BusyError(f"{stage}: {_holder(root, name)} {what}; wait for it or stop it") from None
+        raise BusyError(f"{stage}: {_holder(note)} {what}; wait for it or stop it") from None
     except OSError as error:
         raise InputError(
             f"{path.relative_to(root)}: cannot be locked ({error.strerror or error}); "
             "make the folder writable"
         ) from None
     try:
+        with contextlib.suppress(OSError):  # it only serves a better message
+            note.write_text(f"{os.getpid()}\n")
         yield
     finally:
         lock.release()
 
 
-def _holder(root: Path, name: str) -> str:
-    """Who holds a lock, as far as it can be told."""
+def _holder(note: Path) -> str:
+    """Who holds a lock, as far as the note can be read."""
     with contextlib.suppress(OSError, ValueError, OverflowError):
-        pid = int(_pid_file(root, name).read_text())
-        if pid > 0 and psutil.pid_exists(pid):  # else it is of one that was killed before
+        pid = int(note.read_text())
+        if psutil.pid_exists(pid):
             return f"process {pid}"
     return "another process"
-
-
-def _pid_file(root: Path, name: str) -> Path:
-    return root / ".pipeline" / "locks" / f"{name}.pid"

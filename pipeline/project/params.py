@@ -67,8 +67,8 @@ _OTHERS = ("flow", "promotion", "judge", "tracking")
 SECTIONS = tuple(field.name for field in fields(Params) if field.name not in _OTHERS)
 """The sections of `params.yaml` that are named after the stages."""
 
-_KNOWN = (*SECTIONS, *_OTHERS)
-_EXAMPLES = {"judge": "docs/judge.md"}
+_SECTION_NAMES = (*SECTIONS, *_OTHERS)
+_EXAMPLE_FILES = {"judge": "docs/judge.md"}
 _REQUIRED = tuple(field.name for field in fields(Params) if field.default is MISSING)
 
 
@@ -92,7 +92,7 @@ def section(params: Params, name: str) -> Any:
     if own is None:
         raise InputError(
             f"{PARAMS_FILE}: {name}: missing, and {name} needs it; add the section "
-            f"({_EXAMPLES.get(name, 'presets/book.yaml')} has one)"
+            f"({_EXAMPLE_FILES.get(name, 'presets/book.yaml')} has one)"
         )
     return own
 
@@ -134,12 +134,13 @@ def check_params(raw: Mapping[str, Any], file: str = PARAMS_FILE) -> Params:
     """
     problems = _wrong_names(raw)
     values: dict[str, Any] = {}
-    for name in _KNOWN:
+    for name in _SECTION_NAMES:
         values[name], found = _validate(name, raw[name]) if name in raw else (None, [])
         problems += found
     _refuse(file, problems)
     params = Params(**values)
-    _refuse(file, list(_across(params)))
+    checks = (_contexts, _missing_model, _leaks, _mixture)  # what no section can see alone
+    _refuse(file, [problem for check in checks for problem in check(params)])
     return params
 
 
@@ -203,7 +204,7 @@ def _refuse(file: str, problems: Sequence[str]) -> None:
 
 def _wrong_names(raw: Mapping[str, Any]) -> list[str]:
     """What is wrong with the sections' names."""
-    problems = [_unknown(str(key), _KNOWN) for key in raw if key not in _KNOWN]
+    problems = [_unknown(str(key), _SECTION_NAMES) for key in raw if key not in _SECTION_NAMES]
     if missing := [name for name in _REQUIRED if name not in raw]:
         problems.append(f"{', '.join(missing)}: missing; each stage has a section")
     return problems
@@ -274,14 +275,6 @@ def _field_class(parent: Any, name: str) -> Any:
     hint = get_type_hints(parent).get(name)
     candidates = [hint, *get_args(hint)]
     return next((each for each in candidates if is_dataclass(each)), None)
-
-
-def _across(params: Params) -> Iterator[str]:
-    """What no section can see alone, and no file is needed for."""
-    yield from _contexts(params)
-    yield from _missing_model(params)
-    yield from _leaks(params)
-    yield from _mixture(params)
 
 
 def _contexts(params: Params) -> Iterator[str]:

@@ -43,17 +43,12 @@ def reach_loopback_directly() -> None:
     the processes that this one starts inherit it. Where the environment names no proxy nothing is
     set: Python asks macOS and Windows for theirs only if there is no such variable at all.
     """
-    names = ("no_proxy", "NO_PROXY")
-    given = {name.lower() for name, value in os.environ.items() if value}
-    if not any(name.endswith("_proxy") for name in given - {"no_proxy"}):
-        return
-    known = {name: os.environ.get(name) for name in names}
-    for name in names:  # both: libraries read the one or the other, mostly the lower-case one first
-        own = known[name] or known[name.swapcase()] or ""
-        listed = [each.strip() for each in own.split(",")]
-        if "*" not in listed:
-            missing = [each for each in _LOOPBACK if each not in listed]
-            os.environ[name] = ",".join(filter(None, [own, *missing]))
+    given = {name.lower() for name, value in os.environ.items() if value} - {"no_proxy"}
+    own = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    excepted = [each.strip() for each in own.split(",") if each.strip()]
+    if "*" not in excepted and any(name.endswith("_proxy") for name in given):
+        value = ",".join(dict.fromkeys([*excepted, *_LOOPBACK]))
+        os.environ.update(no_proxy=value, NO_PROXY=value)  # libraries read the one or the other
 
 
 def end_with_the_terminal() -> None:

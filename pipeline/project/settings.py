@@ -44,7 +44,7 @@ class PromotionParams:
         return "loss" if model == "base" else str(getattr(self, model))
 
 
-_NAME = re.compile(r"[A-Z_][A-Z0-9_]*")
+_VARIABLE_NAME = re.compile(r"[A-Z_][A-Z0-9_]*")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid"))
@@ -70,14 +70,13 @@ class EndpointParams:
             url = httpx.URL(self.url)
         except httpx.InvalidURL:
             url = httpx.URL("")
-        if url.scheme not in ("http", "https") or not url.host or (url.port or 0) > 65535:
-            raise ValueError("url must be an address such as http://localhost:11434/v1")
-        if url.userinfo or url.query or url.fragment:
+        plain = url.host and (url.port or 0) <= 65535 and url.scheme in ("http", "https")
+        if not plain or url.userinfo or url.query or url.fragment:
             raise ValueError(
-                "url must hold no user, password or query, only an address such as "
-                "http://localhost:11434/v1; name the variable that holds the key in key_env"
+                "url must be an address such as http://localhost:11434/v1, and hold no user, "
+                "password or query; name the variable that holds the key in key_env"
             )
-        if self.key_env is not None and not _NAME.fullmatch(self.key_env):
+        if self.key_env is not None and not _VARIABLE_NAME.fullmatch(self.key_env):
             raise ValueError(
                 "key_env must be the name of an environment variable, in capitals such as "
                 "OPENAI_API_KEY, and not the key itself"

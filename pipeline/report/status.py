@@ -16,7 +16,7 @@ from rich.text import Text
 
 from gpt.base.errors import InputError
 from gpt.base.files import read_json
-from pipeline.dag.graph import Change, Dag, Stage
+from pipeline.dag.graph import Dag, Reason, Stage
 from pipeline.project.stage_table import STAGES
 from pipeline.show.console import safe_console, seconds_in_words
 from pipeline.show.markdown import NOTHING, label_of
@@ -57,7 +57,7 @@ class StageStatus:
     name: str
     state: State
     optional: bool
-    reasons: list[Change]
+    reasons: list[Reason]
     after: list[str]
     seconds: float | None
     metrics: dict[str, float]

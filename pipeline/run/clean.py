@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpt.base.errors import InputError, RunError
-from pipeline.project.file_locks import BusyError, locked, state_lock_name
+from pipeline.project.file_locks import BusyError, stage_lock, state_lock
 from pipeline.project.folders import shared_folder
 from pipeline.project.stage_table import StageSpec
 from pipeline.run.resume import (
@@ -96,7 +96,7 @@ def _clean_stage(
             unknown = str(error)
     with contextlib.ExitStack() as held:
         try:
-            held.enter_context(locked(root, stage, stage, "is running this stage here"))
+            held.enter_context(stage_lock(root, stage))
         except InputError as error:
             yield Kept(f"all of {stage}", f"as {str(error).removeprefix(f'{stage}: ')}")
             return
@@ -121,7 +121,7 @@ def _clean_stage(
 def _clean_state(root: Path, stage: str, state: Path) -> Removed | Kept:
     """Remove a state, unless a run in another checkout works with it."""
     try:
-        with locked(shared_folder(root), state_lock_name(stage, state), stage):
+        with state_lock(root, stage, state):
             step = step_of(state)
             return _remove(root, state, "" if step is None else f"of step {step}")
     except BusyError:

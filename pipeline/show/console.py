@@ -46,7 +46,7 @@ _POLL_SECONDS = 0.2
 
 Level = Literal["info", "warning", "error", "good", "quiet"]
 
-_KINDS: dict[str, type[Event]] = {
+_EVENT_KINDS: dict[str, type[Event]] = {
     kind.__name__.lower(): kind for kind in (Message, Progress, Metrics, Text)
 }
 
@@ -64,12 +64,12 @@ def event_from_json(line: str) -> Event:
     """
     try:
         fields = json.loads(line)
-        return _KINDS[fields.pop("event")](**fields)
+        return _EVENT_KINDS[fields.pop("event")](**fields)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not an event: {line[:80]!r}") from error
 
 
-class _Shown:
+class _SafeRenderable:
     """Something that rich draws, its texts `safe`."""
 
     def __init__(self, inner: RenderableType) -> None:
@@ -82,7 +82,7 @@ class _Shown:
 
 class _SafeHook(RenderHook):
     def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
-        return [_Shown(each) for each in renderables]
+        return [_SafeRenderable(each) for each in renderables]
 
 
 def safe_console(console: Console | None = None, *, soft_wrap: bool = False) -> Console:
@@ -245,7 +245,7 @@ class PlainDisplay(Display):
             self.line(stage, f"{name}: {'  '.join(filter(None, parts))}")
 
 
-_STYLES: dict[Level, str] = {
+_LEVEL_STYLES: dict[Level, str] = {
     "info": "",
     "warning": "yellow",
     "error": "bold red",
@@ -280,7 +280,7 @@ class LiveDisplay(Display):
     def line(self, stage: str, text: str, level: Level = "info") -> None:
         """Print one line above the bars."""
         prefix = Styled(f"{stage:<20} " if stage else "", style="bold")
-        self._bars.console.print(prefix + Styled(safe(text), style=_STYLES[level]))
+        self._bars.console.print(prefix + Styled(safe(text), style=_LEVEL_STYLES[level]))
 
 
 @contextmanager

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _SIZE = (7.0, 4.2)  # inches
 _MOST_BARS = 20
 _MOST_PANELS = 12
-_NAME_LENGTH = 24  # of a source or class in a picture
+_LABEL_LENGTH = 24  # of a source or class in a picture
 _MOST_NAMED = 50  # classes whose names and numbers a confusion matrix has room for
 _MOST_LETTERS = 40  # of all classes together, below a confusion matrix
 _SPLITS = {"train": "train_{}", "validation": "validation_{}"}
@@ -110,7 +110,7 @@ def _show_counts(axes: Axes, labels: Sequence[str], counts: np.ndarray) -> None:
     for (row, column), count in np.ndenumerate(counts):
         colour = "white" if count > counts.max() / 2 else "black"
         axes.text(column, row, str(count), ha="center", va="center", color=colour, size=14)
-    names = [name_of(label, _NAME_LENGTH) for label in labels]
+    names = [name_of(label, _LABEL_LENGTH) for label in labels]
     # long names side by side would overlap
     long = sum(map(len, names)) > _MOST_LETTERS
     rotation, alignment = (30, "right") if long else (0, "center")
@@ -222,7 +222,7 @@ def draw_lengths(
             axes.xaxis.set_minor_formatter("")
             axes.yaxis.set_major_formatter(_in_thousands)
             axes.locator_params(axis="y", nbins=6, integer=True)
-            axes.set_title(name_of(name, _NAME_LENGTH), size=10, parse_math=False)
+            axes.set_title(name_of(name, _LABEL_LENGTH), size=10, parse_math=False)
             axes.tick_params(labelsize=8)
         figure.suptitle(title)
         figure.supxlabel(length, size=10)
@@ -255,7 +255,7 @@ def draw_mixture(path: Path, title: str, shares: Mapping[str, tuple[float, float
 
 def _name_rows(axes: Axes, names: Sequence[str]) -> None:
     # as text: a name with dollar signs is no formula
-    shown = [name_of(name, _NAME_LENGTH) for name in names]
+    shown = [name_of(name, _LABEL_LENGTH) for name in names]
     axes.set_yticks(range(len(names)), shown, parse_math=False)
     axes.set_ylim(len(names) - 0.4, -0.6)  # the first on top
     axes.grid(False, axis="y")

@@ -41,8 +41,7 @@ def made_by(dag: Dag, names: Iterable[str] | None = None) -> dict[str, dict[str,
         names: of stages; by default all.
     """
     notes = {}
-    for name, outputs in dag.recorded_outputs(names).items():
-        made = {each.path: each.md5 for each in outputs}
+    for name, made in dag.recorded_outputs(names).items():
         last = last_run(dag.root, name)
         notes[name] = _note(note_of_maker(dag.root, name, made)) or (
             {} if last.get("outputs", made) != made else last

@@ -73,15 +73,15 @@ PlainName = Annotated[str, AfterValidator(_plain_name)]
 Pattern = Annotated[str, AfterValidator(_pattern)]
 Url = Annotated[str, AfterValidator(_web_address)]
 FieldName = Annotated[str, Field(min_length=1)]
-_NO_EXTRA = ConfigDict(extra="forbid")
+_CONFIG = ConfigDict(extra="forbid")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_NO_EXTRA)
+@dataclass(frozen=True, kw_only=True, slots=True, config=_CONFIG)
 class Source:
     """One file to fetch, or several that belong together.
 
     Several files keep their paths, in a folder that is called as the source; very many plain texts
-    become one file in it (`stages.download.texts`).
+    become one file in it (`stages.download.joined`).
 
     Attributes:
         name: what reports call it.
@@ -175,7 +175,7 @@ class Source:
         return PurePosixPath(unquote(urlsplit(self.urls[0]).path)).name if self.urls else ""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_NO_EXTRA)
+@dataclass(frozen=True, kw_only=True, slots=True, config=_CONFIG)
 class TextSource(Source):
     """Files with texts in them.
 
@@ -226,7 +226,7 @@ class TextSource(Source):
         return self.format or format_of(self.read_as, name)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_NO_EXTRA)
+@dataclass(frozen=True, kw_only=True, slots=True, config=_CONFIG)
 class CorpusSource(TextSource):
     """Text to pretrain on.
 
@@ -268,7 +268,7 @@ class CorpusSource(TextSource):
         return self
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_NO_EXTRA)
+@dataclass(frozen=True, kw_only=True, slots=True, config=_CONFIG)
 class MessagesSource(TextSource):
     """Labelled messages: `tsv` is a label, a tab and a text a line, without CSV's quoting."""
 
@@ -276,7 +276,7 @@ class MessagesSource(TextSource):
     kind: Literal["messages"] = "messages"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_NO_EXTRA)
+@dataclass(frozen=True, kw_only=True, slots=True, config=_CONFIG)
 class InstructionsSource(TextSource):
     """Instruction records: objects with instruction, input and output, listed or a line each."""
 
@@ -284,14 +284,14 @@ class InstructionsSource(TextSource):
     kind: Literal["instructions"] = "instructions"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_NO_EXTRA)
+@dataclass(frozen=True, kw_only=True, slots=True, config=_CONFIG)
 class ModelSource(Source):
     """A file of a published model, kept as it is under GPT-2's name for it (`save_as`)."""
 
     builtin: None = None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_NO_EXTRA)
+@dataclass(frozen=True, kw_only=True, slots=True, config=_CONFIG)
 class DownloadParams:
     """What to fetch, and from where.
 

@@ -29,11 +29,11 @@ CONNECT_SECONDS, READ_SECONDS = 10, 30
 ATTEMPTS, BACK_OFF_SECONDS = 4, 0.5
 """So many attempts in a row may bring no new byte, with a pause between them that doubles."""
 
-LONGEST_PAUSE_SECONDS = 60
+RETRY_AFTER_SECONDS = 60
 """The longest pause that a server may ask for."""
 
 _AGENT = "gpt-pipeline"
-_BUSY_STATUSES = (408, 425, 429)
+_BUSY = (408, 425, 429)
 
 
 @dataclass(slots=True)
@@ -165,10 +165,10 @@ class Download:
                 bytes=int(length) if length.isdecimal() else None,
             )
             self.cache.write_note(note)
-        elif status in (*_BUSY_STATUSES, 416) or status >= 500:
+        elif status in (*_BUSY, 416) or status >= 500:
             if status == 416:  # there is nothing behind the beginning
                 self.cache.forget(self.url)
-            raise TransientError(f"HTTP {status}", retry_after(headers, LONGEST_PAUSE_SECONDS))
+            raise TransientError(f"HTTP {status}", retry_after(headers, RETRY_AFTER_SECONDS))
         else:
             raise UnavailableError(f"HTTP {status}")
         if note.bytes is not None and note.bytes > self.limit:

@@ -27,7 +27,7 @@ from stages.training_file import read_training
 
 _MOST_WRONG = 20
 """Of each part so many messages are listed that a classifier was wrong about."""
-_LABELS_NAMED = 10  # labels in a line
+_NAMED = 10  # labels in a line
 _SQUARE = 50
 """Classes up to which pairs that never occur are listed, too."""
 
@@ -48,7 +48,7 @@ def messages_by_part(directory: Path, messages: Path) -> tuple[list[str], dict[s
     frame, parts = usable_parts(messages, training.split, training.balance)
     unknown = sorted(set(frame["label"]) - set(labels))
     if unknown:
-        known = first_few(labels, _LABELS_NAMED)
+        known = first_few(labels, _NAMED)
         raise InputError(
             f"{messages}: the class {in_short(unknown[:1])} is unknown to {directory} ({known}); "
             "run finetune_classifier on these messages"

@@ -1,4 +1,4 @@
-"""Scores with the ends of their bootstrap intervals, as `metrics.json` has them."""
+"""Scores with the ends of their bootstrap intervals, as they stand in `metrics.json`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """Turn the corpus into token files for training and validation.
 
 Text is cleaned and encoded in blocks by worker processes (`blocks`); then it is known how long each
-document is, which ones repeat others, and so which split each belongs to (`splits`). Then the token
-files are assembled from the blocks (`shards`) and searched for validation text (`contamination`).
+document is, which ones repeat others, and so which split each belongs to (`splits`); then the
+token files are
+copied together from the blocks (`shards`) and looked through for validation text (`contamination`).
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ from gpt.tokens.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, trai
 from stages.tokenize import blocks, contamination, shards, splits
 from stages.tokenize.blocks import Cleaning, Table
 from stages.tokenize.facts import facts
-from stages.tokenize.splits import Mixture, SourceShare, SplitPart
+from stages.tokenize.splits import Mixture, Part, Share
 from stages.tokenize.workers import Workers, available_cores
 
-_FEW_BYTES = 1 << 23
-"""With fewer bytes of raw text, starting worker processes takes longer than they save."""
+_SMALL = 1 << 23
+"""Below so many bytes of raw text starting worker processes takes longer than they save."""
 
 _NGRAM = {"gpt2": 13, "bpe": 13, "bytes": 50}
 
@@ -65,7 +66,7 @@ class TokenizeParams:
         mixture: how much of the training tokens comes from which source; without it, all there is,
             once.
         contamination_ngram: tokens in a row that validation and training text must share to be
-            counted; None is 13, or 50 with the tokenizer `bytes`; 0 turns the search off.
+            counted; None is 13, or 50 of the tokenizer `bytes`; 0 is not looking.
         shard_tokens: about so many tokens a file.
         workers: processes that clean and encode; 0 means one for each core. The tokens do not
             depend on it.
@@ -86,14 +87,12 @@ class TokenizeParams:
     @model_validator(mode="after")
     def _ngrams_of_two(self) -> TokenizeParams:
         if self.contamination_ngram == 1:
-            raise ValueError(
-                "contamination_ngram: a run has at least two tokens; use 0 to turn the search off"
-            )
+            raise ValueError("contamination_ngram: one token is no run of tokens; 0 is not looking")
         return self
 
     @property
     def ngram(self) -> int:
-        """Tokens of an n-gram that is searched for; 0 if the search is off."""
+        """Tokens of an n-gram that is looked for; 0 where none is."""
         if self.contamination_ngram is None:
             return _NGRAM[self.tokenizer]
         return self.contamination_ngram
@@ -151,7 +150,7 @@ def tokenize(
             path.unlink()
         tokenizer = _tokenizer(params, corpus, files, names, vocabulary, state, log)
         n_workers = params.workers or available_cores()
-        if sum(file.bytes for file in files) < _FEW_BYTES:
+        if sum(file.bytes for file in files) < _SMALL:
             n_workers = 1
         workers = stack.enter_context(
             Workers(n_workers, blocks.prepare, state / "tokenizer", params.clean, params.seed)
@@ -200,7 +199,7 @@ def _tokenizer(
     state: Path,
     log: Log,
 ) -> Tokenizer:
-    """The tokenizer, saved in `state` for the workers; a learnt one is learnt only once."""
+    """The tokenizer, which lies in `state` then for the workers; a learnt one is learnt once."""
     place = state / "tokenizer"
     if params.tokenizer == "bpe" and (place / "vocab.json").is_file():
         return load_tokenizer(place)
@@ -222,7 +221,7 @@ def _tokenizer(
 
 
 def _sample(params: TokenizeParams, corpus: Path, names: Sequence[str]) -> Iterator[str]:
-    """Cleaned training text to learn a vocabulary from, without any validation text."""
+    """Cleaned training text to learn a vocabulary from; validation stays unseen by all learning."""
     lengths = dict.fromkeys(names, 0)
     for name, text in read_documents(corpus):
         lengths[name] += len(text)
@@ -299,7 +298,7 @@ def _split(
     tokenizer: Tokenizer,
     corpus: Path,
     log: Log,
-) -> tuple[list[SplitPart], dict[str, SourceShare] | None]:
+) -> tuple[list[Part], dict[str, Share] | None]:
     if params.split == "documents":
         parts = splits.by_hash(table, len(names), params.validation)
     else:
@@ -337,9 +336,9 @@ def _split(
 
 
 def _word_start(ids: np.ndarray, at: int, tokenizer: Tokenizer) -> int:
-    """The first place from `at` on where a word begins, so that no word is cut in two.
+    """The first place from `at` on where a word begins, so that a cut there halves none.
 
-    If none begins soon, the next place where a character begins.
+    Where none begins soon, the next place where a character does.
     """
     near = ids[at - 1 : at + 200].tolist()
     pieces = [tokenizer.decode_bytes([i]) for i in near]

@@ -22,7 +22,7 @@ from gpt.text.records import hash_position
 from gpt.tokens.token_files import token_dtype
 from gpt.tokens.tokenizer import Tokenizer, load_tokenizer
 
-BLOCK_CHARACTERS = 1 << 22
+BLOCK = 1 << 22
 """Characters of text that are encoded together: what a worker has in memory at a time."""
 
 _EXAMPLES_KEPT = 3
@@ -32,7 +32,7 @@ _EXAMPLES_KEPT = 3
 def cut_blocks(
     documents: Iterable[tuple[int, str]],
 ) -> Iterator[tuple[Sequence[int], Sequence[str]]]:
-    """Cut documents, each with the number of its source, into blocks of about so many characters.
+    """Cut documents, each with the number of its source, into blocks of about `BLOCK` characters.
 
     Yields:
         The numbers and the texts of the documents of each block.
@@ -44,7 +44,7 @@ def cut_blocks(
         sources.append(source)
         texts.append(text)
         size += len(text)
-        if size >= BLOCK_CHARACTERS:
+        if size >= BLOCK:
             yield sources, texts
             size, sources, texts = 0, [], []
     if texts:

@@ -1,8 +1,8 @@
-"""Validation text that is also in the training text: n-grams of tokens that both have.
+"""Validation text that stands in the training text too: n-grams of tokens that both have.
 
 GPT-3's authors looked for shared runs of 13 words (Brown et al., 2020, appendix C); the same is
-done here over tokens, so no language needs a word splitter of its own. Every run of training tokens
-is compared by a 64-bit hash, which is composed from the hashes of its parts.
+done here over tokens, which needs no other cutting into words for other languages. Every run of
+training tokens is looked at: each gets a 64-bit hash, put together from those of its parts.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 MOST_TOKENS = 1 << 21
-"""At most so many validation tokens are compared: those of the first whole documents."""
+"""So many validation tokens are looked for at most, those of whole documents from the first on."""
 
-_IDS_AT_ONCE = 1 << 20
+_CHUNK = 1 << 20
 _FILTER_BITS = 24
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, its bits spread: the golden ratio's
 
@@ -134,5 +134,5 @@ def _whole_ngrams(ids: np.ndarray, end: int, n: int) -> np.ndarray:
 def _overlapping_chunks(shard: Path, dtype: np.dtype[Any], n: int) -> Iterator[np.ndarray]:
     # read, not mapped: pages that were looked at would stay in memory
     n_ids = shard.stat().st_size // dtype.itemsize
-    for start in range(0, max(n_ids - n + 1, 0), _IDS_AT_ONCE):
-        yield np.fromfile(shard, dtype, count=_IDS_AT_ONCE + n - 1, offset=start * dtype.itemsize)
+    for start in range(0, max(n_ids - n + 1, 0), _CHUNK):
+        yield np.fromfile(shard, dtype, count=_CHUNK + n - 1, offset=start * dtype.itemsize)

@@ -1,4 +1,4 @@
-"""The facts of the data report about the corpus: the same bytes every time."""
+"""What there is to say of the corpus: facts for the data report, the same bytes every time."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from gpt.tokens.token_files import Counts, Manifest, Tokens
 from gpt.tokens.tokenizer import Tokenizer
 from stages.tokenize.blocks import Cleaning, Table, document_ids
 from stages.tokenize.contamination import Overlap
-from stages.tokenize.splits import SourceShare
+from stages.tokenize.splits import Share
 
-_EXCERPT_LENGTH = 200  # characters
-_EXAMPLES_SHOWN = 5
+_EXCERPT = 200  # characters
+_SHOWN = 5
 _JUDGED_TOKENS = 16
-"""Shorter documents are not reported as outliers: a single rare character makes them odd."""
+"""Shorter documents are not looked at for the oddest: a single rare character makes them odd."""
 
 
 def facts(
@@ -29,7 +29,7 @@ def facts(
     state: Path,
     cleaning: Cleaning,
     manifest: Manifest,
-    shares: Mapping[str, SourceShare] | None,
+    shares: Mapping[str, Share] | None,
     overlap: tuple[int, Overlap, Tokens] | None,
     tokenizer: Tokenizer,
 ) -> dict[str, Any]:
@@ -49,11 +49,11 @@ def facts(
     """
 
     def described(row: int) -> dict[str, Any]:
-        ids = document_ids(state, table, row)[1 : 1 + _EXCERPT_LENGTH]
+        ids = document_ids(state, table, row)[1 : 1 + _EXCERPT]
         return {
             "source": names[table.source[row]],
             "tokens": int(table.length[row] - 1),
-            "text": tokenizer.decode(ids.tolist())[:_EXCERPT_LENGTH],
+            "text": tokenizer.decode(ids.tolist())[:_EXCERPT],
         }
 
     density = table.bytes / np.maximum(table.length - 1, 1)
@@ -121,7 +121,7 @@ def _first(keys: np.ndarray, allowed: np.ndarray, hashes: np.ndarray) -> list[in
     """Of the rows that are allowed those of the lowest keys, of equal texts the first only."""
     _, firsts = np.unique(hashes, return_index=True)
     rows = np.sort(firsts[allowed[firsts]])
-    chosen: list[int] = rows[np.argsort(keys[rows], kind="stable")][:_EXAMPLES_SHOWN].tolist()
+    chosen: list[int] = rows[np.argsort(keys[rows], kind="stable")][:_SHOWN].tolist()
     return chosen
 
 
@@ -169,8 +169,8 @@ def _contamination(
     examples: dict[str, str] = {}  # text -> source
     for index in np.argsort(-overlap.tokens, kind="stable").tolist():
         run = ids[slice(*overlap.longest[index].tolist())]
-        examples.setdefault(tokenizer.decode(run.tolist())[:_EXCERPT_LENGTH], owners[index])
-        if len(examples) == _EXAMPLES_SHOWN:
+        examples.setdefault(tokenizer.decode(run.tolist())[:_EXCERPT], owners[index])
+        if len(examples) == _SHOWN:
             break
     return {
         "ngram": n,

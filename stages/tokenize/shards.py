@@ -1,4 +1,4 @@
-"""The token files: assembled from the blocks, a file at a time."""
+"""The token files themselves: copied together from the blocks, a file at a time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from gpt.tokens.token_files import Counts, Shard, SplitName
 from stages.tokenize.blocks import Table, block_ids, tokenizer
-from stages.tokenize.splits import SplitPart
+from stages.tokenize.splits import Part
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class ShardPlan:
 
 
 def plan(
-    parts: Sequence[SplitPart], table: Table, names: Sequence[str], shard_tokens: int
+    parts: Sequence[Part], table: Table, names: Sequence[str], shard_tokens: int
 ) -> Iterator[tuple[SplitName, ShardPlan]]:
     """Cut the parts into shards of about `shard_tokens`, whole documents each.
 
@@ -82,7 +82,7 @@ def _steps(values: np.ndarray) -> np.ndarray:
 
 
 def _runs(start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The same pieces, with adjacent ones joined."""
+    """The same pieces, those that touch made one."""
     apart = np.flatnonzero(start[1:] != stop[:-1])
     return start[np.concatenate([[0], apart + 1])], stop[np.concatenate([apart, [len(stop) - 1]])]
 

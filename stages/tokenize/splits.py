@@ -1,4 +1,4 @@
-"""Which documents belong to which split, and how much of each source is trained on."""
+"""Which documents stand where: the splits, and how much of each source is trained on."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Mixture:
     Attributes:
         weights: a share for each source of the corpus, by name; they are brought to a sum of 1.
         tokens: of training, in all; None is as many as the sources have.
-        max_epochs: no source is repeated more often. Up to four epochs are almost as good as
+        max_epochs: no source is gone through more often. Up to four epochs are almost as good as
             new text (Muennighoff et al., 2023, "Scaling Data-Constrained Language Models").
 
     As in table 2.2 of GPT-3's paper (Brown et al., 2020) weights need not follow size: a small
@@ -36,7 +36,7 @@ class Mixture:
 
 
 @dataclass(frozen=True, slots=True)
-class SplitPart:
+class Part:
     """Documents of one source that follow each other in a split.
 
     Attributes:
@@ -62,7 +62,7 @@ class SplitPart:
 
 
 @dataclass(frozen=True, slots=True)
-class SourceShare:
+class Share:
     """What a mixture came to for one source."""
 
     weight: float
@@ -72,10 +72,10 @@ class SourceShare:
     max_epochs: float
 
 
-def by_hash(table: Table, n_sources: int, validation: float) -> list[SplitPart]:
+def by_hash(table: Table, n_sources: int, validation: float) -> list[Part]:
     """Whole documents, drawn by the hash of their text: no other document moves one."""
     held_out = table.hash < np.uint64(int(validation * 2**64))
-    parts: list[SplitPart] = []
+    parts: list[Part] = []
     for mask, split in ((~held_out, "train"), (held_out, "validation")):
         for source in range(n_sources):
             rows = np.flatnonzero(table.kept & (table.source == source) & mask)
@@ -88,7 +88,7 @@ def by_tail(
     n_sources: int,
     validation: float,
     word_start: Callable[[int, int], int],
-) -> list[SplitPart]:
+) -> list[Part]:
     """The last tokens of each source.
 
     Args:
@@ -97,7 +97,7 @@ def by_tail(
         validation: the share of each source's tokens.
         word_start: of a row and a place in it, the place from there on where a word begins.
     """
-    parts: list[SplitPart] = []
+    parts: list[Part] = []
     for source in range(n_sources):
         rows = np.flatnonzero(table.kept & (table.source == source))
         if not len(rows):
@@ -118,11 +118,11 @@ def by_tail(
     return sorted((part for part in parts if len(part.rows)), key=lambda part: part.split)
 
 
-def _whole(split: SplitName, source: int, rows: np.ndarray, table: Table) -> SplitPart:
-    return SplitPart(split, source, rows, np.zeros(len(rows), np.int64), table.length[rows].copy())
+def _whole(split: SplitName, source: int, rows: np.ndarray, table: Table) -> Part:
+    return Part(split, source, rows, np.zeros(len(rows), np.int64), table.length[rows].copy())
 
 
-def without_first_end(parts: Sequence[SplitPart]) -> list[SplitPart]:
+def without_first_end(parts: Sequence[Part]) -> list[Part]:
     """The same, without an `<|endoftext|>` before the first document of each split."""
     result = list(parts)
     for split in ("train", "validation"):
@@ -134,8 +134,8 @@ def without_first_end(parts: Sequence[SplitPart]) -> list[SplitPart]:
 
 
 def mix(
-    parts: Sequence[SplitPart], names: Sequence[str], mixture: Mixture, table: Table, seed: int
-) -> tuple[list[SplitPart], dict[str, SourceShare]]:
+    parts: Sequence[Part], names: Sequence[str], mixture: Mixture, table: Table, seed: int
+) -> tuple[list[Part], dict[str, Share]]:
     """Draw the training part by weights, to the token; what is held out stays as it is.
 
     Whole epochs of a source stand first, each in the order of its documents; the rest is drawn from
@@ -161,7 +161,7 @@ def mix(
     caps = {name: int(mixture.max_epochs * available[name]) for name in names}
     wanted = mixture.tokens or sum(available.values())
     total = min(wanted, *(int(caps[name] / weights[name]) for name in names))
-    drawn: list[SplitPart] = []
+    drawn: list[Part] = []
     for name in names:
         part = train[name]
         target = min(round(total * weights[name]), caps[name])
@@ -174,9 +174,7 @@ def mix(
     for part in drawn:
         tokens[part.source] += part.n_tokens if part.split == "train" else 0
     return drawn, {
-        name: SourceShare(
-            weights[name], n / sum(tokens), n, n / available[name], mixture.max_epochs
-        )
+        name: Share(weights[name], n / sum(tokens), n, n / available[name], mixture.max_epochs)
         for name, n in zip(names, tokens, strict=True)
     }
 
@@ -190,7 +188,7 @@ def weights_problem(weights: Mapping[str, float], names: Sequence[str]) -> str |
     return None
 
 
-def _some(part: SplitPart, n_tokens: int, table: Table, seed: int) -> SplitPart:
+def _some(part: Part, n_tokens: int, table: Table, seed: int) -> Part:
     """`n_tokens` of a part: documents by the order of a hash, in their own order, the last cut."""
     order = np.argsort(_scrambled(table.hash[part.rows], seed), kind="stable")
     ends = np.cumsum((part.stop - part.start)[order])

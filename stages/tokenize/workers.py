@@ -1,4 +1,4 @@
-"""A pool of processes that returns results in the order of the work."""
+"""Work shared out to processes, its results in the order of the work."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gpt.base.errors import RunError
 T = TypeVar("T")
 
 _AHEAD = 2
-"""Pieces of work in memory for each process: one in progress and one waiting."""
+"""So many pieces of work for each process are in memory: one in hand and one waiting."""
 
 
 def available_cores() -> int:
@@ -29,14 +29,14 @@ def available_cores() -> int:
 
 
 class Workers:
-    """A pool of processes; with `n` = 1 the work is done in the caller's own process.
+    """Processes that do pieces of work; with `n` = 1 the caller's own process does.
 
     Args:
         n: how many.
         prepare: called once in each of them before its first piece of work.
         arguments: of `prepare`.
 
-    The results must not depend on `n`.
+    Whoever does it, `map` gives the same: what is worked on must not depend on `n`.
     """
 
     def __init__(self, n: int, prepare: Callable[..., None], *arguments: Any) -> None:
@@ -87,9 +87,9 @@ class Workers:
 
 @contextlib.contextmanager
 def _interrupts_kept_from_children() -> Iterator[None]:
-    """Ctrl-C reaches the whole process group, but only the parent handles it.
+    """Ctrl-C reaches the whole group: the parent decides what becomes of the work.
 
-    A process that is started within the block has it blocked from the start.
+    A process that is started within the block has it blocked from its first moment on.
     """
     if not hasattr(signal, "pthread_sigmask"):  # on Windows
         yield
@@ -108,7 +108,7 @@ def _begin(prepare: Callable[..., None], arguments: tuple[Any, ...]) -> None:
 
 
 def _end_with_parent() -> None:
-    """Exit when the parent is killed: otherwise its workers would wait for work for ever."""
+    """A killed parent says nothing, and its workers would wait for work for ever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])

@@ -164,7 +164,7 @@ def test_a_stalled_server_is_left_and_asked_again(tmp_path, local, server, monke
 def test_a_server_that_asks_for_a_pause_gets_it_within_a_bound(
     tmp_path, local, server, monkeypatch, after
 ):
-    monkeypatch.setattr(web, "LONGEST_PAUSE_SECONDS", 0.3)
+    monkeypatch.setattr(web, "RETRY_AFTER_SECONDS", 0.3)
     url = server.serve("b", BOOK, status=[(503, {"Retry-After": after})])
     began = time.monotonic()
     run(tmp_path, book(url))

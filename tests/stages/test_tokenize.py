@@ -147,8 +147,8 @@ def test_workers_and_blocks_change_no_byte(tmp_path, monkeypatch):
     corpus = write_corpus(tmp_path / "corpus", DOCUMENTS)
     params = {"tokenizer": "bpe", "vocab_size": 300, "validation": 0.3}
     found = [everything(run(tmp_path, TokenizeParams(**params), corpus, name="in one block")[0])]
-    monkeypatch.setattr("stages.tokenize._FEW_BYTES", 0)
-    monkeypatch.setattr("stages.tokenize.blocks.BLOCK_CHARACTERS", 100)
+    monkeypatch.setattr("stages.tokenize._SMALL", 0)
+    monkeypatch.setattr("stages.tokenize.blocks.BLOCK", 100)
     for workers in (1, 2, 4):
         params = {**params, "workers": workers}
         tokens, _ = run(tmp_path, TokenizeParams(**params), corpus, name=f"{workers} workers")
@@ -435,7 +435,7 @@ def test_chunks_change_nothing_that_is_found(tmp_path, monkeypatch):
     ids.tofile(tmp_path / "train.bin")
     Held(ids[300:900], 0, 6).save(tmp_path / "held.npy")
     whole = found(tmp_path / "held.npy", tmp_path / "train.bin", "uint16", 6)
-    monkeypatch.setattr("stages.tokenize.contamination._IDS_AT_ONCE", 77)
+    monkeypatch.setattr("stages.tokenize.contamination._CHUNK", 77)
     assert found(tmp_path / "held.npy", tmp_path / "train.bin", "uint16", 6).tolist() == (
         whole.tolist()
     )
@@ -473,7 +473,7 @@ def test_killed_at_ten_moments_it_comes_to_the_same_bytes(tmp_path):
         "from pathlib import Path\n"
         "import stages.tokenize as t\n"
         "if __name__ == '__main__':\n"
-        "    t._FEW_BYTES = 0; t.blocks.BLOCK_CHARACTERS = 50_000\n"
+        "    t._SMALL = 0; t.blocks.BLOCK = 50_000\n"
         f"    h = Path({str(tmp_path)!r})\n"
         f"    t.tokenize(t.TokenizeParams(**{BPE_VALUES!r}, workers=2), corpus=h / 'corpus',\n"
         "        vocabulary=None, out=h / 'out', metrics=h / 'm.json', report=h / 'r.json',\n"
@@ -500,7 +500,7 @@ def test_killed_at_ten_moments_it_comes_to_the_same_bytes(tmp_path):
 
 
 def test_a_damaged_block_is_encoded_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("stages.tokenize.blocks.BLOCK_CHARACTERS", 300)
+    monkeypatch.setattr("stages.tokenize.blocks.BLOCK", 300)
     corpus = write_corpus(tmp_path / "corpus", DOCUMENTS)
     state = tmp_path / "state"
     first, _ = run(tmp_path, BYTES, corpus, name="first", state=state)
@@ -518,7 +518,7 @@ def test_a_damaged_block_is_encoded_again(tmp_path, monkeypatch):
 
 
 def test_a_killed_worker_ends_in_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr("stages.tokenize._FEW_BYTES", 0)
+    monkeypatch.setattr("stages.tokenize._SMALL", 0)
     monkeypatch.setattr("stages.tokenize.blocks.encode", _die)
     corpus = write_corpus(tmp_path / "corpus", DOCUMENTS)
     with pytest.raises(RunError, match="a worker process was killed") as caught:
@@ -581,7 +581,7 @@ def test_an_interrupt_ends_it_quietly_and_the_next_run_goes_on(tmp_path):
         "from pathlib import Path\n"
         "import stages.tokenize as t\n"
         "if __name__ == '__main__':\n"
-        "    t._FEW_BYTES = 0; t.blocks.BLOCK_CHARACTERS = 20_000\n"
+        "    t._SMALL = 0; t.blocks.BLOCK = 20_000\n"
         f"    h = Path({str(tmp_path)!r})\n"
         "    say = lambda event: print(event, flush=True)\n"
         "    try:\n"

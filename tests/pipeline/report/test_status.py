@@ -64,7 +64,7 @@ def test_what_is_there_is_shown_with_the_run_that_made_it_and_not_with_the_last(
     project, dvc, capsys
 ):
     dvc("repro", "-q")
-    outputs = {each.path: each.md5 for each in Dag(project).recorded_outputs(["left"])["left"]}
+    outputs = Dag(project).recorded_outputs(["left"])["left"]
     made = note_of_maker(project, "left", outputs)
     made.parent.mkdir(parents=True)
     made.write_text(json.dumps({"run_id": "0123456789", "name": "#3 a=1", "seconds": 4.0}))

@@ -142,7 +142,6 @@ def test_a_stage_that_is_running_is_not_run_a_second_time(
     assert run_of(project, "learn").info.status == "FINISHED"
     assert len(connect(project).search_runs([before["experiment_id"]])) == 1
     assert (project / ".checkpoints/learn/0123456789abcdef").exists()
-    assert not (project / ".pipeline/locks/learn.pid").exists()
 
 
 def test_the_lock_goes_with_its_process(project: Path) -> None:
@@ -151,7 +150,6 @@ def test_the_lock_goes_with_its_process(project: Path) -> None:
     wait_for(lambda: checkpoint(project) is not None)
     process.kill()
     process.communicate()
-    assert (project / ".pipeline/locks/learn.pid").exists(), "as a killed process leaves it"
     stand_in.set_params(project, learn={"train": {"steps": 10}})
     assert run_stage("learn", project) == 0
 
