@@ -36,7 +36,7 @@ DATA_SETS = {
 _TOKENS = Path("data/tokens")
 _SHOWN_ROWS = 5  # of the longest and of the oddest
 _SHORTEST_ODD_ROW = 20  # characters; every shorter row is odd to a tokenizer
-_ROWS_AT_ONCE = 4096  # whose tokens are in memory together
+_TOKENIZED_AT_ONCE = 4096  # whose tokens are in memory together
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,5 +275,5 @@ def _folded(text: str) -> str:
 
 def _token_counts(texts: Sequence[str], tokenizer: Tokenizer) -> list[int]:
     threads = os.cpu_count() or 1
-    batches = (texts[i : i + _ROWS_AT_ONCE] for i in range(0, len(texts), _ROWS_AT_ONCE))
+    batches = (texts[i : i + _TOKENIZED_AT_ONCE] for i in range(0, len(texts), _TOKENIZED_AT_ONCE))
     return [len(ids) for batch in batches for ids in tokenizer.encode_batch(batch, threads)]

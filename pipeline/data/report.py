@@ -23,9 +23,9 @@ from pipeline.show.markdown import name_of, share_of
 from pipeline.show.plots import draw_bars, draw_lengths, draw_mixture
 
 DATA_PAGE = Path("reports/data.md")
-PLOTS = Path("reports/data")
+DATA_PLOTS = Path("reports/data")
 
-_TEMPLATES = Path(__file__).parent
+_DATA_TEMPLATES = Path(__file__).parent
 _CLEANING = {
     "min_chars": "a smallest length",
     "max_chars": "a greatest length",
@@ -47,7 +47,7 @@ def write_report(root: Path) -> tuple[Path, list[Path]]:
         InputError: nothing was downloaded yet, or what there is cannot be read.
     """
     _write(root)
-    return root / DATA_PAGE, sorted((root / PLOTS).iterdir())
+    return root / DATA_PAGE, sorted((root / DATA_PLOTS).iterdir())
 
 
 def print_data(root: Path, console: Console | None = None) -> None:
@@ -56,7 +56,7 @@ def print_data(root: Path, console: Console | None = None) -> None:
     Raises:
         InputError: nothing was downloaded yet, or what there is cannot be read.
     """
-    print_markdown(safe_console(console), fill(_TEMPLATES / "summary.md", **_write(root)))
+    print_markdown(safe_console(console), fill(_DATA_TEMPLATES / "summary.md", **_write(root)))
 
 
 def _write(root: Path) -> dict[str, Any]:
@@ -67,10 +67,10 @@ def _write(root: Path) -> dict[str, Any]:
     try:
         values = _values(facts)
         with FileLock(lock):  # a stage may end while a person asks for the report
-            with whole_directory(root / PLOTS) as folder:
+            with whole_directory(root / DATA_PLOTS) as folder:
                 _draw(facts, values["shares"], folder)
             with whole_file(root / DATA_PAGE) as partial:
-                text = fill(_TEMPLATES / "data.md", **values)
+                text = fill(_DATA_TEMPLATES / "data.md", **values)
                 partial.write_text(text, encoding="utf-8", newline="\n")
     except (KeyError, UndefinedError) as error:  # all other facts are gathered here and now
         raise InputError(

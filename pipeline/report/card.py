@@ -9,7 +9,7 @@ from __future__ import annotations
 from gpt.base.errors import InputError
 from pipeline.project.stage_table import MODELS, STAGES
 from pipeline.report.facts import Facts, LastRun
-from pipeline.report.page import TEMPLATES, values
+from pipeline.report.page import REPORT_TEMPLATES, values
 from pipeline.show.documents import fill
 from pipeline.tracking.version_page import LONGEST
 
@@ -49,7 +49,7 @@ def model_card(facts: Facts, name: str) -> str:
     }
     told = ", ".join(f"{key} {value}" for key, value in sorted(run.params.items()))
     for parameters in (told or "in params.yaml; MLflow was not asked", "in MLflow, with the run"):
-        card = fill(TEMPLATES / "card.md", parameters=parameters, **described)
+        card = fill(REPORT_TEMPLATES / "card.md", parameters=parameters, **described)
         if len(card) <= LONGEST:
             break
     return card[:LONGEST]

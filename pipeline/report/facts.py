@@ -27,14 +27,13 @@ from pipeline.tracking.provenance import git_state
 from pipeline.tracking.registry import MD5_TAG
 from pipeline.tracking.run import PEAK_MEMORY
 from pipeline.tracking.run_notes import last_run
-from pipeline.verdict.promotion import ANSWERS, Decision, read_decisions
+from pipeline.verdict.promotion import ANSWERS, PREDICTIONS, Decision, read_decisions
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from pipeline.tracking.mlflow_classes import MlflowClient, Run
 
-PREDICTIONS = Path("reports/evaluation/predictions")
 JUDGE = Path("reports/judge/summary.json")
 
 _SHOWN_ANSWERS = 6

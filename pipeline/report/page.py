@@ -18,17 +18,17 @@ from gpt.base.errors import InputError, in_one_line
 from gpt.base.files import whole_directory, whole_file
 from gpt.base.labels import class_key, class_of
 from pipeline.project.stage_table import STAGES
-from pipeline.report.facts import PREDICTIONS, Facts
+from pipeline.report.facts import Facts
 from pipeline.show.console import seconds_in_words
 from pipeline.show.documents import fill, html_page
 from pipeline.show.markdown import NOTHING
 from pipeline.show.plots import draw_confusion, draw_curves, draw_scores
-from pipeline.verdict.promotion import Decision
+from pipeline.verdict.promotion import PREDICTIONS, Decision
 
 HTML = Path("reports/report.html")
 MARKDOWN = Path("reports/report.md")
-PLOTS = Path("reports/report")
-TEMPLATES = Path(__file__).parent
+REPORT_PLOTS = Path("reports/report")
+REPORT_TEMPLATES = Path(__file__).parent
 
 _BASES = ("pretrain", "gpt2")
 _IN_NATS = ("loss", "perplexity", "bits_per_byte")
@@ -53,12 +53,12 @@ def write_report(root: Path, facts: Facts) -> list[Path]:
     lock = root / ".pipeline" / "report.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(lock):  # a run may end while a person asks for the report
-        with whole_directory(root / PLOTS) as folder:
+        with whole_directory(root / REPORT_PLOTS) as folder:
             _draw(root, facts, folder)
-        plots = sorted((root / PLOTS).iterdir())
+        plots = sorted((root / REPORT_PLOTS).iterdir())
         names = [path.name for path in plots]
-        text = fill(TEMPLATES / "report.md", plots=names, **values(facts))
-        page = html_page(text, TEMPLATES / "report.html", root / "reports")
+        text = fill(REPORT_TEMPLATES / "report.md", plots=names, **values(facts))
+        page = html_page(text, REPORT_TEMPLATES / "report.html", root / "reports")
         for path, content in ((MARKDOWN, text), (HTML, page)):
             with whole_file(root / path) as file:
                 file.write_text(content, encoding="utf-8", newline="\n")

@@ -26,13 +26,13 @@ from pipeline.tracking.run_notes import last_run, made_by
 
 State = Literal["up to date", "would run", "may run", "optional"]
 
-_STYLES: dict[State, str] = {
+_STATE_STYLES: dict[State, str] = {
     "up to date": "green",
     "would run": "yellow",
     "may run": "cyan",
     "optional": "dim",
 }
-_COLUMNS = ("stage", "state", "took", "run", "metrics")
+_STATUS_COLUMNS = ("stage", "state", "took", "run", "metrics")
 _MOST_REASONS = 5
 _ID_LENGTH = 8  # characters of an MLflow run's id
 
@@ -124,10 +124,10 @@ def print_status(root: Path, *, verbose: bool = False, as_json: bool = False) ->
         return
     console = safe_console(soft_wrap=True)
     lines = [_cells(each) for each in statuses]
-    widths = [max(map(len, cells)) for cells in zip(_COLUMNS, *lines, strict=True)]
-    console.print(_line(_COLUMNS, widths, ["dim"] * len(_COLUMNS)))
+    widths = [max(map(len, cells)) for cells in zip(_STATUS_COLUMNS, *lines, strict=True)]
+    console.print(_line(_STATUS_COLUMNS, widths, ["dim"] * len(_STATUS_COLUMNS)))
     for status, cells in zip(statuses, lines, strict=True):
-        console.print(_line(cells, widths, ["bold", _STYLES[status.state], "", "dim", ""]))
+        console.print(_line(cells, widths, ["bold", _STATE_STYLES[status.state], "", "dim", ""]))
         for text, style in _notes(status, verbose):
             console.print(Text(f"  {text}", style=style))
     if last := _last_line(statuses):
@@ -138,7 +138,7 @@ def _line(cells: Sequence[str], widths: Sequence[int], styles: Sequence[str]) ->
     """Cells in columns, durations aligned to the right."""
     padded = [
         cell.rjust(width) if column == "took" else cell.ljust(width)
-        for column, cell, width in zip(_COLUMNS, cells, widths, strict=True)
+        for column, cell, width in zip(_STATUS_COLUMNS, cells, widths, strict=True)
     ]
     line = Text("  ").join(map(Text, padded, styles))
     line.rstrip()

@@ -14,15 +14,22 @@ from gpt.base.errors import InputError, RunError, in_one_line
 from gpt.base.files import read_json, write_json
 from pipeline.report.card import model_card
 from pipeline.report.facts import Facts, report_facts
-from pipeline.report.page import HTML, MARKDOWN, PLOTS, TEMPLATES, values, write_report
+from pipeline.report.page import (
+    HTML,
+    MARKDOWN,
+    REPORT_PLOTS,
+    REPORT_TEMPLATES,
+    values,
+    write_report,
+)
 from pipeline.show.console import safe_console
 from pipeline.show.documents import fill, print_markdown
 from pipeline.tracking.connection import connect, tracking_uri
 from pipeline.tracking.provenance import git_state
 
-_SUMMARY = Path(".pipeline/report.json")
+_LAST_SUMMARY = Path(".pipeline/report.json")
 """The summary that was printed last, and a digest of what it was made from."""
-_SOURCES = (
+_MADE_FROM = (
     "LICENSE",
     "dvc.lock",
     "*/dvc.lock",
@@ -57,18 +64,18 @@ def print_report(root: Path, console: Console | None = None, *, always: bool = T
     if summary is None:
         facts = report_facts(root)
         write_report(root, facts)
-        summary = fill(TEMPLATES / "summary.md", **values(facts))
+        summary = fill(REPORT_TEMPLATES / "summary.md", **values(facts))
         if refused := _keep_in_mlflow(root, facts):
             console.print(refused, style="yellow", soft_wrap=True)
         if not facts.tracking and not refused:  # otherwise MLflow is asked again the next time
-            write_json(root / _SUMMARY, {"made_from": made_from, "summary": summary})
+            write_json(root / _LAST_SUMMARY, {"made_from": made_from, "summary": summary})
     print_markdown(console, summary)
 
 
 def _digest(root: Path) -> str:
     """Of everything that the report is made from; what MLflow says of a run does not change."""
     digest = sha256(repr((git_state(root), tracking_uri(root))).encode())
-    for pattern in _SOURCES:
+    for pattern in _MADE_FROM:
         for path in sorted(root.glob(pattern)):
             digest.update(
                 f"{path.relative_to(root)} {sha256(path.read_bytes()).hexdigest()}".encode()
@@ -78,10 +85,10 @@ def _digest(root: Path) -> str:
 
 def _last_summary(root: Path, made_from: str) -> str | None:
     """The summary of the report if that is still there, and what it was made from."""
-    if not all((root / path).exists() for path in (HTML, MARKDOWN, PLOTS)):
+    if not all((root / path).exists() for path in (HTML, MARKDOWN, REPORT_PLOTS)):
         return None
     try:
-        last = read_json(root / _SUMMARY, missing="", remedy="")
+        last = read_json(root / _LAST_SUMMARY, missing="", remedy="")
         return str(last["summary"]) if last["made_from"] == made_from else None
     except (InputError, KeyError):
         return None

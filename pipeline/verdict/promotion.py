@@ -55,7 +55,7 @@ _ALREADY, _BY_HAND = "as before", "by hand"
 _ROUNDING = 1e-5
 """A smaller difference is one of rounding: the champion's scores are computed anew, perhaps on
 another processor than those of the version at hand."""
-_PREDICTIONS = Path("reports/evaluation/predictions")
+PREDICTIONS = Path("reports/evaluation/predictions")
 _SMALLER_IS_BETTER = ("loss",)
 
 
@@ -484,7 +484,7 @@ def _compare(asked: _Asked, name: str, version: ModelVersion) -> _Compared | str
         try:
             pair = scores[name](asked, champion)
         except OSError as error:
-            where = error.filename or asked.root / _PREDICTIONS
+            where = error.filename or asked.root / PREDICTIONS
             raise InputError(
                 f"{where}: {error.strerror or error}; run `gpt-pipeline run` and promote again"
             ) from None
@@ -535,7 +535,7 @@ def _bases(asked: _Asked, champion: Path) -> tuple[Score, Score] | str:
     if not _same_tokenizer(asked, "base", champion):
         return different
     new = pd.read_csv(
-        root / _PREDICTIONS / "pretrain.csv", keep_default_na=False, dtype={"source": str}
+        root / PREDICTIONS / "pretrain.csv", keep_default_na=False, dtype={"source": str}
     )
     old = window_losses(champion, root / "data/tokens", _device(params), params.batch_size)
     where = ["window", "source", "tokens"]
@@ -610,7 +610,7 @@ def _assistants(asked: _Asked, champion: Path) -> tuple[Score, Score] | str:
 def _read(root: Path, name: str) -> pd.DataFrame:
     import pandas as pd
 
-    path = root / _PREDICTIONS / f"{name}.csv"
+    path = root / PREDICTIONS / f"{name}.csv"
     return pd.read_csv(path, keep_default_na=False, dtype=str)
 
 

@@ -27,7 +27,7 @@ from report_project import (
 from gpt.base.errors import InputError
 from gpt.base.files import write_json
 from pipeline.report.facts import report_facts
-from pipeline.report.page import TEMPLATES, values, write_report
+from pipeline.report.page import REPORT_TEMPLATES, values, write_report
 from pipeline.show.documents import fill, html_page
 from pipeline.show.markdown import visible
 from pipeline.tracking.connection import connect
@@ -82,8 +82,8 @@ def page(finished):
 
 def rendered(root: Path) -> tuple[Page, str]:
     """Without the plots, which take their time to be drawn."""
-    text = fill(TEMPLATES / "report.md", plots=[], **values(report_facts(root)))
-    return Page(html_page(text, TEMPLATES / "report.html", root / "reports")), text
+    text = fill(REPORT_TEMPLATES / "report.md", plots=[], **values(report_facts(root)))
+    return Page(html_page(text, REPORT_TEMPLATES / "report.html", root / "reports")), text
 
 
 def percent(figures: dict[str, float], name: str) -> str:
