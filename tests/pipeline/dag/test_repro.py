@@ -217,7 +217,7 @@ def test_after_a_failed_stage_the_outputs_are_as_before_it(project, repro, dvc):
     # it fails, is stopped, DVC itself is killed, and an output is not there
     for end in ("exit 2", "exec sleep 60", "kill -9 $PPID", "true"):
         (project / "dvc.yaml").write_text(whole.replace(command, f"    cmd: {half} && {end}"))
-        done, _ = repro(seconds=2 if "sleep" in end else None)
+        done, _ = repro(seconds=8 if "sleep" in end else None)
         assert (done.executed, done.undone, bool(done.code)) == (True, True, True), end
         assert contents(project) == before
         assert before["first.json"] == b"edited"
