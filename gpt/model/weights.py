@@ -25,8 +25,7 @@ from gpt.base.errors import InputError, shown
 from gpt.base.files import read_json, whole_directory, write_json
 from gpt.model.config import GPTConfig
 from gpt.model.model import GPT, INIT_STD, LAYER_NORM_EPS, GPTClassifier, Pooling
-from gpt.model.safetensors_files import stored_in_safetensors, write_safetensors
-from gpt.model.stored import Stored
+from gpt.model.tensor_files import FileTensor, tensors_in_safetensors, write_safetensors
 from gpt.tokens.tokenizer import Tokenizer, load_tokenizer
 
 _PREFIX = "transformer."
@@ -34,8 +33,9 @@ _PREFIX = "transformer."
 _PREFIXES = re.compile(r"(?:_orig_mod\.|module\.)*(?:transformer\.)?")
 _CONV1D = re.compile(r"h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
 # causal masks that old files carry along; the architecture implies them
-IGNORED = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
-_PADDED_TO = tuple(8 << n for n in range(8))  # 8 … 1,024
+_MASKS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
+# 8 … 1,024: vocabularies are rounded up to a multiple of such a number, for speed
+_PADDED_TO = tuple(8 << n for n in range(8))
 _HEADS = ("lm_head.weight", "score.weight")
 _WRITTEN = {
     *("config.json", "model.safetensors", "generation_config.json", "vocab.json", "merges.txt"),
@@ -152,7 +152,7 @@ def load_model(
     path = directory / "model.safetensors"
     if not path.is_file():
         raise InputError(f"{path}: no such file; a model directory holds its weights there")
-    tensors = by_plain_name(path, stored_in_safetensors(path))
+    tensors = by_plain_name(path, tensors_in_safetensors(path))
     if (score := tensors.get("score.weight")) is None:
         labels = None
     elif labels is None:  # transformers' own default; a wrong shape is refused below
@@ -160,13 +160,7 @@ def load_model(
         labels = [f"LABEL_{i}" for i in range(n_classes)]
     pooling = _read_pooling(directory) if labels is not None else "last"
     model = empty_model(path, config, labels, len(tensors), pooling)
-    wanted = model.state_dict()
-    ignored = {name for name in tensors if IGNORED.fullmatch(name)}
-    if config.tie_weights:
-        ignored.add("lm_head.weight")  # a copy of wte.weight
-    if not config.qkv_bias:
-        ignored |= {name for name in tensors if name.endswith("attn.c_attn.bias")}  # zeros
-    account_for_every_name(path, tensors, wanted, ignored)
+    account_for_every_name(path, tensors, model.state_dict(), without_a_place(config, tensors))
     fill(model, tensors, device, dtype)
     return model.eval()
 
@@ -261,11 +255,6 @@ def cut_vocabulary(model: GPT | GPTClassifier, n: int) -> None:
             _assign(model, name, table[:n].clone())
 
 
-def _is_padded(rows: int, tokens: int) -> bool:
-    """Whether that many tokens were given that many rows by rounding up, as is done for speed."""
-    return any(-(-tokens // step) * step == rows for step in _PADDED_TO)
-
-
 def load_tokenizer_of(directory: Path, config: GPTConfig) -> Tokenizer:
     """Read the tokenizer that lies beside a model.
 
@@ -274,11 +263,11 @@ def load_tokenizer_of(directory: Path, config: GPTConfig) -> Tokenizer:
             its own padded to a round number.
     """
     tokenizer = load_tokenizer(directory)
-    padded = _is_padded(config.vocab_size, tokenizer.vocab_size)
-    if tokenizer.vocab_size != config.vocab_size and not padded:
+    n = tokenizer.vocab_size
+    if config.vocab_size not in (n, *(-(-n // step) * step for step in _PADDED_TO)):
         raise InputError(
-            f"{directory}: the model has {config.vocab_size} tokens, its vocab.json "
-            f"{tokenizer.vocab_size}; take both from the same place"
+            f"{directory}: the model has {config.vocab_size} tokens, its vocab.json {n}; "
+            "take both from the same place"
         )
     return tokenizer
 
@@ -350,12 +339,10 @@ def architecture(
 
 def _labels(path: Path, named: Any) -> list[str] | None:
     """The labels of `id2label`, in the order of the classes; None if it has none."""
-    if not named and (named is None or named == {}):
+    if named is None or named == {}:
         return None
-    labels: list[Any] = []
-    if isinstance(named, dict):
-        labels = [named.get(str(i)) for i in range(len(named))]
-    if not labels or not all(isinstance(label, str) for label in labels):
+    labels = [named.get(str(i)) for i in range(len(named))] if isinstance(named, dict) else [None]
+    if not all(isinstance(label, str) for label in labels):
         raise InputError(
             f"{path}: id2label must hold the classes' names under 0, 1, 2 and so on "
             f"(got {shown(named)}); get the model's own config.json"
@@ -401,21 +388,32 @@ class _SkipInit(TorchFunctionMode):
 # --- tensors and names ----------------------------------------------------------------------------
 
 
-def by_plain_name(path: Path, tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+def by_plain_name(path: Path, tensors: Mapping[str, FileTensor]) -> dict[str, FileTensor]:
     """Tensors under Hugging Face's names by the model's own, which have no prefix.
 
     Raises:
         InputError: one is there with and without the prefix.
     """
-    plain: dict[str, Stored] = {}
-    for name, stored in tensors.items():
+    plain: dict[str, FileTensor] = {}
+    for name, tensor in tensors.items():
         short = _PREFIXES.sub("", name, count=1)
         if short in plain:
             raise InputError(
                 f"{path}: holds {short} with and without {_PREFIX!r}; get a file with one of them"
             )
-        plain[short] = replace(stored, turned=is_conv1d(short))
+        plain[short] = replace(tensor, turned=is_conv1d(short))
     return plain
+
+
+def without_a_place(config: GPTConfig, names: Iterable[str]) -> set[str]:
+    """Those of the tensors that files hold and a model of this architecture has no place for."""
+    return {
+        name
+        for name in names
+        if _MASKS.fullmatch(name)
+        or (config.tie_weights and name == "lm_head.weight")  # a copy of wte.weight
+        or (not config.qkv_bias and name.endswith("attn.c_attn.bias"))  # zeros
+    }
 
 
 def is_conv1d(name: str) -> bool:
@@ -469,7 +467,7 @@ def account_for_every_name(
 
 def fill(
     model: GPT | GPTClassifier,
-    tensors: dict[str, Stored],
+    tensors: dict[str, FileTensor],
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> None:
@@ -495,32 +493,29 @@ def fill(
         _assign(model, name, _weight(waiting.pop(name), device, dtype or torch.float32))
 
 
-def _weight(stored: Stored, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-    value = stored.read()
-    if stored.turned:
+def _weight(source: FileTensor, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+    value = source.read()
+    if source.turned:
         value = value.t()
-    if stored.lent:  # one copy that moves, widens and turns
+    if source.lent:  # one copy that moves, widens and turns
         weight = torch.empty(value.shape, device=device, dtype=dtype).copy_(value)
     else:
         weight = value.to(device=device, dtype=dtype).contiguous()
-    if not weight.sum(dtype=torch.float32).isfinite():  # the fastest way to see them all
-        _refuse_infinite(stored, value, dtype)
-    return weight
-
-
-def _refuse_infinite(stored: Stored, value: Tensor, dtype: torch.dtype) -> None:
+    if weight.sum(dtype=torch.float32).isfinite():  # the fastest way to see them all
+        return weight
     highest = value.abs().max().item()
     if not math.isfinite(highest):
         raise InputError(
-            f"{stored.path}: {stored.name} holds what is no finite number; the file is damaged or "
+            f"{source.path}: {source.name} holds what is no finite number; the file is damaged or "
             "its training failed, fetch or make it again"
         )
     if highest > torch.finfo(dtype).max:
         kind = str(dtype).removeprefix("torch.")
         raise InputError(
-            f"{stored.path}: {stored.name} holds {highest:g}, which {kind} cannot; use bfloat16 "
+            f"{source.path}: {source.name} holds {highest:g}, which {kind} cannot; use bfloat16 "
             "or float32"
         )
+    return weight
 
 
 def _assign(model: torch.nn.Module, name: str, value: Tensor) -> None:

@@ -15,22 +15,19 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from gpt.base.errors import InputError
 from gpt.base.files import read_json
 from gpt.model.config import GPT2_SIZES, GPTConfig
 from gpt.model.model import GPT
-from gpt.model.safetensors_files import stored_in_safetensors
-from gpt.model.stored import Stored
+from gpt.model.tensor_files import FileTensor, tensors_in_safetensors
 from gpt.model.weights import (
-    IGNORED,
     account_for_every_name,
     architecture,
     by_plain_name,
@@ -38,9 +35,10 @@ from gpt.model.weights import (
     fill,
     is_conv1d,
     read_config,
+    without_a_place,
 )
-from gpt.published.tensorflow_files import stored_in_tensorflow
-from gpt.published.torch_files import stored_in_torch, table_in_torch
+from gpt.published.tensorflow_files import tensors_in_tensorflow
+from gpt.published.torch_files import tensors_in_torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +57,13 @@ class Published:
     form: str
     config: GPTConfig
     skipped: tuple[str, ...]
-    tensors: dict[str, Stored]
+    tensors: dict[str, FileTensor]
 
     def load(self) -> GPT:
         """Read them, once, into a model on the CPU, in fp32 and in evaluation mode.
 
-        Tensor by tensor: memory stays near the model's own size.
+        Tensor by tensor: memory stays near the model's own size, or the file's if `torch.save`
+        wrote it.
 
         Raises:
             InputError: as `fill`.
@@ -89,44 +88,46 @@ def open_published(folder: Path) -> Published:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; name one that holds published weights")
     found = _find(folder)
-    if found.tensorflow:
+    if found.path.name.endswith(".ckpt.index"):
         return _openai(folder, found)
     if any(name.startswith(("tok_emb.", "trf_blocks.")) for name in found.tensors):
         return _book(folder, found)
-    if (args := _nanogpt_args(found)) is not None:
+    if isinstance(args := found.beside.get("model_args"), Mapping):
         return _nanogpt(found, args)
     return _hugging_face(folder, found)
 
 
 # --- files ----------------------------------------------------------------------------------------
 
-_Reader = Callable[[Path], dict[str, Stored]]
+_Reader = Callable[[Path], tuple[dict[str, FileTensor], Mapping[Any, Any]]]
 _READERS: dict[str, _Reader] = {
-    ".safetensors": stored_in_safetensors,
-    ".bin": stored_in_torch,
-    ".pth": stored_in_torch,
-    ".pt": stored_in_torch,
+    ".safetensors": lambda path: (tensors_in_safetensors(path), {}),
+    ".bin": tensors_in_torch,
+    ".pth": tensors_in_torch,
+    ".pt": tensors_in_torch,
+    ".index": lambda path: (tensors_in_tensorflow(path.with_suffix("")), {}),
 }
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
+class _WeightFiles:
+    """The tensors of a folder's weights by the files' names, and what lies beside them."""
+
     path: Path
     form: str
-    tensors: dict[str, Stored]
-    tensorflow: bool = False
+    tensors: dict[str, FileTensor]
+    beside: Mapping[Any, Any]
 
 
-def _find(folder: Path) -> _Found:
+def _find(folder: Path) -> _WeightFiles:
     for name in ("model.safetensors", "pytorch_model.bin"):
         whole, index = folder / name, folder / f"{name}.index.json"
         if whole.is_file():
-            return _Found(whole, name, _READERS[whole.suffix](whole))
+            return _WeightFiles(whole, name, *_READERS[whole.suffix](whole))
         if index.is_file():
             return _sharded(index, _READERS[whole.suffix])
-    checkpoints = sorted(folder.glob("*.ckpt.index"))
-    others = sorted(path for path in folder.iterdir() if path.suffix in _READERS)
-    found = checkpoints + others
+    found = [*folder.glob("*.ckpt.index"), *folder.iterdir()]
+    found = sorted({path for path in found if path.suffix in _READERS})
     if not found:
         raise InputError(
             f"{folder}: holds no weights; put model.safetensors, pytorch_model.bin, the book's "
@@ -138,30 +139,26 @@ def _find(folder: Path) -> _Found:
             "index that is published with files that belong together"
         )
     (path,) = found
-    if checkpoints:
-        prefix = path.with_suffix("")
-        return _Found(path, prefix.name, stored_in_tensorflow(prefix), tensorflow=True)
-    return _Found(path, path.name, _READERS[path.suffix](path))
+    return _WeightFiles(path, path.name.removesuffix(".index"), *_READERS[path.suffix](path))
 
 
-def _sharded(index: Path, reader: _Reader) -> _Found:
+def _sharded(index: Path, reader: _Reader) -> _WeightFiles:
     """The tensors of several files, each where the index says that it is."""
     place = _read_json(index).get("weight_map")
     if not isinstance(place, dict) or not all(isinstance(file, str) for file in place.values()):
         raise InputError(f"{index}: has no weight_map of tensors and files; fetch it again")
     files = sorted(set(place.values()))
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, FileTensor] = {}
     for file in files:
         path = index.parent / file
         if path.name != file or "\\" in file:
             raise InputError(f"{index}: {file!r} is not the name of a file beside it")
         if not path.is_file():
             raise InputError(f"{path}: no such file, but {index.name} names it; fetch it, too")
-        held = reader(path)
-        here = [name for name in place if place[name] == file]
-        account_for_every_name(path, held, here, ())
+        held, _ = reader(path)
+        account_for_every_name(path, held, [name for name in place if place[name] == file], ())
         tensors |= held
-    return _Found(index, f"{index.name} and {len(files)} files", tensors)
+    return _WeightFiles(index, f"{index.name} and {len(files)} files", tensors, {})
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -174,41 +171,82 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 # --- names ----------------------------------------------------------------------------------------
 
-
-def _hugging_face(folder: Path, found: _Found) -> Published:
-    if not (folder / "config.json").is_file():
-        raise InputError(
-            f"{folder / 'config.json'}: no such file; get the one that is published beside the "
-            "weights"
-        )
-    config, _ = read_config(folder)
-    return _by_plain_names(found, config, by_plain_name(found.path, found.tensors))
+_Names = Callable[[str], tuple[str, ...]]
+"""What a form calls the model's tensor of a name: one tensor, or those that it is made of."""
 
 
-def _by_plain_names(
-    found: _Found, config: GPTConfig, tensors: dict[str, Stored], owner: str = "Hugging Face"
+def _publish(
+    found: _WeightFiles,
+    owner: str,
+    config: GPTConfig,
+    skipped: Iterable[str],
+    names: _Names,
+    *,
+    input_major: bool = False,
 ) -> Published:
-    if "score.weight" in tensors:
-        raise InputError(f"{found.path}: holds a classifier; a language model is needed")
-    wanted = _wanted(found, config)
-    skipped = {name for name in tensors if IGNORED.fullmatch(name)}
-    if config.tie_weights and (head := tensors.get("lm_head.weight")) is not None:
-        skipped.add("lm_head.weight")
-        if (wte := tensors.get("wte.weight")) is not None and not _equal(head, wte):
-            raise InputError(
-                f"{head.path}: {head.name} is no copy of {wte.name}, but config.json ties them; "
-                "the weights and their configuration do not belong together"
-            )
-    if not config.qkv_bias:
-        skipped |= {name for name in tensors if name.endswith("attn.c_attn.bias")}  # zeros
-    account_for_every_name(found.path, tensors, wanted, skipped)
+    """What is found under `owner`'s names, each accounted for; some are not needed."""
+    wanted = {name: names(name) for name in _shapes(found, config)}
+    tensors = found.tensors
+    account_for_every_name(
+        found.path, tensors, [each for parts in wanted.values() for each in parts], skipped
+    )
+    parts_of = {name: [tensors[each] for each in parts] for name, parts in wanted.items()}
     return Published(
         found.path,
         f"{found.form}, {owner}'s names",
         config,
         tuple(sorted(tensors[name].name for name in skipped)),
-        {name: tensors[name] for name in wanted},
+        {
+            name: replace(_joined(parts, config.n_embd), turned=input_major and is_conv1d(name))
+            for name, parts in parts_of.items()
+        },
     )
+
+
+def _shapes(found: _WeightFiles, config: GPTConfig) -> dict[str, tuple[int, ...]]:
+    empty = empty_model(found.path, config, None, len(found.tensors))
+    return {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
+
+
+def _joined(parts: list[FileTensor], width: int) -> FileTensor:
+    """Query, key and value, (C, C) or (C,) each, one below the other; a single part as it is."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    for part in parts:
+        part.expect((width,) * (2 if part.name.endswith(".weight") else 1))
+    shape = (len(parts) * width, *first.shape[1:])
+    return replace(
+        first, shape=shape, read=lambda: torch.cat([part.read() for part in parts]), lent=False
+    )
+
+
+def _same_name(name: str) -> tuple[str, ...]:
+    return (name,)
+
+
+def _hugging_face(folder: Path, found: _WeightFiles) -> Published:
+    _read_json(folder / "config.json")  # a message of its own where it is not there
+    config, _ = read_config(folder)
+    return _plain(found, "Hugging Face", config, input_major=True)
+
+
+def _plain(
+    found: _WeightFiles, owner: str, config: GPTConfig, *, input_major: bool = False
+) -> Published:
+    """Weights under the model's own names, with or without a prefix."""
+    tensors = by_plain_name(found.path, found.tensors)
+    if "score.weight" in tensors:
+        raise InputError(f"{found.path}: holds a classifier; a language model is needed")
+    head, wte = tensors.get("lm_head.weight"), tensors.get("wte.weight")
+    if config.tie_weights and head and wte and not _equal(head, wte):
+        raise InputError(
+            f"{head.path}: {head.name} is no copy of {wte.name}, but config.json ties them; "
+            "the weights and their configuration do not belong together"
+        )
+    skipped = without_a_place(config, tensors)
+    found = replace(found, tensors=tensors)
+    return _publish(found, owner, config, skipped, _same_name, input_major=input_major)
 
 
 _NANOGPT_ARGS = {
@@ -220,25 +258,16 @@ _NANOGPT_ARGS = {
 }
 
 
-def _nanogpt_args(found: _Found) -> Mapping[Any, Any] | None:
-    """What nanoGPT's `ckpt.pt` says of the architecture; None for any other file."""
-    torch_file = _READERS.get(found.path.suffix) is stored_in_torch
-    return table_in_torch(found.path, "model_args") if torch_file else None
-
-
-def _nanogpt(found: _Found, args: Mapping[Any, Any]) -> Published:
+def _nanogpt(found: _WeightFiles, args: Mapping[Any, Any]) -> Published:
     """nanoGPT's matrices are those of `nn.Linear`, and it may do without all biases."""
     config = architecture(found.path, args, _NANOGPT_ARGS)
-    tensors = {
-        name: replace(stored, turned=False)
-        for name, stored in by_plain_name(found.path, found.tensors).items()
-    }
+    tensors = dict(found.tensors)
     if args.get("bias") is False:
         for name, shape in _shapes(found, config).items():
             if name.endswith(".bias"):
                 zeros = functools.partial(torch.zeros, shape)
-                tensors[name] = Stored(found.path, name, shape, torch.float32, zeros)
-    return _by_plain_names(found, config, tensors, "nanoGPT")
+                tensors[name] = FileTensor(found.path, name, shape, torch.float32, zeros)
+    return _plain(replace(found, tensors=tensors), "nanoGPT", config)
 
 
 _BOOK = {
@@ -251,6 +280,8 @@ _BOOK = {
 _BOOK_BLOCK = {
     "ln_1.weight": "norm1.scale",
     "ln_1.bias": "norm1.shift",
+    "attn.c_attn.weight": "att.W_{}.weight",
+    "attn.c_attn.bias": "att.W_{}.bias",
     "attn.c_proj.weight": "att.out_proj.weight",
     "attn.c_proj.bias": "att.out_proj.bias",
     "ln_2.weight": "norm2.scale",
@@ -260,57 +291,35 @@ _BOOK_BLOCK = {
     "mlp.c_proj.weight": "ff.layers.2.weight",
     "mlp.c_proj.bias": "ff.layers.2.bias",
 }
-_BOOK_ATTENTION = ("W_query", "W_key", "W_value")  # what c_attn holds one below the other
 _BOOK_MASK = re.compile(r"trf_blocks\.\d+\.att\.mask")
-_BOOK_QKV_BIAS = re.compile(r"trf_blocks\.\d+\.att\.W_(query|key|value)\.bias")
-_BLOCK = re.compile(r"h\.(\d+)\.(.+)")
+_BOOK_LAYER = re.compile(r"trf_blocks\.(\d{1,4})\.")
 
 
 def _book_names(name: str) -> tuple[str, ...]:
-    """What the book calls the model's `name`: one tensor, or the three that it is made of."""
-    block = _BLOCK.fullmatch(name)
-    if block is None:
+    if name in _BOOK:
         return (_BOOK[name],)
-    layer, rest = f"trf_blocks.{block[1]}", block[2]
-    if rest.startswith("attn.c_attn."):
-        leaf = rest.rpartition(".")[2]
-        return tuple(f"{layer}.att.{part}.{leaf}" for part in _BOOK_ATTENTION)
-    return (f"{layer}.{_BOOK_BLOCK[rest]}",)
+    _, layer, rest = name.split(".", 2)
+    theirs = f"trf_blocks.{layer}.{_BOOK_BLOCK[rest]}"
+    # what c_attn holds one below the other
+    return tuple(dict.fromkeys(theirs.format(part) for part in ("query", "key", "value")))
 
 
-def _book(folder: Path, found: _Found) -> Published:
+def _book(folder: Path, found: _WeightFiles) -> Published:
     config = _book_config(folder, found)
-    wanted = {name: _book_names(name) for name in _wanted(found, config)}
     skipped = {name for name in found.tensors if _BOOK_MASK.fullmatch(name)}
     if config.tie_weights:
         skipped |= found.tensors.keys() & {"out_head.weight"}  # a copy of tok_emb.weight
-    account_for_every_name(
-        found.path, found.tensors, [each for names in wanted.values() for each in names], skipped
-    )
-    return Published(
-        found.path,
-        f"{found.form}, the book's names",
-        config,
-        tuple(sorted(skipped)),
-        {
-            name: _joined([found.tensors[each] for each in names], config.n_embd)
-            for name, names in wanted.items()
-        },
-    )
+    return _publish(found, "the book", config, skipped, _book_names)
 
 
-def _book_config(folder: Path, found: _Found) -> GPTConfig:
+def _book_config(folder: Path, found: _WeightFiles) -> GPTConfig:
     """The architecture that the tensors have, and from elsewhere the heads, which do not show."""
     tensors = found.tensors
-    n_layer = 1 + max(
-        (int(name.split(".")[1]) for name in tensors if re.match(r"trf_blocks\.\d{1,4}\.", name)),
-        default=0,
-    )
     account_for_every_name(found.path, tensors, ("tok_emb.weight", "pos_emb.weight"), tensors)
     tokens, positions = tensors["tok_emb.weight"], tensors["pos_emb.weight"]
     head = tensors.get("out_head.weight")
     own = {
-        "qkv_bias": any(_BOOK_QKV_BIAS.fullmatch(name) for name in tensors),
+        "qkv_bias": any(re.search(r"\.att\.W_\w+\.bias$", name) for name in tensors),
         "tie_weights": head is None or _equal(head, tokens),
     }
     if (folder / "config.json").is_file():
@@ -318,7 +327,8 @@ def _book_config(folder: Path, found: _Found) -> GPTConfig:
     for each in (tokens, positions):
         if len(each.shape) != 2 or 0 in each.shape:
             raise InputError(f"{each.path}: {each.name} has the shape {each.shape}, is no table")
-    width = tokens.shape[1]
+    layers = [int(layer[1]) for name in tensors if (layer := _BOOK_LAYER.match(name))]
+    n_layer, width = 1 + max(layers, default=-1), tokens.shape[1]
     for size in GPT2_SIZES.values():
         if (size.n_layer, size.n_embd) == (n_layer, width):
             return replace(
@@ -330,67 +340,6 @@ def _book_config(folder: Path, found: _Found) -> GPTConfig:
     )
 
 
-def _joined(parts: list[Stored], width: int) -> Stored:
-    """Query, key and value, (C, C) or (C,) each, one below the other; a single part as it is."""
-    if len(parts) == 1:
-        return parts[0]
-    first = parts[0]
-    for part in parts:
-        part.expect((width,) * (2 if part.name.endswith(".weight") else 1))
-
-    def read() -> Tensor:
-        return torch.cat([part.read() for part in parts])
-
-    shape = (len(parts) * width, *first.shape[1:])
-    return replace(first, shape=shape, read=read, lent=False)
-
-
-def _openai(folder: Path, found: _Found) -> Published:
-    config = _openai_config(folder / "hparams.json")
-    wanted = {name: _openai_name(name) for name in _wanted(found, config)}
-    account_for_every_name(found.path, found.tensors, wanted.values(), ())
-    return Published(
-        found.path,
-        f"{found.form}, OpenAI's names",
-        config,
-        (),
-        {
-            name: _without_first(found.tensors[theirs])
-            if is_conv1d(name)
-            else found.tensors[theirs]
-            for name, theirs in wanted.items()
-        },
-    )
-
-
-def _openai_name(name: str) -> str:
-    """`h.0.attn.c_attn.weight` is `model/h0/attn/c_attn/w` there."""
-    *path, leaf = name.split(".")
-    if path[0] in ("wte", "wpe"):
-        return f"model/{path[0]}"
-    if path[0] == "h":
-        path[:2] = [f"h{path[1]}"]
-    if leaf == "weight":
-        leaf = "gain" if path[-1].startswith("ln_") else "weight"
-    return "/".join(["model", *path, leaf[0]])
-
-
-def _without_first(stored: Stored) -> Stored:
-    """A matrix that is the kernel of a convolution of length 1: (1, in, out) to (in, out)."""
-    if len(stored.shape) != 3 or stored.shape[0] != 1:
-        return replace(stored, turned=True)  # its shape is refused when it is compared
-    read = functools.partial(_first, stored.read)
-    return replace(stored, shape=stored.shape[1:], read=read, turned=True)
-
-
-def _first(read: Callable[[], Tensor]) -> Tensor:
-    return read()[0]
-
-
-def _openai_config(path: Path) -> GPTConfig:
-    return architecture(path, _read_json(path), _OPENAI_HPARAMS)
-
-
 _OPENAI_HPARAMS = {
     "n_vocab": "vocab_size",
     "n_ctx": "context_length",
@@ -398,18 +347,29 @@ _OPENAI_HPARAMS = {
     "n_head": "n_head",
     "n_embd": "n_embd",
 }
+_OPENAI_NAMES = (
+    (r"^(wte|wpe)\.weight$", r"\1"),
+    (r"^h\.(\d+)", r"h\1"),
+    (r"(ln_\w)\.weight$", r"\1.g"),
+    (r"\.weight$", ".w"),
+    (r"\.bias$", ".b"),
+    (r"\.", "/"),
+)
 
 
-def _wanted(found: _Found, config: GPTConfig) -> list[str]:
-    return list(_shapes(found, config))
+def _openai_names(name: str) -> tuple[str, ...]:
+    """`h.0.attn.c_attn.weight` is `model/h0/attn/c_attn/w` there."""
+    for pattern, theirs in _OPENAI_NAMES:
+        name = re.sub(pattern, theirs, name)
+    return (f"model/{name}",)
 
 
-def _shapes(found: _Found, config: GPTConfig) -> dict[str, tuple[int, ...]]:
-    empty = empty_model(found.path, config, None, len(found.tensors))
-    return {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
+def _openai(folder: Path, found: _WeightFiles) -> Published:
+    hparams = folder / "hparams.json"
+    config = architecture(hparams, _read_json(hparams), _OPENAI_HPARAMS)
+    return _publish(found, "OpenAI", config, (), _openai_names, input_major=True)
 
 
-def _equal(one: Stored, other: Stored) -> bool:
-    return (one.shape, one.dtype) == (other.shape, other.dtype) and torch.equal(
-        one.read(), other.read()
-    )
+def _equal(one: FileTensor, other: FileTensor) -> bool:
+    same = (one.shape, one.dtype) == (other.shape, other.dtype)
+    return same and torch.equal(one.read(), other.read())

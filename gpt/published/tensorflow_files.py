@@ -9,14 +9,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gpt.base.errors import InputError
-from gpt.model.stored import Stored
+from gpt.base.errors import InputError, first_line
+from gpt.model.tensor_files import FileTensor
 
 _FLOATS = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16}
 
 
-def stored_in_tensorflow(prefix: Path) -> dict[str, Stored]:
+def tensors_in_tensorflow(prefix: Path) -> dict[str, FileTensor]:
     """The variables of a checkpoint, by name; none is read yet.
+
+    GPT-2's matrices are kernels of convolutions of length 1 there: (1, in, out) is (in, out) here.
 
     Args:
         prefix: what its files' names begin with: `model.ckpt` for `model.ckpt.index` and
@@ -41,26 +43,22 @@ def stored_in_tensorflow(prefix: Path) -> dict[str, Stored]:
     except Exception as error:  # TensorFlow's own errors, and plain ones out of its C++
         raise _damaged(prefix, error) from None
 
-    def read(name: str) -> Tensor:
+    def read(name: str, shape: tuple[int, ...]) -> Tensor:
         try:
-            return torch.from_numpy(reader.get_tensor(name))
+            return torch.from_numpy(reader.get_tensor(name)).reshape(shape)
         except Exception as error:
-            raise _damaged(prefix, error, name) from None
+            raise _damaged(prefix, error, f"{name}: ") from None
 
-    return {
-        name: Stored(
-            prefix,
-            name,
-            tuple(shapes[name]),
-            _FLOATS.get(kinds[name].name, kinds[name].name),
-            functools.partial(read, name),
-        )
-        for name in sorted(shapes)
-    }
+    tensors = {}
+    for name in sorted(shapes):
+        shape = tuple(shapes[name])
+        shape = shape[1:] if len(shape) == 3 and shape[0] == 1 else shape
+        kind = _FLOATS.get(kinds[name].name, kinds[name].name)
+        tensors[name] = FileTensor(prefix, name, shape, kind, functools.partial(read, name, shape))
+    return tensors
 
 
-def _damaged(prefix: Path, error: Exception, name: str = "") -> InputError:
-    first = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+def _damaged(prefix: Path, error: Exception, where: str = "") -> InputError:
     return InputError(
-        f"{prefix}: {name}{': ' * bool(name)}damaged or cut short ({first}); fetch or make it again"
+        f"{prefix}: {where}damaged or cut short ({first_line(error)}); fetch or make it again"
     )

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt.model.model import GPTClassifier
-from gpt.model.safetensors_files import write_safetensors
+from gpt.model.tensor_files import write_safetensors
 from gpt.model.weights import save_model
 from gpt.tokens.tokenizer import byte_tokenizer
 

@@ -1,4 +1,4 @@
-"""Tensors in safetensors files: read, and written, one at a time.
+"""Tensors that lie in a file, and safetensors files: read, and written, one tensor at a time.
 
 The layout, as its authors describe it: eight bytes that say how long the header is, the header as
 JSON, filled up with spaces to a multiple of eight bytes, and the tensors' own bytes one behind the
@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,55 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gpt.base.errors import InputError
-from gpt.model.stored import FLOATS, Stored
 
-# the widest first: so they lie in a file, those of a kind by their names
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""The types that weights may have, the widest first: so they lie in a safetensors file."""
 _NAMES = dict(zip(FLOATS, ("F64", "F32", "BF16", "F16"), strict=True))
 _FLOATS = {name: dtype for dtype, name in _NAMES.items()}
 _ALIGNED_BYTES = 8
 _AT_ONCE_BYTES = 1 << 20
-_HEADER_BYTES = 100_000_000
-"""The library reads no longer one."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileTensor:
+    """A tensor in a file: what it is, and how to read it.
+
+    Attributes:
+        path: the file.
+        name: what the file calls it.
+        shape: as in the file.
+        dtype: PyTorch's where it is one of floating point that weights come in, else the file's
+            own word.
+        read: reads it.
+        lent: what `read` returns is the file's own memory, to be copied and let go.
+        turned: a matrix that is input-major, as GPT-2's `Conv1D` keeps it.
+    """
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype | str
+    read: Callable[[], Tensor]
+    lent: bool = False
+    turned: bool = False
+
+    def expect(self, shape: tuple[int, ...]) -> None:
+        """Refuse what does not fit into a weight of `shape`, (out, in) where it is a matrix.
+
+        Raises:
+            InputError: the shape is another, or the numbers are not floating-point ones.
+        """
+        expected = shape[::-1] if self.turned else shape
+        if self.shape != expected:
+            raise InputError(
+                f"{self.path}: {self.name} has the shape {self.shape}, the configuration asks for "
+                f"{expected}; the weights and their configuration do not belong together"
+            )
+        if self.dtype not in FLOATS:
+            raise InputError(
+                f"{self.path}: {self.name} holds {self.dtype}, not floating-point weights; "
+                "get the unquantized file"
+            )
 
 
 def write_safetensors(
@@ -72,7 +113,7 @@ def _pieces(tensor: Tensor) -> Iterable[Tensor]:
     return torch.split(tensor, max(1, _AT_ONCE_BYTES // row_bytes))
 
 
-def stored_in_safetensors(path: Path) -> dict[str, Stored]:
+def tensors_in_safetensors(path: Path) -> dict[str, FileTensor]:
     """The tensors of a safetensors file, by name; none is read yet.
 
     Raises:
@@ -81,51 +122,25 @@ def stored_in_safetensors(path: Path) -> dict[str, Stored]:
 
     def read(name: str) -> Tensor:
         # Opened for each tensor: what was touched of a mapped file counts as memory until then.
-        with _damage_in(path), safe_open(path, framework="pt", device="cpu") as file:
+        with _opened(path) as file:
             return file.get_tensor(name)  # type: ignore[no-any-return]
 
     tensors = {}
-    with _damage_in(path), safe_open(path, framework="pt", device="cpu") as file:
+    with _opened(path) as file:
         for name in file.keys():  # noqa: SIM118
             entry = file.get_slice(name)
-            kind = entry.get_dtype()
-            tensors[name] = Stored(
-                path,
-                name,
-                tuple(entry.get_shape()),
-                _FLOATS.get(kind, kind),
-                functools.partial(read, name),
-                lent=True,
-            )
+            shape, kind = tuple(entry.get_shape()), entry.get_dtype()
+            reads = functools.partial(read, name)
+            tensors[name] = FileTensor(path, name, shape, _FLOATS.get(kind, kind), reads, lent=True)
     return tensors
 
 
 @contextlib.contextmanager
-def _damage_in(path: Path) -> Iterator[None]:
+def _opened(path: Path) -> Iterator[Any]:
     try:
-        yield
+        with safe_open(path, framework="pt", device="cpu") as file:
+            yield file
     except (SafetensorError, OSError) as error:
         raise InputError(
-            f"{path}: damaged or cut short ({_missing_in(path) or error}); fetch or make it again"
+            f"{path}: damaged or cut short ({error}); fetch or make it again"
         ) from error
-
-
-def _missing_in(path: Path) -> str:
-    """What a file lacks at its end, if its header is whole; else nothing."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > min(size, _HEADER_BYTES):
-                return ""
-            header = json.loads(file.read(length))
-        ends = {
-            name: int(entry["data_offsets"][1])
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }
-    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
-        return ""
-    missing = sorted((end, name) for name, end in ends.items() if 8 + length + end > size)
-    more = f" and of {len(missing) - 1} more" if missing[1:] else ""
-    return f"the bytes of {missing[0][1]}{more} are not all there" if missing else ""
