@@ -52,11 +52,6 @@ def first_few(words: Sequence[object], most: int = 3) -> str:
     return ", ".join(map(str, words[:most])) + more
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, cut where it is long; its type if it has none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
-
-
 def lacks_memory(error: BaseException) -> bool:
     """Whether an error is that there is not enough memory, which PyTorch and NumPy say apart."""
     signs = ("out of memory", "DefaultCPUAllocator", "Storage size calculation overflowed")

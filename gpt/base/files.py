@@ -9,17 +9,13 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from gpt.base.errors import InputError
 
 _LONGEST_JSON = 16 << 20
-_MANY = 200
-_DEEPEST_JSON = 64
-_MOST_BITS = 1023
-"""Of a whole number: with more it is no float."""
 
 
 def sync_directory(path: Path) -> None:
@@ -33,17 +29,10 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sync_file(path: Path) -> None:
+def sync_file(path: Path) -> None:
+    """Let what a file holds survive a loss of power."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
-
-
-def _sync_files(paths: Sequence[Path]) -> None:
-    if len(paths) > _MANY and hasattr(os, "sync"):
-        os.sync()  # all that the system has to write: far sooner done than so many files by turns
-        return
-    for path in paths:
-        _sync_file(path)
 
 
 def _partial(path: Path) -> Path:
@@ -57,7 +46,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     partial = _partial(path)
     try:
         yield partial
-        _sync_file(partial)
+        sync_file(partial)
         partial.replace(path)
         sync_directory(path.parent)
     finally:
@@ -80,24 +69,27 @@ def whole_directory(path: Path) -> Iterator[Path]:
         raise InputError(f"{path}: is there and no directory; move it away or choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial, replaced = _partial(path), path.with_name(f".{path.name}.replaced.partial")
-    if replaced.is_dir() and not path.exists():  # killed between the two renames below
-        replaced.replace(path)
-    for left in (partial, replaced):
-        remove(left)
+
+    def clear() -> None:
+        if replaced.is_dir() and not path.exists():  # stopped between the two renames below
+            replaced.replace(path)
+        for left in (partial, replaced):
+            remove(left)
+
+    clear()
     partial.mkdir()
     try:
         yield partial
-        _sync_files([file for file in partial.rglob("*") if file.is_file()])
+        for file in partial.rglob("*"):
+            if file.is_file():
+                sync_file(file)
         if path.exists():
             path.replace(replaced)
         partial.replace(path)
         sync_directory(path.parent)
     finally:
         with contextlib.suppress(OSError):
-            if replaced.is_dir() and not path.exists():  # stopped between the two renames
-                replaced.replace(path)
-            for left in (partial, replaced):
-                remove(left)
+            clear()
 
 
 def remove(path: Path) -> None:
@@ -157,51 +149,38 @@ def parse_json(content: bytes, name: str, remedy: str) -> dict[str, Any]:
 
     Raises:
         InputError: it is no JSON object, git left it with a conflict, or it holds what only some
-            readers take, or each in its own way: a key twice, a number that is not finite or of
-            thousands of digits, half a surrogate pair, lists in lists in lists.
+            readers take, or each in its own way: a key twice, a number that no float can hold, half
+            a surrogate pair, lists in lists in lists.
     """
     refuse_conflict(content, name)
     try:
-        value = json.loads(content, object_pairs_hook=_unique)
-        if not isinstance(value, dict):
-            raise InputError(f"{name}: not a JSON object; {remedy}")
-        _check_plain(value)
-    except InputError:
-        raise
+        value = json.loads(content, object_pairs_hook=unique_keys, parse_int=_finite_int)
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError) as error:
         raise InputError(f"{name}: not JSON ({error}); {remedy}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{name}: not a JSON object; {remedy}")
     return value
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """What `json` makes of an object (`object_pairs_hook`).
+
+    Raises:
+        ValueError: a key is given twice.
+    """
     value = dict(pairs)
     if len(value) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
         raise ValueError(f"the key {twice[:60]!r} is given twice")
     return value
 
 
-def _check_plain(value: Any) -> None:
-    layer, depth = [value], 0
-    while layer:
-        depth += 1
-        if depth > _DEEPEST_JSON:
-            raise ValueError(f"nested more than {_DEEPEST_JSON} deep")
-        below: list[Any] = []
-        for each in layer:
-            if isinstance(each, dict):
-                below += each.keys()
-                below += each.values()
-            elif isinstance(each, list):
-                below += each
-            elif isinstance(each, str):
-                each.encode()  # half a surrogate pair cannot be
-            elif isinstance(each, float) and not math.isfinite(each):
-                raise ValueError(f"{each} is no number of JSON's")
-            elif isinstance(each, int) and each.bit_length() > _MOST_BITS:
-                raise ValueError(f"a number of {each.bit_length():,} bits")
-        layer = below
+def _finite_int(digits: str) -> int:
+    if math.isinf(float(digits)):
+        raise ValueError(f"a number of {len(digits):,} digits")
+    return int(digits)
 
 
 _CONFLICT = re.compile(rb"^(?:<{7}|>{7})(?: .{0,60}|$)", re.MULTILINE)

@@ -92,13 +92,10 @@ class Quality:
 
     @model_validator(mode="after")
     def _leaves_room(self) -> Quality:
-        if self.min_words > self.max_words:
-            raise ValueError(f"min_words {self.min_words} is more than max_words {self.max_words}")
-        if self.min_word_length > self.max_word_length:
-            raise ValueError(
-                f"min_word_length {self.min_word_length} is more than max_word_length "
-                f"{self.max_word_length}"
-            )
+        for least, most in (("min_words", "max_words"), ("min_word_length", "max_word_length")):
+            low, high = getattr(self, least), getattr(self, most)
+            if low > high:
+                raise ValueError(f"{least} {low} is more than {most} {high}")
         if self.min_stop_words > len(set(self.stop_words)):
             raise ValueError(
                 f"min_stop_words {self.min_stop_words} is more than there are stop_words"
@@ -183,17 +180,14 @@ class Cleaner:
     """
 
     def __init__(self, params: CleanParams) -> None:
-        steps: list[tuple[str, Callable[[str], str]]] = []
-        if params.mojibake:
-            steps.append(("mojibake", repair_mojibake))
-        if params.control_characters:
-            steps.append(("control_characters", remove_control_characters))
-        # after what stood between a letter and its accent is gone
-        if params.unicode != "none":
-            steps.append(("unicode", partial(normalize, params.unicode)))
-        if params.gutenberg:
-            steps.append(("gutenberg", strip_gutenberg))
-        self._steps = steps
+        # unicode after what stood between a letter and its accent is gone
+        steps: tuple[tuple[str, bool, Callable[[str], str]], ...] = (
+            ("mojibake", params.mojibake, repair_mojibake),
+            ("control_characters", params.control_characters, remove_control_characters),
+            ("unicode", params.unicode != "none", partial(normalize, params.unicode)),
+            ("gutenberg", params.gutenberg, strip_gutenberg),
+        )
+        self._steps = [(name, step) for name, wanted, step in steps if wanted]
         self._params = params
 
     def __call__(self, text: str) -> Cleaned:
@@ -214,10 +208,12 @@ class Cleaner:
             return "min_chars"
         if params.max_chars is not None and len(text) > params.max_chars:
             return "max_chars"
-        if params.languages and len(text) >= params.language_min_chars:
-            confidence = language_probability(text, params.languages)
-            if confidence < params.language_confidence:
-                return "languages"
+        if (
+            params.languages
+            and len(text) >= params.language_min_chars
+            and language_probability(text, params.languages) < params.language_confidence
+        ):
+            return "languages"
         if params.quality is not None:
             broken = next(broken_rules(text, params.quality), None)
             return None if broken is None else f"quality: {broken}"
@@ -240,10 +236,10 @@ def _around_difference(before: str, after: str) -> tuple[str, str]:
 # --- steps ----------------------------------------------------------------------------------------
 
 
-def normalize(form: Literal["NFC", "NFKC"], text: str) -> str:
+def normalize(form: NormalForm, text: str) -> str:
     """The text in a Unicode normal form."""
     # the check is many times as fast as making the text anew
-    if text.isascii() or unicodedata.is_normalized(form, text):
+    if form == "none" or text.isascii() or unicodedata.is_normalized(form, text):
         return text
     return unicodedata.normalize(form, text)
 
@@ -336,15 +332,15 @@ def strip_gutenberg(text: str) -> str:
     if "gutenberg" not in text.lower() and "SMALL PRINT!" not in text:
         return text
     bodies = []
-    at, inside, found = 0, True, False
+    at, inside = 0, True
     for mark in _MARKS.finditer(text):
         begins = mark.lastgroup in ("start", "after")
         if mark.lastgroup == "print" and mark.start() - at < _INTRODUCTION:
             continue  # the header goes on until the small print is over
         if inside and not begins:
             bodies.append(_without_credits(text[at : mark.start()]) if at else text[: mark.start()])
-        at, inside, found = mark.end(), begins, True
-    if not found:
+        at, inside = mark.end(), begins
+    if not at:
         return text
     if inside:
         bodies.append(_without_credits(text[at:]))
@@ -403,16 +399,16 @@ def broken_rules(text: str, quality: Quality) -> Iterator[str]:
 
 def _broken_by_words(text: str, words: Sequence[str], quality: Quality) -> Iterator[str]:
     n = max(1, len(words))
-    if not quality.min_words <= len(words) <= quality.max_words:
-        yield "number of words"
     mean = sum(map(len, words)) / n
-    if not quality.min_word_length <= mean <= quality.max_word_length:
-        yield "mean word length"
-    if max(text.count("#"), sum(map(text.count, _ELLIPSES))) / n > quality.symbols:
-        yield "symbols"
-    alphabetic = sum(word.isalpha() or any(map(str.isalpha, word)) for word in words)
-    if alphabetic / n < quality.alphabetic_words:
-        yield "alphabetic words"
+    symbols = max(text.count("#"), sum(map(text.count, _ELLIPSES))) / n
+    alphabetic = sum(word.isalpha() or any(map(str.isalpha, word)) for word in words) / n
+    rules = (
+        ("number of words", quality.min_words <= len(words) <= quality.max_words),
+        ("mean word length", quality.min_word_length <= mean <= quality.max_word_length),
+        ("symbols", symbols <= quality.symbols),
+        ("alphabetic words", alphabetic >= quality.alphabetic_words),
+    )
+    yield from (name for name, kept in rules if not kept)
     if quality.min_stop_words:
         met = set(re.findall(r"\w+", text.lower())).intersection(quality.stop_words)
         if len(met) < quality.min_stop_words:
@@ -421,29 +417,32 @@ def _broken_by_words(text: str, words: Sequence[str], quality: Quality) -> Itera
 
 def _broken_by_lines(lines: Sequence[str], quality: Quality) -> Iterator[str]:
     n = max(1, len(lines))
-    if sum(line.startswith(_BULLETS) for line in lines) / n > quality.bullet_lines:
-        yield "bullet lines"
-    if sum(line.endswith(_ELLIPSES) for line in lines) / n > quality.ellipsis_lines:
-        yield "ellipsis lines"
+    counts = (
+        ("bullet lines", sum(line.startswith(_BULLETS) for line in lines), quality.bullet_lines),
+        ("ellipsis lines", sum(line.endswith(_ELLIPSES) for line in lines), quality.ellipsis_lines),
+        ("short lines", sum(len(line) < _SHORT_LINE for line in lines), quality.short_lines),
+    )
+    yield from (name for name, count, most in counts if count / n > most)
     if sum(line.endswith(_SENTENCE_ENDS) for line in lines) / n < quality.punctuated_lines:
         yield "punctuated lines"
-    if sum(len(line) < _SHORT_LINE for line in lines) / n > quality.short_lines:
-        yield "short lines"
 
 
 def _broken_by_repetition(
     lines: Sequence[str], paragraphs: Sequence[str], quality: Quality
 ) -> Iterator[str]:
-    number, characters = _repeated_shares(lines)
-    if number > quality.repeated_lines:
-        yield "repeated lines"
-    if characters > quality.repeated_line_characters:
-        yield "repeated line characters"
-    number, characters = _repeated_shares(paragraphs)
-    if number > quality.repeated_paragraphs:
-        yield "repeated paragraphs"
-    if characters > quality.repeated_paragraph_characters:
-        yield "repeated paragraph characters"
+    line, line_characters = _repeated_shares(lines)
+    paragraph, paragraph_characters = _repeated_shares(paragraphs)
+    shares = (
+        ("repeated lines", line, quality.repeated_lines),
+        ("repeated line characters", line_characters, quality.repeated_line_characters),
+        ("repeated paragraphs", paragraph, quality.repeated_paragraphs),
+        (
+            "repeated paragraph characters",
+            paragraph_characters,
+            quality.repeated_paragraph_characters,
+        ),
+    )
+    yield from (name for name, share, most in shares if share > most)
 
 
 def _repeated_shares(pieces: Sequence[str]) -> tuple[float, float]:

@@ -66,8 +66,7 @@ def signature(text: str) -> np.ndarray:
     shingles = _shingle_hashes(text).tolist()
     for start in range(0, len(shingles), _ROWS_AT_ONCE):
         minhash.update_batch(shingles[start : start + _ROWS_AT_ONCE])
-    values: np.ndarray = minhash.hashvalues
-    return values
+    return minhash.hashvalues  # type: ignore[no-any-return]
 
 
 @lru_cache(maxsize=1)
@@ -97,8 +96,7 @@ def _shingle_hashes(text: str) -> np.ndarray:
 def _mix(values: np.ndarray) -> np.ndarray:
     """Spread every bit over the 64, so that the order of what is joined counts."""
     values = (values ^ (values >> np.uint64(32))) * np.uint64(0x9E3779B97F4A7C15)  # 2**64 / phi
-    mixed: np.ndarray = values ^ (values >> np.uint64(29))
-    return mixed
+    return values ^ (values >> np.uint64(29))  # type: ignore[no-any-return]
 
 
 def near_duplicates(signatures: np.ndarray, threshold: float) -> np.ndarray:
@@ -143,13 +141,11 @@ def near_duplicates(signatures: np.ndarray, threshold: float) -> np.ndarray:
 
 def _rows_per_band(threshold: float, permutations: int) -> int:
     """The longest bands, and so the fewest comparisons, that still find a pair at the threshold."""
-    rows = 1
-    while rows < permutations:
+    for rows in range(1, permutations):
         missed = (1 - threshold ** (rows + 1)) ** (permutations // (rows + 1))
         if 1 - missed < _RECALL:
-            break
-        rows += 1
-    return rows
+            return rows
+    return permutations
 
 
 def _bands(signatures: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:

@@ -19,26 +19,23 @@ import lzma
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 
-import zstandard
-
 from gpt.base.errors import InputError, first_few, in_one_line, shortened, shown
+from gpt.base.files import unique_keys
 
 LONGEST_DOCUMENT = 1 << 22
 """Characters. A longer document comes in parts, so that no more than that is held."""
 LONGEST_LINE = 1 << 26
 """Bytes of a line that is read as one."""
 LONGEST_LIST = 1 << 28
-"""Characters of a JSON list, which is held whole."""
+"""Bytes of a JSON list, which is held whole."""
 PLACES = {"tsv": "line", "jsonl": "line", "csv": "line", "json": "record", "parquet": "row"}
 """What the numbers that come with the records of a format count."""
 
 _BLOCK = 1 << 20
 _ROWS = 64  # of a parquet file, held at once: they may be long
-_COMPRESSED = 1 << 10  # bytes of zstd taken at once: they swell to some 32 MiB at the very most
 _SMALL = 1 << 26  # bytes that any compressed file may swell to
 _SWELLING = 200  # and how many times its size beyond that
 _NEAR = 1 << 16  # characters before a cut in which a word's start is looked for
@@ -94,7 +91,7 @@ class _Decompressed(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         try:
             data = self._source.read(len(buffer))
-        except (EOFError, OSError, zlib.error, zstandard.ZstdError, lzma.LZMAError) as error:
+        except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
             raise InputError(
                 f"{self._path}: damaged or cut short ({error}); fetch the file again, or, if it is "
                 f"not compressed, take {self._path.suffix} off its name"
@@ -109,38 +106,16 @@ class _Decompressed(io.RawIOBase):
         return len(data)
 
 
-class _Zstd:
-    """The frames of a zstd file, one behind the other.
+def _zstd(file: BinaryIO) -> _Source:
+    import pyarrow  # here: it takes long
 
-    Not zstandard's own reader: it takes a file that was cut short for a whole one.
-    """
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._frame: Any = None
-        self._left = b""
-        self._ready = memoryview(b"")
-
-    def read(self, size: int, /) -> bytes:
-        while not self._ready:
-            data = self._left or self._file.read(_COMPRESSED)
-            self._left = b""
-            if not data:
-                if self._frame is not None:
-                    raise EOFError("the last frame has no end")
-                return b""
-            if self._frame is None:
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
-            self._ready = memoryview(self._frame.decompress(data))
-            if self._frame.eof:
-                self._left, self._frame = self._frame.unused_data, None
-        data, self._ready = bytes(self._ready[:size]), self._ready[size:]
-        return data
+    # not zstandard's reader, which takes a file that was cut short for a whole one
+    return pyarrow.CompressedInputStream(pyarrow.PythonFile(file, mode="r"), "zstd")  # type: ignore[no-any-return]
 
 
 PACKINGS: dict[str, tuple[re.Pattern[bytes], Callable[[BinaryIO], _Source]]] = {
     ".gz": (re.compile(rb"\x1f\x8b"), lambda file: gzip.GzipFile(fileobj=file)),
-    ".zst": (re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"), _Zstd),
+    ".zst": (re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"), _zstd),
     ".bz2": (re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"), bz2.BZ2File),
     ".xz": (re.compile(rb"\xfd7zXZ\0"), lzma.LZMAFile),
 }
@@ -205,40 +180,23 @@ class _Decoder:
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self._line = 1
 
-    def decode(self, block: bytes) -> str:
-        """The text of the next block, but for a character that goes on in the one behind it.
-
-        An empty block is the end.
-        """
+    def decode(self, block: bytes, last: bool) -> str:
+        """The text of the next block, but for a character that goes on in the one behind it."""
         try:
-            text = self._decoder.decode(block, not block)
+            text = self._decoder.decode(block, last)
         except UnicodeDecodeError as error:
-            line = self._line + error.object[: error.start].count(b"\n")
-            raise _not_utf8(self._path, line, error) from None
+            raise _not_utf8(self._path, self._line, error) from None
         self._line += block.count(b"\n")
         return text
 
 
 def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> InputError:
+    """`line` is the first of what was decoded."""
+    line += error.object[: error.start].count(b"\n")
     byte = error.object[error.start]
     return InputError(
         f"{path}: line {line}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8"
     )
-
-
-def _whole_text(path: Path) -> str:
-    decoder = _Decoder(path)
-    texts, size = [], 0
-    with _open_text(path) as file:
-        for block in iter(functools.partial(file.read, _BLOCK), b""):
-            texts.append(decoder.decode(block))
-            size += len(texts[-1])
-            if size > LONGEST_LIST:
-                raise InputError(
-                    f"{path}: longer than {LONGEST_LIST >> 20} MiB, too long for one list; write "
-                    "a record a line (jsonl)"
-                )
-        return "".join([*texts, decoder.decode(b"")])
 
 
 def lines_in(path: Path) -> Iterator[tuple[int, str]]:
@@ -287,7 +245,7 @@ def texts_in(path: Path, separator: str | None) -> Iterator[str]:
             # As much again as is held, so that a long document is not searched once a block.
             block = file.read(max(_BLOCK, len(rest)))
             ended = not block
-            text = rest + decoder.decode(block)
+            text = rest + decoder.decode(block, ended)
             *whole, rest = between.split(text) if separator else [text]
             for document in whole:
                 yield from parts_of(document.rstrip(edges) if begun else document.strip(edges))
@@ -301,19 +259,16 @@ def texts_in(path: Path, separator: str | None) -> Iterator[str]:
     yield from parts_of(rest.rstrip(edges) if begun else rest.strip(edges))
 
 
-def parts_of(text: str) -> Sequence[str]:
+def parts_of(text: str) -> Iterator[str]:
     """A document in parts of at most `LONGEST_DOCUMENT` characters, cut before words if it can be.
 
     The parts of a text cut before words have the tokens of the whole.
     """
-    if len(text) <= LONGEST_DOCUMENT:
-        return (text,)
-    parts = []
     while len(text) > LONGEST_DOCUMENT:
         cut = _cut(text)
-        parts.append(text[:cut])
+        yield text[:cut]
         text = text[cut:]
-    return (*parts, text)
+    yield text
 
 
 def _cut(text: str) -> int:
@@ -337,15 +292,9 @@ def objects_in(path: Path, format: str, columns: Sequence[str]) -> Iterator[tupl
     Raises:
         InputError: the file is not what its format says, or has none of the columns.
     """
-    if format == "jsonl":
-        yield from _json_lines(path)
-    elif format == "json":
-        yield from _json_list(path)
-    else:
-        there = _parquet_columns(path)
-        names = [name for name in columns if name in there] or columns
-        for number, values in _parquet_rows(path, names):
-            yield number, dict(zip(names, values, strict=True))
+    if format == "parquet":
+        return _parquet_rows(path, columns, all_of_them=False)
+    return _json_lines(path) if format == "jsonl" else _json_list(path)
 
 
 def fields_in(path: Path, format: str, names: Sequence[str]) -> Iterator[tuple[int, Sequence[Any]]]:
@@ -358,18 +307,17 @@ def fields_in(path: Path, format: str, names: Sequence[str]) -> Iterator[tuple[i
     """
     if format == "csv":
         yield from _csv_rows(path, names)
-    elif format == "parquet":
-        yield from _parquet_rows(path, names)
-    else:
-        place = PLACES[format]
-        for number, record in _json_lines(path) if format == "jsonl" else _json_list(path):
-            if not isinstance(record, dict):
-                a_list = isinstance(record, list) and format == "jsonl"
-                raise InputError(
-                    f"{path}: {place} {number}: not an object with fields; correct or remove the "
-                    f"{place}" + _ONE_LIST * a_list
-                )
-            yield number, [record.get(name) for name in names]
+        return
+    place = PLACES[format]
+    rows = _parquet_rows(path, names) if format == "parquet" else objects_in(path, format, names)
+    for number, record in rows:
+        if not isinstance(record, dict):
+            a_list = isinstance(record, list) and format == "jsonl"
+            raise InputError(
+                f"{path}: {place} {number}: not an object with fields; correct or remove the "
+                f"{place}" + _ONE_LIST * a_list
+            )
+        yield number, [record.get(name) for name in names]
 
 
 _ONE_LIST = "; if the file is one list, write an object a line, as `jq -c .[]` does"
@@ -391,59 +339,27 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _json_list(path: Path) -> Iterator[tuple[int, Any]]:
-    """The values of a list, one at a time, so that the place of a bad one is known."""
-    text = _whole_text(path)
-    at = _behind_blanks(text, 0)
-    if text[at : at + 1] != "[":
+    with _open_text(path) as file:
+        content = file.read(LONGEST_LIST + 1)
+    if len(content) > LONGEST_LIST:
+        raise InputError(
+            f"{path}: longer than {LONGEST_LIST >> 20} MiB, too long for one list; write a record "
+            "a line (jsonl)"
+        )
+    text = _Decoder(path).decode(content, True)
+    if not text.lstrip().startswith("["):
         raise InputError(
             f"{path}: not a JSON list; put the records between [ and ], or, if it has a record a "
             "line, set its source's format: jsonl"
         )
-    number, ended = 0, False
-    at = _behind_blanks(text, at + 1)
     try:
-        if text.startswith("]", at):
-            ended, at = True, _behind_blanks(text, at + 1)
-        while not ended:
-            number += 1
-            value, end = _JSON.raw_decode(text, at)
-            at = _behind_blanks(text, end)
-            if not text.startswith((",", "]"), at):
-                raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
-            ended = text[at] == "]"
-            at = _behind_blanks(text, at + 1)
-            yield number, value
-        if at < len(text):
-            raise json.JSONDecodeError("Extra data", text, at)
+        yield from enumerate(_JSON.decode(text), start=1)
     except (ValueError, RecursionError) as error:
-        line = text.count("\n", 0, at) + 1
-        if isinstance(error, json.JSONDecodeError):
-            line = error.lineno
-        raise InputError(
-            f"{path}: line {line}: not valid JSON ({_fault(error)}, record {number}); correct the "
-            "file"
-        ) from None
+        line = f"line {error.lineno}: " if isinstance(error, json.JSONDecodeError) else ""
+        raise InputError(f"{path}: {line}not valid JSON ({_fault(error)}); correct it") from None
 
 
-def _behind_blanks(text: str, at: int) -> int:
-    match = _BLANKS.match(text, at)
-    assert match is not None
-    return match.end()
-
-
-_BLANKS = re.compile(r"[ \t\n\r]*")
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {shown(twice)} is given twice")
-    return value
-
-
-_JSON = json.JSONDecoder(object_pairs_hook=_object)
+_JSON = json.JSONDecoder(object_pairs_hook=unique_keys)
 
 
 def _fault(error: Exception) -> str:
@@ -501,61 +417,36 @@ def _places_of(path: Path, there: Sequence[str], columns: Sequence[str]) -> list
     return [there.index(column) for column in columns]
 
 
-def _parquet_columns(path: Path) -> list[str]:
+def _parquet_rows(
+    path: Path, columns: Sequence[str], *, all_of_them: bool = True
+) -> Iterator[tuple[int, dict[str, Any]]]:
     from pyarrow import parquet  # here: only parquet needs it, and it takes long
 
-    with _damage_named(path):
-        return list(parquet.read_schema(path).names)
-
-
-def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Sequence[Any]]]:
-    from pyarrow import parquet
-
     number = 0
-    with (
-        _damage_named(path),
-        parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BLOCK) as table,
-    ):
-        _places_of(path, table.schema_arrow.names, columns)
-        about = table.metadata
-        size = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
-        if size > max(_SMALL, _SWELLING * path.stat().st_size):
-            raise InputError(
-                f"{path}: swells to more than {_SWELLING} times its size, as no text does; "
-                "if it is what it should be, write it again without compression"
-            )
-        for batch in table.iter_batches(_ROWS, columns=list(columns), use_threads=False):
-            values = [_values(path, number, name, batch.column(name)) for name in columns]
-            for row in zip(*values, strict=True):
-                number += 1
-                yield number, row
-
-
-def _values(path: Path, before: int, name: str, column: Any) -> list[Any]:
-    """The values of a column in the rows behind the first `before`."""
-    values: list[Any] = []
     try:
-        for value in column:
-            values.append(value.as_py())
-    except Exception as error:  # a date, a time or a text may be one that Python does not know
-        raise InputError(
-            f"{path}: row {before + len(values) + 1}: the column {name!r} ({column.type}) holds "
-            f"what cannot be read ({shortened(in_one_line(error), 200)}); correct or remove the row"
-        ) from None
-    return values
-
-
-@contextmanager
-def _damage_named(path: Path) -> Iterator[None]:
-    """Whatever is raised of a parquet file within the block becomes an `InputError`."""
-    try:
-        yield
+        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BLOCK) as table:
+            there = table.schema_arrow.names
+            found = [name for name in columns if name in there]
+            names = columns if all_of_them else found or columns
+            _places_of(path, there, names)
+            about = table.metadata
+            size = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
+            if size > max(_SMALL, _SWELLING * path.stat().st_size):
+                raise InputError(
+                    f"{path}: swells to more than {_SWELLING} times its size, as no text does; "
+                    "if it is what it should be, write it again without compression"
+                )
+            for batch in table.iter_batches(_ROWS, columns=list(names), use_threads=False):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
     except InputError:
         raise
     except Exception as error:  # a damaged page can bring out any of pyarrow's and of Python's
         with path.open("rb") as file:
             packed = _packing(file.read(16))
+        remedy = "decompress it" if packed else "fetch it again, or set its source's format"
         raise InputError(
-            f"{path}: not a parquet file, or damaged ({shortened(in_one_line(error), 200)}); "
-            + ("decompress it" if packed else "fetch it again, or set its source's format")
+            f"{path}: not a parquet file, or damaged behind row {number} "
+            f"({shortened(in_one_line(error), 200)}); " + remedy
         ) from None

@@ -22,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic.dataclasses import dataclass as checked_dataclass
+from typing_extensions import TypedDict  # pydantic knows that of Python 3.12 and later
 
 from gpt.base.errors import InputError, first_problem
 from gpt.base.files import write_json
@@ -209,15 +210,9 @@ def read_documents(folder: Path) -> Iterator[tuple[str, str]]:
     Raises:
         InputError: a file is not what its format says; file, line and remedy are named.
     """
-    for file, documents in documents_by_file(folder):
-        for text in documents:
-            yield file.name, text
-
-
-def documents_by_file(folder: Path) -> Iterator[tuple[RawFile, Iterator[str]]]:
-    """The documents of each file of a raw folder; `read_documents` says more."""
     for file in read_sources(folder):
-        yield file, documents_in(folder / file.file, file)
+        for text in documents_in(folder / file.file, file):
+            yield file.name, text
 
 
 def documents_in(path: Path, file: RawFile) -> Iterator[str]:
@@ -306,50 +301,72 @@ def messages_in(path: Path, file: RawFile) -> pd.DataFrame:
     import pandas as pd
 
     _check_format(path, file)
-    rows = _tsv_messages(path) if file.format == "tsv" else _field_messages(path, file)
+    place, names = PLACES[file.format], [file.label_field, file.text_field]
+    tsv = file.format == "tsv"
     labels, texts = [], []
-    for label, text in rows:
+    for number, (label, text) in _tsv_rows(path) if tsv else fields_in(path, file.format, names):
+        if isinstance(label, int):  # as JSON spells it: bools are ints
+            label = json.dumps(label)
+        if isinstance(label, str):
+            label = plain_label(label)
+        for what, name, value in zip(("label", "text"), names, (label, text), strict=True):
+            if not isinstance(value, str) or not value.strip() or not _is_unicode(value):
+                raise InputError(
+                    f"{path}: {place} {number}: the field {name!r} is not a {what}; correct or "
+                    f"remove the {place}"
+                )
         labels.append(label)
         texts.append(text)
     return pd.DataFrame({"label": labels, "text": texts}, dtype="str")
 
 
-def _tsv_messages(path: Path) -> Iterator[tuple[str, str]]:
+def _tsv_rows(path: Path) -> Iterator[tuple[int, Sequence[Any]]]:
     # Not a reader of CSV: it reads quotes as CSV's and joins lines between them.
     for number, line in lines_in(path):
-        line = line.rstrip("\r\n")
-        if not line.strip(" "):
+        parts = line.rstrip("\r\n").split("\t")
+        if not line.strip(" \r\n"):
             continue
-        parts = line.split("\t")
-        label = plain_label(parts[0])
-        if len(parts) != 2 or not label or not parts[1].strip():
+        if len(parts) != 2:
             raise InputError(
                 f"{path}: line {number}: not a label, a tab and a text; correct or remove the "
                 "line, or set its source's format if it is none of tsv"
             )
-        yield label, parts[1]
-
-
-def _field_messages(path: Path, file: RawFile) -> Iterator[tuple[str, str]]:
-    place = PLACES[file.format]
-    names = [file.label_field, file.text_field]
-    for number, (label, text) in fields_in(path, file.format, names):
-        if isinstance(label, int):  # as JSON spells it: bools are ints
-            label = json.dumps(label)
-        if isinstance(label, str):
-            label = plain_label(label)
-        for name, value in zip(names, (label, text), strict=True):
-            if not isinstance(value, str) or not value.strip() or not _is_unicode(value):
-                what = "a label" if name == file.label_field else "a text"
-                raise InputError(
-                    f"{path}: {place} {number}: the field {name!r} is not {what}; correct or "
-                    f"remove the {place}"
-                )
-        yield label, text
+        yield number, parts
 
 
 # --- instructions ---------------------------------------------------------------------------------
 
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("empty; fill it in")
+    return text
+
+
+# with a constraint, pydantic refuses half a surrogate pair, which no encoding can write
+_Text = Annotated[str, Field(min_length=0)]
+_Words = Annotated[_Text, AfterValidator(_not_blank)]
+
+
+class _Message(TypedDict):
+    role: str
+    content: _Text
+
+
+class _Task(TypedDict):
+    """An instruction record as files have it."""
+
+    instruction: _Words
+    input: _Text
+    output: _Words
+
+
+class _Answers(TypedDict):
+    chosen: _Words
+    rejected: _Words
+
+
+_MESSAGE, _TASK, _PAIR = TypeAdapter(_Message), TypeAdapter(_Task), TypeAdapter(_Answers)
 _FIELDS = ("instruction", "input", "output")
 _ANSWERS = ("chosen", "rejected")
 
@@ -400,97 +417,72 @@ def _records_in(path: Path, file: RawFile, more: Sequence[str] = ()) -> Iterator
     return objects_in(path, file.format, (*_FIELDS, "messages", *more))
 
 
+def _checked(where: str, adapter: TypeAdapter[T], value: Any, remedy: str) -> T:
+    """What was read, as the adapter describes it.
+
+    Raises:
+        InputError: it is something else.
+    """
+    try:
+        return adapter.validate_python(value, strict=True)
+    except ValidationError as error:
+        raise InputError(f"{where}: {first_problem(error)}; {remedy}") from None
+
+
 def _preference(where: str, record: Any) -> Instruction:
     plain = _record(where, record)
     given = {} if isinstance(record, list) else record
-    answers = [name for name in _ANSWERS if given.get(name) is not None]
+    answers = {name: given[name] for name in _ANSWERS if given.get(name) is not None}
     if not answers:
         return plain
-    for name in _ANSWERS:
-        value = given.get(name)
-        if value is None:
-            raise InputError(
-                f"{where}: field {name!r} is missing beside {answers[0]!r}; give both answers "
-                "or neither"
-            )
-        if not isinstance(value, str) or not value.strip() or not _is_unicode(value):
-            raise InputError(
-                f"{where}: field {name!r} is not a text with something in it; correct the record"
-            )
+    pair = _checked(where, _PAIR, answers, "give both answers or neither")
     values = {name: getattr(plain, name) for name in Instruction.__dataclass_fields__}
-    return Preference(**values, chosen=given["chosen"], rejected=given["rejected"])
+    return Preference(**values, **pair)
 
 
 def _record(where: str, record: Any) -> Instruction:
-    if isinstance(record, list):
-        if record and not any(isinstance(each, dict) and "role" in each for each in record):
-            raise InputError(
-                f"{where}: a list, but of no messages: none has a role; if the file is one list of "
-                "records, set its source's format: json"
-            )
-        return _conversation(where, record)
-    if not isinstance(record, dict):
+    if not isinstance(record, list | dict):
         raise InputError(f"{where}: not an object with fields; correct the record")
-    if "messages" in record:
-        return _conversation(where, record["messages"])
-    values = {}
-    for field in _FIELDS:
-        value = record.get(field)
-        if not isinstance(value, str):
-            fault = "is not a text" if field in record else "is missing"
-            raise InputError(
-                f"{where}: field {field!r} {fault}; "
-                "a record has the texts instruction, input and output (input may be empty)"
-            )
-        if not value.strip() and field != "input":
-            raise InputError(f"{where}: field {field!r} is empty; fill it in")
-        if not _is_unicode(value):
-            raise InputError(
-                f"{where}: field {field!r} holds half a character "
-                "(an unpaired surrogate); correct the record"
-            )
-        values[field] = value
-    return Instruction(values["instruction"], values["input"], values["output"])
+    if isinstance(record, list) and not any(isinstance(e, dict) and "role" in e for e in record):
+        raise InputError(
+            f"{where}: a list, but of no messages: none has a role; if the file is one list of "
+            "records, set its source's format: json"
+        )
+    if isinstance(record, dict) and "messages" not in record:
+        remedy = "a record has the texts instruction, input (may be empty) and output, or messages"
+        return Instruction(**_checked(where, _TASK, record, remedy))
+    messages = record["messages"] if isinstance(record, dict) else record
+    return _conversation(where, messages)
 
 
 def _conversation(where: str, messages: Any) -> Instruction:
     """A record of messages: a system's, if any, then a user's and an assistant's in turn."""
     if not isinstance(messages, list) or not messages:
         raise InputError(f"{where}: no list of messages; give each a role and its content")
-    said = [_message(f"{where}: message {i}", each) for i, each in enumerate(messages, start=1)]
-    system = said.pop(0)[1] if said[0][0] == "system" else ""
-    skipped = len(messages) - len(said)
-    for i, (role, content) in enumerate(said):
-        place, expected = i + 1 + skipped, ("user", "assistant")[i % 2]
-        if role != expected:
+    remedy = "a message has the texts role and content"
+    said = [
+        _checked(f"{where}: message {i}", _MESSAGE, each, remedy)
+        for i, each in enumerate(messages, start=1)
+    ]
+    systems = int(said[0]["role"] == "system")
+    for i, message in enumerate(said[systems:]):
+        at, expected = f"{where}: message {i + 1 + systems}", ("user", "assistant")[i % 2]
+        if message["role"] != expected:
             raise InputError(
-                f"{where}: message {place}: from {role!r}, where {expected!r} has its turn; "
+                f"{at}: from {message['role']!r}, where {expected!r} has its turn; "
                 "after a system's message, if any, user and assistant take turns"
             )
-        if not content.strip():
-            raise InputError(f"{where}: message {place}: its content is empty; fill it in")
-    if not said or len(said) % 2:
+        if not message["content"].strip():
+            raise InputError(f"{at}: its content is empty; fill it in")
+    texts = [message["content"] for message in said[systems:]]
+    if not texts or len(texts) % 2:
         raise InputError(
-            f"{where}: message {len(messages)}: the last one, and not the assistant's; "
+            f"{where}: message {len(said)}: the last one, and not the assistant's; "
             "a conversation ends with an answer"
         )
-    texts = [content for _, content in said]
     *earlier, last = map(Turn, texts[::2], texts[1::2])
+    system = said[0]["content"] if systems else ""
     return Instruction(last.prompt, "", last.response, tuple(earlier), system)
-
-
-def _message(where: str, message: Any) -> tuple[str, str]:
-    """Role and content."""
-    if not isinstance(message, dict):
-        raise InputError(f"{where}: not an object with a role and its content; correct the record")
-    role, content = message.get("role"), message.get("content")
-    for name, value in (("role", role), ("content", content)):
-        if not isinstance(value, str) or not _is_unicode(value):
-            fault = "is not a text" if name in message else "is missing"
-            raise InputError(f"{where}: its {name} {fault}; correct the record")
-    assert isinstance(role, str)
-    assert isinstance(content, str)
-    return role, content
 
 
 # --- splits ---------------------------------------------------------------------------------------

@@ -144,16 +144,14 @@ class Tokens:
         start, stop, step = where.indices(len(self))
         if step != 1:
             raise ValueError("tokens are read in order, one behind the other")
-        pieces = []
+        pieces = [np.empty(0, np.int64)]
         index = bisect.bisect_right(self._ends, start)
         while start < stop:
             first = self._ends[index] - len(self._parts[index])
             pieces.append(self._parts[index][start - first : stop - first].astype(np.int64))
             start += len(pieces[-1])
             index += 1
-        if len(pieces) == 1:
-            return pieces[0]
-        return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
+        return pieces[1] if len(pieces) == 2 else np.concatenate(pieces)
 
 
 def open_tokens(directory: Path, split: SplitName, source: str | None = None) -> Tokens:

@@ -6,7 +6,6 @@ encode through one `tiktoken.Encoding`. The plain-bytes tokenizer is the case wi
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import itertools
@@ -15,12 +14,12 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import tiktoken
 
-from gpt.base.errors import InputError
+from gpt.base.errors import InputError, shown
 from gpt.base.files import read_json, whole_file
 
 END_OF_TEXT = "<|endoftext|>"
@@ -75,7 +74,10 @@ class Tokenizer:
     def __init__(self, vocab: dict[str, int], merges: Sequence[tuple[str, str]]) -> None:
         _check(vocab, merges)
         self._vocab = vocab
-        self._merges = list(merges)
+        self.vocab_size = len(vocab)
+        """The number of tokens, `<|endoftext|>` among them."""
+        self.merges = list(merges)
+        """The pairs that may be joined, the earliest-learnt first."""
         self.eot = vocab[END_OF_TEXT]
         """The id of `<|endoftext|>`, which stands between documents and ends an answer."""
         self._encoding = tiktoken.Encoding(
@@ -89,25 +91,15 @@ class Tokenizer:
             special_tokens={END_OF_TEXT: self.eot},
         )
 
-    @property
-    def vocab_size(self) -> int:
-        """The number of tokens, `<|endoftext|>` among them."""
-        return len(self._vocab)
-
-    @property
+    @functools.cached_property
     def tokens(self) -> list[str]:
         """Every token, in byte symbols and in the order of ids."""
-        return self._tokens()
-
-    @property
-    def merges(self) -> list[tuple[str, str]]:
-        """The pairs that may be joined, the earliest-learnt first."""
-        return list(self._merges)
+        return sorted(self._vocab, key=self._vocab.__getitem__)
 
     @property
     def hash(self) -> str:
         """The sha256 of vocabulary and merges: equal hashes mean equal ids for every text."""
-        content = json.dumps([self._tokens(), self._merges])
+        content = json.dumps([self.tokens, self.merges])
         return hashlib.sha256(content.encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -122,7 +114,7 @@ class Tokenizer:
     @functools.cached_property
     def byte_lengths(self) -> np.ndarray:
         """How many bytes of text each id stands for, (vocab_size,); none for `<|endoftext|>`."""
-        lengths = [len(token) for token in self._tokens()]
+        lengths = [len(token) for token in self.tokens]
         lengths[self.eot] = 0
         return np.array(lengths, np.min_scalar_type(max(lengths)))
 
@@ -142,16 +134,14 @@ class Tokenizer:
     def save(self, directory: Path | str) -> None:
         """Write `vocab.json` and `merges.txt` into `directory`; equal tokenizers, equal bytes."""
         directory = Path(directory)
-        vocab = {token: rank for rank, token in enumerate(self._tokens())}
-        with _lines_of(directory / "vocab.json") as file:
-            json.dump(vocab, file, ensure_ascii=False)
-            file.write("\n")
-        with _lines_of(directory / "merges.txt") as file:
-            file.write("#version: 0.2\n")
-            file.writelines(f"{left} {right}\n" for left, right in self._merges)
-
-    def _tokens(self) -> list[str]:
-        return sorted(self._vocab, key=self._vocab.__getitem__)
+        vocab = {token: rank for rank, token in enumerate(self.tokens)}
+        merges = ["#version: 0.2", *(f"{left} {right}" for left, right in self.merges)]
+        for name, lines in (
+            ("vocab.json", [json.dumps(vocab, ensure_ascii=False)]),
+            ("merges.txt", merges),
+        ):
+            with whole_file(directory / name) as partial:
+                partial.write_text("\n".join([*lines, ""]), encoding="utf-8", newline="\n")
 
 
 def load_tokenizer(directory: Path | str) -> Tokenizer:
@@ -235,43 +225,32 @@ def _read_whole(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Vocabulary and merges of a `tokenizer.json`, if it encodes as GPT-2's does."""
     read = _read_json(path)
     for name, allowed in (("pre_tokenizer", _PRE_TOKENIZER), ("model", _MODEL)):
-        part = read.get(name)
-        if not isinstance(part, dict):
-            raise InputError(f"{path}: has no {name}; only a byte-level BPE as GPT-2's can be used")
+        part = read[name] if isinstance(read.get(name), dict) else {}
         for key, values in allowed.items():
             if part.get(key) not in values:
                 raise InputError(
-                    f"{path}: {name}.{key} is {str(part.get(key))[:40]!r}; only a byte-level BPE "
-                    f"as GPT-2's can be used, with {values[0]!r} there"
+                    f"{path}: {name}.{key} is {shown(part.get(key))}; only a byte-level BPE as "
+                    f"GPT-2's can be used, with {values[0]!r} there"
                 )
     if read.get("normalizer") is not None:
         raise InputError(
             f"{path}: changes a text before it is encoded (normalizer); GPT-2's do not"
         )
-    vocab = dict(_checked_vocab(path, read["model"].get("vocab")))
-    for added in _list_of(path, read, "added_tokens"):
-        content = added.get("content") if isinstance(added, dict) else None
-        if content != END_OF_TEXT:
-            raise InputError(
-                f"{path}: adds the token {str(content)[:40]!r}; only {END_OF_TEXT} can be added"
-            )
-        if type(added.get("id")) is not int:
-            raise InputError(f"{path}: {content} has no id; fetch the file again")
-        vocab[content] = added["id"]
-    merges = []
-    for each in _list_of(path, read["model"], "merges"):
-        pair = each.split(" ") if isinstance(each, str) else each
-        if not isinstance(pair, list) or [type(one) for one in pair] != [str, str]:
-            raise InputError(f"{path}: {str(each)[:40]!r} is not a pair of tokens")
-        merges.append((pair[0], pair[1]))
-    return vocab, merges
-
-
-def _list_of(path: Path, table: dict[str, Any], name: str) -> list[Any]:
-    value = table.get(name) or []
-    if not isinstance(value, list):
-        raise InputError(f"{path}: {name} is no list; fetch the file again")
-    return value
+    model = read["model"]
+    try:
+        added = {each["content"]: each["id"] for each in read.get("added_tokens") or ()}
+        merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
+        vocab = _checked_vocab(path, {**model["vocab"], **added})
+        pairs = [(left + "", right + "") for left, right in merges]
+    except (TypeError, KeyError, ValueError) as error:
+        raise InputError(
+            f"{path}: not a table of tokens and pairs of them ({error}); fetch the file again"
+        ) from None
+    if others := added.keys() - {END_OF_TEXT}:
+        raise InputError(
+            f"{path}: adds the token {shown(min(others))}; only {END_OF_TEXT} can be added"
+        )
+    return vocab, pairs
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -354,12 +333,6 @@ def _parts(text: str) -> Iterator[str]:
         yield text[start:end]
         start = end
     yield text[start:]
-
-
-@contextlib.contextmanager
-def _lines_of(path: Path) -> Iterator[TextIO]:
-    with whole_file(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
-        yield file
 
 
 def _find(directory: Path, *names: str) -> Path:
