@@ -57,14 +57,13 @@ class Documents:
         """Where in its document each position is, counted from the row's opening: (B, T) int64."""
         self._blocks: dict[torch.dtype, list[_Block]] = {}
         # on a graphics card made here: what comes after may be compiled
-        self._seen = None if numbers.device.type == "cpu" else self._visible()
+        if numbers.device.type != "cpu":
+            self.seen = self._visible()
 
-    @property
+    @functools.cached_property
     def seen(self) -> Tensor:
         """(B, 1, T, T) bool: the query, in its row, sees the key."""
-        if self._seen is None:
-            self._seen = self._visible()
-        return self._seen
+        return self._visible()
 
     def blocks(self, dtype: torch.dtype) -> list[_Block]:
         """The scores of the rows in parts."""

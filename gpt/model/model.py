@@ -292,7 +292,7 @@ class Decoder(nn.Module):
             batch,
             length or self.config.context_length,
             self.device,
-            self.wte.weight.dtype,
+            self.wpe.weight.dtype,  # not of 8 bits, where the other weights are
         )
 
     def _init_weights(self) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import datetime
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -124,11 +125,7 @@ def gather(value: T) -> list[T]:
 
 def from_first(value: T) -> T:
     """The first process's `value` in every process: small objects only."""
-    if _world.size == 1:
-        return value
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
+    return gather(value)[0]
 
 
 def share_out(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
@@ -137,40 +134,30 @@ def share_out(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
     Every process gets as many, since a pass through a sharded model is one that all take part in:
     where the last round is not full, some get an item that another counts.
     """
-    each: list[T] = []
-    for item in items:
-        each.append(item)
-        if len(each) == _world.size:
-            yield each[_world.rank], True
-            each = []
-    if each:
-        yield each[min(_world.rank, len(each) - 1)], _world.rank < len(each)
+    items = iter(items)
+    while group := list(itertools.islice(items, _world.size)):
+        yield group[min(_world.rank, len(group) - 1)], _world.rank < len(group)
 
 
 def passes(rows: Sequence[int], batch_size: int) -> list[tuple[int, Sequence[int]]]:
     """This process's passes of a step: the place of the first row of each, and its rows.
 
-    At most `batch_size` rows each, as many passes in every process. Where the passes of one
-    process can be dealt out whole, they are; else they are made smaller.
+    At most `batch_size` rows each, as nearly as many in each as may be, and as many passes in
+    every process.
 
     Raises:
         InputError: fewer rows than processes.
     """
     size, rank = _world.size, _world.rank
-    whole = -(-len(rows) // batch_size)
-    if whole % size == 0:
-        starts = list(range(0, len(rows), batch_size))
-    else:
-        count = -(-whole // size) * size
-        if len(rows) < count:
-            raise InputError(
-                f"train.devices: a step of {len(rows)} rows cannot be shared by {size} devices; "
-                "raise batch_size or accumulation, or use fewer devices"
-            )
-        starts = [index * len(rows) // count for index in range(count)]
-    ends = [*starts[1:], len(rows)]
-    mine = range(rank * len(starts) // size, (rank + 1) * len(starts) // size)
-    return [(starts[index], rows[starts[index] : ends[index]]) for index in mine]
+    count = -(-len(rows) // (batch_size * size)) * size
+    if len(rows) < count:
+        raise InputError(
+            f"train.devices: a step of {len(rows)} rows cannot be shared by {size} devices; "
+            "raise batch_size or accumulation, or use fewer devices"
+        )
+    starts = [index * len(rows) // count for index in range(count + 1)]
+    mine = range(rank * count // size, (rank + 1) * count // size)
+    return [(starts[i], rows[starts[i] : starts[i + 1]]) for i in mine]
 
 
 # --- a model that they share ----------------------------------------------------------------------
@@ -207,12 +194,9 @@ class SharedModel:
         self.module = self._model = model
         self.device = next(model.parameters()).device
         self.sharded = _world.size > 1 and parallel == "fsdp"
-        if self.sharded:
-            self._whole = self._shard()
-            return
-        self._whole = Whole(model)
-        if _world.size > 1:
-            self._wrapped = nn.parallel.DistributedDataParallel(self._whole)
+        self._trained: nn.Module = self._shard() if self.sharded else Whole(model)
+        if _world.size > 1 and not self.sharded:
+            self._trained = nn.parallel.DistributedDataParallel(self._trained)
 
     def _shard(self) -> Whole:
         from torch.distributed.device_mesh import init_device_mesh
@@ -237,17 +221,16 @@ class SharedModel:
         Returns:
             The loss of this process, detached.
         """
-        if self.sharded:
-            self._whole.set_requires_gradient_sync(last)  # type: ignore[operator]
-            value: Tensor = self._whole(loss)
-            self._back(value)
-        elif _world.size > 1:
-            with contextlib.nullcontext() if last else self._wrapped.no_sync():
-                value = self._wrapped(loss)
-                self._back(value)
-        else:
-            value = loss(self.module)
-            self._back(value)
+        summed: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if isinstance(self._trained, nn.parallel.DistributedDataParallel):
+            summed = summed if last else self._trained.no_sync()
+        elif self.sharded:
+            self._trained.set_requires_gradient_sync(last)  # type: ignore[operator]
+        with summed:
+            value: Tensor = self._trained(loss)
+            # DDP and FSDP2 take the mean over the processes where the sum is wanted
+            with torch.autocast(self.device.type, enabled=False):
+                (value * _world.size if _world.size > 1 else value).backward()  # type: ignore[no-untyped-call]
         return value.detach()
 
     def settle(self, loss: Callable[[Any], Tensor]) -> None:
@@ -260,14 +243,9 @@ class SharedModel:
             self.backward(loss, last=True)
             self.module.zero_grad(set_to_none=True)
 
-    def _back(self, value: Tensor) -> None:
-        # DDP and FSDP2 take the mean over the processes where the sum is wanted
-        with torch.autocast(self.device.type, enabled=False):
-            (value * _world.size if _world.size > 1 else value).backward()  # type: ignore[no-untyped-call]
-
     def measure(self, work: Callable[[Any], T]) -> T:
         """`work` of the model, in every process at once: a sharded model is put together for it."""
-        return self._whole(work) if self.sharded else work(self.module)
+        return self._trained(work) if self.sharded else work(self.module)  # type: ignore[no-any-return]
 
     # what of it is kept: whole tensors by name, the same however many processes share the model
 
@@ -297,9 +275,10 @@ class SharedModel:
         kept = state["optimizer"] if state else {}
         self.fill(self.module.state_dict(), state["model"] if state else None)
         shapes = from_first({n: {k: t.shape for k, t in each.items()} for n, each in kept.items()})
-        for name, parameter in self.module.named_parameters():
-            for optimizer in optimizers:
-                if name in shapes and _holds(optimizer, parameter):
+        names = {parameter: name for name, parameter in self.module.named_parameters()}
+        for optimizer in optimizers:
+            for parameter in (each for group in optimizer.param_groups for each in group["params"]):
+                if (name := names[parameter]) in shapes:
                     memory = {
                         key: torch.zeros_like(parameter)
                         if shape == parameter.shape
@@ -313,14 +292,11 @@ class SharedModel:
     def fill(self, targets: Mapping[str, Tensor], values: Mapping[str, Tensor] | None) -> None:
         """Copy whole tensors of the same names into `targets`; read in the first process only."""
         for name, target in targets.items():
-            if _world.size == 1:
-                assert values is not None
-                target.copy_(values[name])
-                continue
             whole = torch.empty(target.shape, dtype=target.dtype, device=self.device)
             if values is not None and _world.first:
                 whole.copy_(values[name])
-            dist.broadcast(whole, src=0)
+            if _world.size > 1:
+                dist.broadcast(whole, src=0)
             target.copy_(part(whole, target))
 
     @torch.no_grad()
@@ -355,7 +331,3 @@ def part(whole: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor):
         return whole
     return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
-
-
-def _holds(optimizer: torch.optim.Optimizer, parameter: Tensor) -> bool:
-    return any(parameter is each for group in optimizer.param_groups for each in group["params"])

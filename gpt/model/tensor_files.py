@@ -1,16 +1,10 @@
-"""Tensors that lie in a file, and safetensors files: read, and written, one tensor at a time.
-
-The layout, as its authors describe it: eight bytes that say how long the header is, the header as
-JSON, filled up with spaces to a multiple of eight bytes, and the tensors' own bytes one behind the
-other, little-endian and without gaps.
-"""
+"""Tensors that lie in a file, and how safetensors files are read: one tensor at a time."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +16,8 @@ from torch import Tensor
 from gpt.base.errors import InputError
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-"""The types that weights may have, the widest first: so they lie in a safetensors file."""
-_NAMES = dict(zip(FLOATS, ("F64", "F32", "BF16", "F16"), strict=True))
-_FLOATS = {name: dtype for dtype, name in _NAMES.items()}
-_ALIGNED_BYTES = 8
-_AT_ONCE_BYTES = 1 << 20
+"""The types that weights may have."""
+_DTYPES = dict(zip(("F64", "F32", "BF16", "F16"), FLOATS, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,48 +62,6 @@ class FileTensor:
             )
 
 
-def write_safetensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> None:
-    """Write tensors to a file, the same bytes as `safetensors.torch.save_file`.
-
-    That one has to have all of them at once, contiguous and on the CPU. Here rows become so when
-    their turn comes, so that memory holds a copy of a few of them at most.
-
-    Args:
-        path: the file, which is not whole before this returns.
-        tensors: of floating point, by name; on any device, and views of any kind.
-        metadata: words that the header holds before the tensors.
-    """
-    order = sorted(tensors, key=lambda name: (FLOATS.index(tensors[name].dtype), name))
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    end = 0
-    for name in order:
-        tensor, start = tensors[name], end
-        end += tensor.numel() * tensor.itemsize
-        header[name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _ALIGNED_BYTES)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        for name in order:
-            for rows in _pieces(tensors[name].detach()):
-                file.write(rows.cpu().contiguous().view(torch.uint8).numpy().data)
-
-
-def _pieces(tensor: Tensor) -> Iterable[Tensor]:
-    """Some rows at a time, none of which are so many bytes; what has no rows is one."""
-    if tensor.dim() < 2 or not tensor.numel():
-        return (tensor.reshape(-1),)
-    row_bytes = tensor[0].numel() * tensor.itemsize
-    return torch.split(tensor, max(1, _AT_ONCE_BYTES // row_bytes))
-
-
 def tensors_in_safetensors(path: Path) -> dict[str, FileTensor]:
     """The tensors of a safetensors file, by name; none is read yet.
 
@@ -130,8 +79,9 @@ def tensors_in_safetensors(path: Path) -> dict[str, FileTensor]:
         for name in file.keys():  # noqa: SIM118
             entry = file.get_slice(name)
             shape, kind = tuple(entry.get_shape()), entry.get_dtype()
-            reads = functools.partial(read, name)
-            tensors[name] = FileTensor(path, name, shape, _FLOATS.get(kind, kind), reads, lent=True)
+            tensors[name] = FileTensor(
+                path, name, shape, _DTYPES.get(kind, kind), functools.partial(read, name), lent=True
+            )
     return tensors
 
 

@@ -18,6 +18,7 @@ from typing import Any, get_args
 
 import torch
 from pydantic import TypeAdapter, ValidationError
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -25,7 +26,7 @@ from gpt.base.errors import InputError, shown
 from gpt.base.files import read_json, whole_directory, write_json
 from gpt.model.config import GPTConfig
 from gpt.model.model import GPT, INIT_STD, LAYER_NORM_EPS, GPTClassifier, Pooling
-from gpt.model.tensor_files import FileTensor, tensors_in_safetensors, write_safetensors
+from gpt.model.tensor_files import FileTensor, tensors_in_safetensors
 from gpt.tokens.tokenizer import Tokenizer, load_tokenizer
 
 _PREFIX = "transformer."
@@ -93,8 +94,7 @@ def save_model(
             "choose another name, or move it away"
         )
     with whole_directory(directory) as partial:
-        weights = partial / "model.safetensors"
-        write_safetensors(weights, dict(_to_file(model)), {"format": "pt"})
+        save_file(dict(_to_file(model)), partial / "model.safetensors", {"format": "pt"})
         write_json(partial / "config.json", _config_json(model, tokenizer.eot))
         if isinstance(model, GPT):
             write_json(
@@ -341,8 +341,9 @@ def _labels(path: Path, named: Any) -> list[str] | None:
     """The labels of `id2label`, in the order of the classes; None if it has none."""
     if named is None or named == {}:
         return None
-    labels = [named.get(str(i)) for i in range(len(named))] if isinstance(named, dict) else [None]
-    if not all(isinstance(label, str) for label in labels):
+    classes = named if isinstance(named, dict) else {}
+    labels: list[Any] = [classes.get(str(i)) for i in range(len(classes))]
+    if not labels or not all(isinstance(label, str) for label in labels):
         raise InputError(
             f"{path}: id2label must hold the classes' names under 0, 1, 2 and so on "
             f"(got {shown(named)}); get the model's own config.json"
@@ -526,7 +527,7 @@ def _assign(model: torch.nn.Module, name: str, value: Tensor) -> None:
 def _to_file(model: GPT | GPTClassifier) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in model.state_dict().items():
         target = name if name in _HEADS else _PREFIX + name
-        yield target, tensor.t() if is_conv1d(name) else tensor
+        yield target, (tensor.t() if is_conv1d(name) else tensor).cpu().contiguous()
     if not model.config.qkv_bias:  # the layout has no place without one: zeros change nothing
         for layer in range(model.config.n_layer):
             yield (

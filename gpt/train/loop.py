@@ -11,8 +11,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import random
 import signal
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,8 +33,12 @@ from gpt.batches.data import Batch, Dataset, batch_indices, take
 from gpt.model.device import autocast
 from gpt.model.parallel import SharedModel, add_up, from_first, gather, leave, passes, world
 from gpt.train.checkpoint import Checkpoints
-from gpt.train.health import WINDOW, spike
 from gpt.train.recipe import TrainParams, learning_rate_at, make_optimizers, set_learning_rate
+
+WINDOW = 64
+"""Steps that a loss is compared with."""
+_ENOUGH_LOSSES = 16
+_SPIKE_TIMES = 3.0
 
 LossSum = Callable[[Any, Batch], tuple[Tensor, int]]
 """Model and batch to the summed loss in nats (a scalar) and the number of targets in it."""
@@ -52,11 +56,6 @@ class FitResult:
         """Write the history as CSV, a column a quantity."""
         with whole_file(path) as partial:
             pd.DataFrame(self.history).to_csv(partial, index=False)
-
-    @property
-    def best(self) -> dict[str, float]:
-        """The row of the lowest validation loss."""
-        return min(self.history, key=lambda row: row["validation_loss"])
 
 
 class Interrupted(KeyboardInterrupt):
@@ -91,8 +90,7 @@ def accumulate(
     loss: LossSum,
     params: TrainParams,
     *,
-    done: Sequence[Tensor] = (),
-    between: Callable[[Sequence[Tensor]], None] | None = None,
+    between: Callable[[], None] | None = None,
 ) -> Tensor:
     """Add up the gradient of the mean loss over all targets of a step's passes.
 
@@ -104,8 +102,7 @@ def accumulate(
         passes: those of this process.
         loss: the summed loss of a batch and its number of targets.
         params: the precision.
-        done: what this returned for the first passes, whose gradients are there already.
-        between: called after each pass but the last with what is done so far.
+        between: called after each pass but the last.
 
     Returns:
         What each pass adds to the mean loss, in nats, (passes,) in fp32.
@@ -115,18 +112,17 @@ def accumulate(
     if world().size > 1:
         targets = add_up(torch.tensor(targets)).to(device)
     targets = targets.clamp(min=1) if isinstance(targets, Tensor) else max(1, targets)
-    losses = list(done)
+    losses = []
     # one context for all passes: within it a weight is cast only once
     with autocast(device, params.precision, keep_casts=not model.sharded):
-        for index in range(len(done), len(passes)):
-            each = passes[index]
+        for index, each in enumerate(passes):
             if each.seed is not None:
                 torch.manual_seed(each.seed)
             batch = each.batch.to(device)
             last = index == len(passes) - 1
             losses.append(model.backward(functools.partial(_mean, loss, batch, targets), last))
             if between is not None and not last:
-                between(losses)
+                between()
     return torch.stack(losses)
 
 
@@ -200,7 +196,7 @@ def fit(
     """
     if len(train) == 0:
         raise InputError(f"{task}: there are no training rows; add data")
-    run = _Run(model, params, train, loss, validate, sample, origin, task, state, log)
+    run = _Training(model, params, train, loss, validate, sample, origin, task, state, log)
     result = run.result()
     leave()
     return result
@@ -210,7 +206,6 @@ def fit(
 class _LoopState:
     step: int = 0
     tokens: int = 0
-    passes: list[float] = field(default_factory=list)  # losses of those done of the next step
     losses: list[float] = field(default_factory=list)  # since the last evaluation
     recent: list[float] = field(default_factory=list)  # the last WINDOW of them
     history: list[dict[str, float]] = field(default_factory=list)
@@ -218,7 +213,7 @@ class _LoopState:
     stale: int = 0  # evaluations since the best loss
 
 
-class _Run:
+class _Training:
     """A training run: what `fit` was told, and how far it is."""
 
     def __init__(
@@ -290,8 +285,7 @@ class _Run:
             upcoming,
             self.loss,
             params,
-            done=[torch.tensor(each, device=self.model.device) for each in loop.passes],
-            between=self._between_passes if self.resumable and world().size == 1 else None,
+            between=self._between_passes if world().size == 1 else None,
         )
         evaluates = (loop.step + 1) % params.eval_interval == 0 or loop.step + 1 == self.total
         if self.checkpoints:
@@ -299,15 +293,13 @@ class _Run:
         trained = [p for p in self.model.module.parameters() if p.requires_grad]
         before = [p.detach().clone() for p in trained] if evaluates else []
         gradient = update(self.model, self.optimizers, params)
-        loop.passes = []
         following = self._passes(loop.step + 1)  # while the device may still be at work
         step_loss, norm = torch.stack((losses.sum(), gradient)).tolist()
         tokens = sum(each.batch.n_tokens for each in upcoming)
-        number = due = 0
-        if world().size > 1:  # all must save and stop at the same step
-            told = [step_loss, tokens, bool(self.interrupted()), world().first and self._due()]
-            step_loss, tokens, stop, due = add_up(torch.tensor(told, dtype=torch.float64)).tolist()
-            number = stop and (self.interrupted() or signal.SIGTERM)
+        # all processes save and stop at the same step
+        told = [step_loss, tokens, bool(self.interrupted()), world().first and self._due()]
+        step_loss, tokens, stop, due = add_up(torch.tensor(told, dtype=torch.float64)).tolist()
+        number = stop and (self.interrupted() or signal.SIGTERM)
         if not (math.isfinite(step_loss) and math.isfinite(norm)):
             raise RunError(self._not_finite(step_loss, norm, losses, upcoming))
         loop.step += 1
@@ -332,7 +324,7 @@ class _Run:
         if evaluates:
             self._evaluate(values)
         if world().size == 1:
-            number, due = self.interrupted(), self._due()
+            number = self.interrupted()
         if evaluates or due or number:
             self._save()
         if number:
@@ -394,22 +386,15 @@ class _Run:
         if loop is None:
             return
         self.loop = _LoopState(**loop)
-        if world().size > 1:
-            self.loop.passes = []  # several processes share a step from its beginning only
         self.model.restore(saved, self.optimizers)
         if from_first(bool(saved and saved["best"])):
             self.best = {n: torch.empty_like(t) for n, t in self.model.module.state_dict().items()}
             self.model.fill(self.best, saved and saved["best"])
         if saved:
-            _set_generators(saved["generators"])
-        if saved and self.loop.passes:
-            for name, parameter in self.model.module.named_parameters():
-                if name in saved["gradients"]:
-                    parameter.grad = saved["gradients"][name].to(parameter.device)
-        within = f", {len(self.loop.passes)} passes into the next" if self.loop.passes else ""
-        self.log(
-            Message(f"{self.task}: continuing from step {self.loop.step} of {self.total}{within}")
-        )
+            torch.set_rng_state(saved["generators"]["torch"])
+            if len(saved["generators"]["cuda"]) == torch.cuda.device_count():
+                torch.cuda.set_rng_state_all(saved["generators"]["cuda"])
+        self.log(Message(f"{self.task}: continuing from step {self.loop.step} of {self.total}"))
 
     def _save(self) -> None:
         """Begin to save the state as it is."""
@@ -424,28 +409,22 @@ class _Run:
                 for name in _LoopState.__slots__
             },
             "best": self.model.whole(self.best) if self.best is not None else None,
-            "gradients": {
-                name: p.grad
-                for name, p in self.model.module.named_parameters()
-                if loop.passes and p.grad is not None
+            # a step seeds its own; what validates may draw from them
+            "generators": {
+                "torch": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
             },
-            "generators": _generators(),
             **self.model.state(self.optimizers),
         }
         if self.checkpoints:
             self.checkpoints.save(loop.step, state)
 
-    def _between_passes(self, losses: Sequence[Tensor]) -> None:
-        """A step of many passes is saved within it, and not finished first when it is stopped."""
-        number = self.interrupted()
-        if not number and not self._due():
-            return
-        assert self.checkpoints is not None
-        self.loop.passes = torch.stack(list(losses)).tolist()
-        self._save()
-        self.checkpoints.wait_until_read()  # the next pass adds to the gradients
-        if number:
-            self._stop(f"{len(losses)} passes into step {self.loop.step + 1}", number)
+    def _between_passes(self) -> None:
+        """A step of many passes is given up when the run is stopped: its state is the last one."""
+        if number := self.interrupted():
+            self.model.module.zero_grad(set_to_none=True)
+            self._save()
+            self._stop(f"within step {self.loop.step + 1}", number)
 
     def _stop(self, where: str, number: int) -> None:
         if self.checkpoints:
@@ -491,31 +470,31 @@ class _Run:
         )
 
 
+def spike(loss: float, before: Sequence[float]) -> float | None:
+    """How many times the usual the loss of a step is, if it stands out from those before it.
+
+    It does if it lies more than three times as far above the highest of them as that lies above
+    their median: a rule without a scale, so that neither the noise of small batches nor the fall
+    of the first steps sets it off.
+
+    Args:
+        loss: of this step.
+        before: those of the steps before, at most `WINDOW` of them.
+
+    Returns:
+        loss / median, or None where nothing stands out.
+    """
+    if len(before) < _ENOUGH_LOSSES:
+        return None
+    usual, highest = statistics.median(before), max(before)
+    if loss <= highest + _SPIKE_TIMES * (highest - usual) or loss <= usual:
+        return None
+    return loss / usual if usual > 0 else None
+
+
 def _seed(seed: int, step: int, place: int) -> int:
     """Of the pass whose first row is the `place`th of its step."""
     return int(np.random.SeedSequence([seed, step, place]).generate_state(1, np.uint64)[0] >> 1)
-
-
-def _generators() -> dict[str, Any]:
-    """Every random generator's state: a step needs none of them, but what validates may."""
-    version, numbers, gauss = random.getstate()
-    kind, keys, place, has_gauss, cached = np.random.get_state()
-    return {
-        "python": [version, list(numbers), gauss],
-        "numpy": [kind, [int(key) for key in keys], place, has_gauss, cached],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def _set_generators(saved: Mapping[str, Any]) -> None:
-    version, numbers, gauss = saved["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    kind, keys, *rest = saved["numpy"]
-    np.random.set_state((kind, np.array(keys, np.uint32), *rest))
-    torch.set_rng_state(saved["torch"])
-    if len(saved["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(saved["cuda"])
 
 
 @contextlib.contextmanager

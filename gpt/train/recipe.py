@@ -82,7 +82,8 @@ class TrainParams:
     keep: Literal["best", "last"] = "best"
     """Which weights the run ends with: those of the lowest validation loss, or the last ones."""
     checkpoint_seconds: Annotated[float, Field(gt=0)] = 60.0
-    """Between two saves of the whole state: what SIGKILL costs at most."""
+    """Between two saves of the whole state, which wait for the end of a step: what SIGKILL costs at
+    most."""
 
     @model_validator(mode="after")
     def _possible(self) -> TrainParams:
@@ -115,13 +116,12 @@ def learning_rate_at(step: int, params: TrainParams, total_steps: int) -> float:
         start = max(start, total_steps - 1 - falling)
     done = (step - start) / max(1, total_steps - 1 - start)
     done = min(1.0, max(0.0, done))
-    match params.schedule:
-        case "constant":
-            left = 1.0
-        case "cosine":
-            left = 0.5 * (1 + math.cos(math.pi * done))
-        case "linear" | "wsd":
-            left = 1 - done
+    left = {
+        "constant": 1.0,
+        "cosine": 0.5 * (1 + math.cos(math.pi * done)),
+        "linear": 1 - done,
+        "wsd": 1 - done,
+    }[params.schedule]
     return params.min_learning_rate + left * (params.learning_rate - params.min_learning_rate)
 
 

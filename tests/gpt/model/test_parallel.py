@@ -234,7 +234,7 @@ def _uneven(params: TrainParams) -> dict[str, torch.Tensor]:
     torch.manual_seed(3)
     model = GPT(GPTConfig(vocab_size=64, context_length=48, n_layer=1, n_head=2, n_embd=32))
     responses = [[5] * n for n in (1, 30, 2, 3, 25, 1, 1, 40)] * 2
-    data = InstructionDataset([[1, 2, 3]] * 16, responses, end=0)
+    data = InstructionDataset([[([1, 2, 3], each)] for each in responses], end=0)
     validate = lambda _: {"validation_loss": 0.0}  # noqa: E731
     fit(model, params=params, train=data, loss=lm_loss_sum, validate=validate)
     return model.state_dict()
@@ -292,7 +292,7 @@ def _nan(params: TrainParams) -> None:
         )
     )
     items = [[1, 2, 3]] * 7 + [[5, 6]]
-    data = InstructionDataset(items, items, end=0, mask_prompt=False)
+    data = InstructionDataset([[(each, each)] for each in items], end=0, mask_prompt=False)
     with torch.no_grad():
         model.wte.weight[6] = torch.nan
     fit(

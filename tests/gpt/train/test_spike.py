@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from gpt.train.health import WINDOW, spike
+from gpt.train.loop import WINDOW, spike
 
 RANDOM = np.random.default_rng(0)
 
