@@ -11,22 +11,15 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gpt.base.errors import InputError as InputError
-    from gpt.base.errors import RunError as RunError
-    from gpt.inference import Score as Score
-    from gpt.inference import classify as classify
-    from gpt.inference import generate as generate
-    from gpt.inference import score as score
-    from gpt.model.config import GPTConfig as GPTConfig
-    from gpt.model.model import GPT as GPT
-    from gpt.model.model import GPTClassifier as GPTClassifier
-    from gpt.model.weights import load_model as load_model
-    from gpt.model.weights import save_model as save_model
-    from gpt.tokens.tokenizer import Tokenizer as Tokenizer
-    from gpt.tokens.tokenizer import load_tokenizer as load_tokenizer
+    from gpt.base.errors import InputError, RunError
+    from gpt.inference import Score, classify, generate, score
+    from gpt.model.config import GPTConfig
+    from gpt.model.model import GPT, GPTClassifier
+    from gpt.model.weights import load_model, save_model
+    from gpt.tokens.tokenizer import Tokenizer, load_tokenizer
 
 # No name here is a module's: once that module is imported, the package's attribute is the module.
-_HOME = {
+_MODULE_OF = {
     "GPT": "gpt.model.model",
     "GPTClassifier": "gpt.model.model",
     "GPTConfig": "gpt.model.config",
@@ -59,16 +52,16 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'gpt' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    return getattr(importlib.import_module(_MODULE_OF[name]), name)
 
 
 def __dir__() -> list[str]:
     return [*globals(), *__all__]
 
 
-_FORMER = {
+_MOVED = {
     "gpt.checkpoint": "gpt.train.checkpoint",
     "gpt.config": "gpt.model.config",
     "gpt.data": "gpt.batches.data",
@@ -81,16 +74,16 @@ _FORMER = {
 }
 
 
-class _Former:
-    """A finder of modules, the last one that is asked: says where one is that has moved."""
+class _MovedModules:
+    """The last finder of modules that Python asks: says where a module is that has moved."""
 
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> None:
-        if name in _FORMER:
+        if name in _MOVED:
             raise ModuleNotFoundError(
-                f"{name} is {_FORMER[name]} now; a model that was registered before brings its own "
+                f"{name} is {_MOVED[name]} now; a model that was registered before brings its own "
                 "gpt: load it in a process that has not imported this one"
             )
 
 
-sys.meta_path.append(_Former)
+sys.meta_path.append(_MovedModules)

@@ -68,30 +68,46 @@ class Sampling:
     """Texts that end a row, for the functions that make text; none of them is part of it."""
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 0:
-            raise InputError(f"max_new_tokens: {self.max_new_tokens} is negative; use 1 or more")
-        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
-            raise InputError(
+        seed, top_k, top_p = self.seed, self.top_k, self.top_p
+        rules = (
+            (
+                self.max_new_tokens >= 0,
+                f"max_new_tokens: {self.max_new_tokens} is negative; use 1 or more",
+            ),
+            (
+                0 <= self.min_new_tokens <= max(0, self.max_new_tokens),
                 f"min_new_tokens: {self.min_new_tokens} is not between 0 and max_new_tokens "
-                f"({self.max_new_tokens})"
-            )
-        if not self.temperature >= 0:
-            raise InputError(
-                f"temperature: {self.temperature} is negative; 0 is greedy, 1 is the model's own"
-            )
-        if self.seed is not None and not -(1 << 63) <= self.seed < 1 << 64:
-            raise InputError(f"seed: {shown(self.seed)} is none; use 0 or more, below 2 ** 64")
-        if self.top_k is not None and self.top_k < 1:
-            raise InputError(f"top_k: {self.top_k} leaves no token to choose; use 1 or more")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise InputError(f"top_p: {self.top_p} is no share; use a number above 0, at most 1")
-        if not self.repetition_penalty > 0:
-            raise InputError(
+                f"({self.max_new_tokens})",
+            ),
+            (
+                self.temperature >= 0,
+                f"temperature: {self.temperature} is negative; 0 is greedy, 1 is the model's own",
+            ),
+            (
+                seed is None or -(1 << 63) <= seed < 1 << 64,
+                f"seed: {shown(seed)} is none; use 0 or more, below 2 ** 64",
+            ),
+            (
+                top_k is None or top_k >= 1,
+                f"top_k: {top_k} leaves no token to choose; use 1 or more",
+            ),
+            (
+                top_p is None or 0 < top_p <= 1,
+                f"top_p: {top_p} is no share; use a number above 0, at most 1",
+            ),
+            (
+                self.repetition_penalty > 0,
                 f"repetition_penalty: {self.repetition_penalty} is not positive; 1 is none, "
-                "1.2 is common"
-            )
-        if not all(self.stop_texts):
-            raise InputError("stop: an empty text ends everything; give at least one character")
+                "1.2 is common",
+            ),
+            (
+                all(self.stop_texts),
+                "stop: an empty text ends everything; give at least one character",
+            ),
+        )
+        for holds, otherwise in rules:
+            if not holds:
+                raise InputError(otherwise)
 
 
 class Token(NamedTuple):
@@ -141,20 +157,16 @@ def completions(
     engine: Engine | None = None,
 ) -> list[Completion]:
     """As `complete`, with the log-probability of each token if asked for, and how rows ended."""
-    rows = [list[Token]() for _ in prompts]
-    for step in stream(model, prompts, sampling, log_probs=log_probs, engine=engine):
-        for row, token in zip(rows, step, strict=True):
-            if token is not None:
-                row.append(token)
+    steps = list(stream(model, prompts, sampling, log_probs=log_probs, engine=engine))
     results = []
-    for row in rows:
-        stopped = bool(row) and row[-1].id in sampling.stop
-        kept = row[:-1] if stopped else row
+    for i in range(len(prompts)):
+        row = [token for step in steps if (token := step[i]) is not None]
+        kept = [token for token in row if token.id not in sampling.stop]  # only the last can be
         results.append(
             Completion(
                 tokens=[token.id for token in kept],
                 log_probs=[token.log_prob for token in kept if token.log_prob is not None],
-                stopped=stopped,
+                stopped=len(kept) < len(row),
             )
         )
     return results

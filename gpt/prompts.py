@@ -8,10 +8,10 @@ talks to it uses the words that it knows.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from string import Formatter
 from typing import TYPE_CHECKING, Any, Literal
 
 from gpt.base.errors import InputError
@@ -140,21 +140,12 @@ def read_template(directory: Path) -> Template:
         )
     template = Template(**{name: value[name] for name in names})
     for name in ("system", "instruction", "input"):
-        if _holes(getattr(template, name)) != [name]:
+        if not re.fullmatch(rf"[^{{}}]*\{{{name}\}}[^{{}}]*", getattr(template, name)):
             raise InputError(
                 f"{path}: {name}: must hold {{{name}}} once and no other braces; "
                 "run the fine-tuning again"
             )
     return template
-
-
-def _holes(text: str) -> list[str | None]:
-    """What would be put into a text; None for what is no plain name."""
-    try:
-        found = [parts for parts in Formatter().parse(text) if parts[1] is not None]
-    except ValueError:  # a single brace
-        return [None]
-    return [None if how or conversion else name for _, name, how, conversion in found]
 
 
 def render_prompt(template: str | Template, instruction: str, input: str = "") -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -19,7 +20,7 @@ from gpt.base.errors import InputError
 from gpt.base.events import Log, Message, Progress, discard
 from gpt.base.files import write_json
 from gpt.batches.data import ClassificationDataset, Dataset, FeatureDataset, batches, take
-from gpt.batches.metrics import WeightedClassLoss, class_logits, class_loss_sum, class_weights
+from gpt.batches.metrics import class_logits, class_loss_sum, class_weights
 from gpt.model.config import GPTConfig, Positive
 from gpt.model.device import autocast, prepare_device
 from gpt.model.model import ClassifierTop, GPTClassifier, Pooling
@@ -232,7 +233,7 @@ def finetune_classifier(
         trained,
         params=train,
         train=data["train"],
-        loss=class_loss_sum if weights is None else WeightedClassLoss(weights),
+        loss=partial(class_loss_sum, weights=weights),
         validate=lambda model: scores(model, "validation"),
         origin=lambda row: f"message {parts['train']['text'].iloc[row]!r:.60}",
         task="finetune_classifier",

@@ -85,7 +85,7 @@ def prepare(params: FinetuneInstructParams, *, base: Path, instructions: Path) -
         for name in ("train", "validation")
     }
     data = {
-        name: InstructionDataset.of_turns(
+        name: InstructionDataset(
             records,
             end=tokenizer.eot,
             mask_prompt=params.mask_prompt,

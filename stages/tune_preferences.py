@@ -112,7 +112,7 @@ def prepare(
             log(Message(f"tune_preferences: {text}, and left out", level="warning"))
     told = split_instructions(records, split)["validation"]
     turns = encode_turns(tokenizer, template, told)
-    answers = InstructionDataset.of_turns(turns, end=tokenizer.eot, max_length=max_length)
+    answers = InstructionDataset(turns, end=tokenizer.eot, max_length=max_length)
     shown = [last_prompt(each, tokenizer.eot)[-max_length:] for each in turns[:3]]
     return Prepared(config, tokenizer, template, pairs, data, told, answers, shown)
 

@@ -165,7 +165,7 @@ def held_out_loss(directory: Path, home: Path, params: FinetuneInstructParams) -
     """Nats a token of the answers of the test part."""
     model, tokenizer = load_base(directory)
     records = split_instructions(read_instructions(home / "instructions"), params.split)["test"]
-    data = InstructionDataset.of_turns(
+    data = InstructionDataset(
         encode_turns(tokenizer, params.template, records),
         end=tokenizer.eot,
         max_length=model.config.context_length,

@@ -23,7 +23,7 @@ from gpt.batches.metrics import lm_loss_sum
 from gpt.model.device import Precision
 from gpt.model.model import GPT
 from gpt.model.weights import load_base
-from gpt.prompts import render_prompt
+from gpt.prompts import encode_turns
 from gpt.text.records import read_instructions
 from gpt.train.loop import fit
 from gpt.train.recipe import TrainParams
@@ -122,8 +122,7 @@ def _start(home: Path, packed: bool = False) -> tuple[GPT, InstructionDataset]:
     model, tokenizer = load_base(home / "base")
     records = read_instructions(home / "instructions")
     data = InstructionDataset(
-        tokenizer.encode_batch([render_prompt("alpaca", r.instruction, r.input) for r in records]),
-        tokenizer.encode_batch([record.output for record in records]),
+        encode_turns(tokenizer, "alpaca", records),
         end=tokenizer.eot,
         mask_prompt=True,
         max_length=model.config.context_length,

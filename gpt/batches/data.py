@@ -7,9 +7,10 @@ items come at which step is a pure function (`batch_indices`), so a loop can sta
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -51,11 +52,10 @@ class Batch:
         """How many real tokens are in it."""
         return self.inputs.numel() if self.lengths is None else int(self.lengths.sum())
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: torch.device) -> Self:
         """The same batch on `device`."""
-        lengths = None if self.lengths is None else self.lengths.to(device)
-        documents = None if self.documents is None else self.documents.to(device)
-        return Batch(self.inputs.to(device), self.targets.to(device), lengths, documents)
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{n: t.to(device) for n, t in tensors.items() if t is not None})
 
 
 class Dataset(Protocol):
@@ -82,7 +82,6 @@ _POOL = 32
 """Batches of like length are made within so many batches' worth of items."""
 _LISTED = 1 << 24
 """The order of more items than these is not held in memory (134 MB) but computed as it is read."""
-_ROUNDS = 6
 
 
 @functools.lru_cache(maxsize=2)  # a batch needs the order of its whole epoch
@@ -109,42 +108,28 @@ def batch_indices(
             batches, each pool is sorted by length, and the batches are shuffled again.
     """
     epoch, within = divmod(index, n // batch_size)
+    start = within * batch_size
     if lengths is None and n > _LISTED:
-        places = np.arange(within * batch_size, (within + 1) * batch_size, dtype=np.uint64)
-        computed: list[int] = _permuted(places, n, seed, epoch).tolist()
-        return computed
-    if lengths is None:
-        order = epoch_order(n, seed, epoch)
-    else:
-        order = _order_by_length(tuple(lengths.tolist()), batch_size, seed, epoch)
-    chosen: list[int] = order[within * batch_size :][:batch_size].tolist()
-    return chosen
+        return _permuted(range(start, start + batch_size), n, seed, epoch)
+    order = (
+        epoch_order(n, seed, epoch)
+        if lengths is None
+        else _order_by_length(tuple(lengths.tolist()), batch_size, seed, epoch)
+    )
+    return order[start : start + batch_size].tolist()  # type: ignore[no-any-return]
 
 
-def _permuted(places: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
-    """What a permutation of 0 … n - 1 has at `places`, (k,) uint64, without the rest of it.
+def _permuted(places: range, n: int, seed: int, epoch: int) -> list[int]:
+    """What a permutation of 0 … n - 1 has at `places`, without the rest of it.
 
-    A Feistel network (Luby & Rackoff, 1988) permutes the numbers below a power of four; one that
-    comes out as n or more goes in again (Black & Rogaway, 2002, "Ciphers with Arbitrary Finite
-    Domains"). Its rounds mix as SplitMix64 does (Steele et al., 2014).
+    Steps of one length through the items, around and around, that meet each of them once since
+    the length and n have no factor in common.
     """
-    half = np.uint64(((n - 1).bit_length() + 1) // 2)
-    low = (np.uint64(1) << half) - np.uint64(1)
-    keys = np.random.SeedSequence([seed, epoch]).generate_state(_ROUNDS, np.uint64)
-
-    def network(x: np.ndarray) -> np.ndarray:
-        left, right = x >> half, x & low
-        for key in keys:
-            mixed = right + key
-            for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-                mixed = (mixed ^ mixed >> np.uint64(shift)) * np.uint64(factor)
-            left, right = right, left ^ ((mixed ^ mixed >> np.uint64(31)) & low)
-        return left << half | right
-
-    found = network(places)
-    while (beyond := found >= n).any():
-        found[beyond] = network(found[beyond])
-    return found
+    random = np.random.default_rng([seed, epoch])
+    first, step = random.integers(n, size=2).tolist()
+    while math.gcd(step, n) > 1:
+        step = (step + 1) % n
+    return [(first + step * place) % n for place in places]
 
 
 @functools.lru_cache(maxsize=2)
@@ -373,12 +358,9 @@ class FeatureDataset:
 class InstructionDataset:
     """Prompts with the responses to be learnt; each response ends in `<|endoftext|>`.
 
-    A record is one prompt and its response, or the turns of a conversation (`of_turns`), whose
-    responses are all learnt.
-
     Args:
-        prompts: token ids of each rendered prompt.
-        responses: token ids of each response, without an end.
+        records: the turns of each conversation, one or several, whose responses are all learnt:
+            token ids of the rendered prompt, and of the response without an end.
         end: the id of `<|endoftext|>`; learnt as the end of a response, and the padding.
         mask_prompt: learn the response only; else every token counts, as in pretraining.
         max_length: inputs are cut to this many tokens. A prompt that fills them alone leaves
@@ -390,8 +372,7 @@ class InstructionDataset:
 
     def __init__(
         self,
-        prompts: Sequence[Sequence[int]],
-        responses: Sequence[Sequence[int]],
+        records: Sequence[Sequence[tuple[Sequence[int], Sequence[int]]]],
         *,
         end: int,
         mask_prompt: bool = True,
@@ -400,25 +381,8 @@ class InstructionDataset:
     ) -> None:
         self._end = end
         self._row_length = row_length
-        turns = zip(prompts, responses, strict=True)
-        self._items = [self._item([turn], mask_prompt, max_length) for turn in turns]
+        self._items = [self._item(turns, mask_prompt, max_length) for turns in records]
         self.lengths = np.array([len(inputs) for inputs, _ in self._items])
-
-    @classmethod
-    def of_turns(
-        cls,
-        records: Sequence[Sequence[tuple[Sequence[int], Sequence[int]]]],
-        *,
-        end: int,
-        mask_prompt: bool = True,
-        max_length: int | None = None,
-        row_length: int | None = None,
-    ) -> InstructionDataset:
-        """A dataset of conversations: the ids of the prompt and the response of every turn."""
-        dataset = cls([], [], end=end, row_length=row_length)
-        dataset._items = [dataset._item(turns, mask_prompt, max_length) for turns in records]
-        dataset.lengths = np.array([len(inputs) for inputs, _ in dataset._items])
-        return dataset
 
     def _item(
         self,

@@ -38,10 +38,18 @@ def lm_loss_sum(model: GPT, batch: Batch) -> tuple[Tensor, int]:
     return linear_cross_entropy(hidden, model.head_weight, targets), n_targets
 
 
-def class_loss_sum(model: GPTClassifier | ClassifierTop, batch: Batch) -> tuple[Tensor, int]:
-    """The summed cross-entropy of the class, in nats, and the number of rows."""
+def class_loss_sum(
+    model: GPTClassifier | ClassifierTop, batch: Batch, weights: Tensor | None = None
+) -> tuple[Tensor, int]:
+    """The summed cross-entropy of the class, in nats, and the number of rows.
+
+    With `weights` (`class_weights`) a text counts as much as its class. They are 1 in the mean over
+    the texts, so the mean over many texts is that of the weighted loss.
+    """
     logits = model(batch.inputs, batch.lengths).float()  # (B, classes)
-    return F.cross_entropy(logits, batch.targets, reduction="sum"), batch.n_targets
+    weights = None if weights is None else weights.to(logits.device)
+    loss = F.cross_entropy(logits, batch.targets, weight=weights, reduction="sum")
+    return loss, batch.n_targets
 
 
 def class_weights(classes: Sequence[int], n_classes: int) -> Tensor:
@@ -56,23 +64,6 @@ def class_weights(classes: Sequence[int], n_classes: int) -> Tensor:
     """
     counts = torch.bincount(torch.tensor(classes), minlength=n_classes).clamp(min=1)
     return len(classes) / (n_classes * counts.float())
-
-
-class WeightedClassLoss:
-    """`class_loss_sum` in which a text counts as much as its class.
-
-    The mean over many texts is that of the weighted loss, since the weights are 1 in the mean.
-    """
-
-    def __init__(self, weights: Tensor) -> None:
-        self.weights = weights
-
-    def __call__(self, model: GPTClassifier | ClassifierTop, batch: Batch) -> tuple[Tensor, int]:
-        """The summed cross-entropy, each row's times its class's weight, and the number of rows."""
-        logits = model(batch.inputs, batch.lengths).float()  # (B, classes)
-        weights = self.weights.to(logits.device)
-        loss = F.cross_entropy(logits, batch.targets, weight=weights, reduction="sum")
-        return loss, batch.n_targets
 
 
 @torch.no_grad()

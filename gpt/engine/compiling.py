@@ -22,6 +22,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import platformdirs
+
 from gpt.base.errors import RunError
 from gpt.base.files import sha256_of, whole_directory
 
@@ -56,14 +58,10 @@ def cache_folder() -> Path:
     """
     if named := os.environ.get(CACHE_VARIABLE):
         return Path(named).absolute()
-    try:
-        if sys.platform == "darwin":
-            return Path.home() / "Library" / "Caches" / "gpt-pipeline"
-        named = os.environ.get("XDG_CACHE_HOME", "")
-        base = Path(named) if Path(named).is_absolute() else Path.home() / ".cache"
-        return base / "gpt-pipeline"
-    except RuntimeError as error:
-        raise UnavailableError(f"no home folder for a cache ({error})") from None
+    folder = platformdirs.user_cache_path("gpt-pipeline")
+    if not folder.is_absolute():
+        raise UnavailableError(f"no home folder for a cache ({folder})")
+    return folder
 
 
 def find(source: Path) -> ctypes.CDLL:
@@ -179,8 +177,7 @@ def _load(place: Path) -> ctypes.CDLL:
     library = place / _LIBRARY
     try:
         for path in (place.parent, place, library):
-            if (foreign := _foreign(path)) is not None:
-                raise UnavailableError(foreign)
+            _check_own(path)
         # a library that is cut short would not fail to load but end the process
         whole = (place / _CHECKSUM).read_text(encoding="ascii").strip() == sha256_of(library)
     except (FileNotFoundError, NotADirectoryError):
@@ -195,14 +192,13 @@ def _load(place: Path) -> ctypes.CDLL:
         raise UnavailableError(f"{library}: {error}") from None
 
 
-def _foreign(path: Path) -> str | None:
-    """Why what lies at `path` is not to be executed: someone else could have written it."""
+def _check_own(path: Path) -> None:
+    """Refuse to execute what lies at `path` where someone else could have written it."""
     status = path.stat()
     if status.st_uid != os.geteuid():
-        return f"{path}: belongs to someone else"
+        raise UnavailableError(f"{path}: belongs to someone else")
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return f"{path}: others may write there"
-    return None
+        raise UnavailableError(f"{path}: others may write there")
 
 
 def _own(folder: Path) -> None:
@@ -210,11 +206,9 @@ def _own(folder: Path) -> None:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
-        foreign = _foreign(folder)
+        _check_own(folder)
     except OSError as error:
         raise UnavailableError(f"{folder}: {error.strerror}") from None
-    if foreign is not None:
-        raise UnavailableError(foreign)
 
 
 @contextlib.contextmanager

@@ -22,7 +22,9 @@ from gpt.base.errors import RunError
 from gpt.engine import compiling
 from gpt.engine.int8 import Int8Embedding, Int8GPT, Int8Linear
 from gpt.generation import Engine, NewStep
+from gpt.model.config import GPTConfig
 from gpt.model.model import GPT, LAYER_NORM_EPS, KVCache, QueryKeyValue
+from gpt.model.weights import empty_model
 
 SOURCE = Path(__file__).with_name("decode.cpp")
 
@@ -79,7 +81,6 @@ class _Step(ctypes.Structure):
     ]
 
 
-_loaded: ctypes.CDLL | None = None
 _started = False  # a background compilation, by this process
 
 
@@ -88,7 +89,7 @@ def why_not(model: GPT) -> str | None:
     if (reason := _unsupported(model)) is not None:
         return reason
     try:
-        _find()
+        _library()
     except compiling.UnavailableError as error:
         return str(error)
     return None
@@ -99,17 +100,11 @@ def ready(model: GPT) -> bool:
     process in the background is started that makes it, for a later call.
     """
     global _started
-    if _unsupported(model) is not None:
-        return False
-    try:
-        _find()
-        return True
-    except compiling.UnavailableError:
-        if not _started:
-            _started = True
-            with contextlib.suppress(compiling.UnavailableError):
-                compiling.compile_in_background(SOURCE)
-        return False
+    if (reason := why_not(model)) is not None and not _started and _unsupported(model) is None:
+        _started = True
+        with contextlib.suppress(compiling.UnavailableError):
+            compiling.compile_in_background(SOURCE)
+    return reason is None
 
 
 def require(model: GPT) -> None:
@@ -118,18 +113,14 @@ def require(model: GPT) -> None:
     Raises:
         RunError: it cannot.
     """
-    global _loaded
     if (reason := _unsupported(model)) is not None:
         raise RunError(f"the compiled engine cannot serve this model: {reason}; use another engine")
-    if _loaded is None:
-        _loaded = compiling.compile_and_wait(SOURCE)
+    compiling.compile_and_wait(SOURCE)
 
 
-def _find() -> ctypes.CDLL:
-    global _loaded
-    if _loaded is None:
-        _loaded = compiling.find(SOURCE)
-    return _loaded
+@functools.cache
+def _library() -> ctypes.CDLL:
+    return compiling.find(SOURCE)
 
 
 def _unsupported(model: GPT) -> str | None:
@@ -150,7 +141,7 @@ def _unsupported(model: GPT) -> str | None:
         if own is not None and type(module) not in _KNOWN:
             return f"a {type(module).__name__} with weights of its own"
     found = _weights(model)
-    wanted = _shapes(model)
+    wanted = _shapes(model.config, dtype == torch.int8)
     if found.keys() != wanted.keys():
         return f"other weights than GPT-2's: {min(found.keys() ^ wanted.keys())}"
     for name, weight in found.items():
@@ -175,32 +166,14 @@ def _dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.int8 if matrix else torch.float32
 
 
-def _shapes(model: GPT) -> dict[str, tuple[int, ...]]:
-    config = model.config
-    C, V = config.n_embd, config.vocab_size
-    shapes: dict[str, tuple[int, ...]] = {
-        "wte.weight": (V, C),
-        "wpe.weight": (config.context_length, C),
-        "ln_f.weight": (C,),
-        "ln_f.bias": (C,),
-    }
-    if not config.tie_weights:
-        shapes["lm_head.weight"] = (V, C)
-    widths = {"attn.c_attn": (3 * C, C), "mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}
-    for layer in range(config.n_layer):
-        for name in _LAYER_WEIGHTS:
-            owner, _, kind = name.rpartition(".")
-            if name == "attn.c_attn.bias" and not config.qkv_bias:
-                continue
-            shape = widths.get(owner, (C,) if "ln_" in owner else (C, C))
-            shapes[f"h.{layer}.{name}"] = shape if kind == "weight" else shape[:1]
-    if model.wte.weight.dtype == torch.int8:
-        shapes |= {
-            name.removesuffix("weight") + "scale": shape[:1]
-            for name, shape in shapes.items()
-            if len(shape) == 2 and name != "wpe.weight"
-        }
-    return shapes
+@functools.lru_cache(maxsize=8)
+def _shapes(config: GPTConfig, eight_bits: bool) -> dict[str, tuple[int, ...]]:
+    """Of every weight that the compiled step reads."""
+    empty = empty_model(SOURCE, config, None, config.n_layer)
+    shapes = {name: tuple(weight.shape) for name, weight in empty.state_dict().items()}
+    matrices = {n: s for n, s in shapes.items() if len(s) == 2 and n != "wpe.weight"}
+    scales = {n.removesuffix("weight") + "scale": s[:1] for n, s in matrices.items()}
+    return shapes | scales if eight_bits else shapes
 
 
 class CompiledStep:
@@ -213,7 +186,7 @@ class CompiledStep:
     """
 
     def __init__(self, model: GPT, cache: KVCache, padding: Sequence[int]) -> None:
-        library = _find()
+        library = _library()
         config = model.config
         self._cache = cache
         self._run = library[_FUNCTIONS[model.wte.weight.dtype]]

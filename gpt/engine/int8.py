@@ -16,31 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gpt.base.errors import InputError
-from gpt.model.model import GPT, KVCache
+from gpt.model.model import GPT
 
 _GREATEST = 127
 
 
-class Int8Linear(nn.Module):
-    """An `nn.Linear` whose weight is `weight` (out, in), int8, times `scale` (out,), fp32."""
-
-    weight: Tensor
-    scale: Tensor
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        rounded, scale = _rounded(weight)
-        self.register_buffer("weight", rounded)
-        self.register_buffer("scale", scale)
-        self.bias = None if bias is None else nn.Parameter(bias.detach().float(), False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) to (..., out), fp32."""
-        return F.linear(x, widened(self), self.bias)
-
-
-class Int8Embedding(nn.Module):
-    """An `nn.Embedding` whose weight is `weight` (n, C), int8, times `scale` (n,), fp32."""
+class _Int8Matrix(nn.Module):
+    """A matrix (out, in): `weight`, int8, times `scale` (out,), fp32."""
 
     weight: Tensor
     scale: Tensor
@@ -50,6 +32,22 @@ class Int8Embedding(nn.Module):
         rounded, scale = _rounded(weight)
         self.register_buffer("weight", rounded)
         self.register_buffer("scale", scale)
+
+
+class Int8Linear(_Int8Matrix):
+    """An `nn.Linear` with its weight in 8 bits."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(weight)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().float(), False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out), fp32."""
+        return F.linear(x, widened(self), self.bias)
+
+
+class Int8Embedding(_Int8Matrix):
+    """An `nn.Embedding` with its weight (n, C) in 8 bits."""
 
     def forward(self, idx: Tensor) -> Tensor:
         """Indices (...) to vectors (..., C), fp32."""
@@ -76,12 +74,6 @@ class Int8GPT(GPT):
     def head_weight(self) -> Tensor:
         """The head's matrix, (V, C), widened."""
         return widened(self.wte if self.lm_head is None else self.lm_head)
-
-    def new_cache(self, batch: int, length: int | None = None) -> KVCache:
-        """As any model's, in fp32."""
-        return KVCache(
-            self.config, batch, length or self.config.context_length, self.device, torch.float32
-        )
 
 
 def quantize(model: GPT) -> Int8GPT:
@@ -113,7 +105,7 @@ def quantize(model: GPT) -> Int8GPT:
 
 def widened(module: nn.Module) -> Tensor:
     """The matrix of an `Int8Linear` or `Int8Embedding` as its user sees it, (out, in) fp32."""
-    assert isinstance(module, Int8Linear | Int8Embedding)
+    assert isinstance(module, _Int8Matrix)
     return module.weight.float().mul_(module.scale[:, None])
 
 

@@ -8,7 +8,6 @@ finds no `output.weight` takes the token embeddings.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -42,27 +41,13 @@ _LIMITS = {
     Kind.Q8_0: 127 * _HIGHEST,
 }
 
-_NAMES = {
-    "wte": "token_embd",
-    "wpe": "position_embd",
-    "ln_f": "output_norm",
-    "lm_head": "output",
-    "ln_1": "attn_norm",
-    "attn.c_attn": "attn_qkv",
-    "attn.c_proj": "attn_output",
-    "ln_2": "ffn_norm",
-    "mlp.c_fc": "ffn_up",
-    "mlp.c_proj": "ffn_down",
-}
-_IN_BLOCK = re.compile(r"h\.(\d+)\.(.+)")
-
 
 def write_gguf(
     model: GPT, path: Path, *, tokenizer: Tokenizer, type: GGUFType, name: str | None = None
 ) -> None:
     """Write `model` and its tokenizer as one GGUF file, whole or not at all.
 
-    Tensor by tensor: beside the model, memory holds one of them twice.
+    Memory holds the model and the file's content, which is at most half as large.
 
     Args:
         model: a language model, in any precision.
@@ -80,27 +65,17 @@ def write_gguf(
             f"{path}: the model has {model.config.vocab_size} tokens, its tokenizer "
             f"{tokenizer.vocab_size}; use the tokenizer that the model was trained with"
         )
-    tensors = dict(_tensors(model))
     with whole_file(path) as partial:
         writer = gguf.GGUFWriter(partial, "gpt2")
         try:
             _describe(writer, model, type, name or path.stem)
             _add_tokenizer(writer, tokenizer)
-            for each, tensor in tensors.items():
+            for each, tensor in _tensors(model):
                 kind = _kind(each, tensor, type)
-                block, size = gguf.GGML_QUANT_SIZES[kind]
-                writer.add_tensor_info(
-                    each,
-                    tuple(tensor.shape),
-                    np.dtype(np.float32),  # for the shape alone: the numbers are in `kind`
-                    tensor.numel() // block * size,
-                    raw_dtype=kind,
-                )
+                writer.add_tensor(each, _packed(path, each, tensor, kind), raw_dtype=kind)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            for each, tensor in tensors.items():
-                writer.write_tensor_data(_packed(path, each, tensor, _kind(each, tensor, type)))
+            writer.write_tensors_to_file()
         finally:
             writer.close()
 
@@ -177,18 +152,15 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer) -> None:
 
 def _tensors(model: GPT) -> Iterator[tuple[str, Tensor]]:
     """The model's tensors, (out, in) as GGUF has them too, by GGUF's names."""
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, model.config.n_layer)
     for name, tensor in model.state_dict().items():
-        yield _name(name), tensor
+        prefix = "" if name.startswith("lm_head") else "transformer."
+        theirs = names.get_name(prefix + name, try_suffixes=(".weight", ".bias"))
+        assert theirs is not None
+        yield theirs, tensor
     if not model.config.qkv_bias:  # the format has no place without one: zeros change nothing
         for layer in range(model.config.n_layer):
             yield f"blk.{layer}.attn_qkv.bias", torch.zeros(3 * model.config.n_embd)
-
-
-def _name(ours: str) -> str:
-    """`h.0.attn.c_attn.weight` is `blk.0.attn_qkv.weight`."""
-    block = _IN_BLOCK.fullmatch(ours)
-    owner, _, kind = (block[2] if block else ours).rpartition(".")
-    return f"blk.{block[1]}.{_NAMES[owner]}.{kind}" if block else f"{_NAMES[owner]}.{kind}"
 
 
 def _kind(name: str, tensor: Tensor, type: GGUFType) -> Kind:
@@ -206,5 +178,4 @@ def _packed(path: Path, name: str, tensor: Tensor, kind: Kind) -> np.ndarray:
             f"{path}: {name} holds {highest:g}, which {kind.name.lower()} cannot; "
             "the model is damaged, or needs the range of a model directory's float32"
         )
-    packed: np.ndarray = gguf.quantize(wide.numpy(), kind)
-    return packed
+    return gguf.quantize(wide.numpy(), kind)  # type: ignore[no-any-return]

@@ -171,20 +171,20 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 # --- names ----------------------------------------------------------------------------------------
 
-_Names = Callable[[str], tuple[str, ...]]
-"""What a form calls the model's tensor of a name: one tensor, or those that it is made of."""
-
 
 def _publish(
     found: _WeightFiles,
     owner: str,
     config: GPTConfig,
     skipped: Iterable[str],
-    names: _Names,
+    names: Callable[[str], tuple[str, ...]],
     *,
     input_major: bool = False,
 ) -> Published:
-    """What is found under `owner`'s names, each accounted for; some are not needed."""
+    """What is found under `owner`'s names, each accounted for; some are not needed.
+
+    `names` are what the owner calls the model's tensor of a name: one, or those it is made of.
+    """
     wanted = {name: names(name) for name in _shapes(found, config)}
     tensors = found.tensors
     account_for_every_name(
@@ -221,10 +221,6 @@ def _joined(parts: list[FileTensor], width: int) -> FileTensor:
     )
 
 
-def _same_name(name: str) -> tuple[str, ...]:
-    return (name,)
-
-
 def _hugging_face(folder: Path, found: _WeightFiles) -> Published:
     _read_json(folder / "config.json")  # a message of its own where it is not there
     config, _ = read_config(folder)
@@ -246,7 +242,7 @@ def _plain(
         )
     skipped = without_a_place(config, tensors)
     found = replace(found, tensors=tensors)
-    return _publish(found, owner, config, skipped, _same_name, input_major=input_major)
+    return _publish(found, owner, config, skipped, lambda name: (name,), input_major=input_major)
 
 
 _NANOGPT_ARGS = {

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gpt.base.errors import InputError, first_line
+from gpt.base.errors import InputError, in_one_line, shortened
 from gpt.model.tensor_files import FileTensor
 
 _FLOATS = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16}
@@ -60,5 +60,6 @@ def tensors_in_tensorflow(prefix: Path) -> dict[str, FileTensor]:
 
 def _damaged(prefix: Path, error: Exception, where: str = "") -> InputError:
     return InputError(
-        f"{prefix}: {where}damaged or cut short ({first_line(error)}); fetch or make it again"
+        f"{prefix}: {where}damaged or cut short ({shortened(in_one_line(error), 200)}); "
+        "fetch or make it again"
     )

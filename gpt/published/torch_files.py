@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt.base.errors import InputError, first_line
+from gpt.base.errors import InputError, in_one_line, shortened
 from gpt.model.tensor_files import FLOATS, FileTensor
 
 # where training scripts put the weights, the optimizer's state beside them
@@ -59,7 +59,7 @@ def _load(path: Path) -> Mapping[Any, Any]:
     try:
         table = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what a damaged pickle raises is anyone's guess
-        reason = first_line(error)
+        reason = shortened(in_one_line(error), 200)
         if isinstance(error, pickle.UnpicklingError):
             if forbidden := _FORBIDDEN.search(str(error)):
                 raise InputError(

@@ -134,15 +134,10 @@ def mean_loss(loss_sums: ArrayLike, token_counts: ArrayLike) -> Score:
 
 def _examples(*arrays: np.ndarray) -> int:
     """How many examples there are, after a look at whether every array says so."""
-    for array in arrays:
-        if array.ndim != 1:
-            raise ValueError(f"one value an example is needed, (n,), not {array.shape}")
-    sizes = [len(array) for array in arrays]
-    if len(set(sizes)) > 1:
-        raise ValueError(f"unlike numbers of examples: {' and '.join(map(str, sizes))}")
-    if sizes[0] == 0:
-        raise ValueError("no example to score")
-    return sizes[0]
+    shapes = [array.shape for array in arrays]
+    if len(set(shapes)) > 1 or len(shapes[0]) != 1 or shapes[0] == (0,):
+        raise ValueError(f"one value for each of n examples is needed, (n,), not {shapes}")
+    return len(arrays[0])
 
 
 def _counts(classes: np.ndarray, n_classes: int) -> np.ndarray:
@@ -201,10 +196,8 @@ def compare(
         )
     value, drawn = _scores(new.n, lambda places: new.of(places) - old.of(places), resamples, seed)
     low, high = _ends(drawn, level)
-    larger, smaller = low > 0, high < 0
-    if smaller_is_better:
-        larger, smaller = smaller, larger
-    return Comparison(value, low, high, better=larger, worse=smaller)
+    least, most = (-high, -low) if smaller_is_better else (low, high)  # of what is gained
+    return Comparison(value, low, high, better=least > 0, worse=most < 0)
 
 
 def _scores(

@@ -148,16 +148,11 @@ def chrf(answers: Sequence[str], references: Sequence[str]) -> np.ndarray:
 # --- lengths --------------------------------------------------------------------------------------
 
 
-def count_words(text: str) -> int:
-    """How many `words` a text has."""
-    return len(words(text))
-
-
 def length_statistics(
     answers: Sequence[str],
     references: Sequence[str],
     *,
-    count: Callable[[str], int] = count_words,
+    count: Callable[[str], int] = lambda text: len(words(text)),
     at_limit: Sequence[bool] | None = None,
 ) -> dict[str, float]:
     """How long answers are, alone and beside their references.

@@ -147,41 +147,32 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
-        return self._adapted(self.base(x), x, slice(0, self.base.out_features))
+        return self.base(x) + self._added(x)  # type: ignore[no-any-return]
 
     def some(self, x: Tensor, outputs: slice) -> Tensor:
         """What `forward` gives at these outputs, and nothing else."""
-        return self._adapted(self.base.some(x, outputs), x, outputs)  # type: ignore[operator]
+        return self.base.some(x, outputs) + self._added(x)[..., outputs]  # type: ignore[operator, no-any-return]
 
-    def _adapted(self, y: Tensor, x: Tensor, outputs: slice) -> Tensor:
-        """`y` (..., outputs), what the layer itself makes of `x`, and what the adapters add."""
-        needed = [
-            i
-            for i, own in enumerate(self.slices)
-            if own.start < outputs.stop and own.stop > outputs.start
-        ]
-        if not needed:
-            return y
+    def _added(self, x: Tensor) -> Tensor:
+        """What the adapters add, (..., out): nothing in a third that has none."""
+        n = len(self.slices)
         x = F.dropout(x, self.dropout, self.training)
-        thin = F.linear(x, self.lora_a[needed[0] * self.rank : (needed[-1] + 1) * self.rank])
-        parts, at = [], outputs.start
-        for i, each in zip(needed, thin.chunk(len(needed), -1), strict=True):
-            own, b = self.slices[i], self.lora_b.chunk(len(self.slices))[i]
-            start, stop = max(own.start, outputs.start), min(own.stop, outputs.stop)
-            if start > at:  # a third without an adapter
-                parts.append(y.new_zeros(*y.shape[:-1], start - at))
-            parts.append(F.linear(each, b[start - own.start : stop - own.start]))
-            at = stop
-        if at < outputs.stop:
-            parts.append(y.new_zeros(*y.shape[:-1], outputs.stop - at))
-        return y + self.scale * (torch.cat(parts, -1) if len(parts) > 1 else parts[0])
+        thin = F.linear(x, self.lora_a)  # (..., adapters x rank)
+        parts = [
+            F.linear(each, b)
+            for each, b in zip(thin.chunk(n, -1), self.lora_b.chunk(n), strict=True)
+        ]
+        if n == 1 and parts[0].shape[-1] == self.base.out_features:
+            return self.scale * parts[0]
+        added = x.new_zeros(*x.shape[:-1], self.base.out_features, dtype=parts[0].dtype)
+        for own, part in zip(self.slices, parts, strict=True):
+            added[..., own] = part
+        return self.scale * added
 
     @torch.no_grad()
     def merge(self) -> nn.Linear:
         """The layer with what the adapters learnt added to its own matrix, in place."""
-        n = len(self.slices)
-        for own, a, b in zip(self.slices, self.lora_a.chunk(n), self.lora_b.chunk(n), strict=True):
-            self.base.weight[own] += self.scale * (b @ a)
+        self.base.weight.copy_(self.weight)
         return self.base
 
 

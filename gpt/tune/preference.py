@@ -10,7 +10,7 @@ of the pairs is computed once and kept beside them, so that only one model is he
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -38,17 +38,6 @@ class PairBatch(Batch):
     def n_targets(self) -> int:
         """How many pairs a loss counts."""
         return self.references.shape[1]
-
-    def to(self, device: torch.device) -> PairBatch:
-        """The same batch on `device`."""
-        assert self.lengths is not None
-        return replace(
-            self,
-            inputs=self.inputs.to(device),
-            targets=self.targets.to(device),
-            lengths=self.lengths.to(device),
-            references=self.references.to(device),
-        )
 
 
 Item = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor]
@@ -82,11 +71,15 @@ class PreferenceDataset:
         max_length: int | None = None,
     ) -> None:
         better, worse = (
-            InstructionDataset(prompts, answers, end=end, max_length=max_length)
+            InstructionDataset(
+                [[turn] for turn in zip(prompts, answers, strict=True)],
+                end=end,
+                max_length=max_length,
+            )
             for answers in (chosen, rejected)
         )
         both = [(better[i], worse[i]) for i in range(len(prompts))]
-        self.kept = [i for i, pair in enumerate(both) if not _same(*pair)]
+        self.kept = [i for i, pair in enumerate(both) if not all(map(torch.equal, *pair))]
         self._pairs = [both[i] for i in self.kept]
         self._stack: Callable[[Sequence[tuple[Tensor, Tensor]]], Batch] = better.collate
         self.lengths = np.array([max(len(ids) for ids, _ in pair) for pair in self._pairs], int)
@@ -127,10 +120,6 @@ class PreferenceDataset:
             with torch.no_grad():
                 self.references[some] = log_probs(model, batch, by_token=by_token).T.cpu()
             yield start + len(some)
-
-
-def _same(chosen: tuple[Tensor, Tensor], rejected: tuple[Tensor, Tensor]) -> bool:
-    return all(map(torch.equal, chosen, rejected))
 
 
 def log_probs(model: GPT, batch: Batch, *, by_token: bool = False) -> Tensor:

@@ -72,7 +72,7 @@ def answer_records(
     model, tokenizer = load_base(directory)
     model.to(device)
     turns = encode_turns(tokenizer, read_template(asked_as), records)
-    data = InstructionDataset.of_turns(turns, end=tokenizer.eot, max_length=training.max_length)
+    data = InstructionDataset(turns, end=tokenizer.eot, max_length=training.max_length)
     losses = target_losses(model, batches(data, batch_size))
     if not any(map(len, losses)):
         raise InputError(

@@ -69,6 +69,6 @@ def _compiles_openmp(folder: Path) -> bool:
 def compiled(compiled_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The compiled engine is in the cache, and this process has not looked yet."""
     monkeypatch.setenv(compiling.CACHE_VARIABLE, str(compiled_cache))
-    monkeypatch.setattr(decode, "_loaded", None)
+    decode._library.cache_clear()
     monkeypatch.setattr(decode, "_started", False)
     return compiled_cache

@@ -38,16 +38,16 @@ def test_every_public_name_has_an_example_that_runs(name, tmp_path, monkeypatch)
 def test_no_public_name_is_a_modules():
     """Once imported, `gpt/NAME.py` is the attribute NAME of the package, and hides the other."""
     assert not set(gpt.__all__) & {module.name for module in pkgutil.iter_modules(gpt.__path__)}
-    assert set(gpt.__all__) == set(gpt._HOME) <= set(dir(gpt))
+    assert set(gpt.__all__) == set(gpt._MODULE_OF) <= set(dir(gpt))
 
 
-@pytest.mark.parametrize("name", gpt._FORMER)
+@pytest.mark.parametrize("name", gpt._MOVED)
 def test_a_module_that_has_moved_says_where_it_is(name):
-    importlib.import_module(gpt._FORMER[name])
+    importlib.import_module(gpt._MOVED[name])
     last = name.removeprefix("gpt.")  # `gpt.generate` is the function
     own = [] if last in gpt.__all__ else [f"from gpt import {last}"]
     for code in (f"import {name}", f"from {name} import x", *own):
-        with pytest.raises(ModuleNotFoundError, match=rf"^{name} is {gpt._FORMER[name]} now; "):
+        with pytest.raises(ModuleNotFoundError, match=rf"^{name} is {gpt._MOVED[name]} now; "):
             exec(code, {})
     with pytest.raises(ModuleNotFoundError, match=r"^No module named 'gpt\.nothing'$"):
         importlib.import_module("gpt.nothing")

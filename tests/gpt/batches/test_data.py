@@ -106,13 +106,9 @@ def test_what_is_left_over_at_an_epochs_end_is_dropped_by_length_too():
 
 @given(n=st.integers(1, 300), seed=st.integers(0, 2**32), epoch=st.integers(0, 9))
 def test_a_computed_order_holds_each_item_once_and_is_a_pure_function(n, seed, epoch):
-    places = np.arange(n, dtype=np.uint64)
-    order = data._permuted(places, n, seed, epoch)
-    assert sorted(order.tolist()) == list(range(n))
-    assert data._permuted(places[n // 2 :], n, seed, epoch).tolist() == order[n // 2 :].tolist()
-    if n > 20:
-        assert data._permuted(places, n, seed, epoch + 1).tolist() != order.tolist()
-        assert data._permuted(places, n, seed + 1, epoch).tolist() != order.tolist()
+    order = data._permuted(range(n), n, seed, epoch)
+    assert sorted(order) == list(range(n))
+    assert data._permuted(range(n // 2, n), n, seed, epoch) == order[n // 2 :]
 
 
 def test_more_items_than_an_order_is_held_of_come_in_an_order_too(monkeypatch):
@@ -213,7 +209,7 @@ def test_texts_are_padded_on_the_right_and_their_lengths_known():
 
 
 def test_only_the_response_and_its_end_are_learnt():
-    records = InstructionDataset([[1, 2, 3], [1]], [[4, 5], [6]], end=0)
+    records = InstructionDataset([[([1, 2, 3], [4, 5])], [([1], [6])]], end=0)
     batch = take(records, [0, 1])
     assert batch.inputs.tolist() == [[1, 2, 3, 4, 5], [1, 6, 0, 0, 0]]
     assert batch.n_targets == 5
@@ -224,12 +220,12 @@ def test_only_the_response_and_its_end_are_learnt():
 
 
 def test_without_the_mask_the_prompt_is_learnt_too():
-    records = InstructionDataset([[1, 2, 3]], [[4]], end=0, mask_prompt=False)
+    records = InstructionDataset([[([1, 2, 3], [4])]], end=0, mask_prompt=False)
     assert take(records, [0]).targets.tolist() == [[2, 3, 4, 0]]
 
 
 def test_long_records_are_cut():
-    records = InstructionDataset([[1, 2], [1, 2, 3]], [[3, 4, 5], [6]], end=0, max_length=3)
+    records = InstructionDataset([[([1, 2], [3, 4, 5])], [([1, 2, 3], [6])]], end=0, max_length=3)
     batch = take(records, [0, 1])
     assert batch.inputs.tolist() == [[1, 2, 3], [1, 2, 3]]
     assert batch.targets.tolist() == [[IGNORED, 3, 4], [IGNORED, IGNORED, 6]]

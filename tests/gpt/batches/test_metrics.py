@@ -12,7 +12,6 @@ from gpt.base.errors import RunError
 from gpt.base.labels import class_key, class_of
 from gpt.batches.data import IGNORED, Batch
 from gpt.batches.metrics import (
-    WeightedClassLoss,
     bits_per_byte,
     calibration_error,
     class_loss_sum,
@@ -155,11 +154,11 @@ def test_the_weights_of_classes_are_one_in_the_mean_and_make_classes_equal(make_
     torch.manual_seed(3)
     model = GPTClassifier(make_model().config, LABELS).eval()
     batch = Batch(ids(4, 9), torch.tensor([0, 1, 1, 0]), torch.tensor([9, 4, 1, 7]))
-    summed, n = WeightedClassLoss(weights)(model, batch)
+    summed, n = class_loss_sum(model, batch, weights)
     each = F.cross_entropy(model(batch.inputs, batch.lengths), batch.targets, reduction="none")
     assert n == 4
     assert summed.item() == pytest.approx((each * weights[batch.targets]).sum().item(), rel=1e-6)
-    equal, _ = WeightedClassLoss(torch.ones(3))(model, batch)
+    equal, _ = class_loss_sum(model, batch, torch.ones(3))
     assert equal.item() == pytest.approx(class_loss_sum(model, batch)[0].item())
 
 

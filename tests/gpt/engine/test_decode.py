@@ -232,7 +232,7 @@ def test_auto_takes_the_library_that_is_there(compiled, make_model, monkeypatch)
 def test_auto_compiles_in_the_background_and_takes_it_next_time(
     compiled_cache, make_model, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(decode, "_loaded", None)
+    decode._library.cache_clear()
     monkeypatch.setattr(decode, "_started", False)
     started = []
     monkeypatch.setattr(compiling, "compile_in_background", started.append)

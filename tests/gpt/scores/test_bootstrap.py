@@ -178,16 +178,16 @@ def test_what_cannot_be_scored_is_refused():
         lambda: macro_f1([], [], 2),
         lambda: mean_loss([], []),
     ):
-        with pytest.raises(ValueError, match="no example"):
+        with pytest.raises(ValueError, match="one value for each"):
             make()
     for make in (
         lambda: accuracy([1, 0], [1]),
         lambda: macro_f1([1, 0], [1], 2),
         lambda: mean_loss([1.0], [1, 2]),
     ):
-        with pytest.raises(ValueError, match=r"unlike numbers of examples: [12] and [12]"):
+        with pytest.raises(ValueError, match="one value for each"):
             make()
-    with pytest.raises(ValueError, match="one value an example"):
+    with pytest.raises(ValueError, match="one value for each"):
         mean([[1, 2], [3, 4]])
     with pytest.raises(ValueError, match="not all in 0 … 1"):
         macro_f1([0, 2], [0, 1], 2)

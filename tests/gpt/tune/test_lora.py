@@ -233,7 +233,7 @@ def test_muon_takes_the_adapters_of_the_blocks_and_learns(make_model):
     result = fit(
         model, params=replace(params), train=Rows(), loss=class_loss_sum, validate=validate
     )
-    assert result.best["validation_loss"] < before / 2
+    assert min(row["validation_loss"] for row in result.history) < before / 2
 
 
 @pytest.mark.parametrize(
