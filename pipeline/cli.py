@@ -249,16 +249,12 @@ def measure(
 @app.command()
 def ablate(
     table: Annotated[Path, typer.Argument(help="The rows: YAML, as ablations/sms.yaml.")],
+    jobs: Annotated[int, typer.Option(min=1, help="So many rows at the same time.")] = 1,
 ) -> None:
-    """Train the classifier once for each row of a table, and compare the scores (MLflow too)."""
-    from pipeline.show.console import make_log
-    from pipeline.sweep.ablation import ablate as train
-    from pipeline.sweep.ablation import markdown
+    """Train the classifier once for each row of a table, and compare the scores: a sweep."""
+    from pipeline.sweep.command import run_sweep
 
-    root = _root()
-    with make_log("ablation") as log:
-        records = train(root, table.resolve(), log)
-    say(markdown(records), end="")
+    raise typer.Exit(run_sweep(_root(), table, jobs=jobs))
 
 
 @app.command()
@@ -315,7 +311,7 @@ def judge() -> None:
     with stage_lock(root, "judge"), make_log("judge") as log:
         judged = judge_assistant(params, root, log)
     say(markdown(judged.summaries), end="")
-    say(f"{judged.requests.sent} requests sent, {judged.requests.cached} replies from the cache")
+    say(f"{judged.sent} requests sent, {judged.cached} replies from the cache")
     if failed := sum(each.failed for each in judged.summaries.values()):
         raise RunError(
             f"{failed} answers got no judgement, and {REPORT}/scores.csv says why; "

@@ -69,4 +69,5 @@ def first_problem(error: ValidationError, within: str = "") -> str:
     """
     first = error.errors()[0]
     where = ".".join([*([within] if within else []), *map(str, first["loc"])])
-    return f"{where or 'file'}: {first['msg']}"
+    why = first["msg"].removeprefix("Value error, ")  # of a check of ours
+    return f"{where}: {why}" if where else why

@@ -1,4 +1,4 @@
-"""Many runs that differ in parameters: sweeps and the ablation.
+"""Many runs that differ in parameters: a grid, a search or a list.
 
 Imports `flow` and what is below it.
 """

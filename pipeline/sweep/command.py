@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING
 
 from gpt.base.errors import InputError, RunError
@@ -29,9 +29,12 @@ from pipeline.sweep.points import Sweep, read_sweep
 if TYPE_CHECKING:
     from pipeline.sweep.runs import Outcome, SweepRuns
 
-FOLDER = Path(".pipeline") / "sweep"
-PAGES = Path("reports") / "sweep"
-_SHORT_ID = 8
+WORKSPACES = Path(".pipeline") / "sweep"
+SWEEP_PAGES = Path("reports") / "sweep"
+TEST_SCORES = tuple(
+    f"classifier/{name}" for name in ("accuracy", "f1_macro", "roc_auc", "calibration_error")
+)
+"""The scores on the test messages that a page shows, by the names that `evaluate` gives them."""
 
 
 def run_sweep(
@@ -73,29 +76,26 @@ def run_sweep(
         from pipeline.sweep.flow import Snapshot, run_points
         from pipeline.sweep.runs import SweepRuns
 
-        snapshot = Snapshot(root, root / FOLDER / sweep.name)
+        snapshot = Snapshot(root, root / WORKSPACES / sweep.name)
         whole = snapshot.key.encode() + sweep.name.encode() + file.read_bytes()
         if server:
             server.wait()
         runs = SweepRuns(root, sweep, hashlib.sha256(whole).hexdigest())
         status, stopped = "FAILED", 0
         outcomes: list[Outcome] = []
-        page = partial(markdown, sweep)
         try:
             with make_display() as display, prefect_told():
+                size = n_of(sweep.trials or len(sweep.known_points()), "point")
                 verb = "goes on as" if runs.resumed else "is"
-                display.line("", f"{file}: {_size(sweep)}; {verb} {runs.name} in MLflow")
-                outcomes, stopped = run_points(sweep, snapshot, runs, display, jobs, page)
+                display.line("", f"{file}: {size}; {verb} {runs.name} in MLflow")
+                outcomes, stopped = run_points(sweep, snapshot, runs, display, jobs)
             if stopped:
                 status = "KILLED"
             elif not any(each.error for each in outcomes):
                 status = "FINISHED"
         finally:
             snapshot.remove()
-            try:
-                runs.give_back_candidates()
-            finally:
-                runs.close(status, best_of(sweep, outcomes), page(outcomes))
+            runs.close(status, best_of(sweep, outcomes), markdown(sweep, outcomes))
     if stopped:
         say("stopped; the same command goes on from here", file=sys.stderr)
         return 128 + stopped
@@ -103,16 +103,13 @@ def run_sweep(
     return 0
 
 
-def _size(sweep: Sweep) -> str:
-    return f"a search of {sweep.trials} points" if sweep.search else f"{len(sweep.grid)} points"
-
-
 def _promotable(sweep: Sweep) -> str:
     """The registered model that the sweep is about."""
-    swept = {path.partition(".")[0] for path in sweep.paths}
-    compared = [name for name, spec in STAGES.items() if sweep.metric.file in spec.outputs.values()]
-    for stages in (compared, [*swept]):
-        models = {model.name for each in stages if (model := STAGES[each].model)}
+    of_metric = [
+        spec.model for spec in STAGES.values() if sweep.metric.file in spec.outputs.values()
+    ]
+    swept = [STAGES[path.partition(".")[0]].model for path in sweep.paths]
+    for models in ({each.name for each in found if each} for found in (of_metric, swept)):
         if len(models) == 1:
             return models.pop()
     raise InputError(
@@ -123,7 +120,7 @@ def _promotable(sweep: Sweep) -> str:
 
 def best_of(sweep: Sweep, outcomes: Sequence[Outcome]) -> Outcome | None:
     """The best point; None if there is none. Of equal ones the first."""
-    return next(iter(_sorted(sweep, [each for each in outcomes if each.value is not None])), None)
+    return next((each for each in _sorted(sweep, outcomes) if each.value is not None), None)
 
 
 def _sorted(sweep: Sweep, outcomes: Sequence[Outcome]) -> list[Outcome]:
@@ -135,35 +132,48 @@ def _sorted(sweep: Sweep, outcomes: Sequence[Outcome]) -> list[Outcome]:
 
 
 def markdown(sweep: Sweep, outcomes: Sequence[Outcome]) -> str:
-    """The points as a page of Markdown, the best first."""
-    titles = {sweep.metric.name: label_of(sweep.metric.name)}
+    """The points as a page of Markdown, the best first; of several seeds also the mean."""
+    names = [sweep.metric.name]
     for stage in sweep.stages:
-        for name in STAGES[stage].headline if stage in STAGES else ():
-            for known in (name, f"{stage}/{name}"):
-                if any(known in each.metrics for each in outcomes):
-                    titles.setdefault(known, label_of(name))
+        headline = STAGES[stage].headline if stage in STAGES else ()
+        names += [known for name in headline for known in (name, f"{stage}/{name}")]
+    if sweep.test_scores:
+        names += TEST_SCORES
+    shown = [n for n in dict.fromkeys(names) if any(n in each.metrics for each in outcomes)]
     models = list(dict.fromkeys(model for each in outcomes for model in each.versions))
+    columns = ["point", *map(label_of, shown), "took", *models, "MLflow run"]
     rows: list[list[str]] = []
+    choices: dict[str, list[Outcome]] = {}
     for each in _sorted(sweep, outcomes):
-        shown = [each.metrics.get(name) for name in titles]
+        figures = [f"{each.metrics[name]:.4g}" if name in each.metrics else "" for name in shown]
         rows.append(
             [
                 each.point.name,
-                *("failed" if each.error else f"{v:.4g}" if v is not None else "" for v in shown),
+                *(["failed"] * len(shown) if each.error else figures),
                 seconds_in_words(each.seconds) if each.seconds else NOTHING,
                 *(f"v{each.versions[name]}" if name in each.versions else "" for name in models),
-                ", ".join(run[:_SHORT_ID] for run in each.runs.values()) or NOTHING,
+                ", ".join(run[:8] for run in each.runs.values()) or NOTHING,
             ]
         )
-    columns = ["point", *titles.values(), "took", *models, "MLflow run"]
-    lines = [
-        f"# Sweep {sweep.name}",
-        "",
-        table(columns, rows, "l" + "r" * (len(columns) - 2) + "l"),
-    ]
+        if each.point.choice and not each.error:
+            choices.setdefault(each.point.choice, []).append(each)
+    align = "l" + "r" * (len(columns) - 2) + "l"
+    lines = [f"# Sweep {sweep.name}", "", table(columns, rows, align)]
+    if choices:
+        lines += ["", "Means over the seeds, and the lowest test accuracy:", ""]
+        lines.append(_means(choices, shown))
     if best := best_of(sweep, outcomes):
         lines += ["", f"Best: {best.point.name}"]
     return "\n".join(lines) + "\n"
+
+
+def _means(choices: Mapping[str, Sequence[Outcome]], names: Sequence[str]) -> str:
+    rows: list[list[str]] = []
+    for choice, outcomes in choices.items():
+        values = [[each.metrics[name] for each in outcomes] for name in names]
+        lowest = min(each.metrics[TEST_SCORES[0]] for each in outcomes)
+        rows.append([choice, *(f"{mean(each):.4f}" for each in values), f"{lowest:.4f}"])
+    return table(["choice", *map(label_of, names), "lowest"], rows)
 
 
 def _tell(
@@ -176,7 +186,7 @@ def _tell(
     params: bytes,
 ) -> None:
     page = markdown(sweep, outcomes)
-    path = PAGES / f"{sweep.name}.md"
+    path = SWEEP_PAGES / f"{sweep.name}.md"
     with whole_file(root / path) as partial_file:
         partial_file.write_text(page, encoding="utf-8")
     say(f"\n{page}")
@@ -192,7 +202,7 @@ def _tell(
                 f"--apply: {PARAMS_FILE} was edited while the sweep ran, and is left as it is; "
                 "run the same command again"
             )
-        write_params(root, text_with(params, best.point.values))
+        write_params(root, text_with(params, best.point.set))
         say(f"{PARAMS_FILE} now has {best.point.name}; `gpt-pipeline run` takes up what is there")
     if failed := [each.point.name for each in outcomes if each.error]:
         raise RunError(

@@ -14,19 +14,18 @@ import contextlib
 import hashlib
 import json
 import math
-import re
 import shutil
 import threading
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from prefect import flow, task
-from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.exceptions import CancelledRun, FailedRun
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL
@@ -35,23 +34,21 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from gpt.base.errors import InputError, RunError, in_one_line
 from pipeline.dag.dvc_files import LOCK_FILE
+from pipeline.dag.experiments import save_experiment
 from pipeline.dag.graph import Dag
-from pipeline.dag.lock import read_lock
 from pipeline.dag.repro import Processes, failure
 from pipeline.dag.workspace import make_workspace
 from pipeline.flow.prefect_api import note_flow_run
 from pipeline.project.folders import workspace_environment
 from pipeline.project.git import commit_of, git
 from pipeline.project.overrides import text_with
-from pipeline.project.params import PARAMS_FILE, read_params
-from pipeline.project.stage_table import STAGES
-from pipeline.project.yaml_files import parse_yaml
+from pipeline.project.params import PARAMS_FILE, load_params, read_params
 from pipeline.run.stage import end_killed
 from pipeline.show.console import Display, seconds_in_words
-from pipeline.sweep.points import Point, Sweep
+from pipeline.sweep.points import Point, Sweep, proposals
 from pipeline.sweep.runs import Outcome, SweepRuns
 from pipeline.tracking.keys import flatten_metrics
-from pipeline.tracking.run_notes import last_run
+from pipeline.tracking.registry import POINT_VARIABLE
 
 
 class Snapshot:
@@ -71,19 +68,16 @@ class Snapshot:
         self._folder = folder
         self._commit = commit_of(root, "HEAD")
         self.remove()
-        edited = _paths(git(root, "diff", "--name-only", "--no-renames", "-z", "HEAD"))
-        new = _paths(git(root, "ls-files", "--others", "--exclude-standard", "-z"))
+        edited = git(root, "diff", "--name-only", "--no-renames", "-z", "HEAD").split("\0")
+        new = git(root, "ls-files", "--others", "--exclude-standard", "-z").split("\0")
         self._edits: dict[str, bytes | None] = {
             path: (root / path).read_bytes() if (root / path).is_file() else None
-            for path in [*edited, *new]
+            for path in filter(None, [*edited, *new])
         }
-        code = {
-            path: self._edits[path]
-            for path in edited
-            if Path(path).name != LOCK_FILE and not path.startswith("reports/")
-        }
-        whole = [self._commit, self.params, sorted(code.items())]
-        self.key = hashlib.sha256(repr(whole).encode()).hexdigest()
+        outputs = (":!reports", f":!*{LOCK_FILE}")
+        code = git(root, "diff", "--binary", "HEAD", "--", ".", *outputs)
+        whole = repr([self._commit, self.params, code])
+        self.key = hashlib.sha256(whole.encode()).hexdigest()
 
     def remove(self) -> None:
         """Take away what lies in the folder: workspaces of a sweep that was killed, too."""
@@ -105,18 +99,14 @@ class Snapshot:
                 else:
                     (folder / path).parent.mkdir(parents=True, exist_ok=True)
                     (folder / path).write_bytes(content)
-            (folder / PARAMS_FILE).write_bytes(text_with(self.params, point.values))
+            (folder / PARAMS_FILE).write_bytes(text_with(self.params, point.set))
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _paths(listed: str) -> list[str]:
-    return [path for path in listed.split("\0") if path]
-
-
 @dataclass(slots=True)
-class _Shared:
+class _FlowState:
     """What the tasks of one flow run share."""
 
     sweep: Sweep
@@ -131,11 +121,9 @@ class _Shared:
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     """By the key of the point."""
     processes: Processes = field(default_factory=Processes)
-    fault: Exception | None = None
-    """What ended the flow itself."""
 
 
-class _StoppedError(Exception):
+class _SweepStoppedError(Exception):
     """The sweep was interrupted."""
 
 
@@ -145,7 +133,6 @@ def run_points(
     runs: SweepRuns,
     display: Display,
     jobs: int,
-    page: Callable[[list[Outcome]], str],
 ) -> tuple[list[Outcome], int]:
     """Bring all points up to date, as one flow run.
 
@@ -155,77 +142,45 @@ def run_points(
         runs: hears what they come to.
         display: shows what goes on.
         jobs: so many points are worked at together.
-        page: the results in Markdown, for Prefect's page of the flow run.
 
     Returns:
         An outcome each, in the order in which they were proposed, and the signal that ended the
         flow, 0 if none did.
     """
-    shared = _Shared(sweep, snapshot, runs, display)
-    source = sweep.source(jobs)
+    state = _FlowState(sweep, snapshot, runs, display)
+    outcomes, processes = state.outcomes, state.processes
 
     def body() -> State[Any]:
         note_flow_run(snapshot.root, str(flow_run.id), PREFECT_API_URL.value())
-        with shared.processes.stopped_by_signals():
-            _make_known(shared)
-            while not shared.processes.stopped_by and (points := source.ask()):
-                new = {point.key: point for point in points if point.key not in shared.outcomes}
-                futures = {key: _task_of(shared, point).submit() for key, point in new.items()}
+        with processes.stopped_by_signals():
+            for points in proposals(sweep, jobs, lambda point: outcomes[point.key].value):
+                new = {point.key: point for point in points if point.key not in outcomes}
+                futures = {key: _task_of(state, point).submit() for key, point in new.items()}
                 for key, future in futures.items():
                     future.wait()
-                    if (
-                        not shared.processes.stopped_by and key not in shared.outcomes
-                    ):  # Prefect's own fault
+                    if not processes.stopped_by and key not in outcomes:  # Prefect's own fault
                         error = f"Prefect: {future.state.message}"
-                        shared.outcomes[key] = Outcome(new[key], error=error)
-                if not shared.processes.stopped_by:
-                    source.tell([shared.outcomes[point.key].value for point in points])
-        outcomes = list(shared.outcomes.values())
-        create_markdown_artifact(
-            page(outcomes),
-            key=re.sub(r"[^a-z0-9]+", "-", f"sweep-{sweep.name.lower()}"),
-            description=f"The points of {runs.name}",
-        )
-        failed = sum(bool(each.error) for each in outcomes)
-        if shared.processes.stopped_by:
+                        outcomes[key] = Outcome(new[key], error=error)
+                if processes.stopped_by:
+                    break
+        if processes.stopped_by:
             return Cancelled(message="stopped by the user")
+        failed = sum(bool(each.error) for each in outcomes.values())
         message = f"{len(outcomes) - failed} of {len(outcomes)} points are there"
         return Failed(message=message) if failed else Completed(message=message)
 
-    def told() -> State[Any]:
-        try:
-            return body()
-        except Exception as error:  # Prefect keeps it to itself
-            shared.fault = error
-            raise
-
-    state: State[Any] = flow(
-        name="gpt-pipeline sweep",
-        flow_run_name=_literal(runs.name),
-        task_runner=ThreadPoolTaskRunner(max_workers=jobs),
-    )(told)(return_state=True)
-    if shared.fault:
-        raise shared.fault
-    if state.is_crashed():
-        raise RunError(f"Prefect: {state.message}; see its pages in `make ui`")
-    return list(shared.outcomes.values()), shared.processes.stopped_by
+    with contextlib.suppress(FailedRun, CancelledRun):  # the outcomes tell
+        flow(
+            name="gpt-pipeline sweep",
+            flow_run_name=_literal(runs.name),
+            task_runner=ThreadPoolTaskRunner(max_workers=jobs),
+        )(body)()
+    return [*outcomes.values()], processes.stopped_by
 
 
 def _literal(name: str) -> str:
     """Prefect takes a name for a template."""
     return name.replace("{", "{{").replace("}", "}}")
-
-
-def _make_known(shared: _Shared) -> None:
-    """What the project itself has made need not be waited for."""
-    dag = Dag(shared.snapshot.root)
-    plan = dag.plan(shared.sweep.stages)
-    keys = _keys(dag, plan, parse_yaml(shared.snapshot.params, PARAMS_FILE))
-    changes = dag.changes(plan)
-    for name in plan:
-        stage = dag.stages[name]
-        if not changes[name] and all(keys[each] in shared.made for each in stage.upstream):
-            shared.made.add(keys[name])
 
 
 def _keys(dag: Dag, plan: Sequence[str], params: Mapping[str, Any]) -> dict[str, str]:
@@ -241,100 +196,107 @@ def _keys(dag: Dag, plan: Sequence[str], params: Mapping[str, Any]) -> dict[str,
     return keys
 
 
-def _task_of(shared: _Shared, point: Point) -> Any:
+def _task_of(state: _FlowState, point: Point) -> Any:
     """The Prefect task of a point, and its task run, bear the point's name."""
     name = _literal(point.name)
 
     def run_point() -> State[Any]:
-        if shared.processes.stopped_by:
+        if state.processes.stopped_by:
             return Cancelled(message="not started")
         outcome = Outcome(point)
         try:
-            _run_point(shared, outcome)
-        except _StoppedError:
-            shared.display.line(point.name, "stopped", "warning")
+            _run_point(state, outcome)
+        except _SweepStoppedError:
+            state.display.line(point.name, "stopped", "warning")
             return Cancelled(message="stopped by the user")
         except Exception as error:
             if not isinstance(error, InputError | RunError):  # a mistake of ours
                 traceback.print_exc()
             outcome.error = outcome.error or in_one_line(error)
         finally:
-            shared.display.done(point.name)
-        shared.outcomes[point.key] = outcome
+            state.display.done(point.name)
+        state.outcomes[point.key] = outcome
         if outcome.error:
-            shared.display.line(point.name, outcome.error, "error")
+            state.display.line(point.name, outcome.error, "error")
             return Failed(message=outcome.error)
         ran = ", ".join(outcome.executed)
         said = f"ran {ran} in {seconds_in_words(outcome.seconds)}" if ran else "cached"
-        metric = f"{shared.sweep.metric.name} {outcome.value:.4g}"
-        shared.display.line(point.name, f"{said}; {metric}", "good" if ran else "quiet")
+        metric = f"{state.sweep.metric.name} {outcome.value:.4g}"
+        state.display.line(point.name, f"{said}; {metric}", "good" if ran else "quiet")
         return Completed(message=f"{said}; {metric}", name="Completed" if ran else "Cached")
 
     return task(name=point.name, task_run_name=name, cache_policy=NO_CACHE)(run_point)
 
 
-def _run_point(shared: _Shared, outcome: Outcome) -> None:
+def _run_point(state: _FlowState, outcome: Outcome) -> None:
     """Bring a point up to date and fill in what it came to."""
-    point, runs = outcome.point, shared.runs
+    point, runs, sweep = outcome.point, state.runs, state.sweep
     child = runs.begin(point)
     try:
         name = hashlib.sha256(point.key.encode()).hexdigest()[:12]
-        with shared.snapshot.workspace(name, point) as folder:
+        with state.snapshot.workspace(name, point) as folder:
             dag = Dag(folder)
-            plan = dag.plan(shared.sweep.stages)
+            plan = dag.plan(sweep.stages)
+            scored = folder / ".pipeline" / "scores"
             try:
-                _bring_up_to_date(shared, point, folder, dag, plan)
-                outcome.metrics = _metrics(shared.sweep, folder, dag)
-                outcome.value = _value(shared.sweep, outcome.metrics)
+                _bring_up_to_date(state, point, folder, dag, plan)
+                outcome.metrics = _metrics(sweep, folder, dag)
+                value = _value(sweep, outcome.metrics)
+                if sweep.test_scores:
+                    outcome.metrics |= _score_classifier(folder, scored)
+                if sweep.points:
+                    experiment = Point(f"{sweep.name}-{point.name}").word
+                    save_experiment(state.snapshot.root, folder, experiment, sweep.stages)
+                outcome.value = value
             except (InputError, RunError) as error:
                 outcome.error = str(error)
-            _look_up(shared, outcome, folder, plan)
-        runs.end(child, outcome)
+            runs.look_up(outcome, folder, plan)
+            runs.end(child, outcome, scored)
     except BaseException:
         runs.stopped(child)
         raise
 
 
 def _bring_up_to_date(
-    shared: _Shared, point: Point, folder: Path, dag: Dag, plan: Sequence[str]
+    state: _FlowState, point: Point, folder: Path, dag: Dag, plan: Sequence[str]
 ) -> None:
     """Run the stages through DVC; one that another point is making is waited for."""
     keys = _keys(dag, plan, read_params(folder / PARAMS_FILE))
     ready: list[str] = []
     for name in plan:
-        if missing := dag.missing_params(name):
-            raise InputError(f"{PARAMS_FILE}: {missing[0]}: missing, and {name} needs it; add it")
         key = keys[name]
-        with shared.locks[key] if key not in shared.made else contextlib.nullcontext():
+        with state.locks[key] if key not in state.made else contextlib.nullcontext():
             ready.append(name)
-            if key not in shared.made:
-                _repro(shared, point, dag, ready)
-                shared.made.add(key)
+            if key not in state.made:
+                _repro(state, point, dag, ready)
+                state.made.add(key)
                 ready = []
     if ready:
-        _repro(shared, point, dag, ready)
+        _repro(state, point, dag, ready)
 
 
-def _repro(shared: _Shared, point: Point, dag: Dag, names: Sequence[str]) -> None:
+def _repro(state: _FlowState, point: Point, dag: Dag, names: Sequence[str]) -> None:
     """`dvc repro` of stages whose upstream is in place.
 
     Raises:
         StageError: a stage failed.
     """
-    logger = get_run_logger()
-    done = shared.processes.repro(
+    done = state.processes.repro(
         dag,
         names,
-        show=lambda event: shared.display.event(point.name, event),
-        say=lambda text, _: logger.info("%s", text),
-        warn=lambda text: shared.display.line(point.name, text, "warning"),
-        environment=workspace_environment(shared.snapshot.root, dag.root),
+        show=lambda event: state.display.event(point.name, event),
+        say=lambda text, _: get_run_logger().info("%s", text),
+        warn=lambda text: state.display.line(point.name, text, "warning"),
+        environment={
+            **workspace_environment(state.snapshot.root, dag.root),
+            POINT_VARIABLE: "1",
+        },
     )
     if done.code:
         for name in names:
-            end_killed(dag.root, name, shared.snapshot.root)
-    if shared.processes.stopped_by:
-        raise _StoppedError
+            end_killed(dag.root, name, state.snapshot.root)
+    if state.processes.stopped_by:
+        raise _SweepStoppedError
     if done.code:
         raise failure(dag.root, names, done)
 
@@ -345,14 +307,40 @@ def _repro(shared: _Shared, point: Point, dag: Dag, names: Sequence[str]) -> Non
 def _metrics(sweep: Sweep, folder: Path, dag: Dag) -> dict[str, float]:
     """The metrics of the swept stages; those of the compared file by their own names."""
     found: dict[str, float] = {}
-    for stage in dict.fromkeys((*sweep.stages, *dag.plan(sweep.stages))):
+    for stage in dag.plan(sweep.stages):
         for path in dag.stages[stage].metrics:
-            if path != sweep.metric.file and stage not in sweep.stages:
-                continue
-            values = flatten_metrics(json.loads((folder / path).read_text(encoding="utf-8")))
-            prefix = "" if path == sweep.metric.file else f"{stage}/"
-            found |= {f"{prefix}{name}": value for name, value in values.items()}
+            compared = path == sweep.metric.file
+            if compared or stage in sweep.stages:
+                values = json.loads((folder / path).read_text(encoding="utf-8"))
+                found |= flatten_metrics(values, "" if compared else stage)
     return found
+
+
+def _score_classifier(folder: Path, out: Path) -> dict[str, float]:
+    """Score the classifier of a workspace on every part of its messages, as `evaluate` does.
+
+    Args:
+        folder: the workspace.
+        out: a folder, for the confusion matrices and the messages that were most wrong.
+    """
+    from gpt.model.device import prepare_device
+    from pipeline.show.plots import draw_confusion
+    from stages.evaluate.classifier import measure_classifier
+    from stages.evaluate.intervals import bounds
+
+    params = load_params(folder / PARAMS_FILE).evaluate
+    scores, tables = measure_classifier(
+        folder / "models" / "classifier",
+        folder / "data" / "raw" / "messages",
+        prepare_device(params.device, params.threads),
+        params.batch_size,
+        bounds(params.resamples, params.seed),
+    )
+    out.mkdir()
+    for name in ("classifier_confusion", "classifier_most_wrong"):
+        tables[name].to_csv(out / f"{name}.csv", index=False)
+    draw_confusion(out / "classifier_confusion.csv", out)
+    return flatten_metrics(scores, "classifier")
 
 
 def _value(sweep: Sweep, metrics: Mapping[str, float]) -> float:
@@ -366,26 +354,3 @@ def _value(sweep: Sweep, metrics: Mapping[str, float]) -> float:
     if not math.isfinite(value):
         raise RunError(f"{metric.name} is {value}: the training diverged")
     return value
-
-
-def _look_up(shared: _Shared, outcome: Outcome, folder: Path, plan: Sequence[str]) -> None:
-    """Which runs and versions hold what the point is, and what was executed for it now."""
-    locked = read_lock(folder)
-    for name in plan:
-        note = last_run(folder, name)  # a workspace is new: only an execution leaves one
-        if note:
-            outcome.executed.append(name)
-        elif name not in shared.sweep.stages or outcome.error:
-            continue
-        outputs = locked[name].outputs if name in locked else {}
-        run = shared.runs.stage_run(name, note.get("run_id"), outputs)
-        if run is None:
-            continue
-        outcome.runs[name] = run.info.run_id
-        if run.info.end_time:
-            outcome.seconds += (run.info.end_time - run.info.start_time) / 1000
-        spec = STAGES[name]
-        if spec.model and not outcome.error:
-            version = shared.runs.version(spec.model.name, outputs[spec.outputs["out"]])
-            if version is not None:
-                outcome.versions[spec.model.name] = version

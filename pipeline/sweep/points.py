@@ -1,6 +1,7 @@
-"""A sweep's file: which stages, which metric, and the points, of a grid or of a search.
+"""A sweep's file: which stages, which metric, and the points: a grid, a search, or a list.
 
-Every point is the project's `params.yaml` with other values at some paths.
+Every point is the project's `params.yaml` with other values at some paths. An ablation is a sweep
+over a list of choices of what is trained of the classifier, each perhaps with several seeds.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from gpt.base.errors import InputError, shown
+from pydantic import ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from gpt.base.errors import InputError, first_problem, shown
 from gpt.base.files import read_json
 from pipeline.dag.graph import Dag
 from pipeline.project.overrides import params_with
@@ -24,164 +28,223 @@ from pipeline.project.yaml_files import read_yaml
 from pipeline.tracking.keys import flatten_metrics
 
 if TYPE_CHECKING:
-    from optuna import Study, Trial
+    from optuna.distributions import BaseDistribution
 
-GOALS = ("minimize", "maximize")
 _MOST_POINTS = 500
-_DIGITS = 4
-"""Of a number that a search proposes: more say nothing, and make a file hard to read."""
-
-_KEYS = ("stages", "metric", "grid", "search", "trials", "seed")
+_NO_OTHERS = ConfigDict(extra="forbid")
+_CLASSIFIER = "finetune_classifier"
 
 
-@dataclass(frozen=True, slots=True)
-class Metric:
+@dataclass(frozen=True, slots=True, config=_NO_OTHERS)
+class SweepMetric:
     """What the points are compared by."""
 
     file: str
     """A metrics file of a stage, relative to the project."""
     name: str
     """In the file; of nested ones joined by a slash."""
-    goal: str
+    goal: Literal["minimize", "maximize"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, config=_NO_OTHERS)
 class Point:
     """One combination of values."""
 
     name: str
-    """`learning_rate=0.0003, batch_size=8`"""
-    values: dict[str, Any]
+    """`learning_rate=0.0003, batch_size=8`, or as the file says."""
+    set: dict[str, Any] = field(default_factory=dict)
     """Path in `params.yaml` -> value."""
+    choice: str = ""
+    """The name without the seed: points of one choice are averaged."""
 
     @property
     def key(self) -> str:
         """Equal for equal values."""
-        return json.dumps(self.values, sort_keys=True, default=str)
+        return json.dumps(self.set, sort_keys=True, default=str)
+
+    @property
+    def word(self) -> str:
+        """The name as it may stand in a git reference."""
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
 
 
-@dataclass(frozen=True, slots=True)
-class Range:
-    """Numbers from `low` to `high`, both among them; whole ones if both are whole."""
+_Number = int | FiniteFloat
 
-    low: float
-    high: float
+
+@dataclass(frozen=True, slots=True, config=_NO_OTHERS)
+class Dimension:
+    """A parameter of a search: from `low` to `high`, whole if all is whole, or one of `choices`."""
+
+    low: _Number = 0
+    high: _Number = 0
     log: bool = False
-    step: float | None = None
+    step: _Number | None = None
+    choices: list[Any] = field(default_factory=list)
 
-    def suggest(self, trial: Trial, path: str) -> Any:
-        """The value of a trial."""
-        if isinstance(self.low, int) and isinstance(self.high, int):
-            step = int(self.step or 1)
-            return trial.suggest_int(path, self.low, self.high, step=step, log=self.log)
-        value = trial.suggest_float(path, self.low, self.high, step=self.step, log=self.log)
-        rounded = float(f"{value:.{_DIGITS}g}")
-        return min(max(rounded, float(self.low)), float(self.high))
+    def __post_init__(self) -> None:
+        if bool(self.choices) == (self.low < self.high):
+            raise ValueError("must hold `low` and a larger `high`, or `choices`")
+        self.distribution()  # Optuna refuses what cannot be
 
+    def distribution(self) -> BaseDistribution:
+        """For Optuna; of choices it sees the index only, as they may be lists or mappings."""
+        from optuna import distributions as kinds
+
+        if self.choices:
+            return kinds.CategoricalDistribution(range(len(self.choices)))
+        low, high, step = self.low, self.high, self.step
+        if isinstance(low, int) and isinstance(high, int) and not isinstance(step, float):
+            return kinds.IntDistribution(low, high, self.log, step or 1)
+        return kinds.FloatDistribution(low, high, self.log, step)
+
+    @property
     def ends(self) -> list[Any]:
         """What is checked before any work: the values between are right if these are."""
-        return [self.low, self.high]
+        return self.choices or [self.low, self.high]
+
+    def value(self, proposed: Any) -> Any:
+        """What Optuna proposed, as a parameter; four digits are enough."""
+        if self.choices:
+            return self.choices[proposed]
+        if isinstance(proposed, int):
+            return proposed
+        return min(max(float(f"{proposed:.4g}"), self.low), self.high)
 
 
-@dataclass(frozen=True, slots=True)
-class Choices:
-    """One of some values."""
-
-    choices: list[Any]
-
-    def suggest(self, trial: Trial, path: str) -> Any:
-        """The value of a trial; Optuna sees its place only, as it may be a list or a mapping."""
-        return self.choices[trial.suggest_categorical(path, range(len(self.choices)))]
-
-    def ends(self) -> list[Any]:
-        """All of them."""
-        return self.choices
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, config=_NO_OTHERS)
 class Sweep:
     """A sweep's file, checked."""
 
     name: str
     file: Path
-    stages: tuple[str, ...]
-    metric: Metric
-    grid: list[Point] = field(default_factory=list)
-    """Empty where `search` is given."""
-    search: dict[str, Range | Choices] = field(default_factory=dict)
-    trials: int = 0
-    seed: int = 0
+    stages: Annotated[list[str], Field(min_length=1)]
+    metric: SweepMetric
+    grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = field(default_factory=dict)
+    points: Annotated[list[Point], Field(max_length=_MOST_POINTS)] = field(default_factory=list)
+    search: dict[str, Dimension] = field(default_factory=dict)
+    trials: Annotated[int, Field(ge=0, le=_MOST_POINTS)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    test_scores: bool = False
+    """Whether the classifier of each point is also scored on the test messages."""
+
+    def __post_init__(self) -> None:
+        if [bool(self.grid), bool(self.points), bool(self.search)].count(True) != 1:
+            raise ValueError("must hold one of `grid`, `search` and `points`")
+        if bool(self.search) != bool(self.trials):
+            raise ValueError("must hold `trials` with a search, and with nothing else")
+        number = math.prod(map(len, self.grid.values()))
+        if number > _MOST_POINTS:
+            raise ValueError(f"grid: {number} points, and at most {_MOST_POINTS} are possible")
+        words = [point.word for point in self.points]
+        if "" in words or len({*words}) < len(words) or max(map(len, words), default=0) > 100:
+            raise ValueError(
+                "each point needs a name of its own, of letters or digits and at most 100 "
+                "characters"
+            )
 
     @property
     def paths(self) -> list[str]:
         """The swept parameters."""
-        return list(self.search or self.grid[0].values)
+        listed = dict.fromkeys(path for point in self.points for path in point.set)
+        return list(self.search or self.grid or listed)
 
-    def source(self, at_once: int) -> Source:
-        """Gives the points.
+    def known_points(self) -> list[Point]:
+        """All points; of a search those at the ends of its ranges, and with each choice."""
+        if self.points:
+            return self.points
+        if self.grid:
+            return [self.point(values) for values in itertools.product(*self.grid.values())]
+        ends = {path: each.ends for path, each in self.search.items()}
+        first = {path: values[0] for path, values in ends.items()}
+        every = [{**first, path: value} for path, values in ends.items() for value in values]
+        return [self.point(list(values.values())) for values in every]
 
-        Args:
-            at_once: so many points are worked at together: a search proposes that many before it
-                hears of their results, so what it proposes never depends on which ends first.
-        """
-        return _Search(self, at_once) if self.search else _Grid(self)
-
-
-class Source(Protocol):
-    """Where the points come from."""
-
-    def ask(self) -> list[Point]:
-        """The next points, which may be worked at in any order; none at the end."""
-
-    def tell(self, results: Sequence[float | None]) -> None:
-        """What the points of the last `ask` came to, in their order; None for one that failed."""
-
-
-class _Grid:
-    def __init__(self, sweep: Sweep) -> None:
-        self._points = sweep.grid
-
-    def ask(self) -> list[Point]:
-        points, self._points = self._points, []
-        return points
-
-    def tell(self, results: Sequence[float | None]) -> None:
-        pass
-
-
-class _Search:
-    def __init__(self, sweep: Sweep, at_once: int) -> None:
-        import optuna
-
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._sweep = sweep
-        self._at_once = at_once
-        self._left = sweep.trials
-        self._asked: list[Trial] = []
-        self._study: Study = optuna.create_study(
-            direction=sweep.metric.goal, sampler=optuna.samplers.TPESampler(seed=sweep.seed)
+    def point(self, values: Sequence[Any]) -> Point:
+        """The point with these values of the swept parameters, named after them."""
+        ends = [path.rpartition(".")[2] for path in self.paths]
+        said = (
+            f"{end if ends.count(end) == 1 else path}={'none' if value is None else value}"
+            for path, end, value in zip(self.paths, ends, values, strict=True)
         )
+        return Point(", ".join(said), dict(zip(self.paths, values, strict=True)))
 
-    def ask(self) -> list[Point]:
-        number = min(self._at_once, self._left)
-        self._left -= number
-        self._asked = [self._study.ask() for _ in range(number)]
-        names = _short_names(list(self._sweep.search))
-        return [
-            _point(
-                names, {path: of.suggest(trial, path) for path, of in self._sweep.search.items()}
-            )
-            for trial in self._asked
+
+def proposals(
+    sweep: Sweep, at_once: int, result: Callable[[Point], float | None]
+) -> Iterator[list[Point]]:
+    """The points in groups, each of which may be worked at in any order.
+
+    A search hears of the results of a whole group at once, so what it proposes never depends on
+    which point ends first.
+
+    Args:
+        sweep: what is swept.
+        at_once: so many points are worked at together.
+        result: asked for each point of a group before the next one: its value, None if it failed.
+    """
+    if not sweep.search:
+        yield sweep.known_points()
+        return
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(
+        direction=sweep.metric.goal, sampler=optuna.samplers.TPESampler(seed=sweep.seed)
+    )
+    space = {path: each.distribution() for path, each in sweep.search.items()}
+    for start in range(0, sweep.trials, at_once):
+        trials = [study.ask(space) for _ in range(min(at_once, sweep.trials - start))]
+        points = [
+            sweep.point([each.value(trial.params[path]) for path, each in sweep.search.items()])
+            for trial in trials
         ]
+        yield points
+        for trial, point in zip(trials, points, strict=True):
+            value = result(point)
+            study.tell(trial, value, optuna.trial.TrialState.FAIL if value is None else None)
 
-    def tell(self, results: Sequence[float | None]) -> None:
-        from optuna.trial import TrialState
 
-        for trial, value in zip(self._asked, results, strict=True):
-            if value is None:
-                self._study.tell(trial, state=TrialState.FAIL)
-            else:
-                self._study.tell(trial, value)
+@dataclass(frozen=True, slots=True, config=_NO_OTHERS)
+class _Row:
+    name: str
+    set: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True, config=_NO_OTHERS)
+class _Table:
+    rows: Annotated[list[_Row], Field(min_length=1)]
+    seeds: list[int] = field(default_factory=list)
+
+
+def _as_sweep(raw: Any) -> dict[str, Any]:
+    """The sweep that a table of rows stands for, as its file would have it.
+
+    Args:
+        raw: `rows`, each with a `name` and what it changes below `finetune_classifier`, and
+            perhaps `seeds`, with each of which every row is trained.
+
+    Raises:
+        pydantic.ValidationError: it is no such table.
+    """
+    table = TypeAdapter(_Table).validate_python(raw)
+    points = []
+    for row in table.rows:
+        changes = {f"{_CLASSIFIER}.{path}": value for path, value in (row.set or {}).items()}
+        points += [
+            {
+                "name": f"{row.name}, seed {seed}",
+                "set": {**changes, f"{_CLASSIFIER}.train.seed": seed},
+                "choice": row.name,
+            }
+            for seed in table.seeds
+        ] or [{"name": row.name, "set": changes}]
+    metric = {"name": "validation_accuracy", "goal": "maximize"}
+    return {
+        "stages": [_CLASSIFIER],
+        "metric": {"file": f"reports/{_CLASSIFIER}/metrics.json", **metric},
+        "points": points,
+        "test_scores": True,
+    }
 
 
 def read_sweep(root: Path, file: Path) -> Sweep:
@@ -191,200 +254,61 @@ def read_sweep(root: Path, file: Path) -> Sweep:
 
     Args:
         root: the project; its `params.yaml` is what the points change.
-        file: YAML: `stages`, `metric` (`file`, `name`, `goal`), and `grid` (path -> values), or
-            `search` (path -> `low`, `high` and perhaps `log` and `step`, or `choices`) with
-            `trials` and perhaps `seed`.
+        file: YAML: see docs/sweeps.md; or the table of an ablation.
 
     Raises:
         InputError: the file cannot be read, or a point is impossible; each named.
     """
     raw, base = read_yaml(file), read_params(root / PARAMS_FILE)
     try:
-        return _sweep(root, file, raw, base)
-    except _FileError as error:
-        raise InputError(f"{file}: {error}") from None
-
-
-class _FileError(Exception):
-    """What is wrong in a sweep's file."""
-
-
-def _sweep(root: Path, file: Path, raw: Any, base: Any) -> Sweep:
-    if not isinstance(raw, dict) or ("grid" in raw) == ("search" in raw):
-        raise _FileError(
-            "must hold `stages`, `metric` and either `grid` or `search`; see docs/sweeps.md"
+        if not isinstance(raw, dict):
+            raise InputError("must hold `stages`, `metric` and the points")
+        named = {"name": re.sub(r"[^\w.-]+", "-", file.stem), "file": file}
+        sweep = TypeAdapter(Sweep).validate_python(
+            (_as_sweep(raw) if "rows" in raw else raw) | named
         )
-    if unknown := [str(key) for key in raw if key not in _KEYS]:
-        raise _FileError(f"{unknown[0]}: unknown; known here: {', '.join(_KEYS)}")
-    if "grid" in raw and (extra := [key for key in ("trials", "seed") if key in raw]):
-        raise _FileError(f"{extra[0]}: is a search's; take it away, or write `search` for `grid`")
-    stages = _stages(raw.get("stages"))
-    metric = _metric(raw.get("metric"))
-    name = re.sub(r"[^\w.-]+", "-", file.stem)
-    if "grid" in raw:
-        points = _grid(raw["grid"])
-        sweep = Sweep(name, file, stages, metric, grid=points)
-    else:
-        points, search = _search(raw["search"])
-        trials, seed = raw.get("trials"), raw.get("seed", 0)
-        if type(trials) is not int or not 0 < trials <= _MOST_POINTS:
-            raise _FileError(
-                f"trials: must be a whole number from 1 to {_MOST_POINTS} (got {trials})"
-            )
-        if type(seed) is not int or not 0 <= seed < 2**32:
-            raise _FileError(f"seed: must be a whole number from 0 (got {seed})")
-        sweep = Sweep(name, file, stages, metric, search=search, trials=trials, seed=seed)
-    for path in sweep.paths:
-        _check_section(path)
-    for point in points:
-        try:
-            params_with(base, point.values)
-        except InputError as error:
-            raise _FileError(f"point {point.name}: {error}") from None
-    _check_stages(root, sweep)
+        _check(root, sweep)
+        for point in sweep.known_points():
+            try:
+                params_with(base, point.set)
+            except InputError as error:
+                raise InputError(f"point {point.name}: {error}") from None
+    except ValidationError as error:
+        raise InputError(f"{file}: {first_problem(error)}; see docs/sweeps.md") from None
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
     return sweep
 
 
-def _stages(raw: Any) -> tuple[str, ...]:
-    if not isinstance(raw, list) or not raw:
-        raise _FileError("stages: must be a list of the stages to bring up to date in each point")
-    for each in raw:
-        if each not in SECTIONS:
-            raise _FileError(f"stages: {each}: no such stage; use one of {', '.join(SECTIONS)}")
-    return tuple(dict.fromkeys(raw))
-
-
-def _metric(raw: Any) -> Metric:
-    if not isinstance(raw, dict) or set(raw) != {"file", "name", "goal"}:
-        raise _FileError("metric: must hold `file`, `name` and `goal`, and nothing else")
-    metric = Metric(str(raw["file"]), str(raw["name"]), str(raw["goal"]))
-    if metric.goal not in GOALS:
-        raise _FileError(f"metric.goal: must be {' or '.join(GOALS)} (got {metric.goal})")
-    return metric
-
-
-def _check_stages(root: Path, sweep: Sweep) -> None:
+def _check(root: Path, sweep: Sweep) -> None:
     """Refuse a metric that the stages do not write, and a parameter that none of them reads."""
+    for each in sweep.stages:
+        if each not in SECTIONS:
+            raise InputError(f"stages: {each}: no such stage; use one of {', '.join(SECTIONS)}")
     dag = Dag(root)
     plan = dag.plan(sweep.stages)
     files = [path for stage in plan for path in dag.stages[stage].metrics]
-    if sweep.metric.file not in files:
-        raise _FileError(
-            f"metric.file: {sweep.metric.file} is no metrics file of these stages; use one of "
+    metric = sweep.metric
+    if metric.file not in files:
+        raise InputError(
+            f"metric.file: {metric.file} is no metrics file of these stages; use one of "
             f"{', '.join(files)}"
         )
-    _check_metric(root, sweep.metric)
-    # with `base` swept, which stages are upstream differs from point to point
-    edges_differ = any(path.rpartition(".")[2] == "base" for path in sweep.paths)
-    for path in sweep.paths:
-        if path.partition(".")[0] not in plan and not edges_differ:
-            raise _FileError(
-                f"{path}: none of the stages reads it ({', '.join(plan)}); add the one that does "
-                "to `stages`"
+    if (root / metric.file).is_file():  # as the last run wrote it: a typing error is told at once
+        remedy = "`git checkout` it, or run its stage again"
+        names = list(flatten_metrics(read_json(root / metric.file, missing="", remedy=remedy)))
+        if metric.name not in names:
+            near = difflib.get_close_matches(metric.name, names, n=1) or names[:20]
+            raise InputError(
+                f"metric.name: {metric.file} has no {shown(metric.name)}; it has "
+                f"{', '.join(near)} (if it is new with the parameters as they are now, run the "
+                "stage once)"
             )
-
-
-def _check_metric(root: Path, metric: Metric) -> None:
-    """Refuse a name that the stage did not write when it ran last, while nothing is trained yet."""
-    if not (root / metric.file).is_file():
-        return
-    remedy = "`git checkout` it, or run its stage again"
-    names = list(flatten_metrics(read_json(root / metric.file, missing="", remedy=remedy)))
-    if metric.name not in names:
-        near = difflib.get_close_matches(metric.name, names, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(names[:20])}"
-        raise _FileError(
-            f"metric.name: {metric.file} has no {shown(metric.name)}; {hint} (if it is new with "
-            "the parameters as they are now, run the stage once)"
-        )
-
-
-def _check_section(path: str) -> None:
-    section = path.partition(".")[0]
-    if section not in SECTIONS:
-        near = difflib.get_close_matches(section, SECTIONS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(SECTIONS)}"
-        raise _FileError(f"{path}: no stage has the section {section}; {hint}")
-
-
-def _grid(raw: Any) -> list[Point]:
-    if not isinstance(raw, dict) or not raw:
-        raise _FileError("grid: must hold parameters by their paths, each with a list of values")
-    for path, values in raw.items():
-        if not isinstance(values, list) or not values:
-            raise _FileError(f"grid: {path}: must be a list of values")
-    number = math.prod(map(len, raw.values()))
-    if number > _MOST_POINTS:
-        raise _FileError(f"grid: {number} points, and at most {_MOST_POINTS} are possible")
-    names = _short_names(list(map(str, raw)))
-    points = [
-        _point(names, dict(zip(map(str, raw), values, strict=True)))
-        for values in itertools.product(*raw.values())
-    ]
-    if len({point.key for point in points}) < len(points):
-        raise _FileError("grid: a parameter has the same value twice; take one away")
-    return points
-
-
-def _search(raw: Any) -> tuple[list[Point], dict[str, Range | Choices]]:
-    """The points at the ends of the space, and the space."""
-    if not isinstance(raw, dict) or not raw:
-        raise _FileError("search: must hold parameters by their paths, each with what to try")
-    space = {str(path): _dimension(str(path), given) for path, given in raw.items()}
-    first = {path: each.ends()[0] for path, each in space.items()}
-    names = _short_names(list(space))
-    corners = [{**first, path: end} for path, each in space.items() for end in each.ends()]
-    return [_point(names, values) for values in corners], space
-
-
-def _dimension(path: str, raw: Any) -> Range | Choices:
-    if isinstance(raw, dict) and set(raw) == {"choices"}:
-        if not isinstance(raw["choices"], list) or not raw["choices"]:
-            raise _FileError(f"search: {path}: choices must be a list of values")
-        return Choices(list(raw["choices"]))
-    if not isinstance(raw, dict) or not {"low", "high"} <= set(raw) <= {
-        *("low", "high", "log", "step"),
-    }:
-        raise _FileError(
-            f"search: {path}: must hold `low`, `high` and perhaps `log` and `step`, or `choices`"
-        )
-    low, high, step = raw["low"], raw["high"], raw.get("step")
-    log = raw.get("log", False)
-    for key, value in (("low", low), ("high", high), *((("step", step),) if "step" in raw else ())):
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise _FileError(f"search: {path}: {key} must be a number (got {raw[key]})")
-    if not isinstance(log, bool):
-        raise _FileError(f"search: {path}: log must be true or false (got {log})")
-    if low >= high:
-        raise _FileError(f"search: {path}: low must be less than high")
-    if log and (low <= 0 or step is not None):
-        raise _FileError(f"search: {path}: with log, low must be above 0, and there is no step")
-    whole = type(low) is int and type(high) is int
-    if step is not None and (step <= 0 or step > high - low or (whole and type(step) is not int)):
-        raise _FileError(f"search: {path}: step must fit between low and high, whole if they are")
-    if not whole:
-        low, high = float(low), float(high)
-    return Range(low, high, log, step)
-
-
-def _point(names: Mapping[str, str], values: dict[str, Any]) -> Point:
-    said = ", ".join(f"{names[path]}={_shown(value)}" for path, value in values.items())
-    return Point(said, values)
-
-
-def _shown(value: Any) -> str:
-    return "none" if value is None else str(value)
-
-
-def _short_names(paths: Sequence[str]) -> dict[str, str]:
-    """Path -> its end, as long as it takes to tell it from the others'."""
-
-    def ends(path: str) -> Iterator[str]:
-        parts = path.split(".")
-        for length in range(1, len(parts) + 1):
-            yield ".".join(parts[-length:])
-
-    def alone(path: str, end: str) -> bool:
-        return not any(each != path and f".{each}".endswith(f".{end}") for each in paths)
-
-    return {path: next((end for end in ends(path) if alone(path, end)), path) for path in paths}
+    # with `base` swept, which stages are upstream differs from point to point
+    read = SECTIONS if any(path.endswith(".base") for path in sweep.paths) else plan
+    for path in sweep.paths:
+        if path.partition(".")[0] not in read:
+            raise InputError(
+                f"{path}: none of the stages reads it ({', '.join(plan)}); correct it, or add the "
+                "stage that does to `stages`"
+            )

@@ -1,23 +1,24 @@
-"""A sweep in MLflow: a parent run, and below it a run for each point that leads to its stages'.
+"""A sweep in MLflow: a parent run, and below it a run for each point that links to its stages.
 
-A sweep that was interrupted goes on in the same runs: a parent is known by what the sweep is made
-of, a child by its values.
+A sweep that is started again after an interruption uses the same runs: the parent is found by a
+hash of what the sweep is made of, a child by its values.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt.base.errors import RunError, shortened
+from pipeline.dag.lock import read_lock
+from pipeline.project.stage_table import STAGES
 from pipeline.show.markdown import escaped
-from pipeline.sweep.points import Choices, Point, Sweep
+from pipeline.sweep.points import Point, Sweep
 from pipeline.tracking.connection import (
     artifact_folder,
     connect,
@@ -26,18 +27,18 @@ from pipeline.tracking.connection import (
     run_that_made,
     run_url,
 )
-from pipeline.tracking.keys import NAME_LENGTH, key_of
+from pipeline.tracking.keys import NAME_LENGTH, VALUE_LENGTH, key_of
 from pipeline.tracking.provenance import git_state
-from pipeline.tracking.registry import CANDIDATE, version_of
+from pipeline.tracking.registry import version_of
+from pipeline.tracking.run_notes import last_run
 
 if TYPE_CHECKING:
-    from pipeline.tracking.mlflow_classes import ModelVersion, Run
+    from pipeline.tracking.mlflow_classes import Run
 
 EXPERIMENT = "sweep"
-TAG = "sweep"
-"""Of a stage's run: the sweeps that it is a point of. `sweep.key` of a parent is what it is made
-of, `sweep.point` of a child its values, `sweep.candidate.MODEL` of a parent the version that was
-the candidate before."""
+SWEEPS_TAG = "sweep"
+"""Of a stage's run: the sweeps that it is a point of. `sweep.key` of a parent is the hash of what
+the sweep is made of, `sweep.point` of a child its values."""
 _DESCRIPTION = "Sweeps: a run each, and below it a run for each point of it"
 
 
@@ -50,7 +51,7 @@ class Outcome:
     """Of the sweep's metric."""
     metrics: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
-    """So long the runs of its stages took, now or before."""
+    """How long the runs of its stages took, now or before."""
     executed: list[str] = field(default_factory=list)
     """The stages that were executed for it now."""
     runs: dict[str, str] = field(default_factory=dict)
@@ -67,7 +68,7 @@ class SweepRuns:
     Args:
         root: the project.
         sweep: what is swept.
-        key: what the sweep is made of: equal for one that is started again.
+        key: a hash of what the sweep is made of: equal for one that is started again.
 
     Raises:
         RunError: MLflow cannot be reached.
@@ -78,71 +79,58 @@ class SweepRuns:
         self._sweep = sweep
         self._lock = threading.Lock()
         self.client = connect(root)
-        with self._named():
+        with self._alone():
             folder = artifact_folder(root, EXPERIMENT)
             self._experiment_id = experiment_of(self.client, EXPERIMENT, folder, _DESCRIPTION)
-            parent = self._found(f"tags.`sweep.key` = '{key}'")
-            self.resumed = parent is not None
-            if parent is None:
-                parent = self._create(key)
-            else:
-                self.client.update_run(parent.info.run_id, status="RUNNING")
+            known = self._runs("sweep.key", key)
+            self.resumed = bool(known)
+            parent = known[0] if known else self._create_parent(key)
             self.id: str = parent.info.run_id
             self.name: str = parent.info.run_name
-            self._before = {
-                key.removeprefix("sweep.candidate."): value
-                for key, value in parent.data.tags.items()
-                if key.startswith("sweep.candidate.")
-            }
+            self.client.update_run(self.id, status="RUNNING")
         self.url = run_url(root, self._experiment_id, self.id)
 
     @contextlib.contextmanager
-    def _named(self) -> Iterator[None]:
+    def _alone(self) -> Iterator[None]:
+        """Within the block no other thread asks MLflow, and its failures are one line."""
         from pipeline.tracking.mlflow_classes import MlflowException
 
-        with named_failure(self._root, "does not take a sweep", MlflowException):
+        with named_failure(self._root, "does not take a sweep", MlflowException), self._lock:
             yield
 
-    def _found(self, what: str) -> Run | None:
-        return next(iter(self.client.search_runs([self._experiment_id], what, max_results=1)), None)
+    def _runs(self, tag: str, value: str) -> list[Run]:
+        return list(self.client.search_runs([self._experiment_id], f"tags.`{tag}` = '{value}'"))
 
-    def _create(self, key: str) -> Run:
+    def _create(self, name: str, tags: dict[str, str], params: dict[str, str]) -> Run:
         from pipeline.tracking.mlflow_classes import Param
 
-        sweep = self._sweep
-        earlier = self.client.search_runs(
-            [self._experiment_id], f"tags.`sweep.name` = '{sweep.name}'"
-        )
-        number = 1 + max((int(run.data.tags.get("number", 0)) for run in earlier), default=0)
-        tags = {
-            "number": str(number),
-            "sweep.key": key,
-            "sweep.name": sweep.name,
-            "mlflow.source.name": f"gpt-pipeline sweep {sweep.file.name}",
-            "mlflow.source.type": "LOCAL",
-            **git_state(self._root),
-            **{f"sweep.candidate.{model}": version for model, version in self._candidates()},
-        }
         run = self.client.create_run(
             self._experiment_id,
-            tags=tags,
-            run_name=shortened(f"{sweep.name} #{number}", NAME_LENGTH),
+            run_name=shortened(name, NAME_LENGTH),
+            tags={
+                "mlflow.source.name": f"gpt-pipeline sweep {self._sweep.file.name}",
+                "mlflow.source.type": "LOCAL",
+                **git_state(self._root),
+                **tags,
+            },
         )
+        logged = [Param(name, shortened(value, VALUE_LENGTH)) for name, value in params.items()]
+        self.client.log_batch(run.info.run_id, params=logged)
+        return run
+
+    def _create_parent(self, key: str) -> Run:
+        sweep = self._sweep
+        numbers = [int(r.data.tags.get("number", 0)) for r in self._runs("sweep.name", sweep.name)]
+        number = 1 + max(numbers, default=0)
         params = {
             "stages": ", ".join(sweep.stages),
             "metric": f"{sweep.metric.goal} {sweep.metric.name} of {sweep.metric.file}",
-            **_space(sweep),
+            "swept": ", ".join(sweep.paths),
         }
-        self.client.log_batch(
-            run.info.run_id, params=[Param(name, value[:500]) for name, value in params.items()]
-        )
+        tags = {"number": str(number), "sweep.key": key, "sweep.name": sweep.name}
+        run = self._create(f"{sweep.name} #{number}", tags, params)
         self.client.log_artifact(run.info.run_id, str(sweep.file))
         return run
-
-    def _candidates(self) -> Iterator[tuple[str, str]]:
-        for model in self.client.search_registered_models():
-            if (version := version_of(self.client, model.name, CANDIDATE)) is not None:
-                yield model.name, str(version.version)
 
     def begin(self, point: Point) -> str:
         """The child run of a point: a new one, or the one that was begun before.
@@ -150,97 +138,90 @@ class SweepRuns:
         Raises:
             RunError: MLflow does not take it.
         """
-        from pipeline.tracking.mlflow_classes import Param
+        with self._alone():
+            children = self._runs("mlflow.parentRunId", self.id)
+            known = [run for run in children if run.data.tags.get("sweep.point") == point.key]
+            params = {path: str(value) for path, value in point.set.items()}
+            tags = {"mlflow.parentRunId": self.id, "sweep.point": point.key}
+            run = known[0] if known else self._create(point.name, tags, params)
+            self.client.update_run(run.info.run_id, status="RUNNING")
+            return str(run.info.run_id)
 
-        with self._named(), self._lock:
-            for run in self._children():
-                if run.data.tags.get("sweep.point") == point.key:
-                    if run.info.status != "FINISHED":
-                        self.client.update_run(run.info.run_id, status="RUNNING")
-                    return str(run.info.run_id)
-            tags = {
-                "mlflow.parentRunId": self.id,
-                "mlflow.source.name": f"gpt-pipeline sweep {self._sweep.file.name}",
-                "mlflow.source.type": "LOCAL",
-                "sweep.point": point.key,
-                **git_state(self._root),
-            }
-            created = self.client.create_run(
-                self._experiment_id, tags=tags, run_name=shortened(point.name, NAME_LENGTH)
-            )
-            run_id = str(created.info.run_id)
-            params = [Param(path, str(value)) for path, value in point.values.items()]
-            self.client.log_batch(run_id, params=params)
-            return run_id
-
-    def _children(self) -> list[Run]:
-        what = f"tags.`mlflow.parentRunId` = '{self.id}'"
-        return list(self.client.search_runs([self._experiment_id], what))
-
-    def stage_run(self, stage: str, run_id: str | None, outputs: Mapping[str, str]) -> Run | None:
-        """The run that made a point's outputs of a stage, as far as MLflow knows it.
+    def look_up(self, outcome: Outcome, folder: Path, plan: Sequence[str]) -> None:
+        """Fill in which runs and versions hold what the point is, and what was executed for it now.
 
         Args:
-            stage: its name.
-            run_id: of the run if the stage was executed just now.
-            outputs: path -> md5.
+            outcome: of the point.
+            folder: its workspace.
+            plan: its stages, in the order of execution.
         """
-        with self._named(), self._lock:
-            return run_that_made(self.client, stage, run_id, outputs)
+        locked = read_lock(folder)
+        for name in plan:
+            note = last_run(folder, name)  # a workspace is new: only an execution leaves one
+            if note:
+                outcome.executed.append(name)
+            elif name not in self._sweep.stages or outcome.error:
+                continue
+            outputs = locked[name].outputs if name in locked else {}
+            with self._alone():
+                run = run_that_made(self.client, name, note.get("run_id"), outputs)
+                if run is None:
+                    continue
+                outcome.runs[name] = run.info.run_id
+                if run.info.end_time:
+                    outcome.seconds += (run.info.end_time - run.info.start_time) / 1000
+                model = STAGES[name].model
+                if model and not outcome.error:
+                    md5 = outputs[STAGES[name].outputs["out"]]
+                    if version := version_of(self.client, model.name, md5=md5):
+                        outcome.versions[model.name] = int(version.version)
 
-    def version(self, model: str, md5: str) -> int | None:
-        """The registered version with these files; None if there is none."""
-        with self._named(), self._lock:
-            found = version_of(self.client, model, md5=md5)
-        return int(found.version) if found is not None else None
+    def end(self, run_id: str, outcome: Outcome, files: Path | None = None) -> None:
+        """Write what a point came to, and link its stages' runs and the sweep to each other.
 
-    def end(self, run_id: str, outcome: Outcome) -> None:
-        """Write what a point came to, and lead from its stages' runs to the sweep.
+        Args:
+            run_id: of the point's run.
+            outcome: of the point.
+            files: a folder that the run keeps, if it is there.
 
         Raises:
             RunError: MLflow does not take it.
         """
-        from pipeline.tracking.mlflow_classes import Metric, RunTag
-
-        with self._named(), self._lock:
-            tags = {"error": outcome.error} if outcome.error else {}
+        with self._alone():
+            tags = {"error": outcome.error}
             links = []
             for stage, stage_run in outcome.runs.items():
                 run = self.client.get_run(stage_run)
                 url = run_url(self._root, run.info.experiment_id, stage_run)
                 tags |= {f"run.{stage}": stage_run, f"url.{stage}": url}
                 links.append(f"[{escaped(f'{stage}: {run.info.run_name}')}]({url})")
-                known = [each for each in run.data.tags.get(TAG, "").split(", ") if each]
+                known = [each for each in run.data.tags.get(SWEEPS_TAG, "").split(", ") if each]
                 if self.name not in known:
-                    self.client.set_tag(stage_run, TAG, ", ".join([*known, self.name]))
+                    self.client.set_tag(stage_run, SWEEPS_TAG, ", ".join([*known, self.name]))
             for model, version in outcome.versions.items():
                 tags[f"model.{model}"] = f"models:/{model}/{version}"
             words = filter(None, [escaped(outcome.error), *links])
             tags["mlflow.note.content"] = "\n\n".join(words)
-            now = int(time.time() * 1000)
-            values = {key_of(name): value for name, value in outcome.metrics.items()}
-            values["seconds"] = outcome.seconds
-            child = self.client.get_run(run_id)
-            before = child.data.metrics
-            news = [
-                Metric(name, value, now, 0)
-                for name, value in values.items()
-                if before.get(name) != value and not outcome.error
-            ]
-            self.client.log_batch(
-                run_id, metrics=news, tags=[RunTag(key, value) for key, value in tags.items()]
-            )
-            if not outcome.error and "error" in child.data.tags:  # of a try before
-                self.client.delete_tag(run_id, "error")
-            if child.info.status == "FINISHED" and not outcome.error:
-                return  # it ended when it was made
+            metrics = {} if outcome.error else {**outcome.metrics, "seconds": outcome.seconds}
+            self._log(run_id, metrics, tags)
+            if files is not None and files.is_dir():
+                self.client.log_artifacts(run_id, str(files))
             self.client.set_terminated(run_id, "FAILED" if outcome.error else "FINISHED")
+
+    def _log(self, run_id: str, metrics: dict[str, float], tags: dict[str, str]) -> None:
+        from pipeline.tracking.mlflow_classes import Metric, RunTag
+
+        now = int(time.time() * 1000)
+        self.client.log_batch(
+            run_id,
+            metrics=[Metric(key_of(name), value, now, 0) for name, value in metrics.items()],
+            tags=[RunTag(key, value) for key, value in tags.items()],
+        )
 
     def stopped(self, run_id: str) -> None:
         """End a point's run that was interrupted."""
-        with contextlib.suppress(RunError), self._named(), self._lock:
-            if self.client.get_run(run_id).info.status != "FINISHED":
-                self.client.set_terminated(run_id, "KILLED")
+        with contextlib.suppress(RunError), self._alone():
+            self.client.set_terminated(run_id, "KILLED")
 
     def close(self, status: str, best: Outcome | None, page: str) -> None:
         """End the parent.
@@ -253,63 +234,11 @@ class SweepRuns:
         Raises:
             RunError: MLflow does not take it.
         """
-        from pipeline.tracking.mlflow_classes import Metric, RunTag
-
-        with self._named(), self._lock:
-            tags = {"mlflow.note.content": page}
-            metrics = []
+        with self._alone():
+            tags, metrics = {"mlflow.note.content": page}, {}
             if best is not None and best.value is not None:
                 tags["best"] = best.point.name
-                now = int(time.time() * 1000)
-                metrics.append(
-                    Metric(key_of(f"best/{self._sweep.metric.name}"), best.value, now, 0)
-                )
-            self.client.log_batch(
-                self.id, metrics=metrics, tags=[RunTag(key, value) for key, value in tags.items()]
-            )
+                metrics[f"best/{self._sweep.metric.name}"] = best.value
+            self._log(self.id, metrics, tags)
             self.client.log_text(self.id, page, f"{self._sweep.name}.md")
             self.client.set_terminated(self.id, status)
-
-    def give_back_candidates(self) -> None:
-        """Let each model's candidate be the one that it was before the sweep.
-
-        To register a version moves it there, but a point is not what the project made last. What
-        somebody else registered in the meantime stays.
-
-        Raises:
-            RunError: MLflow does not take it.
-        """
-        with self._named(), self._lock:
-            for model, now in list(self._candidates()):
-                before = self._before.get(model)
-                version = self.client.get_model_version(model, now)
-                if now == before or not self._is_ours(version):
-                    continue
-                if before is None:
-                    self.client.delete_registered_model_alias(model, CANDIDATE)
-                else:
-                    self.client.set_registered_model_alias(model, CANDIDATE, before)
-
-    def _is_ours(self, version: ModelVersion) -> bool:
-        address = f"models:/{version.name}/{version.version}"
-        if any(run.data.tags.get(f"model.{version.name}") == address for run in self._children()):
-            return True
-        tags = self.client.get_run(version.run_id).data.tags if version.run_id else {}
-        return self.name in tags.get(TAG, "").split(", ")
-
-
-def _space(sweep: Sweep) -> dict[str, str]:
-    """Path -> what is tried, as a person reads it."""
-    if sweep.search:
-        said = {
-            path: json.dumps(each.choices, default=str)
-            if isinstance(each, Choices)
-            else f"{each.low} to {each.high}{', log' if each.log else ''}"
-            for path, each in sweep.search.items()
-        }
-        return {**said, "trials": str(sweep.trials), "seed": str(sweep.seed)}
-    tried: dict[str, dict[str, None]] = {path: {} for path in sweep.paths}
-    for point in sweep.grid:
-        for path, value in point.values.items():
-            tried[path][str(value)] = None
-    return {path: ", ".join(values) for path, values in tried.items()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 SERVED = Path(__file__).with_name("pyfunc.py")
 CANDIDATE = "candidate"
+POINT_VARIABLE = "GPT_PIPELINE_POINT"
+"""Set for the stages of a sweep's point: what they register does not become the candidate."""
 MD5_TAG = "md5"
 _BATCH_METRICS = 1000  # MLflow's limit for one call
 _OF_RUN = ("dvc.stage", "git.commit", "git.dirty")  # tags that a version has, too
@@ -87,7 +90,8 @@ def publish(
         )
     now = version_of(client, name, CANDIDATE)
     newest = existing_run(client, now.run_id) if now else None
-    if newest is None or (newest.info.end_time or 0) <= when:
+    is_newest = newest is None or (newest.info.end_time or 0) <= when
+    if is_newest and POINT_VARIABLE not in os.environ:
         client.set_registered_model_alias(name, CANDIDATE, str(version.version))
     return version
 

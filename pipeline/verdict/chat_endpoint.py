@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass as plain_dataclass
 from typing import Any
 
@@ -44,7 +44,7 @@ class NoReplyError(Exception):
     """One request has brought no reply, and why; others may."""
 
 
-class _TryAgainError(Exception):
+class _PassingError(Exception):
     """A fault that may pass; `seconds` is how long the server asks to be left alone."""
 
     def __init__(self, fault: str, seconds: float = 0, *, unreachable: bool = False) -> None:
@@ -88,27 +88,23 @@ async def _ask_all(
     requests: Mapping[str, Mapping[str, Any]],
     take: Callable[[str, Reply | NoReplyError], None],
 ) -> int:
-    waiting = iter(requests.items())  # the workers draw from it in turn
+    waiting = iter(requests.items())  # the workers take from it in turn
+
+    async def work() -> None:
+        for name, body in waiting:
+            try:
+                outcome: Reply | NoReplyError = await endpoint.ask(body)
+            except NoReplyError as error:
+                outcome = error
+            take(name, outcome)
+
     try:
         async with endpoint.client, asyncio.TaskGroup() as workers:
             for _ in range(min(endpoint.params.concurrency, len(requests))):
-                workers.create_task(_work(endpoint, waiting, take))
+                workers.create_task(work())
     except ExceptionGroup as errors:  # one line is enough, and the others say the same
         raise errors.exceptions[0] from None
     return endpoint.sent
-
-
-async def _work(
-    endpoint: _Endpoint,
-    waiting: Iterator[tuple[str, Mapping[str, Any]]],
-    take: Callable[[str, Reply | NoReplyError], None],
-) -> None:
-    for name, body in waiting:
-        try:
-            outcome: Reply | NoReplyError = await endpoint.ask(body)
-        except NoReplyError as error:
-            outcome = error
-        take(name, outcome)
 
 
 class _Endpoint:
@@ -148,7 +144,7 @@ class _Endpoint:
         for attempt in range(times):
             try:
                 return await self._attempt(body)
-            except _TryAgainError as error:
+            except _PassingError as error:
                 fault = error
             if attempt + 1 < times:
                 pause = max(BACK_OFF_SECONDS * 2**attempt, fault.seconds)
@@ -169,11 +165,11 @@ class _Endpoint:
                 content = await _bounded(response)
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             reason = visible(str(error)) or "no answer in time"
-            raise _TryAgainError(f"no connection ({reason})", unreachable=True) from None
+            raise _PassingError(f"no connection ({reason})", unreachable=True) from None
         except (TimeoutError, httpx.TimeoutException):
-            raise _TryAgainError(f"no answer within {self.params.timeout:g} seconds") from None
+            raise _PassingError(f"no answer within {self.params.timeout:g} seconds") from None
         except httpx.HTTPError as error:
-            raise _TryAgainError(f"the connection failed ({type(error).__name__})") from None
+            raise _PassingError(f"the connection failed ({type(error).__name__})") from None
         self._check(response, content, body)
         return self._reply(content)
 
@@ -182,7 +178,13 @@ class _Endpoint:
         status = response.status_code
         # The servers' own words for a refused key may quote it, and say nothing more.
         if status in (401, 403):
-            raise InputError(f"{self._address}: HTTP {status}: {self._key_refused()}")
+            name = self.params.key_env
+            why = (
+                f"the key in the environment variable {name} is refused; set it"
+                if name
+                else "it wants a key; name the environment variable that holds it in key_env"
+            )
+            raise InputError(f"{self._address}: HTTP {status}: {why}")
         said = self._without_key(_server_message(content))
         fault = f"HTTP {status}" + (f": {visible(said)}" if said else "")
         if status == 404:
@@ -196,7 +198,7 @@ class _Endpoint:
                 "but url is contacted; correct url"
             )
         if status in _BUSY or status >= 500:
-            raise _TryAgainError(fault, retry_after(response.headers, RETRY_AFTER_SECONDS))
+            raise _PassingError(fault, retry_after(response.headers, RETRY_AFTER_SECONDS))
         if status != 200:
             raise NoReplyError(fault)
 
@@ -205,21 +207,14 @@ class _Endpoint:
             choice = json.loads(content)["choices"][0]
             text = choice["message"]["content"]
             cut = choice.get("finish_reason") == "length"
-        except (ValueError, RecursionError):
-            raise NoReplyError("the server's answer is no JSON") from None
-        except (LookupError, TypeError, AttributeError):
-            raise NoReplyError("the server's answer has no choices[0].message.content") from None
-        if text is None:  # all of its tokens went into reasoning, say
-            text = ""
-        if not isinstance(text, str):
-            raise NoReplyError("the server's answer has a content that is no text")
-        text = text.encode("utf-8", "replace").decode()  # half a surrogate pair goes into no file
+            if text is None:  # all of its tokens went into reasoning, say
+                text = ""
+            text = text.encode("utf-8", "replace").decode()  # half a surrogate pair fits no file
+        except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+            raise NoReplyError(
+                "the server's answer is no JSON with a text at choices[0].message.content"
+            ) from None
         return Reply(self._without_key(text), cut)
-
-    def _key_refused(self) -> str:
-        if self.params.key_env:
-            return f"the key in the environment variable {self.params.key_env} is refused; set it"
-        return "it wants a key; name the environment variable that holds it in key_env"
 
     def _without_key(self, text: str) -> str:
         """What a server sends back ends in files and on terminals."""
@@ -230,14 +225,10 @@ def _read_key(variable: str | None) -> str | None:
     if variable is None:
         return None
     key = os.environ.get(variable, "").strip()
-    if not key:
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
+        wrong = "is empty" if not key else "holds blanks or other than ASCII characters"
         raise InputError(
-            f"key_env: the environment variable {variable} is empty; put the key there"
-        )
-    if not key.isascii() or not key.isprintable() or " " in key:
-        raise InputError(
-            f"key_env: the environment variable {variable} holds what can be no key (blanks or "
-            "other than ASCII characters); put the key there alone"
+            f"key_env: the environment variable {variable} {wrong}; put the key there alone"
         )
     return key
 

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 from pydantic import TypeAdapter, ValidationError
@@ -30,7 +30,7 @@ from pipeline.tracking.connection import connect
 from pipeline.tracking.run_notes import last_run
 from pipeline.verdict.chat_endpoint import NoReplyError, Reply, ask_all
 
-ANSWERS = Path("reports") / "evaluation" / "predictions" / "assistant.csv"
+ASSISTANT_ANSWERS = Path("reports") / "evaluation" / "predictions" / "assistant.csv"
 COLUMNS = {"assistant": "answer", "base": "base_answer"}
 """The models whose answers `evaluate` writes down, and where."""
 CACHE = Path(".pipeline") / "judge"
@@ -54,8 +54,6 @@ Respond with one integer from 0 to 100 and nothing else."""
 PROMPT_SHA256 = hashlib.sha256(PROMPT.encode()).hexdigest()
 
 _SCORE = re.compile(r"(?:score\s*:\s*)?(0|[1-9][0-9]?|100)(?:\s*/\s*100)?\.?", re.IGNORECASE)
-
-Status = Literal["judged", "unparsable", "failed"]
 
 
 @plain_dataclass(frozen=True, slots=True)
@@ -82,18 +80,7 @@ class Summary:
 
 
 @plain_dataclass(frozen=True, slots=True)
-class Requests:
-    """Requests that were `sent`, repetitions included, and those whose reply was `cached`.
-
-    Equal answers to one example are one request.
-    """
-
-    sent: int
-    cached: int
-
-
-@plain_dataclass(frozen=True, slots=True)
-class Judged:
+class Judgements:
     """Every judgement, and what they came to.
 
     Attributes:
@@ -101,12 +88,14 @@ class Judged:
             from 0), `status` (judged, unparsable or failed), `score` (0 to 100, or missing),
             `reply` (the judge's own words) and `why` (there is no score).
         summaries: by model.
-        requests: what it took.
+        sent: requests that went out, repetitions included; equal answers to one example are one.
+        cached: requests whose reply was known.
     """
 
     table: pd.DataFrame
     summaries: dict[str, Summary]
-    requests: Requests
+    sent: int
+    cached: int
 
 
 def parse_score(reply: str) -> int | None:
@@ -126,7 +115,7 @@ def judge_answers(
     *,
     folder: Path,
     log: Log = discard,
-) -> Judged:
+) -> Judgements:
     """Let the judge score every answer; what it was asked before is not asked again.
 
     Args:
@@ -144,13 +133,19 @@ def judge_answers(
         InputError: the table or the cache cannot be used; there is no key, the endpoint refuses it
             or knows no such model, or there is no endpoint. Judgements that came are in the cache.
     """
+    for name in ("instruction", "input", "reference", *columns.values()):
+        if name not in table.columns:
+            raise InputError(
+                f"the table of answers has no column {name!r}; run `gpt-pipeline run evaluate`"
+            )
     bodies: dict[str, dict[str, Any]] = {}  # by the sha256 of what is sent
     rows: list[tuple[str, int, str]] = []
     for model, column in columns.items():
-        _check(table, column)
         for example, record in enumerate(table.to_dict("records")):
             body = _request(params, record, column, example)
-            key = _sha256(params.url, body)
+            # with the address: what two servers call by one name need not be one model
+            sent = json.dumps([params.url.rstrip("/"), body], sort_keys=True, ensure_ascii=False)
+            key = hashlib.sha256(sent.encode()).hexdigest()
             bodies[key] = body
             rows.append((model, example, key))
     paths = {key: folder / f"{key}.json" for key in bodies}
@@ -159,6 +154,10 @@ def judge_answers(
     }
     cached = len(outcomes)
 
+    def progress() -> None:
+        failed = sum(isinstance(each, NoReplyError) for each in outcomes.values())
+        log(Progress("judge", len(outcomes), len(bodies), "request", {"failed": failed}))
+
     def take(key: str, outcome: Reply | NoReplyError) -> None:
         if isinstance(outcome, Reply):
             sent = {"url": params.url, "request": bodies[key]}
@@ -166,30 +165,24 @@ def judge_answers(
         outcomes[key] = outcome
         progress()
 
-    def progress() -> None:
-        failed = sum(isinstance(each, NoReplyError) for each in outcomes.values())
-        log(Progress("judge", len(outcomes), len(bodies), "request", {"failed": failed}))
-
     progress()
     missing = {key: body for key, body in bodies.items() if key not in outcomes}
-    sent = ask_all(params, missing, take, log)
-    judgements = [(model, example, *_judgement(outcomes[key])) for model, example, key in rows]
+    number = ask_all(params, missing, take, log)
     found = pd.DataFrame(
-        judgements, columns=["model", "example", "status", "score", "reply", "why"]
+        [(model, example, *_judgement(outcomes[key])) for model, example, key in rows],
+        columns=["model", "example", "status", "score", "reply", "why"],
     ).astype({"score": "Int64"})
-    summaries = {model: _summary(found[found["model"] == model]) for model in columns}
-    _tell(found, log)
-    return Judged(found, summaries, Requests(sent, cached))
-
-
-def _check(table: pd.DataFrame, column: str) -> None:
-    for name in ("instruction", "input", "reference", column):
-        if name not in table.columns:
-            raise InputError(
-                f"the table of answers has no column {name!r}; run `gpt-pipeline run evaluate`"
+    for status in ("unparsable", "failed"):
+        those = found[found["status"] == status]
+        if len(those):
+            first = those.iloc[0]
+            said = (
+                f"judge: {len(those)} of {len(found)} judgements {status}, the first of "
+                f"{first['model']}, example {first['example']}: {first['why']}"
             )
-        if not all(isinstance(cell, str) for cell in table[name]):
-            raise TypeError(f"{name}: all cells must be text; read with keep_default_na=False")
+            log(Message(said, "warning"))
+    summaries = {model: _summary(found[found["model"] == model]) for model in columns}
+    return Judgements(found, summaries, number, cached)
 
 
 def _request(
@@ -221,12 +214,6 @@ def _request(
     }
 
 
-def _sha256(url: str, body: Mapping[str, Any]) -> str:
-    """Of where it is sent as well: what two servers call by one name need not be one model."""
-    sent = json.dumps([url.rstrip("/"), body], sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(sent.encode()).hexdigest()
-
-
 def _cached(path: Path) -> Reply:
     remedy = "remove it, and it is asked for again"
     said = read_json(path, missing="no longer there; run the same command again", remedy=remedy)
@@ -236,7 +223,7 @@ def _cached(path: Path) -> Reply:
         raise InputError(f"{path}: {first_problem(error, 'reply')}; {remedy}") from None
 
 
-def _judgement(outcome: Reply | NoReplyError) -> tuple[Status, int | None, str, str]:
+def _judgement(outcome: Reply | NoReplyError) -> tuple[str, int | None, str, str]:
     """Status, score, the judge's reply and why there is no score."""
     if isinstance(outcome, NoReplyError):
         return "failed", None, "", str(outcome)
@@ -249,32 +236,16 @@ def _judgement(outcome: Reply | NoReplyError) -> tuple[Status, int | None, str, 
 
 
 def _summary(judgements: pd.DataFrame) -> Summary:
-    counts = judgements["status"].value_counts()
     scores = [int(score) for score in judgements["score"].dropna()]
     return Summary(
         n=len(judgements),
         judged=len(scores),
-        unparsable=int(counts.get("unparsable", 0)),
-        failed=int(counts.get("failed", 0)),
+        unparsable=int((judgements["status"] == "unparsable").sum()),
+        failed=int((judgements["status"] == "failed").sum()),
         mean=fmean(scores) if scores else None,
         lowest=min(scores, default=None),
         highest=max(scores, default=None),
     )
-
-
-def _tell(judgements: pd.DataFrame, log: Log) -> None:
-    """Say how many answers have no score, and the first reason."""
-    for status in ("unparsable", "failed"):
-        those = judgements[judgements["status"] == status]
-        if len(those):
-            first = those.iloc[0]
-            log(
-                Message(
-                    f"judge: {len(those)} of {len(judgements)} judgements {status}, the first of "
-                    f"{first['model']}, example {first['example']}: {first['why']}",
-                    "warning",
-                )
-            )
 
 
 def markdown(summaries: Mapping[str, Summary]) -> str:
@@ -282,13 +253,12 @@ def markdown(summaries: Mapping[str, Summary]) -> str:
     columns = ["answers of", "n", "judged", "unparsable", "failed", "mean of judged", "low", "high"]
     rows: list[list[Cell]] = []
     for model, each in summaries.items():
-        counts = [each.n, each.judged, each.unparsable, each.failed]
-        average = None if each.mean is None else f"{each.mean:.2f}"
-        rows.append([model, *counts, average, each.lowest, each.highest])
+        values = asdict(each) | {"mean": None if each.mean is None else f"{each.mean:.2f}"}
+        rows.append([model, *values.values()])
     return in_markdown(columns, rows) + "\n"
 
 
-def judge_assistant(params: JudgeParams, root: Path, log: Log = discard) -> Judged:
+def judge_assistant(params: JudgeParams, root: Path, log: Log = discard) -> Judgements:
     """Judge the answers that `evaluate` wrote down, of the assistant and of its base.
 
     `reports/judge` is written anew: `scores.csv`, every judgement, and `summary.json` and
@@ -305,15 +275,21 @@ def judge_assistant(params: JudgeParams, root: Path, log: Log = discard) -> Judg
     Raises:
         InputError: there are no answers; and as `judge_answers`.
     """
+    from pipeline.tracking.mlflow_classes import MlflowException
+
     try:
         # at once: while the judge is asked, they may be written anew
-        content = (root / ANSWERS).read_bytes()
+        content = (root / ASSISTANT_ANSWERS).read_bytes()
         table = pd.read_csv(io.BytesIO(content), keep_default_na=False, dtype=str)
     except FileNotFoundError:
-        raise InputError(f"{ANSWERS} is missing; `gpt-pipeline run evaluate` makes it") from None
+        raise InputError(
+            f"{ASSISTANT_ANSWERS} is missing; `gpt-pipeline run evaluate` makes it"
+        ) from None
     except (OSError, ValueError) as error:
         reason = in_one_line(error)
-        raise InputError(f"{ANSWERS}: cannot be read ({reason}); run evaluate again") from None
+        raise InputError(
+            f"{ASSISTANT_ANSWERS}: cannot be read ({reason}); run evaluate again"
+        ) from None
     judged = judge_answers(params, table, COLUMNS, folder=root / CACHE, log=log)
     with whole_directory(root / REPORT) as folder:
         judged.table.to_csv(folder / "scores.csv", index=False)
@@ -329,24 +305,22 @@ def judge_assistant(params: JudgeParams, root: Path, log: Log = discard) -> Judg
             "summaries": {name: asdict(each) for name, each in judged.summaries.items()},
         }
         write_json(folder / SUMMARY, said)
-    _track(root, judged, log)
-    return judged
-
-
-def _track(root: Path, judged: Judged, log: Log) -> None:
-    """The figures and the table in the run that made the answers, where MLflow takes them."""
-    from pipeline.tracking.mlflow_classes import MlflowException
-
-    run_id = last_run(root, "evaluate").get("run_id")
-    if run_id is None:
-        return
     try:
-        client = connect(root)
-        for name, summary in judged.summaries.items():
-            for key, value in asdict(summary).items():
-                if value is not None:
-                    client.log_metric(run_id, f"judge/{name}/{key}", float(value))
-        client.log_artifacts(run_id, str(root / REPORT), "judge")
+        _log_to_mlflow(root, judged)
     except (RunError, MlflowException, OSError) as error:
         why = in_one_line(error)
         log(Message(f"MLflow did not take the scores, which are in {REPORT}: {why}", "warning"))
+    return judged
+
+
+def _log_to_mlflow(root: Path, judged: Judgements) -> None:
+    """The figures and the table in the run that made the answers, where MLflow has one."""
+    run_id = last_run(root, "evaluate").get("run_id")
+    if run_id is None:
+        return
+    client = connect(root)
+    for name, summary in judged.summaries.items():
+        for key, value in asdict(summary).items():
+            if value is not None:
+                client.log_metric(run_id, f"judge/{name}/{key}", float(value))
+    client.log_artifacts(run_id, str(root / REPORT), "judge")

@@ -81,6 +81,7 @@ def files(project):
         ".dvc/",
         ".pipeline/",
         ".prefect/",
+        ".checkpoints/",
         "mlartifacts/",
         "mlflow",
         "reports/sweep",
@@ -255,3 +256,43 @@ def test_the_best_of_a_search_is_promoted_and_applied_and_nothing_is_left_to_run
     made.run("gpt-pipeline", "sweep", again)
     assert set(family(made, "again")[1]) == set(children)
     assert executions(made) == before
+
+
+def test_an_ablation_scores_every_row_and_saves_it_as_an_experiment(made):
+    rows = [
+        {"name": "Head, mean", "set": {"trainable": "head", "pooling": "mean"}},
+        {"name": "too deep", "set": {"trainable": "last_blocks", "blocks": 3}},
+        {"name": "head", "set": {"trainable": "head", "max_length": None}},
+    ]
+    (made.root / "table.yaml").write_text(yaml.safe_dump({"rows": rows}))
+    kept, stood = files(made), aliases(made)
+    before = executions(made)
+    said = made.run("gpt-pipeline", "ablate", "table.yaml", code=1)
+    assert said.splitlines()[-1].startswith("error: 1 of 3 points failed (too deep)")
+    assert (files(made), aliases(made)) == (kept, stood)
+    assert executions(made) - before == Counter(finetune_classifier=3)
+    _, children = family(made, "table")
+    for name in ("Head, mean", "head"):
+        metrics = children[name].data.metrics
+        assert 0 <= metrics["classifier/accuracy"] <= 1
+        assert 0 <= metrics["classifier/validation_roc_auc"] <= 1
+    artifacts = {each.path for each in client_of(made).list_artifacts(children["head"].info.run_id)}
+    assert {"confusion_matrix.png", "classifier_most_wrong.csv"} <= artifacts
+
+    _, commit = json.loads(made.run("dvc", "exp", "show", "--json"))
+    found = {each["name"]: each["revs"][0]["data"] for each in commit["experiments"]}
+    assert set(found) == {"table-head-mean", "table-head"}
+    data = found["table-head"]
+    assert data["params"]["params.yaml"]["data"]["finetune_classifier"]["trainable"] == "head"
+    final = data["metrics"]["reports/finetune_classifier/metrics.json"]["data"]
+    assert final["validation_loss"] == children["head"].data.metrics["validation_loss"]
+
+    again = made.run("gpt-pipeline", "ablate", "table.yaml", code=1)
+    assert "head | cached" in again
+    assert executions(made) - before == Counter(finetune_classifier=4), "the one that failed"
+    made.run("dvc", "exp", "apply", "table-head")
+    section = yaml.safe_load((made.root / "params.yaml").read_text())["finetune_classifier"]
+    assert section["trainable"] == "head"
+    assert "max_length" not in section
+    assert "up to date" in made.run("dvc", "status", "finetune_classifier")
+    made.run("git", "checkout", "-q", ".")

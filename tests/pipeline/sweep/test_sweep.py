@@ -8,7 +8,7 @@ import yaml
 from gpt.base.errors import InputError
 from pipeline.project.overrides import params_with, text_with
 from pipeline.sweep.command import _promotable, best_of, markdown
-from pipeline.sweep.points import Sweep, read_sweep
+from pipeline.sweep.points import Point, Sweep, proposals, read_sweep
 from pipeline.sweep.runs import Outcome
 
 ROOT = Path(__file__).resolve().parent.parent.parent.parent
@@ -36,7 +36,7 @@ def write(folder: Path, **values: object) -> Path:
 def outcome(sweep: Sweep, index: int, value: float | None, error: str = "") -> Outcome:
     """Of a point of the grid."""
     metrics = {} if value is None else {"validation_loss": value, "validation_accuracy": 0.5}
-    return Outcome(sweep.grid[index], value, metrics, 65.0, error=error)
+    return Outcome(sweep.known_points()[index], value, metrics, 65.0, error=error)
 
 
 # --- the file -------------------------------------------------------------------------------------
@@ -48,47 +48,43 @@ def test_the_shipped_sweeps_can_be_run_under_the_default_parameters():
     for path in found:
         read_sweep(ROOT, path)
     sweep = read_sweep(ROOT, ROOT / "sweeps" / "classifier.yaml")
-    assert len({point.key for point in sweep.grid}) == 6
-    assert sweep.stages == ("finetune_classifier",)
+    assert len({point.key for point in sweep.known_points()}) == 6
+    assert sweep.stages == ["finetune_classifier"]
 
 
 def test_a_grid_is_all_combinations_under_names_that_tell_them_apart(tmp_path):
     grid = {**GRID, "pretrain.train.learning_rate": [0.1]}
     stages = ["pretrain", "finetune_classifier"]
-    points = read_sweep(ROOT, write(tmp_path, grid=grid, stages=stages)).grid
+    points = read_sweep(ROOT, write(tmp_path, grid=grid, stages=stages)).known_points()
     assert [point.name for point in points] == [
         f"finetune_classifier.train.learning_rate={rate}, batch_size={size}, "
         "pretrain.train.learning_rate=0.1"
         for rate in (0.0001, 0.001)
         for size in (8, 16)
     ]
-    assert points[1].values == {RATE: 1e-4, SIZE: 16, "pretrain.train.learning_rate": 0.1}
+    assert points[1].set == {RATE: 1e-4, SIZE: 16, "pretrain.train.learning_rate": 0.1}
 
 
 def test_a_stage_that_only_some_points_start_from_may_be_swept(tmp_path):
     grid = {"finetune_classifier.base": ["pretrain", "gpt2"], "pretrain.train.steps": [1, 2]}
-    assert len(read_sweep(ROOT, write(tmp_path, grid=grid)).grid) == 4
+    assert len(read_sweep(ROOT, write(tmp_path, grid=grid)).known_points()) == 4
     del grid["finetune_classifier.base"]
     with pytest.raises(InputError, match="none of the stages reads it"):
         read_sweep(ROOT, write(tmp_path, grid=grid))
 
 
-def test_a_number_that_yaml_takes_for_text_is_a_number(tmp_path):
-    file = write(tmp_path, grid={RATE: [1]})
-    file.write_text(file.read_text().replace("- 1\n", "- 5e-4\n"))
-    assert read_sweep(ROOT, file).grid[0].values == {RATE: 0.0005}
-
-
 @pytest.mark.parametrize(
     ("values", "complaint"),
     [
-        ({}, "either `grid` or `search`"),
-        ({"grid": GRID, "search": SEARCH}, "either `grid` or `search`"),
-        ({"grid": GRID, "trails": 3}, "trails: unknown"),
-        ({"grid": GRID, "trials": 3}, "trials: is a search's"),
-        ({"grid": {}}, "grid: must hold parameters"),
-        ({"grid": {RATE: 0.1}}, f"grid: {RATE}: must be a list"),
-        ({"grid": {RATE: [0.1, 0.1]}}, "has the same value twice"),
+        ({}, "must hold one of `grid`, `search` and `points`"),
+        ({"grid": GRID, "search": SEARCH}, "must hold one of `grid`, `search` and `points`"),
+        ({"grid": GRID, "trails": 3}, "trails: Unexpected"),
+        ({"grid": GRID, "trials": 3}, "must hold `trials` with a search, and with nothing else"),
+        ({"grid": {}}, "must hold one of"),
+        ({"grid": {RATE: 0.1}}, f"grid.{RATE}: Input should be a valid list"),
+        ({"points": [{"name": "a"}, {"name": "A!"}]}, "each point needs a name of its own"),
+        ({"points": [{"name": "x" * 101}]}, "at most 100 characters"),
+        ({"points": [{"set": {}}]}, "points.0.name: Field required"),
         ({"grid": {SIZE: list(range(1, 502))}}, "grid: 501 points, and at most 500"),
         (
             {"grid": {SIZE: [8, -1]}},
@@ -102,34 +98,42 @@ def test_a_number_that_yaml_takes_for_text_is_a_number(tmp_path):
             {"grid": {"finetune_classifier.base.x": [1]}},
             r"finetune_classifier\.base\.x is no param",
         ),
-        ({"grid": {"finetune_clasifier.x": [1]}}, "did you mean finetune_classifier"),
-        ({"grid": {"promotion.at_least": [1]}}, "no stage has the section promotion"),
-        ({"grid": {"evaluate.batch_size": [1]}}, r"none of the stages reads it \(.*add the one"),
-        ({"grid": GRID, "stages": []}, "stages: must be a list"),
+        ({"grid": {"finetune_clasifier.x": [1]}}, "none of the stages reads it"),
+        ({"grid": {"promotion.at_least": [1]}}, "none of the stages reads it"),
+        (
+            {"grid": {"evaluate.batch_size": [1]}},
+            "reads it .*, or add the stage",
+        ),
+        ({"grid": GRID, "stages": []}, "stages: .* at least 1 item"),
         ({"grid": GRID, "stages": ["finetune"]}, "stages: finetune: no such stage; use one of"),
-        ({"grid": GRID, "metric": {"name": "x"}}, "metric: must hold `file`, `name` and `goal`"),
-        ({"grid": GRID, "metric": {**METRIC, "goal": "less"}}, "must be minimize or maximize"),
+        ({"grid": GRID, "metric": {"name": "x"}}, "metric.file: Field required"),
+        (
+            {"grid": GRID, "metric": {**METRIC, "goal": "less"}},
+            "metric.goal: .*'minimize' or 'maximize'",
+        ),
         ({"grid": GRID, "metric": {**METRIC, "file": "m.json"}}, r"m\.json is no metrics file of"),
         (
             {"grid": GRID, "metric": {**METRIC, "name": "validation_los"}},
-            "did you mean validation_",
+            "it has validation_",
         ),
         ({"grid": GRID, "metric": {**METRIC, "name": "x" * 5000}}, r"has no 'xx.*it has [a-z_]+, "),
-        ({"search": SEARCH}, "trials: must be a whole number"),
-        ({"search": SEARCH, "trials": 0}, "trials: must be a whole number"),
-        ({"search": SEARCH, "trials": 2, "seed": -1}, "seed: must be a whole number"),
-        ({"search": {SIZE: {"low": 2}}, "trials": 2}, "must hold `low`, `high` and perhaps"),
-        ({"search": {SIZE: {"low": 2, "high": 2}}, "trials": 2}, "low must be less than high"),
+        ({"search": SEARCH}, "must hold `trials` with a search"),
+        ({"search": SEARCH, "trials": 501}, "trials: .* less than or equal to 500"),
+        ({"search": SEARCH, "trials": 2, "seed": -1}, "seed: .* greater than or equal to 0"),
+        ({"search": {SIZE: {"low": 2}}, "trials": 2}, "must hold `low` and a larger `high`, or"),
+        (
+            {"search": {SIZE: {"low": 2, "high": 2}}, "trials": 2},
+            "must hold `low` and a larger `high`, or",
+        ),
         (
             {"search": {SIZE: {"low": "a", "high": 2}}, "trials": 2},
-            r"low must be a number \(got a\)",
+            rf"search\.{SIZE}\.low\.",
         ),
         (
             {"search": {SIZE: {"low": 0, "high": 2, "log": True}}, "trials": 2},
-            "low must be above 0",
+            "low >= 1",
         ),
-        ({"search": {SIZE: {"low": 1, "high": 9, "step": 0.5}}, "trials": 2}, "step must fit"),
-        ({"search": {SIZE: {"choices": []}}, "trials": 2}, "choices must be a list"),
+        ({"search": {SIZE: {"choices": []}}, "trials": 2}, "or `choices`"),
         ({"search": {SIZE: {"low": -4, "high": 8}}, "trials": 2}, "point batch_size=-4: "),
     ],
 )
@@ -141,19 +145,84 @@ def test_a_file_that_cannot_be_used_is_refused_in_one_line(tmp_path, values, com
     assert "\n" not in str(caught.value)
 
 
+# --- the table of an ablation ---------------------------------------------------------------------
+
+
+def test_the_shipped_tables_have_rows_that_can_be_trained():
+    for path in sorted((ROOT / "ablations").glob("*.yaml")):
+        sweep = read_sweep(ROOT, path)
+        assert len({point.key for point in sweep.points}) == len(sweep.points)
+        assert (sweep.stages, sweep.test_scores) == (["finetune_classifier"], True)
+    sweep = read_sweep(ROOT, ROOT / "ablations" / "sms.yaml")
+    assert len(sweep.points) >= 8
+    by_name = {point.name: point.set for point in sweep.points}
+    assert by_name["LoRA, rank 4, last 2 blocks"]["finetune_classifier.lora.rank"] == 4
+    assert by_name["all"] == {"finetune_classifier.trainable": "all"}, "a row changes no other"
+
+
+def test_with_seeds_every_row_is_trained_with_each(tmp_path):
+    (tmp_path / "t.yaml").write_text("seeds: [1, 2]\nrows: [{name: a}, {name: b}]")
+    points = read_sweep(ROOT, tmp_path / "t.yaml").points
+    assert [(each.name, each.choice, each.set) for each in points] == [
+        (f"{name}, seed {seed}", name, {"finetune_classifier.train.seed": seed})
+        for name in "ab"
+        for seed in (1, 2)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("rows: []", "rows: .* at least 1 item"),
+        ("- a", "must hold `stages`, `metric` and the points"),
+        ("rows: [{set: {}}]", r"rows\.0\.name: Field required"),
+        ("rows: [{name: a}, {name: A!}]", "a name of its own"),
+        ("rows: [{name: '!'}]", "a name of its own, of letters or digits"),
+        ("rows: [{name: a, set: {trainable: some}}]", r"point a: .*finetune_classifier\.trainable"),
+        ("rows: [{name: a, set: {x: 1}}]", r"point a: .*finetune_classifier\.x: unknown parameter"),
+        ("rows: [{name: a, set: {base.x: 1}}]", r"point a: finetune_classifier\.base\.x is no par"),
+        ("rows: [{name: a}]\nseeds: 3", "seeds: Input should be a valid list"),
+        ("rows: [{name: a}]\nseed: [3]", "seed: Unexpected"),
+        ("rows: [", "line 2, column 1: .*; correct the YAML there"),
+    ],
+)
+def test_a_table_that_cannot_be_used_is_refused_in_one_line(tmp_path, text, complaint):
+    (tmp_path / "t.yaml").write_text(text)
+    with pytest.raises(InputError, match=complaint) as caught:
+        read_sweep(ROOT, tmp_path / "t.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_of_several_seeds_the_page_tells_the_mean_and_the_lowest(tmp_path):
+    (tmp_path / "t.yaml").write_text("seeds: [1, 2]\nrows: [{name: a | b}, {name: b}]")
+    sweep = read_sweep(ROOT, tmp_path / "t.yaml")
+    outcomes = [
+        Outcome(point, value, {"validation_accuracy": value, "classifier/accuracy": test})
+        for point, value, test in zip(
+            sweep.points, (0.9, 0.8, 0.5, 0.6), (0.96, 0.98, 0.5, 0.75), strict=True
+        )
+    ]
+    _, _, means = markdown(sweep, outcomes).partition("Means over the seeds")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in means.splitlines()]
+    assert rows[2] == ["choice", "validation accuracy", "classifier accuracy", "lowest"]
+    assert rows[4] == ["a &#124; b", "0.8500", "0.9700", "0.9600"]
+    assert rows[5] == ["b", "0.5500", "0.6250", "0.5000"]
+
+
 # --- a search -------------------------------------------------------------------------------------
 
 
 def proposed(sweep: Sweep, at_once: int) -> list[dict[str, object]]:
     """The points of a search in which low rates are better, and one in five trials fails."""
-    source, points = sweep.source(at_once), []
-    while found := source.ask():
+    points: list[Point] = []
+
+    def result(point: Point) -> float | None:
+        return None if points.index(point) % 5 == 0 else point.set[RATE]
+
+    for found in proposals(sweep, at_once, result):
         assert len(found) <= at_once
         points += found
-        source.tell(
-            [None if len(points) % 5 == 0 else point.values[RATE] for point in found]  # type: ignore[misc]
-        )
-    return [point.values for point in points]
+    return [point.set for point in points]
 
 
 @pytest.mark.parametrize("at_once", [1, 3])
@@ -177,8 +246,8 @@ def test_whole_numbers_stay_whole_and_choices_may_be_anything(tmp_path):
         "finetune_classifier.lora": {"choices": [{"rank": 2}, {"rank": 4}]},
     }
     sweep = read_sweep(ROOT, write(tmp_path, search={SIZE: search[SIZE]}, trials=9))
-    source = sweep.source(9)
-    assert {point.values[SIZE] for point in source.ask()} <= {4, 8, 12, 16}
+    (points,) = proposals(sweep, 9, lambda point: None)
+    assert {point.set[SIZE] for point in points} <= {4, 8, 12, 16}
     values = {"finetune_classifier.trainable": "lora", "finetune_classifier.lora": {"rank": 2}}
     base = yaml.safe_load((ROOT / "params.yaml").read_text())
     assert params_with(base, values).finetune_classifier.lora.rank == 2

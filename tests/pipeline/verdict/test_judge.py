@@ -23,7 +23,6 @@ from pipeline.report.facts import report_facts
 from pipeline.tracking.connection import connect
 from pipeline.verdict import chat_endpoint, judge
 from pipeline.verdict.judge import (
-    Requests,
     Summary,
     judge_answers,
     judge_assistant,
@@ -56,6 +55,11 @@ def answers(n=4, **columns):
 
 def params(server, **changes):
     return JudgeParams(**{"url": server.url, "model": "judge-1", "timeout": 5, **changes})
+
+
+def requests(judged):
+    """How many were sent, and how many replies were in the cache."""
+    return judged.sent, judged.cached
 
 
 def run(server, folder, table=None, columns=None, log=lambda event: None, **changes):
@@ -172,7 +176,7 @@ def test_the_counts_are_right_and_the_mean_is_over_the_judged_alone(server, tmp_
             n=12, judged=12, unparsable=0, failed=0, mean=550 / 12, lowest=0, highest=50
         ),
     }
-    assert judged.requests == Requests(sent=len(server.asked), cached=0)
+    assert requests(judged) == (len(server.asked), 0)
     assert len(server.asked) == 24 + 3  # the 500, the stalled and the reset one once more
 
     table = judged.table
@@ -192,7 +196,7 @@ def test_the_counts_are_right_and_the_mean_is_over_the_judged_alone(server, tmp_
         "the reply is cut off; raise judge.max_tokens",
         "HTTP 500 (2 times)",
         "no answer within 0.5 seconds (2 times)",
-        "the server's answer is no JSON",
+        "the server's answer is no JSON with a text at choices[0].message.content",
         "the server's answer has no choices[0].message.content",
         own["why"][10],
         "the reply is not one integer from 0 to 100",
@@ -312,7 +316,7 @@ def test_equal_answers_to_an_example_are_one_request(server, tmp_path):
     table = answers(3)
     table["base_answer"] = table["answer"]
     judged = run(server, tmp_path, table, {"assistant": "answer", "base": "base_answer"})
-    assert len(server.asked) == judged.requests.sent == 3
+    assert len(server.asked) == judged.sent == 3
     assert judged.summaries["assistant"] == judged.summaries["base"]
     assert judged.summaries["base"].n == 3
 
@@ -329,8 +333,8 @@ def test_what_was_asked_is_not_asked_again_not_even_for_a_key_or_a_server(
     monkeypatch.delenv("JUDGE_KEY")
     server.stop_listening()
     again = run(server, tmp_path, key_env="JUDGE_KEY")
-    assert first.requests == Requests(sent=4, cached=0)
-    assert again.requests == Requests(sent=0, cached=4)
+    assert requests(first) == (4, 0)
+    assert requests(again) == (0, 4)
     assert again.summaries == first.summaries
     pd.testing.assert_frame_equal(again.table, first.table)
 
@@ -355,7 +359,7 @@ def test_what_is_asked_differently_is_asked_again(server, tmp_path, monkeypatch,
             table.loc[1, change] += " and more"
             wanted = 1
     again = run(server, tmp_path, table, **changes)
-    assert again.requests == Requests(sent=wanted, cached=4 - wanted)
+    assert requests(again) == (wanted, 4 - wanted)
     assert len(server.asked) == 4 + wanted
 
 
@@ -365,12 +369,12 @@ def test_what_is_asked_differently_is_asked_again(server, tmp_path, monkeypatch,
 def test_how_it_is_asked_changes_no_judgement(server, tmp_path, monkeypatch, changes):
     monkeypatch.setenv("JUDGE_KEY", KEY)
     run(server, tmp_path)
-    assert run(server, tmp_path, **changes).requests.sent == 0
+    assert run(server, tmp_path, **changes).sent == 0
 
 
 def test_a_slash_at_the_addresss_end_is_no_other_server(server, tmp_path):
     run(server, tmp_path)
-    assert run(server, tmp_path, url=server.url + "/").requests.sent == 0
+    assert run(server, tmp_path, url=server.url + "/").sent == 0
 
 
 def test_what_failed_is_asked_again_and_nothing_else(server, tmp_path):
@@ -378,7 +382,7 @@ def test_what_failed_is_asked_again_and_nothing_else(server, tmp_path):
     assert run(server, tmp_path).summaries["assistant"].failed == 1
     server.respond = by_answer({})
     again = run(server, tmp_path)
-    assert again.requests == Requests(sent=1, cached=3)
+    assert requests(again) == (1, 3)
     assert again.summaries["assistant"] == Summary(4, 3, 1, 0, 50.0, 50, 50)
 
 
@@ -409,7 +413,7 @@ def test_a_damaged_cached_file_is_named(server, tmp_path, content):
         run(server, tmp_path)
     assert str(file) in str(refusal.value)
     file.unlink()
-    assert run(server, tmp_path).requests == Requests(sent=1, cached=3)
+    assert requests(run(server, tmp_path)) == (1, 3)
 
 
 def test_what_ends_the_run_leaves_the_judgements_that_came(server, tmp_path):
@@ -417,7 +421,7 @@ def test_what_ends_the_run_leaves_the_judgements_that_came(server, tmp_path):
     with pytest.raises(InputError, match="HTTP 401"):
         run(server, tmp_path, concurrency=1)
     server.respond = by_answer({})
-    assert run(server, tmp_path).requests == Requests(sent=2, cached=2)
+    assert requests(run(server, tmp_path)) == (2, 2)
 
 
 INTERRUPTED = """
@@ -458,14 +462,14 @@ def test_ctrl_c_ends_at_once_and_leaves_the_judgements_that_came(server, tmp_pat
     assert process.returncode != 0
     assert sorted(path.suffix for path in folder.iterdir()) == [".json"] * 5
     server.respond = by_answer({})
-    assert run(server, folder, answers(20)).requests == Requests(sent=15, cached=5)
+    assert requests(run(server, folder, answers(20))) == (15, 5)
 
 
 # --- the project's answers ------------------------------------------------------------------------
 
 
 def make_project(root, table):
-    path = root / judge.ANSWERS
+    path = root / judge.ASSISTANT_ANSWERS
     path.parent.mkdir(parents=True)
     table.to_csv(path, index=False)
     return root
@@ -487,7 +491,7 @@ def test_the_answers_of_evaluate_are_judged_and_the_scores_written(server, tmp_p
     page = (root / "reports" / "judge" / "summary.md").read_text(encoding="utf-8")
     assert markdown(judged.summaries) in page
     assert judge.PROMPT_SHA256[:12] in page
-    assert judge_assistant(params(server), root).requests == Requests(sent=0, cached=4)
+    assert requests(judge_assistant(params(server), root)) == (0, 4)
 
 
 def test_the_report_tells_what_the_judge_gave_to_these_very_answers(server, tmp_path):
@@ -503,7 +507,8 @@ def test_the_report_tells_what_the_judge_gave_to_these_very_answers(server, tmp_
             == len(own)
             == sum(found[status] for status in ("judged", "unparsable", "failed"))
         )
-    (tmp_path / judge.ANSWERS).write_bytes((tmp_path / judge.ANSWERS).read_bytes() + b"\n")
+    path = tmp_path / judge.ASSISTANT_ANSWERS
+    path.write_bytes(path.read_bytes() + b"\n")
     assert report_facts(tmp_path).judgement is None
 
 
@@ -543,11 +548,11 @@ def test_without_answers_the_stage_that_makes_them_is_named(server, tmp_path):
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\xff", b'a,b\n"1,2'])
 def test_answers_that_are_no_table_are_told_in_one_line(server, tmp_path, content):
     make_project(tmp_path, answers(1))
-    (tmp_path / judge.ANSWERS).write_bytes(content)
+    (tmp_path / judge.ASSISTANT_ANSWERS).write_bytes(content)
     with pytest.raises(InputError, match="cannot be read") as refusal:
         judge_assistant(params(server), tmp_path)
     assert "\n" not in str(refusal.value)
-    assert os.fspath(judge.ANSWERS) in str(refusal.value)
+    assert os.fspath(judge.ASSISTANT_ANSWERS) in str(refusal.value)
 
 
 def test_a_missing_column_is_named(server, tmp_path):
@@ -559,11 +564,6 @@ def test_a_missing_column_is_named(server, tmp_path):
 def test_what_was_said_before_must_be_json(server, tmp_path):
     with pytest.raises(InputError, match="example 1: earlier is no JSON"):
         run(server, tmp_path, answers(2, earlier=["", "hello"]))
-
-
-def test_cells_that_are_no_text_are_refused(server, tmp_path):
-    with pytest.raises(TypeError, match="keep_default_na"):
-        run(server, tmp_path, answers(2, answer=["a", float("nan")]))
 
 
 def test_the_judges_parameters_are_those_of_its_endpoint_and_its_own():
