@@ -27,13 +27,14 @@ from pipeline.tracking.provenance import git_state
 from pipeline.tracking.registry import MD5_TAG
 from pipeline.tracking.run import PEAK_MEMORY
 from pipeline.tracking.run_notes import last_run
-from pipeline.verdict.promotion import ANSWERS, PREDICTIONS, Decision, read_decisions
+from pipeline.verdict.promotion import CHAMPION_ANSWERS, Decision, read_decisions
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from pipeline.tracking.mlflow_classes import MlflowClient, Run
 
+PREDICTIONS = Path("reports/evaluation/predictions")
 JUDGE = Path("reports/judge/summary.json")
 
 _SHOWN_ANSWERS = 6
@@ -159,7 +160,9 @@ def report_facts(root: Path) -> Facts:
         decisions=decisions,
         judgement=judgement,
         n_answers=len(table),
-        answers=_answers(table, root / ANSWERS / "assistant.csv", decisions.get("assistant")),
+        answers=_answers(
+            table, root / CHAMPION_ANSWERS / "assistant.csv", decisions.get("assistant")
+        ),
         mistakes=_mistakes(root / PREDICTIONS / "classifier_most_wrong.csv"),
         sources={name: found for name, found in sources.items() if found},
         recorded=recorded,

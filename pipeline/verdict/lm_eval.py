@@ -24,13 +24,13 @@ import numpy as np
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from gpt.base.errors import InputError
+from gpt.base.errors import InputError, in_one_line, shortened
 from gpt.base.events import Log, Message, discard
 from gpt.base.files import read_json, sha256_of, whole_file, write_json
 from gpt.model.config import NotNegative, Positive
 from gpt.model.weights import load_base
 from gpt.prompts import read_template
-from pipeline.show.markdown import Cell, escaped, table
+from pipeline.show.markdown import escaped, table
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -86,25 +86,25 @@ def measure(params: HarnessParams, *, model: Path, out: Path, log: Log = discard
     _refuse_other_files(out)
     template = read_template(model) if params.chat else None
     load_base(model)  # its errors are clearer than those of `transformers`
-    with _network(params.online):
-        import lm_eval
+    _set_network(params.online)
+    import lm_eval
 
-        from pipeline.verdict.lm_eval_model import HarnessModel
+    from pipeline.verdict.lm_eval_model import HarnessModel
 
-        manager = _task_manager(params)
-        names = [name for each in params.tasks for name in _names(each, manager)]
-        asked = HarnessModel(model, template)
-        with _one_line(", ".join(params.tasks), params.online):
-            found = lm_eval.simple_evaluate(
-                model=asked,
-                tasks=names,
-                num_fewshot=params.shots,
-                limit=params.limit,
-                bootstrap_iters=_BOOTSTRAP,
-                apply_chat_template=params.chat,
-                fewshot_as_multiturn=params.chat,
-                task_manager=manager,
-            )
+    manager = _task_manager(params)
+    names = [name for each in params.tasks for name in _names(each, manager)]
+    asked = HarnessModel(model, template)
+    with _one_line(", ".join(params.tasks), params.online):
+        found = lm_eval.simple_evaluate(
+            model=asked,
+            tasks=names,
+            num_fewshot=params.shots,
+            limit=params.limit,
+            bootstrap_iters=_BOOTSTRAP,
+            apply_chat_template=params.chat,
+            fewshot_as_multiturn=params.chat,
+            task_manager=manager,
+        )
     if asked.shortened:
         text = (
             f"{asked.shortened:,} requests were longer than the context of {asked.max_length:,} "
@@ -137,8 +137,7 @@ def _refuse_other_files(out: Path) -> None:
     raise InputError(f"{out}: holds a {there[0]} that was not written here; choose another --out")
 
 
-@contextlib.contextmanager
-def _network(online: bool) -> Iterator[None]:
+def _set_network(online: bool) -> None:
     """Keep Hugging Face's libraries from the network, unless they are to use it.
 
     They read their environment (`HF_HUB_OFFLINE`, `HF_DATASETS_OFFLINE`) once, when they are first
@@ -147,19 +146,8 @@ def _network(online: bool) -> Iterator[None]:
     import datasets.config
     import huggingface_hub.constants
 
-    switches = [
-        (huggingface_hub.constants, "HF_HUB_OFFLINE"),
-        (datasets.config, "HF_HUB_OFFLINE"),
-        (datasets.config, "HF_DATASETS_OFFLINE"),
-    ]
-    before = [getattr(module, name) for module, name in switches]
-    for module, name in switches:
-        setattr(module, name, not online)
-    try:
-        yield
-    finally:
-        for (module, name), value in zip(switches, before, strict=True):
-            setattr(module, name, value)
+    huggingface_hub.constants.HF_HUB_OFFLINE = not online
+    datasets.config.HF_HUB_OFFLINE = datasets.config.HF_DATASETS_OFFLINE = not online
 
 
 @contextlib.contextmanager
@@ -180,16 +168,18 @@ def _one_line(tasks: str, online: bool) -> Iterator[None]:
             if online
             else "add --online where there is a network, or let the task name a local file"
         )
-        raise InputError(f"{tasks}: the data cannot be read ({_first(error)}); {remedy}") from error
+        raise InputError(
+            f"{tasks}: the data cannot be read ({shortened(in_one_line(error), 200)}); {remedy}"
+        ) from error
     except Exception as error:
         raise InputError(
             f"{tasks}: not a task that the harness can run ({type(error).__name__}: "
-            f"{_first(error)}); see docs/lm-eval.md"
+            f"{shortened(in_one_line(error), 200)}); see docs/lm-eval.md"
         ) from error
 
 
-def _first(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".")
+def _is_path(task: str) -> bool:
+    return task.endswith((".yaml", ".yml")) or "/" in task or os.sep in task
 
 
 def _task_manager(params: HarnessParams) -> TaskManager:
@@ -210,27 +200,23 @@ def _task_manager(params: HarnessParams) -> TaskManager:
     )
 
 
-def _is_path(task: str) -> bool:
-    return task.endswith((".yaml", ".yml")) or "/" in task or os.sep in task
-
-
 def _names(asked: str, manager: TaskManager) -> list[str]:
     """Under which names, or at which file, the harness finds what is asked for."""
     path = Path(asked).resolve()
     if not _is_path(asked):
         names = manager.match_tasks([asked])
-        near = difflib.get_close_matches(asked, manager.all_tasks, n=4)
-        hint = f"there are {', '.join(near)}" if near else "`lm-eval ls tasks` lists them all"
-        if path.is_dir():
-            hint = f"for the folder write {asked}/"
     elif path.is_file():
-        return [str(path)]
+        names = [str(path)]
     else:
         files = {name: manager.task_index[name].yaml_path for name in manager.all_subtasks}
         names = [name for name, file in files.items() if path in file.parents]
-        hint = "a task is a YAML file with `task: NAME`, see docs/lm-eval.md"
     if not names:
-        raise InputError(f"{asked}: no such task; {hint}")
+        near = difflib.get_close_matches(asked, manager.all_tasks, n=4)
+        hint = f"there are {', '.join(near)}" if near else "`lm-eval ls tasks` lists them all"
+        raise InputError(
+            f"{asked}: no such task; {hint}; a folder ends with a slash and holds YAML files with "
+            "`task: NAME`, see docs/lm-eval.md"
+        )
     return list(names)
 
 
@@ -257,7 +243,10 @@ def _scores(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 def markdown(results: Mapping[str, Any]) -> str:
     """The results as a page."""
     columns = ["task", "version", "shots", "samples", "metric", "filter", "value", "stderr"]
-    rows = [[_cell(score[column]) for column in columns] for score in results["scores"]]
+    rows = [
+        [f"{v:.4g}" if isinstance(v, float) else v for v in map(score.get, columns)]
+        for score in results["scores"]
+    ]
     lines = [
         f"{escaped(str(results['model']))} (sha256 `{results['model_sha256'][:12]}…`), "
         f"lm-evaluation-harness {results['harness']}"
@@ -273,12 +262,6 @@ def markdown(results: Mapping[str, Any]) -> str:
             f"{results['shortened']:,} requests lost their beginning: the context is short.",
         ]
     return "\n".join(lines) + "\n"
-
-
-def _cell(value: Any) -> Cell:
-    if isinstance(value, float):
-        return f"{value:.4g}" if abs(value) >= 1 else f"{value:.4f}"
-    return value if isinstance(value, int | str | None) else str(value)
 
 
 def _write_samples(path: Path, samples: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:

@@ -35,8 +35,8 @@ from pipeline.tracking.registry import CHAMPION, PREVIOUS, version_of
 from pipeline.tracking.run import StageRun
 from pipeline.verdict import promotion
 from pipeline.verdict.promotion import (
-    ANSWERS,
     BY_HAND,
+    CHAMPION_ANSWERS,
     DECISIONS,
     is_decided,
     promote_by_hand,
@@ -44,6 +44,7 @@ from pipeline.verdict.promotion import (
     read_decisions,
     roll_back,
 )
+from pipeline.verdict.same_examples import NotComparableError, SameExamples
 from stages.evaluate import EvaluateParams, evaluate
 from stages.finetune_classifier import FinetuneClassifierParams, finetune_classifier
 from stages.finetune_instruct import FinetuneInstructParams, finetune_instruct
@@ -343,7 +344,7 @@ def test_without_a_previous_champion_a_rollback_is_refused_and_nothing_moves(pro
     )
     assert aliases(project, "classifier") == {CHAMPION: 1}
     assert by_hand(project, "classifier") is None
-    with pytest.raises(InputError, match=r"^nothing: no such model; use one of "):
+    with pytest.raises(InputError, match=r"^nothing: no champion is registered; there "):
         roll_back(project, "nothing")
 
 
@@ -482,7 +483,7 @@ def test_the_figures_of_a_decision_are_those_of_the_metrics(project):
         assert found.old == pytest.approx(old[section][score])
     assert read_decisions(project) == decisions
     # the champion's answers are kept for the report
-    kept = pd.read_csv(project / ANSWERS / "assistant.csv", keep_default_na=False)
+    kept = pd.read_csv(project / CHAMPION_ANSWERS / "assistant.csv", keep_default_na=False)
     assert kept["example"].tolist() == list(range(decision(decisions, "assistant").examples))
     table = pd.read_csv(project / "reports/evaluation/predictions/assistant.csv")
     assert kept["asked"].tolist() == table["instruction"].tolist()
@@ -594,9 +595,9 @@ def test_a_model_that_is_not_registered_here_is_left_out(project):
 
 
 def test_errors_are_one_line(project, tmp_path):
-    with pytest.raises(InputError, match="classifier: no version 7 is registered; see its"):
+    with pytest.raises(InputError, match="classifier: no version 7 is registered; there are"):
         promote_by_hand(project, "classifier", 7)
-    with pytest.raises(InputError, match=r"^no-model: no such model; use one of [^\n]*classifier$"):
+    with pytest.raises(InputError, match=r"^no-model: no candidate .* there are .*classifier"):
         promote_by_hand(project, "no-model")
     (project / DECISIONS).write_text('{"decisions": [{"model": 3}]}')
     with pytest.raises(InputError, match=r"promotion\.json: decisions\.0\..*; remove it, and run"):
@@ -621,13 +622,14 @@ def test_a_test_part_of_one_class_promotes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = pd.DataFrame({"actual": ["ham"] * 3, "predicted": ["ham"] * 3})
-    monkeypatch.setattr(promotion, "_same_split", lambda *_: True)
-    monkeypatch.setattr(promotion, "_read", lambda *_: rows)
+    monkeypatch.setattr(SameExamples, "_check_split", lambda _: None)
+    monkeypatch.setattr(SameExamples, "_predictions", lambda *_: rows)
     found = (["ham", "spam"], {"test": rows})
-    monkeypatch.setattr("stages.evaluate.classifier.messages_by_part", lambda *_: found)
-    why = promotion._classifiers(SimpleNamespace(root=tmp_path, params=None), tmp_path)
-    assert isinstance(why, str)
-    assert "messages of one class alone, 'ham', so its scores say nothing" in why
+    monkeypatch.setattr("pipeline.verdict.same_examples.messages_by_part", lambda *_: found)
+    compared = SameExamples(tmp_path, tmp_path, tmp_path, PromotionParams(), EVALUATE)
+    why = "messages of one class alone, 'ham', so its scores say nothing"
+    with pytest.raises(NotComparableError, match=why):
+        compared.classifiers()
 
 
 def test_a_score_that_is_no_number_is_not_better() -> None:
