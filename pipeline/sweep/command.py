@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Mapping, Sequence
+from math import nan
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING
@@ -85,9 +86,8 @@ def run_sweep(
         outcomes: list[Outcome] = []
         try:
             with make_display() as display, prefect_told():
-                size = n_of(sweep.trials or len(sweep.known_points()), "point")
-                verb = "goes on as" if runs.resumed else "is"
-                display.line("", f"{file}: {size}; {verb} {runs.name} in MLflow")
+                points = n_of(sweep.trials or len(sweep.known_points()), "point")
+                display.line("", f"{file}: {points}; {runs.told} in MLflow")
                 outcomes, stopped = run_points(sweep, snapshot, runs, display, jobs)
             if stopped:
                 status = "KILLED"
@@ -170,9 +170,9 @@ def markdown(sweep: Sweep, outcomes: Sequence[Outcome]) -> str:
 def _means(choices: Mapping[str, Sequence[Outcome]], names: Sequence[str]) -> str:
     rows: list[list[str]] = []
     for choice, outcomes in choices.items():
-        values = [[each.metrics[name] for each in outcomes] for name in names]
-        lowest = min(each.metrics[TEST_SCORES[0]] for each in outcomes)
-        rows.append([choice, *(f"{mean(each):.4f}" for each in values), f"{lowest:.4f}"])
+        means = [mean(each.metrics.get(name, nan) for each in outcomes) for name in names]
+        lowest = min(each.metrics.get(TEST_SCORES[0], nan) for each in outcomes)
+        rows.append([choice, *(f"{value:.4f}" for value in (*means, lowest))])
     return table(["choice", *map(label_of, names), "lowest"], rows)
 
 
@@ -190,9 +190,8 @@ def _tell(
     with whole_file(root / path) as partial_file:
         partial_file.write_text(page, encoding="utf-8")
     say(f"\n{page}")
-    executed = sum(len(each.executed) for each in outcomes)
-    number = n_of(executed, "stage")
-    say(f"{number} executed; the table is in {path}, the runs are\n{runs.url}")
+    executed = n_of(sum(len(each.executed) for each in outcomes), "stage")
+    say(f"{executed} executed; the table is in {path}, the runs are\n{runs.url}")
     best = best_of(sweep, outcomes)
     if best is not None and model:
         _promote(root, model, best)

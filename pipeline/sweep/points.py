@@ -97,11 +97,6 @@ class Dimension:
             return kinds.IntDistribution(low, high, self.log, step or 1)
         return kinds.FloatDistribution(low, high, self.log, step)
 
-    @property
-    def ends(self) -> list[Any]:
-        """What is checked before any work: the values between are right if these are."""
-        return self.choices or [self.low, self.high]
-
     def value(self, proposed: Any) -> Any:
         """What Optuna proposed, as a parameter; four digits are enough."""
         if self.choices:
@@ -154,7 +149,8 @@ class Sweep:
             return self.points
         if self.grid:
             return [self.point(values) for values in itertools.product(*self.grid.values())]
-        ends = {path: each.ends for path, each in self.search.items()}
+        # the values between the ends of a range are right if these are
+        ends = {path: each.choices or [each.low, each.high] for path, each in self.search.items()}
         first = {path: values[0] for path, values in ends.items()}
         every = [{**first, path: value} for path, values in ends.items() for value in values]
         return [self.point(list(values.values())) for values in every]

@@ -39,7 +39,6 @@ EXPERIMENT = "sweep"
 SWEEPS_TAG = "sweep"
 """Of a stage's run: the sweeps that it is a point of. `sweep.key` of a parent is the hash of what
 the sweep is made of, `sweep.point` of a child its values."""
-_DESCRIPTION = "Sweeps: a run each, and below it a run for each point of it"
 
 
 @dataclass(slots=True)
@@ -81,12 +80,13 @@ class SweepRuns:
         self.client = connect(root)
         with self._alone():
             folder = artifact_folder(root, EXPERIMENT)
-            self._experiment_id = experiment_of(self.client, EXPERIMENT, folder, _DESCRIPTION)
+            what = "A run for each sweep, and below it one for each point"
+            self._experiment_id = experiment_of(self.client, EXPERIMENT, folder, what)
             known = self._runs("sweep.key", key)
-            self.resumed = bool(known)
             parent = known[0] if known else self._create_parent(key)
             self.id: str = parent.info.run_id
             self.name: str = parent.info.run_name
+            self.told = f"{'goes on as' if known else 'is'} {self.name}"
             self.client.update_run(self.id, status="RUNNING")
         self.url = run_url(root, self._experiment_id, self.id)
 

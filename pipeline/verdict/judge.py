@@ -160,8 +160,8 @@ def judge_answers(
 
     def take(key: str, outcome: Reply | NoReplyError) -> None:
         if isinstance(outcome, Reply):
-            sent = {"url": params.url, "request": bodies[key]}
-            write_json(paths[key], {**sent, "reply": asdict(outcome)})
+            reply = asdict(outcome)
+            write_json(paths[key], {"url": params.url, "request": bodies[key], "reply": reply})
         outcomes[key] = outcome
         progress()
 
@@ -195,12 +195,8 @@ def _request(
         raise InputError(
             f"the table of answers, example {example}: earlier is no JSON; run evaluate again"
         ) from None
-    parts = {
-        "conversation": earlier,
-        "instruction": record["instruction"],
-        "input": record["input"],
-        "reference": record["reference"],
-    }
+    given = {name: record[name] for name in ("instruction", "input", "reference")}
+    parts = {"conversation": earlier, **given}
     shown = {name: part for name, part in parts.items() if part} | {"answer": record[column]}
     # JSON, for no answer can pretend to be at its end, as it could with quotes or tags around it.
     content = PROMPT.format(record=json.dumps(shown, ensure_ascii=False, indent=1))
@@ -253,8 +249,9 @@ def markdown(summaries: Mapping[str, Summary]) -> str:
     columns = ["answers of", "n", "judged", "unparsable", "failed", "mean of judged", "low", "high"]
     rows: list[list[Cell]] = []
     for model, each in summaries.items():
-        values = asdict(each) | {"mean": None if each.mean is None else f"{each.mean:.2f}"}
-        rows.append([model, *values.values()])
+        average = None if each.mean is None else f"{each.mean:.2f}"
+        counts = (each.n, each.judged, each.unparsable, each.failed)
+        rows.append([model, *counts, average, each.lowest, each.highest])
     return in_markdown(columns, rows) + "\n"
 
 
@@ -286,9 +283,8 @@ def judge_assistant(params: JudgeParams, root: Path, log: Log = discard) -> Judg
             f"{ASSISTANT_ANSWERS} is missing; `gpt-pipeline run evaluate` makes it"
         ) from None
     except (OSError, ValueError) as error:
-        reason = in_one_line(error)
         raise InputError(
-            f"{ASSISTANT_ANSWERS}: cannot be read ({reason}); run evaluate again"
+            f"{ASSISTANT_ANSWERS}: cannot be read ({in_one_line(error)}); run evaluate again"
         ) from None
     judged = judge_answers(params, table, COLUMNS, folder=root / CACHE, log=log)
     with whole_directory(root / REPORT) as folder:
@@ -308,8 +304,8 @@ def judge_assistant(params: JudgeParams, root: Path, log: Log = discard) -> Judg
     try:
         _log_to_mlflow(root, judged)
     except (RunError, MlflowException, OSError) as error:
-        why = in_one_line(error)
-        log(Message(f"MLflow did not take the scores, which are in {REPORT}: {why}", "warning"))
+        why = f"MLflow did not take the scores, which are in {REPORT}: {in_one_line(error)}"
+        log(Message(why, "warning"))
     return judged
 
 

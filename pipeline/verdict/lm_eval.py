@@ -18,7 +18,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import ConfigDict, Field
@@ -31,9 +31,6 @@ from gpt.model.config import NotNegative, Positive
 from gpt.model.weights import load_base
 from gpt.prompts import read_template
 from pipeline.show.markdown import escaped, table
-
-if TYPE_CHECKING:
-    from lm_eval.tasks import TaskManager
 
 RESULTS, TABLE, SAMPLES = "results.json", "results.md", "samples.jsonl"
 
@@ -91,8 +88,7 @@ def measure(params: HarnessParams, *, model: Path, out: Path, log: Log = discard
 
     from pipeline.verdict.lm_eval_model import HarnessModel
 
-    manager = _task_manager(params)
-    names = [name for each in params.tasks for name in _names(each, manager)]
+    manager, names = _find_tasks(params)
     asked = HarnessModel(model, template)
     with _one_line(", ".join(params.tasks), params.online):
         found = lm_eval.simple_evaluate(
@@ -182,42 +178,40 @@ def _is_path(task: str) -> bool:
     return task.endswith((".yaml", ".yml")) or "/" in task or os.sep in task
 
 
-def _task_manager(params: HarnessParams) -> TaskManager:
-    """Finds tasks by their names.
+def _find_tasks(params: HarnessParams) -> tuple[Any, list[str]]:
+    """The harness's `TaskManager`, and the names or files under which it finds what is asked for.
 
-    The harness's own are some fourteen thousand files, which take half a minute to read: that is
-    only done where one of them is named.
+    Its own tasks are some fourteen thousand files, which take half a minute to read: that is only
+    done where one of them is named.
     """
     from lm_eval.tasks import TaskManager
 
-    paths = [Path(each) for each in params.tasks if _is_path(each)]
-    for path in paths:
+    paths = {each: Path(each).resolve() for each in params.tasks if _is_path(each)}
+    for each, path in paths.items():
         if not path.exists():
-            raise InputError(f"{path}: no such file; give a task's name, its YAML file or a folder")
-    return TaskManager(
-        include_path=[path.resolve() for path in paths if path.is_dir()],
+            raise InputError(f"{each}: no such file; give a task's name, its YAML file or a folder")
+    manager = TaskManager(
+        include_path=[path for path in paths.values() if path.is_dir()],
         include_defaults=len(paths) < len(params.tasks),
     )
-
-
-def _names(asked: str, manager: TaskManager) -> list[str]:
-    """Under which names, or at which file, the harness finds what is asked for."""
-    path = Path(asked).resolve()
-    if not _is_path(asked):
-        names = manager.match_tasks([asked])
-    elif path.is_file():
-        names = [str(path)]
-    else:
-        files = {name: manager.task_index[name].yaml_path for name in manager.all_subtasks}
-        names = [name for name, file in files.items() if path in file.parents]
-    if not names:
-        near = difflib.get_close_matches(asked, manager.all_tasks, n=4)
-        hint = f"there are {', '.join(near)}" if near else "`lm-eval ls tasks` lists them all"
-        raise InputError(
-            f"{asked}: no such task; {hint}; a folder ends with a slash and holds YAML files with "
-            "`task: NAME`, see docs/lm-eval.md"
-        )
-    return list(names)
+    files = {name: manager.task_index[name].yaml_path for name in manager.all_subtasks}
+    found: list[str] = []
+    for each in params.tasks:
+        if each not in paths:
+            names = list(manager.match_tasks([each]))
+        elif paths[each].is_file():
+            names = [str(paths[each])]
+        else:
+            names = [name for name, file in files.items() if paths[each] in file.parents]
+        if not names:
+            near = difflib.get_close_matches(each, manager.all_tasks, n=4)
+            hint = f"there are {', '.join(near)}" if near else "`lm-eval ls tasks` lists them all"
+            raise InputError(
+                f"{each}: no such task; {hint}; a folder ends with a slash and holds YAML files "
+                "with `task: NAME`, see docs/lm-eval.md"
+            )
+        found += names
+    return manager, found
 
 
 def _scores(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
