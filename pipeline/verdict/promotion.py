@@ -115,9 +115,9 @@ class _Record:
     models: dict[str, str] | None = None
     """The md5 of each model at hand; None until all of them are decided on."""
     decisions: list[Decision] = field(default_factory=list)
-    """One for each version under this rule and data, the latest last."""
+    """The last on each model."""
     earlier: list[Decision] = field(default_factory=list)
-    """Of former releases: those that `decisions` lacks."""
+    """Those on other versions, under the same rule and data."""
     by_hand: dict[str, _ByHand] = field(default_factory=dict)
     """Of former releases: what the tag says now."""
 
@@ -127,11 +127,11 @@ class _Record:
         return next((d for d in made if (d.model, d.version) == (model, version)), None)
 
     def add(self, root: Path, decision: Decision) -> None:
-        """Put a decision in the place of the one on its version, and write the file."""
-        made = [*self.earlier, *self.decisions]
+        """Put a decision in the place of the last one on its model, and write the file."""
         key = (decision.model, decision.version)
-        self.decisions = [*(d for d in made if (d.model, d.version) != key), decision]
-        self.earlier = []
+        self.earlier = [each for each in self.earlier if (each.model, each.version) != key]
+        others = [each for each in self.decisions if each.model != decision.model]
+        self.decisions = [*others, decision]
         write_json(root / DECISIONS, asdict(self))
 
 
@@ -152,7 +152,7 @@ def read_decisions(root: Path) -> list[Decision]:
     Raises:
         InputError: the file holds something else.
     """
-    return list({each.model: each for each in _read_record(root).decisions}.values())
+    return _read_record(root).decisions
 
 
 def promote_the_better(root: Path, rule: PromotionParams, params: EvaluateParams) -> list[Decision]:
@@ -180,7 +180,8 @@ def promote_the_better(root: Path, rule: PromotionParams, params: EvaluateParams
             record = _Record(rule=asdict(rule), data=data, by_hand=record.by_hand)
         choice = _Choice(root, client, rule, params, record)
         decisions = [each for each in map(choice.decide, models, models.values()) if each]
-        record.models = None
+        earlier = [*record.earlier, *record.decisions]
+        record.models, record.decisions, record.earlier = None, [], earlier
         for decision in decisions:
             _carry_out(root, client, decision)
             record.add(root, decision)  # none is lost if the next fails

@@ -197,7 +197,7 @@ def test_the_counts_are_right_and_the_mean_is_over_the_judged_alone(server, tmp_
         "HTTP 500 (2 times)",
         "no answer within 0.5 seconds (2 times)",
         "the server's answer is no JSON with a text at choices[0].message.content",
-        "the server's answer has no choices[0].message.content",
+        "the server's answer is no JSON with a text at choices[0].message.content",
         own["why"][10],
         "the reply is not one integer from 0 to 100",
     ]
