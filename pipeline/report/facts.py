@@ -27,7 +27,7 @@ from pipeline.tracking.provenance import git_state
 from pipeline.tracking.registry import MD5_TAG
 from pipeline.tracking.run import PEAK_MEMORY
 from pipeline.tracking.run_notes import last_run
-from pipeline.verdict.promotion import CHAMPION_ANSWERS, Decision, read_decisions
+from pipeline.verdict.promotion import CHAMPION_ANSWERS, PREDICTIONS, Decision, read_decisions
 
 if TYPE_CHECKING:
     import pandas as pd

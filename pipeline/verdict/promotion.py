@@ -53,6 +53,7 @@ _AS_BEFORE, _CHOSEN = "as before", "by hand"
 _ROUNDING = 1e-5
 """A smaller difference is one of rounding: the champion's scores are computed anew, perhaps on
 another processor than those of the version at hand."""
+PREDICTIONS = Path("reports/evaluation/predictions")
 _SMALLER_IS_BETTER = ("loss",)
 
 
@@ -374,7 +375,7 @@ class _Choice:
 
     def _compare(self, decision: Decision, champion: ModelVersion) -> Decision:
         """The decision by the scores of both models on the same examples."""
-        from pipeline.verdict.same_examples import PREDICTIONS, NotComparableError, SameExamples
+        from pipeline.verdict.same_examples import NotComparableError, SameExamples
 
         name, rule = decision.model, self.rule
         remedy = (
@@ -384,7 +385,9 @@ class _Choice:
         here = self.root / COMPARED[name]
         with files_of(champion, "the champion's", remedy) as there:
             try:
-                pair = SameExamples(self.root, here, there, rule, self.params).scores(name)
+                pair = SameExamples(
+                    self.root, self.root / PREDICTIONS, here, there, rule, self.params
+                ).scores(name)
             except NotComparableError as error:
                 return replace(decision, why=str(error))
             except OSError as error:

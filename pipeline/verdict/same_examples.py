@@ -22,8 +22,6 @@ from stages.evaluate.bases import window_losses
 from stages.evaluate.classifier import messages_by_part, predict_classes
 from stages.training_file import read_training
 
-PREDICTIONS = Path("reports/evaluation/predictions")
-
 
 class NotComparableError(Exception):
     """The two models cannot be compared, and why."""
@@ -45,6 +43,7 @@ class SameExamples:
 
     Attributes:
         root: the project.
+        predictions: the folder of what `evaluate` wrote down.
         here: the directory of the model at hand.
         champion: the directory of the champion.
         rule: by which score they are compared.
@@ -52,6 +51,7 @@ class SameExamples:
     """
 
     root: Path
+    predictions: Path
     here: Path
     champion: Path
     rule: PromotionParams
@@ -156,5 +156,5 @@ class SameExamples:
             )
 
     def _predictions(self, name: str) -> pd.DataFrame:
-        path = self.root / PREDICTIONS / f"{name}.csv"
+        path = self.predictions / f"{name}.csv"
         return pd.read_csv(path, keep_default_na=False, dtype=str)

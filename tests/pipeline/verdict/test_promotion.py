@@ -626,7 +626,7 @@ def test_a_test_part_of_one_class_promotes_nothing(
     monkeypatch.setattr(SameExamples, "_predictions", lambda *_: rows)
     found = (["ham", "spam"], {"test": rows})
     monkeypatch.setattr("pipeline.verdict.same_examples.messages_by_part", lambda *_: found)
-    compared = SameExamples(tmp_path, tmp_path, tmp_path, PromotionParams(), EVALUATE)
+    compared = SameExamples(*[tmp_path] * 4, PromotionParams(), EVALUATE)
     why = "messages of one class alone, 'ham', so its scores say nothing"
     with pytest.raises(NotComparableError, match=why):
         compared.classifiers()
