@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
     from pipeline.tracking.mlflow_classes import MlflowClient, Run
 
-PREDICTIONS = Path("reports/evaluation/predictions")
 JUDGE = Path("reports/judge/summary.json")
 
 _SHOWN_ANSWERS = 6
