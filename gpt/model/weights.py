@@ -82,10 +82,9 @@ def save_model(
             `directory`.
     """
     directory = Path(directory)
-    config = model.config
-    if tokenizer.vocab_size != config.vocab_size:
+    if tokenizer.vocab_size != model.config.vocab_size:
         raise InputError(
-            f"{directory}: the model has {config.vocab_size} tokens, its tokenizer "
+            f"{directory}: the model has {model.config.vocab_size} tokens, its tokenizer "
             f"{tokenizer.vocab_size}; use the tokenizer that the model was trained with"
         )
     if not _is_ours(directory):
@@ -94,8 +93,10 @@ def save_model(
             "choose another name, or move it away"
         )
     with whole_directory(directory) as partial:
-        save_file(dict(_to_file(model)), partial / "model.safetensors", {"format": "pt"})
-        write_json(partial / "config.json", _config_json(model, tokenizer.eot))
+        weights, config_file = partial / "model.safetensors", partial / "config.json"
+        save_file(dict(_to_file(model)), weights, {"format": "pt"})
+        write_json(config_file, _config_json(model, tokenizer.eot))
+        weights.chmod(config_file.stat().st_mode)  # the library leaves it to its owner alone
         if isinstance(model, GPT):
             write_json(
                 partial / "generation_config.json",
