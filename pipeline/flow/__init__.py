@@ -1,5 +1,5 @@
-"""Everything of Prefect: the flow, its server and pages, the agent, deployments, slots, notices.
+"""The Prefect side: the flow, the server and its pages, the agent, deployments, slots, notices.
 
-Prefect runs. Only this wing and `sweep` import it. Imports `run`, `report` and what is below
-them.
+Prefect runs the stages. Only this package and `sweep` import it. It imports `run`, `report` and
+the packages below them.
 """

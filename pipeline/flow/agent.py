@@ -45,15 +45,15 @@ from pipeline.tracking.connection import reachable, tracking_uri
 _LEAST_DISK, _LEAST_MEMORY = 2e9, 1e9
 _LOOK_SECONDS = 1.0
 _RESTART_SECONDS = 15.0
-"""Between two starts of the worker, which may not be able to start at all."""
+"""Delay between two starts of the worker, in case it cannot start at all."""
 _SAVE_SECONDS = 60.0
 _ATTEMPTS = 5
-"""A flow run that was lost so often is not taken up again."""
+"""A flow run that was lost this many times is not rescheduled again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One check of the machine: what, its result, and whether work can be done like that."""
+    """One check of the machine: its subject, its result, and whether the agent can work with it."""
 
     what: str
     found: str
@@ -65,7 +65,7 @@ class Check:
 
 
 def check_machine(root: Path, api: str) -> list[Check]:
-    """What an agent on this machine has to work with."""
+    """Check whether an agent can work on this machine."""
     found, prefect = cards(), without_credentials(api)
     memory, disk = psutil.virtual_memory(), shutil.disk_usage(root)
     return [
@@ -139,18 +139,18 @@ def serve(
 ) -> None:
     """Take flow runs from the work pool until Ctrl-C or SIGTERM.
 
-    What runs then saves its state and is taken up by the next agent.
+    Flow runs in progress then save their state, and the next agent resumes them.
 
     Args:
-        root: a checkout of the project; its git remote gives newer commits.
-        api: of Prefect.
-        pool: the work pool, made if it is not there.
-        slots: stages that may work on an accelerator at the same time; by default the number of
-            cards, 1 where there is none.
-        runs: flow runs at the same time; by default one more than slots.
+        root: a checkout of the project; newer commits are fetched from its git remote.
+        api: the address of the Prefect API.
+        pool: the work pool, created if it does not exist.
+        slots: how many stages may use an accelerator at the same time; by default the number of
+            GPUs, or 1 without a GPU.
+        runs: how many flow runs are executed at the same time; by default `slots` + 1.
 
     Raises:
-        InputError: another agent works in this project, or the machine cannot do the work.
+        InputError: another agent is running in this project, or a check of the machine failed.
     """
     with stage_lock(shared_folder(root), "agent"):
         checks = check_machine(root, api)
@@ -200,7 +200,7 @@ class _Agent:
                         say("the worker ended by itself; a new one takes its runs up")
                         time.sleep(max(0.0, began + _RESTART_SECONDS - time.monotonic()))
                         worker, began = self._start_worker(), time.monotonic()
-                    # a server that restarts, for example: the next time succeeds
+                    # the server may be restarting; the next attempt can succeed
                     with contextlib.suppress(Exception):
                         self.take_up_lost(worker.pid)
             except KeyboardInterrupt:
@@ -224,20 +224,20 @@ class _Agent:
                     HOME_VARIABLE: str(shared_folder(self.root)),
                     SLOTS_VARIABLE: str(self.slots),
                     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "INFO",
-                    # `gpt-pipeline flow-run` is the one beside the running Python
+                    # so that `gpt-pipeline flow-run` is found next to the running Python
                     "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
                 },
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,  # Ctrl-C reaches the agent alone
+                start_new_session=True,  # only the agent receives Ctrl-C
             )
 
     def _stop(self, worker: subprocess.Popen[bytes]) -> None:
         running = [note for _, note in self._notes() if self._alive(note)]
         if running:
             say(f"stopping; {len(running)} flow runs save their state for the next agent")
-        # its flow runs see that it is gone, and hand themselves back
+        # its flow runs notice that the worker is gone, and reschedule themselves
         worker.kill()
         worker.wait()
         until = time.monotonic() + _SAVE_SECONDS
@@ -260,28 +260,28 @@ class _Agent:
         return False
 
     def take_up_lost(self, worker: int = 0) -> None:
-        """Reschedule flow runs whose process is gone, and forget those that have ended.
+        """Reschedule flow runs whose process is gone, and delete the notes of those that ended.
 
         Args:
-            worker: the process of the running worker; it reports how the processes end that it has
-                started, and an earlier word about them would not be the last one.
+            worker: the process of the running worker. It reports the end of the processes that it
+                started, and would overwrite a state set here before.
         """
         for run_id, note in self._notes():
             if not self._alive(note):
                 self._conclude(run_id, note, worker)
 
     def _conclude(self, run_id: str, note: dict[str, Any], worker: int) -> None:
-        """Set the state of a flow run whose process is gone, and forget the process."""
+        """Set the state of a flow run whose process is gone, and delete its note."""
         again = False
         with contextlib.suppress(ObjectNotFound):
             run = self.client.read_flow_run(run_id)  # type: ignore[arg-type]
             state = run.state
             if dict(self._notes()).get(run_id) != note:
-                return  # a worker has started it again meanwhile
-            if state is None or state.is_scheduled():  # it waits for a worker
+                return  # a worker has restarted it in the meantime
+            if state is None or state.is_scheduled():  # waiting for a worker
                 again = True
             elif note.get("worker") == worker and not state.is_final():
-                return  # its worker is about to report its end
+                return  # its worker will report its end
             elif state.is_cancelling():
                 cancelled = Cancelled(message="its process is gone")
                 self.client.set_flow_run_state(run.id, cancelled, force=True)
@@ -294,7 +294,7 @@ class _Agent:
         run_note(self.root, run_id).unlink(missing_ok=True)
 
     def _reschedule(self, run: FlowRun) -> bool:
-        """Let a lost flow run be run again, unless it was lost too often."""
+        """Reschedule a lost flow run, unless it was lost too often."""
         again = bool(run.run_count < _ATTEMPTS)
         line = "its process was lost; it goes on from its kept state"
         if not again:
@@ -305,7 +305,7 @@ class _Agent:
         return again
 
     def _remove_workspaces(self) -> None:
-        """Those of flow runs that ended on another machine, or while they waited for a worker."""
+        """Remove workspaces of flow runs that ended elsewhere, or while waiting for a worker."""
         noted = {run_id for run_id, _ in self._notes()}
         for folder in (agent_folder(self.root) / "workspaces").glob("[!.]*"):
             with contextlib.suppress(ObjectNotFound):

@@ -1,12 +1,12 @@
-"""One flow run on an agent, from its worker's command to the workspace that it works in.
+"""Starts one flow run on an agent: from the worker's command to the workspace.
 
-The worker starts `gpt-pipeline flow-run`. That makes the workspace of the commit, and becomes
-Prefect's engine there: the same process, which the worker watches and stops. The note of it under
-`.pipeline/agent/runs` tells an agent that starts later which flow runs were lost.
+The worker starts `gpt-pipeline flow-run`, which creates a workspace of the commit and then becomes
+Prefect's engine there (by `exec`: the worker watches and stops this same process). From its note
+under `.pipeline/agent/runs` an agent that starts later learns which flow runs were lost.
 
-What is run, and under which variables, is what `prefect.yaml` says at the commit of the deployment.
-Only the parameters of the flow run come from the server; a flow run of a deployment that
-`prefect.yaml` does not have, or with job variables of its own, is refused.
+The flow and its environment variables are taken from `prefect.yaml` at the deployment's commit.
+Only the parameters of the flow run come from the server. A flow run is refused if `prefect.yaml`
+lacks its deployment, or if it sets job variables.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from prefect.client.schemas.responses import DeploymentResponse
 
 COMMAND = "gpt-pipeline flow-run"
-"""All that a worker of an agent starts."""
+"""The only command that an agent's worker starts."""
 AGENT_VARIABLE = "GPT_PIPELINE_AGENT"
 """The agent's own checkout of the project."""
 WORKER_VARIABLE = "GPT_PIPELINE_WORKER"
@@ -46,24 +46,24 @@ def agent_folder(root: Path) -> Path:
 
 
 def run_note(root: Path, run_id: str) -> Path:
-    """Which process works on a flow run, and where; kept until Prefect knows how it ended."""
+    """The file that names a flow run's process and workspace, kept until Prefect has its end."""
     return agent_folder(root) / "runs" / f"{run_id}.json"
 
 
 def become_flow_run() -> None:
-    """Make the workspace of the flow run that the environment names, and go on as its engine.
+    """Create the workspace of the flow run that the environment names, and become its engine.
 
-    It returns only if the flow run has failed with a line before that.
+    Returns only if the flow run failed before that; the error is then reported in one line.
 
     Raises:
-        InputError: this was not started by a worker of `gpt-pipeline agent`.
+        InputError: the process was not started by a worker of `gpt-pipeline agent`.
     """
     run_id = os.environ.get("PREFECT__FLOW_RUN_ID")
     agent = os.environ.get(AGENT_VARIABLE)
     if not run_id or not agent:
         raise InputError("flow-run: is what a worker starts; start one with `gpt-pipeline agent`")
     root = Path(agent)
-    worker = os.getppid()  # asked before the checkout, which is long enough for it to go
+    worker = os.getppid()  # before the checkout: the worker may end during it
     folder = agent_folder(root)
     _write_to(folder / "logs" / f"{run_id}.log")
     workspace = folder / "workspaces" / run_id
@@ -76,8 +76,8 @@ def become_flow_run() -> None:
     with get_client(sync_client=True) as client:
         run = client.read_flow_run(run_id)  # type: ignore[arg-type]
         try:
-            if not workspace.exists():  # otherwise the run was interrupted, and resumes in it
-                # a workspace has its name once it is complete
+            if not workspace.exists():  # otherwise an interrupted run resumes in it
+                # a workspace gets its final name only when it is complete
                 partial = workspace.with_name(f".{run_id}.partial")
                 shutil.rmtree(partial, ignore_errors=True)
                 make_workspace(
@@ -92,7 +92,7 @@ def become_flow_run() -> None:
             write_json(run_note(root, run_id), {**note, "refused": str(error)})
             client.set_flow_run_state(run_id, Failed(message=str(error)), force=True)
             say(f"error: {error}", file=sys.stderr)
-            return  # without an exit code, from which the worker would report a crash
+            return  # with exit code 0: the worker would report any other as a crash
     os.chdir(workspace)
     settings = {
         **os.environ,
@@ -100,22 +100,22 @@ def become_flow_run() -> None:
         **workspace_environment(root, workspace),
         "PREFECT__FLOW_ENTRYPOINT": str(deployment.entrypoint),
         WORKER_VARIABLE: str(worker),
-        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # the stages show themselves
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # stages print by themselves
     }
     os.execve(sys.executable, [sys.executable, "-c", _ENGINE], settings)
 
 
 def held_by_project(folder: Path, deployment: DeploymentResponse, run: FlowRun) -> dict[str, str]:
-    """The environment that `prefect.yaml` has for a deployment; its pull steps are not needed.
+    """The environment variables of a deployment in `prefect.yaml`; its pull steps are not run.
 
     Args:
         folder: the checkout.
-        deployment: as the server has it.
+        deployment: the deployment as stored on the server.
         run: the flow run.
 
     Raises:
-        InputError: `prefect.yaml` has no such deployment or cannot be read, or the flow run has job
-            variables of its own.
+        InputError: `prefect.yaml` has no such deployment or cannot be read, or the flow run sets
+            job variables.
     """
     file = folder / "prefect.yaml"
     content = read_yaml(file, "prefect.yaml", missing="is not in this commit")
@@ -150,12 +150,12 @@ with handle_engine_signals(run_id):
     run = load_flow_run(run_id)
     run_flow(load_flow(run), flow_run=run, return_type="state")
 """
-"""`prefect.engine` without reading results: for a run that has ended according to the server, it
-would unpickle a file that the server names."""
+"""`prefect.engine` without reading results: if the server says that the run has ended, it would
+unpickle a file that the server names."""
 
 
 def _write_to(log: Path) -> None:
-    """Output goes into a file: a pipe to a worker that is gone would break."""
+    """Redirect the output to a file: a pipe to the worker would break when the worker ends."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
         for stream in (sys.stdout, sys.stderr):
@@ -164,16 +164,16 @@ def _write_to(log: Path) -> None:
 
 
 def _commit(root: Path, asked: str) -> str:
-    """The commit that is asked for, fetched if need be; else the newest of the agent's branch.
+    """The requested commit, fetched if necessary; by default the newest of the agent's branch.
 
     Raises:
-        InputError: there is no such commit, here or where this comes from.
+        InputError: neither the checkout nor its remote has such a commit.
     """
     fault, remotes = "", list[str]()
     try:
         remotes = git(root, "remote").split()
         git(root, "fetch", "--quiet", "--all", "--tags")
-    except RunError as error:  # what is here may do
+    except RunError as error:  # the local commits may be enough
         fault = f" ({error})"
         say(f"warning: {error}; the newest commit that is here is taken", file=sys.stderr)
     theirs = [f"{each}/{asked}" for each in remotes]

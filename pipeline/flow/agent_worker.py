@@ -1,11 +1,11 @@
-"""The worker of an agent: Prefect's for processes, which starts one command only.
+"""The worker of an agent: Prefect's process worker, restricted to one command.
 
-Anyone with access to the Prefect server can write deployments, flow runs, the work pool and blocks
-there, and Prefect's own worker starts any command that they name. This one takes no command,
-environment or folder from the server, and loads no flow: `pipeline.flow.agent_start` does what the
-commit's `prefect.yaml` holds, or refuses.
+Anyone with access to the Prefect server can create deployments, flow runs, work pools and blocks,
+and Prefect's own worker starts any command that they name. This worker takes no command,
+environment or folder from the server, and loads no flow: `pipeline.flow.agent_start` runs what the
+commit's `prefect.yaml` defines, and refuses anything else.
 
-Import this module only in a process of its own: Prefect reads its settings when it is imported.
+Import this module only in a separate process: Prefect reads its settings when it is imported.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pipeline.project.processes import watch_parent
 class _Configuration(ProcessJobConfiguration):  # type: ignore[misc]
     @classmethod
     async def from_template_and_values(cls, *_: Any, **__: Any) -> Self:
-        """The same, whatever the work pool, the deployment and the flow run say."""
+        """A fixed configuration: that of the work pool, deployment and flow run is ignored."""
         return cls(command=COMMAND)
 
 
@@ -37,7 +37,7 @@ class AgentWorker(ProcessWorker):  # type: ignore[misc]
 
     @classmethod
     def __dispatch_key__(cls) -> str:
-        return "gpt-pipeline"  # in Prefect's table of workers, not in the place of its own
+        return "gpt-pipeline"  # registers beside Prefect's own type, without replacing it
 
 
 async def _flow_without_hooks(_: object) -> Flow[[], None]:
@@ -45,17 +45,17 @@ async def _flow_without_hooks(_: object) -> Flow[[], None]:
 
 
 def work(pool: str, name: str, runs: int) -> None:
-    """Take flow runs until this process is ended.
+    """Take flow runs from the work pool until this process ends.
 
     Args:
         pool: the work pool.
-        name: of the worker.
-        runs: flow runs at the same time.
+        name: the name of the worker.
+        runs: how many flow runs are executed at the same time.
     """
-    # a worker without its agent would compete with that of the next agent
+    # a worker that outlived its agent would compete with the next agent's worker
     watch_parent(os.getppid(), lambda: os._exit(1))
-    # for the hooks of a flow run that crashed or was cancelled, a worker would load the flow of the
-    # deployment, with its pull steps, in its own process
+    # to run the hooks of a crashed or cancelled flow run, Prefect's worker would load the
+    # deployment's flow, pull steps included, in this process
     process.load_flow_from_flow_run = _flow_without_hooks
     anyio.run(AgentWorker(pool, name=name, limit=runs).start)
 

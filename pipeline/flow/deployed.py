@@ -1,8 +1,8 @@
-"""What deployments run on an agent: the pipeline at a commit under parameters of the run, and a
-watch over the sources.
+"""The flows that deployments run on an agent: the pipeline at a commit with the run's parameters,
+and a check for changed sources.
 
-`pipeline.flow.agent_start` has made the workspace, and this process works in it. DVC's remote gives
-what others made before the stages run, and takes what they made afterwards.
+This process works in the workspace that `pipeline.flow.agent_start` created. Existing outputs are
+pulled from DVC's remote before the stages run, and new ones are pushed to it afterwards.
 
 Import this module only when `pipeline.flow.prefect_api.environment` is in place: Prefect reads its
 settings when it is imported.
@@ -42,7 +42,7 @@ from pipeline.project.processes import watch_parent
 from pipeline.project.settings import FlowParams
 
 NEW_DATA = "gpt-pipeline.new-data"
-"""The event that sources changed, on which a deployment may have a trigger."""
+"""The event emitted when sources changed; a deployment may have a trigger on it."""
 _SOURCES = "gpt_pipeline_sources"
 
 
@@ -56,7 +56,7 @@ def _name() -> str:
 @flow(
     name="gpt-pipeline",
     flow_run_name=_name,
-    task_runner=ThreadPoolTaskRunner(max_workers=64),  # most wait: `jobs` says how many work
+    task_runner=ThreadPoolTaskRunner(max_workers=64),  # most wait; `jobs` limits how many run
 )  # type: ignore[untyped-decorator]
 def gpt_pipeline_on_agent(
     targets: list[str] | None = None,
@@ -66,15 +66,15 @@ def gpt_pipeline_on_agent(
     jobs: int = 3,
     commit: str = "",
 ) -> State[Any]:
-    """Bring the pipeline up to date at a commit, and share what it made.
+    """Bring the pipeline up to date at a commit, and push its outputs to the DVC remote.
 
     Args:
-        targets: names of stages; none is every stage but the optional ones.
-        preset: a file of `presets/` that takes the place of `params.yaml`.
-        overrides: parameter (`pretrain.train.steps`) -> value, on top of it.
-        force: run the stages even where nothing changed.
-        jobs: so many stages run at the same time.
-        commit: which one (a branch, a tag, a hash); by default the newest of the agent's branch.
+        targets: names of stages; if empty, every stage except the optional ones.
+        preset: a file of `presets/` that replaces `params.yaml`.
+        overrides: parameter (`pretrain.train.steps`) -> value; applied after the preset.
+        force: run the stages even if nothing changed.
+        jobs: how many stages run at the same time.
+        commit: a branch, a tag or a hash; by default the newest commit of the agent's branch.
     """
     root = find_root(Path.cwd())
     processes = Processes()
@@ -86,7 +86,7 @@ def gpt_pipeline_on_agent(
         get_run_logger().error("%s", error)
         return failed_state(error)
     worker = int(os.environ.get(WORKER_VARIABLE) or 0)
-    if worker:  # without it nobody could cancel the flow run or would learn of its end
+    if worker:  # without its worker the flow run could not be cancelled, nor its end be reported
         watch_parent(worker, lambda: processes.stop(signal.SIGTERM))
     with processes.stopped_by_signals():
         state = _share(root, processes, "dvc pull", "dvc", "pull", "--run-cache", "--allow-missing")
@@ -104,7 +104,7 @@ def gpt_pipeline_on_agent(
 
 
 def _with_sound_outputs(root: Path) -> Dag:
-    """The DAG, once what was pulled is compared with `dvc.lock`: DVC believes its remote."""
+    """Compare pulled outputs with `dvc.lock`, as DVC trusts its remote, then return the DAG."""
     dag = Dag(root)
     in_place = [name for name, changes in dag.changes().items() if not changes]
     if damaged := mend(dag, in_place).damaged:
@@ -115,11 +115,11 @@ def _with_sound_outputs(root: Path) -> Dag:
 def set_params(
     root: Path, targets: list[str], preset: str | None, overrides: dict[str, Any]
 ) -> None:
-    """Put the run's parameters in place of the commit's.
+    """Replace the commit's parameters by those of the run.
 
     Raises:
-        InputError: there is no such stage, preset or parameter, or a value is impossible: as
-            `params.yaml` would be told.
+        InputError: there is no such stage, preset or parameter, or a value is invalid; the message
+            is the one for `params.yaml`.
     """
     check_stages(targets)
     file = root / PARAMS_FILE if preset is None else preset_file(root, preset)
@@ -139,7 +139,7 @@ def set_params(
 
 
 def _share(root: Path, processes: Processes, name: str, *arguments: str) -> State[Any]:
-    """A command with DVC's remote, in a task of its own; tried again while it fails."""
+    """Run a DVC command that uses the remote, as a separate task with retries."""
     if not has_remote(root):
         line = "no DVC remote is set (`dvc remote add -d NAME PLACE`): nothing to share"
         get_run_logger().info(line)
@@ -161,7 +161,7 @@ def _share(root: Path, processes: Processes, name: str, *arguments: str) -> Stat
     state: State[Any] = task_of(
         name,
         share,
-        retries=min(params.retries, 50),  # Prefect takes no more delays
+        retries=min(params.retries, 50),  # Prefect's limit for the number of delays
         retry_delay_seconds=exponential_backoff(params.wait),
         retry_condition_fn=lambda *_: not processes.stopped_by,
     )(return_state=True)
@@ -169,7 +169,7 @@ def _share(root: Path, processes: Processes, name: str, *arguments: str) -> Stat
 
 
 def _report(root: Path) -> None:
-    """The page of the run, which MLflow keeps; a failed rendering is no failed run."""
+    """Write the report, which MLflow keeps; if that fails, the flow run does not fail."""
     from pipeline.report.terminal import print_report
 
     try:
@@ -179,14 +179,14 @@ def _report(root: Path) -> None:
 
 
 def _hand_back() -> None:
-    """Let the next worker take the flow run up, and end without reporting another state."""
+    """Reschedule the flow run for the next worker, and exit without reporting another state."""
     with get_client(sync_client=True) as client:
         client.set_flow_run_state(
             flow_run.id,
             AwaitingRetry(message="the worker was gone; the next one goes on from the kept state"),
             force=True,
         )
-    # another agent may have it now: it is not lost here
+    # another agent may already run it, so this one must not treat it as lost
     run_note(Path(os.environ[AGENT_VARIABLE]), str(flow_run.id)).unlink(missing_ok=True)
     os._exit(0)
 
@@ -196,13 +196,13 @@ def _hand_back() -> None:
 
 @flow(name="gpt-pipeline watch", flow_run_name="look for new data")  # type: ignore[untyped-decorator]
 def watch_sources(commit: str = "") -> State[Any]:
-    """Emit an event if the sources have changed since the last time.
+    """Emit an event if the sources have changed since the last check.
 
-    These are the folder `download.local` at the commit, `download.mirror` where it is a folder, and
-    the sources in `params.yaml`. What an address gives is pinned by its sha256.
+    The sources are the folder `download.local` at the commit, `download.mirror` if it is a folder,
+    and the sources listed in `params.yaml`. Content behind a URL is pinned by its sha256.
 
     Args:
-        commit: which one; by default the newest of the agent's branch.
+        commit: the commit to check; by default the newest of the agent's branch.
     """
     root = find_root(Path.cwd())
     try:
@@ -221,8 +221,8 @@ def watch_sources(commit: str = "") -> State[Any]:
             },
             payload={"before": before, "now": now},
         )
-        time.sleep(1)  # events are sent by a thread of their own
-    Variable.set(_SOURCES, now, overwrite=True)  # at the end: told twice is better than never
+        time.sleep(1)  # events are sent by a background thread
+    Variable.set(_SOURCES, now, overwrite=True)  # last: a repeated event is better than a lost one
     return Completed(message="there is new data" if before else "seen for the first time")
 
 
@@ -230,7 +230,7 @@ def fingerprint(root: Path) -> str:
     """A digest of the sources.
 
     Raises:
-        InputError: `params.yaml` is bad, or a folder that it names is missing.
+        InputError: `params.yaml` is invalid, or a folder that it names is missing.
     """
     params = load_params(root / PARAMS_FILE).download
     parts = [repr(params)]
@@ -241,7 +241,7 @@ def fingerprint(root: Path) -> str:
             raise InputError(f"{place}: no such folder, and download names it; correct params.yaml")
         if place.is_relative_to(root):
             parts.append(dvc_md5(place))
-        else:  # perhaps large, and not ours: by what the system knows of it
+        else:  # a mirror may be large: file metadata only, no hashing
             stats = [(path, path.stat()) for path in sorted(place.rglob("*")) if path.is_file()]
             parts += [f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -1,8 +1,8 @@
-"""The Prefect flow: each stage its own task, run through DVC, side by side where they can be.
+"""The Prefect flow: one task per stage, run through DVC, in parallel where possible.
 
 DVC decides what is out of date (`pipeline.dag.graph`) and runs it (`dvc repro --single-item`), so
-that `dvc.lock` ends as after `dvc repro`. A stage that DVC says is unchanged ends in the state
-`Cached`; so does one whose outputs were restored from DVC's run cache with nothing executed.
+`dvc.lock` ends up as after `dvc repro`. A stage that is up to date ends in the state `Cached`, and
+so does one whose outputs were restored from DVC's run cache without executing its command.
 
 Import this module only when `pipeline.flow.prefect_api.environment` is in place: Prefect reads its
 settings when it is imported.
@@ -58,17 +58,17 @@ from pipeline.tracking.run_notes import made_by
 from pipeline.tracking.sender import ready_for_promotion
 
 _PASSING = ("network", "killed", "busy")
-"""The kinds of failure that another try may mend."""
+"""The kinds of failure after which a retry may succeed."""
 
 READ: ContextVar[Dag | None] = ContextVar("READ", default=None)
-"""The DAG, where the caller of `gpt_pipeline` has read it: Prefect would record an argument."""
+"""The DAG if the caller of `gpt_pipeline` has read it; Prefect would record an argument."""
 
 _LEVELS: dict[Level, int] = {"warning": logging.WARNING, "error": logging.ERROR}
 
 
 @dataclass(slots=True)
 class _FlowContext:
-    """What the tasks of one flow run share."""
+    """State shared by the tasks of one flow run."""
 
     dag: Dag
     force: bool
@@ -78,27 +78,27 @@ class _FlowContext:
     display: Display
     changes: dict[str, list[Reason]]
     touched: set[str] = field(default_factory=set)
-    """Stages that ran or were restored, so that their outputs may have changed."""
+    """Stages that ran or were restored; their outputs may have changed."""
 
     def reasons(self, stage: Stage) -> list[Reason]:
-        """Why the stage must run now, after its upstream."""
+        """Why the stage must run, now that its upstream stages have ended."""
         if self.touched.isdisjoint(stage.upstream):
             return self.changes[stage.name]
         return self.dag.changes([stage.name])[stage.name]
 
     def tell(self, name: str, text: str, level: Level = "info") -> None:
-        """A line on the terminal and in Prefect's log."""
+        """Write a line to the terminal and to Prefect's log."""
         get_run_logger().log(_LEVELS.get(level, logging.INFO), "%s", safe(text))
         self.display.line(name, text, level)
 
     def failed(self, name: str, error: Exception) -> State[Any]:
-        """The state of what failed, once its line is told."""
+        """Report a failure in one line; return the failed state."""
         self.tell(name, str(error), "error")
         return failed_state(error)
 
 
 def failed_state(error: Exception) -> State[Any]:
-    """The state of a flow run or a task run that failed; `exit_code` finds its code."""
+    """The failed state of a flow run or a task run; `exit_code` reads the exit code from it."""
     if not isinstance(error, StageError):
         error = StageError(str(error), 2 if isinstance(error, InputError) else 1)
     return Failed(message=str(error), data=error)
@@ -112,17 +112,17 @@ def _flow_run_name() -> str:
 @flow(
     name="gpt-pipeline",
     flow_run_name=_flow_run_name,
-    task_runner=ThreadPoolTaskRunner(max_workers=64),  # most wait: `jobs` says how many work
+    task_runner=ThreadPoolTaskRunner(max_workers=64),  # most wait; `jobs` limits how many run
     validate_parameters=False,
 )  # type: ignore[untyped-decorator]
 def gpt_pipeline(targets: Sequence[str] = (), force: bool = False, jobs: int = 3) -> State[Any]:
-    """Bring the targets (by default every stage but the optional ones) and all that they depend on
+    """Bring the targets (by default all stages except the optional ones) and all their dependencies
     up to date.
 
     Args:
         targets: names of stages.
-        force: run the stages even where nothing changed.
-        jobs: so many stages run at the same time.
+        force: run the stages even if nothing changed.
+        jobs: how many stages run at the same time.
 
     Returns:
         A completed, failed or cancelled state; `exit_code` tells them apart.
@@ -141,15 +141,15 @@ def run_stages(
     *,
     dag: Dag | None = None,
 ) -> State[Any]:
-    """`gpt_pipeline` within a flow: a task a stage, and one for the promotion.
+    """`gpt_pipeline` inside a running flow: one task per stage, and one for the promotion.
 
     Args:
         root: the project.
         targets: names of stages.
-        force: run the stages even where nothing changed.
-        jobs: so many stages run at the same time.
-        processes: stops the stages, from another thread too.
-        dag: of the project, if it has been read.
+        force: run the stages even if nothing changed.
+        jobs: how many stages run at the same time.
+        processes: stops the stages; may be used from another thread.
+        dag: the project's DAG, if it has been read.
     """
     dag = dag or Dag(root)
     began = time.monotonic()
@@ -183,7 +183,7 @@ def run_stages(
 
 
 def exit_code(state: State[Any]) -> int:
-    """0; that of the stage which failed first; 130 after Ctrl-C, 143 after SIGTERM; else 1."""
+    """0 for success, 130 after Ctrl-C, 143 after SIGTERM, the first failed stage's code, or 1."""
     if state.is_completed():
         return 0
     error = state.result(raise_on_failure=False)
@@ -216,13 +216,13 @@ def _verdict(run: _FlowContext, states: dict[str, State[Any]], began: float) -> 
 
 
 def _promotion(run: _FlowContext, evaluated: State[Any]) -> State[Any] | None:
-    """Compare what was evaluated with the champions, in a task of its own; None where there is
+    """Compare the evaluated models with the champions, as a separate task; None if there is
     nothing to compare."""
     from pipeline.verdict.promotion import is_decided, promote_the_better
 
     file = run.dag.root / PARAMS_FILE
     try:
-        # one section alone: to load the whole file imports every stage, mostly for nothing
+        # only this section: loading the whole file would import the modules of all stages
         rule = load_section(file, "promotion") or PromotionParams()
         if evaluated.name == "Cached" and is_decided(run.dag.root, rule):
             return None
@@ -249,7 +249,7 @@ def _promotion(run: _FlowContext, evaluated: State[Any]) -> State[Any] | None:
 
 
 def task_of(name: str, function: Callable[..., State[Any]], **options: Any) -> Any:
-    """A Prefect task; it and its run have that name, and DVC, not Prefect, decides on caching."""
+    """A Prefect task whose run has the same name; caching is left to DVC."""
     return task(name=name, task_run_name=name, cache_policy=NO_CACHE, **options)(function)
 
 
@@ -264,7 +264,7 @@ def _bring_up_to_date(run: _FlowContext, stage: Stage) -> State[Any]:
         run.tell(name, "cached", "quiet")
         return _cached(run, stage, "nothing changed")
     if missing := run.dag.missing_params(name):
-        # DVC would say so too, but remove the outputs first
+        # DVC would report this too, but only after removing the outputs
         line = f"params.yaml: {missing[0]}: missing, and {name} needs it; add the section"
         return run.failed(name, InputError(line))
     if run.processes.stopped_by:
@@ -301,11 +301,11 @@ def _cached(run: _FlowContext, stage: Stage, message: str) -> State[Any]:
 
 
 def _renew_data_report(root: Path, name: str) -> None:
-    """The data report that a stage would have written: restored data came without a process."""
+    """Rewrite the data report after a restore: the stage that writes it did not run."""
     if name in STAGES and STAGES[name].makes_data:
         from pipeline.data.report import write_report
 
-        with contextlib.suppress(InputError):  # a rendering is no reason to fail
+        with contextlib.suppress(InputError):  # a failed report must not fail the run
             write_report(root)
 
 
@@ -313,14 +313,14 @@ def _renew_data_report(root: Path, name: str) -> None:
 
 
 def _execute(run: _FlowContext, stage: Stage, why: str) -> bool:
-    """Run a stage through DVC, again after a failure that may be temporary; whether its command
-    was executed.
+    """Run a stage through DVC, with retries after failures that may be temporary; return whether
+    its command was executed.
 
-    The waits are our own: those of Prefect's `retries` would hold up Ctrl-C.
+    Prefect's `retries` are not used: their delays would block Ctrl-C.
 
     Raises:
-        StageError: it failed.
-        StoppedWaitingError: the flow was stopped before it began.
+        StageError: the stage failed.
+        StoppedWaitingError: the flow was stopped before the stage started.
     """
     name, root = stage.name, run.dag.root
     spec = STAGES.get(name)
@@ -347,7 +347,7 @@ def _execute(run: _FlowContext, stage: Stage, why: str) -> bool:
 
 
 def _failure_of(run: _FlowContext, stage: Stage, done: Ended, made: bool) -> StageError:
-    """Why a stage failed; of one that ended well, why DVC could not keep its outputs."""
+    """Why a stage failed or, if its command succeeded, why DVC could not cache its outputs."""
     name, root = stage.name, run.dag.root
     if done.timed_out:
         return StageError(
@@ -366,7 +366,7 @@ def _failure_of(run: _FlowContext, stage: Stage, done: Ended, made: bool) -> Sta
     reason = str(failed).removeprefix(f"failed to reproduce '{name}': ")
     reason = reason.removeprefix("unexpected error - ")
     remedy = "see that it can be written"
-    with contextlib.suppress(OSError):  # a cache that is not there has no room either
+    with contextlib.suppress(OSError):  # the cache may not exist
         free, needed = shutil.disk_usage(root / run.dag.cache).free, sum(map(size_of, outputs))
         if free < needed:
             remedy = "make room there"
@@ -379,7 +379,7 @@ def _failure_of(run: _FlowContext, stage: Stage, done: Ended, made: bool) -> Sta
 
 
 def _repro(run: _FlowContext, stage: Stage, environment: Mapping[str, str], made: bool) -> Ended:
-    """`dvc repro` of one stage, shown on the terminal and in Prefect's log."""
+    """Run `dvc repro` for one stage; its output goes to the terminal and to Prefect's log."""
     logger, name = get_run_logger(), stage.name
     in_log = PlainDisplay(lambda _, text, level: logger.log(_LEVELS.get(level, logging.INFO), text))
 
@@ -389,7 +389,7 @@ def _repro(run: _FlowContext, stage: Stage, environment: Mapping[str, str], made
 
     def say(text: str, executed: bool) -> None:
         logger.info("%s", safe(text))
-        if executed and not text.startswith(("error: ", "ERROR: ")):  # told at the end
+        if executed and not text.startswith(("error: ", "ERROR: ")):  # reported at the end
             run.display.line(name, text, "quiet")
 
     minutes = run.params.time_limits.get(name)
@@ -410,7 +410,7 @@ def _repro(run: _FlowContext, stage: Stage, environment: Mapping[str, str], made
 
 
 def _publish(run: _FlowContext, stage: Stage, headline: str) -> None:
-    """A short page in Prefect: what happened, the metrics, a link to the MLflow run."""
+    """Create a short Prefect artifact: the outcome, the metrics, a link to the MLflow run."""
     lines = [f"# {escaped(stage.name)}", "", escaped(headline), ""]
     for path in stage.metrics:
         metrics = flatten_metrics(json.loads((run.dag.root / path).read_text(encoding="utf-8")))

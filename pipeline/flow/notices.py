@@ -1,5 +1,5 @@
-"""Failure notices through Prefect's own notifications: a flow run that failed or was lost is told
-to a block of the server (Slack, e-mail, a webhook, …).
+"""Failure notices: Prefect's automations send a message through a notification block (Slack,
+e-mail, a webhook, …) when a flow run fails or is lost.
 
 Import this module only when `pipeline.flow.prefect_api.environment` is in place: Prefect reads its
 settings when it is imported.
@@ -18,15 +18,15 @@ _BODY = "{{ flow_run.state.message }}\n{{ flow_run|ui_url }}"
 
 
 def notify(block: str) -> bool:
-    """Let a notification block hear of every flow run of the pipeline that fails or crashes.
+    """Send a notification through a block whenever a flow run of the pipeline fails or crashes.
 
-    Called again with another block, that one hears of it instead.
+    A later call with another block replaces the first one.
 
     Args:
-        block: `TYPE/NAME` of a block that the server has, as `slack-webhook/ops`.
+        block: `TYPE/NAME` of a block on the server, for example `slack-webhook/ops`.
 
     Returns:
-        Whether this is new; else what was there was changed.
+        Whether the automation was created; otherwise an existing one was changed.
 
     Raises:
         InputError: there is no such block.

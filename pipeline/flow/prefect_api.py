@@ -1,12 +1,12 @@
 """Prefect's server as this project starts it: on loopback, quiet, closed to other web pages.
 
-It ends with the process that started it. Prefect can start such a server itself, but only once it
-is imported, in the same process group (so that Ctrl-C ends it before the run could be recorded),
-and it outlives a killed starter.
+The server ends with the process that started it. Prefect can start such a server itself, but only
+after it is imported and in the same process group, so that Ctrl-C ends it before the run is
+recorded; and that server keeps running when its parent is killed.
 
-Prefect's own server answers pages of any origin, and whoever may create a deployment may run
-commands on an agent. Here a browser's request is answered only under a name of this machine and
-from the server's own pages.
+Prefect's own server accepts requests from pages of any origin, and anyone who can create a
+deployment can run commands on an agent. Here a browser's request is accepted only if it names this
+machine as its host and comes from the server's own pages.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
 HOSTS_VARIABLE = "GPT_PIPELINE_ALLOWED_HOSTS"
-"""Names, comma-separated, under which our Prefect server may be reached beside this machine's."""
+"""Further host names, comma-separated, under which our Prefect server may be reached."""
 HOST = "127.0.0.1"
 _START_SECONDS = 180.0
-"""The first start creates the database, which takes a slow machine a while."""
+"""The first start creates the database, which is slow on a slow machine."""
 _PATIENCE_SECONDS = 10.0
-"""After this a line says what is waited for."""
+"""After this delay a line says what the command is waiting for."""
 _STOP_SECONDS = 15.0
 _FLOW_RUN = "flow-run.json"
 
@@ -57,24 +57,24 @@ _DATABASE_VARIABLES = (
     "PREFECT_API_DATABASE_CONNECTION_URL",
 )
 _ERROR = re.compile(r"[\w.]*(?:Error|Exception)[\w.]*: (.+)")
-"""The line of a traceback that says what happened."""
+"""The line of a traceback that holds the error."""
 _DAMAGED = re.compile(r"not a database|malformed")
-"""What SQLite says of a file that is damaged."""
+"""SQLite's error messages for a damaged file."""
 
 
 def environment(root: Path) -> dict[str, str]:
-    """Variables under which Prefect, DVC and MLflow keep to the project and to this machine.
+    """Environment variables that keep Prefect, DVC and MLflow inside the project and this machine.
 
-    What the user set stays.
+    Variables that the user has set are kept.
     """
     defaults = {
         "PREFECT_HOME": str(shared_folder(root) / ".prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        # in memory, Prefect's default, a restart of the server forgets who holds a limit's places
+        # Prefect's default, in memory, loses the holders of concurrency slots on a server restart
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": (
             "prefect.server.concurrency.lease_storage.filesystem"
         ),
-        # The terminal shows the stages; all that Prefect logs is in its API and its pages.
+        # The terminal shows the stages; Prefect's logs are available in its API and pages.
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
         "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
         "DVC_NO_ANALYTICS": "true",
@@ -85,7 +85,7 @@ def environment(root: Path) -> dict[str, str]:
 
 
 def answers(api: str, timeout: float = 1.0) -> bool:
-    """Whether a Prefect API is up at this address."""
+    """Whether a Prefect API answers at this address."""
     try:
         with urllib.request.urlopen(f"{api}/health", timeout=timeout) as response:
             return bool(response.status == 200)
@@ -94,7 +94,7 @@ def answers(api: str, timeout: float = 1.0) -> bool:
 
 
 def running_api(root: Path) -> str | None:
-    """The API to use if there is one already: `PREFECT_API_URL`, else the one of `make ui`."""
+    """The address of a running API: `PREFECT_API_URL`, or that of `make ui`, if there is one."""
     if url := os.environ.get("PREFECT_API_URL"):
         return url
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -106,10 +106,10 @@ def running_api(root: Path) -> str | None:
 
 @contextlib.contextmanager
 def prefect_told() -> Iterator[None]:
-    """Within the block, a Prefect that cannot be reached or refuses is told in one line.
+    """Within the block, failures to reach Prefect and refusals by it become one-line errors.
 
     Raises:
-        InputError: the environment names a proxy that no request can be sent through.
+        InputError: the environment names a proxy that cannot be used.
         RunError: Prefect cannot be reached or refuses.
     """
     import httpx
@@ -124,7 +124,7 @@ def prefect_told() -> Iterator[None]:
     try:
         yield
     except (httpx.HTTPError, RuntimeError) as error:
-        # Prefect's own words before a flow run; RunError is no RuntimeError
+        # Prefect raises RuntimeError before a flow run; RunError is not a RuntimeError
         if isinstance(error, RuntimeError) and not str(error).startswith("Failed to reach API"):
             raise
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
@@ -135,14 +135,14 @@ def prefect_told() -> Iterator[None]:
 
 
 class Server:
-    """A server in a process group of its own, so that Ctrl-C reaches it only through its starter.
+    """A server in a separate process group, so that Ctrl-C does not reach it directly.
 
     Args:
-        name: of the server, for errors.
-        url: answers under `/health` once it has started.
+        name: the server's name in error messages.
+        url: its base address; `/health` below it answers once the server has started.
         command: a module and its arguments.
-        log: the file that its output goes to.
-        settings: variables for its process beside this process's own.
+        log: the file for its output.
+        settings: environment variables added to those of this process.
         pass_fds: file descriptors that it inherits.
     """
 
@@ -161,17 +161,17 @@ class Server:
                 [sys.executable, "-P", "-m", *command],
                 pass_fds=pass_fds,
                 env={**os.environ, **settings},
-                stdin=subprocess.PIPE,  # its end tells Prefect's server that its starter is gone
+                stdin=subprocess.PIPE,  # when it closes, Prefect's server stops
                 stdout=file,
                 stderr=file,
                 start_new_session=True,
             )
 
     def wait(self) -> None:
-        """Return when the server answers.
+        """Wait until the server answers.
 
         Raises:
-            RunError: it ended, or does not answer in time.
+            RunError: the server ended, or did not answer in time.
         """
         began, told = time.monotonic(), False
         while not answers(self.url):
@@ -185,11 +185,11 @@ class Server:
             time.sleep(0.05)
 
     def fault(self) -> str:
-        """Why it did not start."""
+        """Why the server did not start."""
         return f"{self.name} did not start; {self.log} says why"
 
     def stop(self) -> None:
-        """Ask the whole group to end; kill it if it does not."""
+        """Terminate the process group; kill it if it does not end in time."""
         for number in (signal.SIGTERM, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, number)
@@ -199,22 +199,22 @@ class Server:
 
 
 class LocalServer(Server):
-    """A Prefect API in a process of its own; starts at once, `wait` until it answers.
+    """A Prefect API in a separate process, started by the constructor; `wait` until it answers.
 
-    As a context manager it answers within the block, and ends with it.
+    As a context manager it answers inside the block and is stopped at the end.
 
     Args:
         root: the project.
-        port: on loopback; 0 takes a free one.
-        pages: with Prefect's pages and all its services.
+        port: the port on loopback; 0 for a free one.
+        pages: also serve Prefect's pages and run all its services.
     """
 
     def __init__(self, root: Path, port: int = 0, *, pages: bool = False) -> None:
         settings = environment(root)
         log = Path(settings["PREFECT_HOME"]).expanduser() / "server.log"
         if pages:
-            settings["PREFECT_UI_API_URL"] = "/api"  # under whatever name the pages are opened
-        else:  # blocks are made on the pages alone
+            settings["PREFECT_UI_API_URL"] = "/api"  # relative: works under every host name
+        else:  # blocks are created only on the pages
             settings["PREFECT_SERVER_REGISTER_BLOCKS_ON_START"] = "false"
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
@@ -224,7 +224,7 @@ class LocalServer(Server):
                 f"PREFECT_HOME {log.parent}: cannot be written ({error.strerror}); make it "
                 "writable, make room there, or set PREFECT_HOME to another folder"
             ) from None
-        # the socket is handed on: a port that is only looked up may be another's by then
+        # pass the bound socket: a port that was only looked up could be taken in the meantime
         with socket.create_server((HOST, port)) as listener:
             handle, mode = listener.fileno(), "pages" if pages else "api"
             super().__init__(
@@ -237,7 +237,7 @@ class LocalServer(Server):
             )
 
     def fault(self) -> str:
-        """Why the server did not start, as far as its log tells, and what to do."""
+        """Why the server did not start, according to its log, and what to do about it."""
         folder = self.log.parent
         said = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
         errors = [match[1] for line in said if (match := _ERROR.match(line))]
@@ -252,14 +252,14 @@ class LocalServer(Server):
         )
 
     def __enter__(self) -> Self:
-        self.wait()  # which ends what does not start
+        self.wait()  # stops the server if it does not start
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()
 
     def stop(self) -> None:
-        """End the server; what it was told before is written by then."""
+        """Stop the server after it has written everything that it received."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         try:
@@ -269,17 +269,17 @@ class LocalServer(Server):
 
 
 def use_api(root: Path) -> LocalServer | None:
-    """Let this process's Prefect, not yet imported, use the API that runs, else one of its own.
+    """Make this process's Prefect, not yet imported, use the running API, or start one.
 
     Returns:
-        The server that was started and may be waited for; it ends with this process. None where
-        there was one.
+        The server if one was started; the caller may `wait` for it, and it ends with this process.
+        None if an API was running already.
     """
     os.environ.update(environment(root))
     server = None
     if (url := running_api(root)) is None:
         server = LocalServer(root)
-        # Registered before Prefect is imported, so that it ends after Prefect sent its last word.
+        # Registered before Prefect is imported, so that it runs after Prefect's exit handlers.
         atexit.register(server.stop)
         url = server.url
     os.environ["PREFECT_API_URL"] = url
@@ -290,28 +290,28 @@ def use_api(root: Path) -> LocalServer | None:
 
 
 def note_flow_run(root: Path, run_id: str, api: str) -> None:
-    """Note a flow run that lasts as long as this process, and settle earlier ones.
+    """Write a note of this process's flow run, and settle those of killed processes.
 
-    The note is in a scratch folder of the process. If the process is killed, the server that it had
-    started, or the next run, ends the flow run in Prefect.
+    The note lies in a scratch folder of the process. If the process is killed, the server that it
+    started, or otherwise the next run, marks the flow run as crashed in Prefect.
 
     Args:
         root: the project.
-        run_id: Prefect's.
-        api: the address of its API.
+        run_id: Prefect's id of the flow run.
+        api: the address of Prefect's API.
     """
     settle(root, api)
     held = contextlib.ExitStack()
-    with contextlib.suppress(OSError):  # it serves only a run that is killed
+    with contextlib.suppress(OSError):  # the note matters only if the run is killed
         folder = held.enter_context(scratch(root))
         write_json(folder / _FLOW_RUN, {"id": run_id, "api": api})
-    atexit.register(held.close)  # not sooner: Prefect learns the final state after all is done
+    atexit.register(held.close)  # at exit: Prefect receives the final state last
 
 
 def settle(root: Path, api: str) -> None:
-    """End the flow runs of killed processes in Prefect, and remove what the processes left.
+    """Mark the flow runs of killed processes as crashed, and remove their scratch folders.
 
-    What Prefect cannot be told now is left for the next time.
+    If Prefect does not accept a state now, its folder is kept for the next attempt.
 
     Args:
         root: the project.
@@ -320,17 +320,17 @@ def settle(root: Path, api: str) -> None:
     for folder in abandoned(root):
         try:
             note = json.loads((folder / _FLOW_RUN).read_text(encoding="utf-8"))
-            # the project's own server has another port each time
+            # the project's own server has a different port each time
             same = urlsplit(note["api"]).hostname == urlsplit(api).hostname
             settled = same and _crash(note["id"], api)
-        except (OSError, ValueError, KeyError, TypeError):  # no flow run's
+        except (OSError, ValueError, KeyError, TypeError):  # not the note of a flow run
             settled = True
         if settled:
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def _crash(run_id: str, api: str) -> bool:
-    """Let a flow run and its tasks that have no final state crash; whether Prefect took it."""
+    """Mark a flow run and its unfinished tasks as crashed; whether Prefect accepted that."""
     import httpx
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter
@@ -344,7 +344,7 @@ def _crash(run_id: str, api: str) -> bool:
         temporary_settings({PREFECT_API_URL: api}),
         get_client(sync_client=True) as client,
     ):
-        with contextlib.suppress(ObjectNotFound):  # its history was removed
+        with contextlib.suppress(ObjectNotFound):  # the flow run was deleted
             flow_run = client.read_flow_run(uuid.UUID(run_id))
             if flow_run.state and flow_run.state.is_final():
                 return True
@@ -361,10 +361,10 @@ def _crash(run_id: str, api: str) -> bool:
 
 
 def named_hosts() -> list[str]:
-    """Names beside this machine's under which our Prefect server may be reached.
+    """Further host names under which our Prefect server may be reached.
 
     Raises:
-        InputError: the variable holds something else, as a wildcard or an address with a scheme.
+        InputError: the variable holds something else, such as a wildcard or a URL with a scheme.
     """
     names = os.environ.get(HOSTS_VARIABLE, "").replace(",", " ").split()
     for name in names:
@@ -377,16 +377,16 @@ def named_hosts() -> list[str]:
 
 
 def guarded(app: ASGIApp, hosts: Collection[str], origins: Collection[str]) -> ASGIApp:
-    """The app under a name of this machine alone, whatever DNS says, and for its own pages alone.
+    """Restrict an app to this machine's host names (against DNS rebinding) and to its own pages.
 
-    Requests from pages of other origins are refused, with a preflight or without, websockets too. A
-    browser sends the page's origin; that of the server's own pages is the request's `Host`.
-    Programs send none.
+    Requests from pages of other origins are refused, with or without a preflight, websockets
+    included. A browser sends the page's origin; that of the server's own pages equals the request's
+    `Host`. Programs send no origin.
 
     Args:
-        app: to be guarded.
-        hosts: other names that it may have.
-        origins: of other pages that may send it requests, as `https://prefect.example`.
+        app: the app to guard.
+        hosts: further host names that are allowed.
+        origins: further origins that are allowed, for example `https://prefect.example`.
     """
     from starlette.datastructures import Headers
     from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -413,12 +413,12 @@ def guarded(app: ASGIApp, hosts: Collection[str], origins: Collection[str]) -> A
 
 
 def serve(listener: socket.socket, root: Path, *, pages: bool = False) -> None:
-    """Serve Prefect's API on a bound socket until standard input ends, or until SIGTERM.
+    """Serve Prefect's API on a bound socket until standard input is closed, or until SIGTERM.
 
     Args:
-        listener: on loopback.
+        listener: a socket bound to loopback.
         root: the project; at the end the flow runs of its killed processes are marked as crashed.
-        pages: with Prefect's pages and all its services.
+        pages: also serve Prefect's pages and run all its services.
     """
     collect_seldom()
     import uvicorn
@@ -433,16 +433,16 @@ def serve(listener: socket.socket, root: Path, *, pages: bool = False) -> None:
             lifespan="on",
             timeout_graceful_shutdown=5,
             headers=[
-                # no other page may show this one in a frame (clickjacking)
+                # other pages must not embed this one in a frame (clickjacking)
                 ("X-Frame-Options", "SAMEORIGIN"),
-                # nor may this one contact another server: Prefect's vendor, for settings
+                # nor may it contact other servers, as it does to load settings from its vendor
                 ("Content-Security-Policy", "connect-src 'self'"),
             ],
         )
     )
 
     def watch() -> None:
-        while os.read(0, 1024):  # not through sys.stdin, whose lock would outlive this thread
+        while os.read(0, 1024):  # not sys.stdin: its lock would still be held at exit
             pass
         try:
             settle(root, f"http://{HOST}:{listener.getsockname()[1]}/api")

@@ -1,7 +1,7 @@
-"""What stages that run in parallel share: places, cores, cards, and the slots of an agent.
+"""The resources that parallel stages share: job slots, CPU cores, GPUs, an agent's slots.
 
-No output depends on how they are shared: a stage has the threads that its parameters say, and waits
-until they are free. A card serves one stage at a time, on the whole machine.
+No output depends on how they are shared: a stage always gets the number of threads that its
+parameters set, and waits until they are free. A GPU serves one stage at a time, machine-wide.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from gpt.base.errors import InputError
 from pipeline.project.params import PARAMS_FILE, read_params
 
 SLOTS_VARIABLE = "GPT_PIPELINE_SLOT_COUNT"
-"""How many stages may work on an accelerator at the same time on an agent's machine."""
+"""How many stages may use an accelerator at the same time on an agent's machine."""
 
 _LOOK_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What a stage needs to run.
+    """The resources that a stage needs.
 
     Attributes:
-        threads: CPU threads that work all the time.
-        devices: accelerators; 0 for a stage that uses none, None for all there are.
+        threads: the number of CPU threads, all assumed busy.
+        devices: the number of accelerators; 0 for none, None for all of them.
     """
 
     threads: int = 1
@@ -43,12 +43,12 @@ class Need:
 
 
 def needs(root: Path, name: str, accelerated: bool) -> Need:
-    """What a stage needs by its section of `params.yaml`, as far as that can be read.
+    """The resources that a stage needs, from its section of `params.yaml` if that is readable.
 
     Args:
         root: the project.
-        name: the stage's.
-        accelerated: whether it works on an accelerator where there is one.
+        name: the stage's name.
+        accelerated: whether it uses an accelerator if there is one.
     """
     if not accelerated:
         return Need()
@@ -65,15 +65,15 @@ def needs(root: Path, name: str, accelerated: bool) -> Need:
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """The number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cards() -> list[str]:
-    """The NVIDIA cards that stages may use, as `CUDA_VISIBLE_DEVICES` names them."""
+    """The NVIDIA GPUs that stages may use, named as in `CUDA_VISIBLE_DEVICES`."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
-        # as CUDA does: at -1, the usual word for none, the list ends
+        # like CUDA: the list ends at -1, which usually stands for none
         listed = (each.strip() for each in named.split(","))
         return [each for each in itertools.takewhile(lambda each: each != "-1", listed) if each]
     if shutil.which("nvidia-smi") is None:
@@ -83,15 +83,15 @@ def cards() -> list[str]:
 
 
 class StoppedWaitingError(Exception):
-    """The flow was stopped while a stage waited for what it needs."""
+    """The flow was stopped while a stage waited for resources."""
 
 
 class Resources:
-    """Gives out what a machine has to the stages of one flow run.
+    """Allocates a machine's resources to the stages of one flow run.
 
     Args:
-        jobs: so many stages run at the same time.
-        stopping: set when no stage is to begin any more.
+        jobs: how many stages run at the same time.
+        stopping: set when no further stage may start.
     """
 
     def __init__(self, jobs: int, stopping: threading.Event) -> None:
@@ -99,24 +99,24 @@ class Resources:
         self._changed = threading.Condition()
         self._places, self._cores = jobs, cores()
         self._working: list[int] = []
-        """Threads of each running stage."""
+        """The number of threads of each running stage."""
         self._cards = cards()
         slots = int(os.environ.get(SLOTS_VARIABLE) or 0)
         self._slots = self._cards[: slots or None] or [f"slot-{i}" for i in range(slots)]
 
     @contextlib.contextmanager
     def held(self, need: Need, say: Callable[[str], None]) -> Iterator[dict[str, str]]:
-        """Within the block the stage has what it needs.
+        """Hold the resources of a stage within the block.
 
         Args:
-            need: of the stage.
-            say: told what it waits for, if it has to.
+            need: the resources of the stage.
+            say: called with the reason if the stage has to wait.
 
         Yields:
-            Variables for its process.
+            Environment variables for the stage's process.
 
         Raises:
-            StoppedWaitingError: the flow is stopped meanwhile.
+            StoppedWaitingError: the flow was stopped in the meantime.
         """
         with self._some_slots(need, say) as environment, self._place(need.threads):
             yield environment
@@ -137,8 +137,8 @@ class Resources:
                 self._changed.notify_all()
 
     def _fits(self, threads: int) -> bool:
-        """Threads of one stage that wait for each other suffer from any other on their core; stages
-        of one thread share theirs, so that no core is idle at the end."""
+        """Whether a stage may start. The threads of one stage wait for each other, so they do not
+        share cores with other stages; single-threaded stages do, so that no core is idle."""
         if len(self._working) >= self._places:
             return False
         alone = threads == 1 and all(each == 1 for each in self._working)
@@ -147,7 +147,7 @@ class Resources:
 
     @contextlib.contextmanager
     def _some_slots(self, need: Need, say: Callable[[str], None]) -> Iterator[dict[str, str]]:
-        """As many cards as it needs, or slots without cards: nothing else here works on them."""
+        """Hold as many GPUs as the stage needs, or agent slots on a machine without GPUs."""
         if not self._slots or need.devices == 0:
             yield {}
             return

@@ -1,4 +1,4 @@
-"""Both pages for a browser: MLflow (runs, models) and Prefect (flow runs), on loopback."""
+"""The web pages of MLflow (runs, models) and Prefect (flow runs), served on loopback."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ def serve(
     mlflow_port: int = MLFLOW_PORT,
     prefect_port: int = PREFECT_PORT,
 ) -> None:
-    """Serve both pages until Ctrl-C or SIGTERM; the addresses are in `.pipeline/ui.json` meanwhile.
+    """Serve both until Ctrl-C or SIGTERM; meanwhile `.pipeline/ui.json` holds their addresses.
 
-    A server that `MLFLOW_TRACKING_URI` or `PREFECT_API_URL` names is shown instead of starting one.
-    A database that `MLFLOW_TRACKING_URI` or `PREFECT_SERVER_DATABASE_CONNECTION_URL` names is
-    served instead of the project's own.
+    If `MLFLOW_TRACKING_URI` or `PREFECT_API_URL` names a server, its address is shown and none is
+    started. If `MLFLOW_TRACKING_URI` or `PREFECT_SERVER_DATABASE_CONNECTION_URL` names a database,
+    that one is served instead of the project's own.
 
     Args:
         root: the project.
-        mlflow_port: the first port to try; the next free one is taken.
+        mlflow_port: the first port to try; if it is taken, the next free one is used.
         prefect_port: likewise.
 
     Raises:
-        InputError: names are given to Prefect's server, and no token.
-        RunError: a server does not start, or ends by itself.
+        InputError: host names are set for Prefect's server, but no token.
+        RunError: a server does not start, or ends unexpectedly.
     """
     if named_hosts() and not os.environ.get("PREFECT_SERVER_API_AUTH_STRING"):
         raise InputError(
@@ -83,10 +83,10 @@ def serve(
 
 
 def free_port(first: int) -> int:
-    """The first port from `first` on that nothing listens on, on loopback.
+    """The first free port on loopback, counting up from `first`.
 
     Raises:
-        RunError: a hundred in a row are taken.
+        RunError: a hundred ports in a row are taken.
     """
     for port in range(first, first + 100):
         with contextlib.suppress(OSError), socket.create_server((HOST, port)):
@@ -95,17 +95,17 @@ def free_port(first: int) -> int:
 
 
 def _start_mlflow(root: Path, port: int, folder: Path) -> Server:
-    connect(root)  # the tables are made here, under our lock, not by the server beside a stage
+    connect(root)  # creates the tables under our lock, before the server or a stage does
     artifacts = (shared_folder(root) / "mlartifacts").as_uri()
     command = ["mlflow", "server", "--artifacts-destination", artifacts, "--workers", "1"]
     command += ["--host", HOST, "--port", str(port)]
     settings = {
         **quiet_environment(),
-        # in the environment: everyone on the machine can read a command, a password in it too
+        # in the environment: every user of the machine can read command lines, passwords included
         "MLFLOW_BACKEND_STORE_URI": tracking_uri(root),
-        # runs evaluations that are started on its pages; none are, and it takes four processes
+        # the job runner for evaluations started on the pages: unused here, takes four processes
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        # by default also `10.*`, meant for addresses, which a name like 10.example is, too
+        # the default also allows `10.*`, meant for IP addresses; it would match 10.example
         "MLFLOW_SERVER_ALLOWED_HOSTS": os.environ.get(
             "MLFLOW_SERVER_ALLOWED_HOSTS", "127.0.0.1:*,localhost:*"
         ),

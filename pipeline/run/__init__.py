@@ -1,4 +1,4 @@
-"""One stage executed: parameters in, exit code out; resume states; several processes.
+"""Execution of a single stage: parameters, exit code, resume states, several processes.
 
-Imports `data`, `tracking` and what is below them.
+Imports `data`, `tracking` and the packages below them.
 """

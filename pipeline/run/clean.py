@@ -1,4 +1,4 @@
-"""`gpt-pipeline clean`: what is of no use any more, removed."""
+"""`gpt-pipeline clean`: removes files that are no longer needed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _EMPTY = "an empty folder"
 
 @dataclass(frozen=True, slots=True)
 class Removed:
-    """Something that `clean` removed: its path relative to the project, its bytes, what it was."""
+    """Something that `clean` removed: its path relative to the project, its size, what it was."""
 
     path: str
     size: int
@@ -56,18 +56,18 @@ def clean(
     stages: Mapping[str, StageSpec],
     next_state: Callable[[str], Path] | None = None,
 ) -> Iterator[Removed | Kept]:
-    """Remove the states that no run goes on from, and what killed processes left half-written.
+    """Remove resume states that no run would use, and partial files of killed processes.
 
-    A stage that is running is left alone. States of a stage whose next one cannot be told are kept.
+    A running stage is left alone. If a stage's next state cannot be determined, all are kept.
 
     Args:
         root: the project.
-        stages: every stage by its name; states of other names are of no use.
-        next_state: a training stage's name -> the state that its next run would go on from;
-            InputError if that cannot be told. None: states that a run would go on from go too.
+        stages: every stage by name; states under any other name are unused.
+        next_state: a training stage's name -> the state that its next run would resume from;
+            InputError if that cannot be determined. None: remove those states too.
 
     Yields:
-        What went or stayed, each when it did.
+        Each item as it is removed or kept.
 
     Raises:
         RunError: something cannot be removed.
@@ -89,7 +89,7 @@ def _clean_stage(
     folder = shared_folder(root) / FOLDER / stage
     going_on, unknown = None, ""
     if next_state and spec and spec.continues and states_of(root, stage):
-        # before the lock is taken: to hash the inputs takes long, and a run need not wait for it
+        # before taking the lock: hashing the inputs is slow, and no run should wait for it
         try:
             going_on = next_state(stage)
         except InputError as error:
@@ -110,7 +110,7 @@ def _clean_stage(
             else:
                 yield _clean_state(root, stage, state)
         for partial in [*_left_outputs(root, spec), *sorted(folder.rglob(PARTIAL))]:
-            if partial.exists():  # else it went with one above it
+            if partial.exists():  # otherwise it was removed with its parent
                 yield _remove(root, partial, "half-written")
         if is_folder(folder) and not any(folder.iterdir()):
             folder.rmdir()
@@ -119,7 +119,7 @@ def _clean_stage(
 
 
 def _clean_state(root: Path, stage: str, state: Path) -> Removed | Kept:
-    """Remove a state, unless a run in another checkout works with it."""
+    """Remove a state, unless a run in another checkout is using it."""
     try:
         with state_lock(root, stage, state):
             step = step_of(state)
@@ -129,7 +129,7 @@ def _clean_state(root: Path, stage: str, state: Path) -> Removed | Kept:
 
 
 def _left_outputs(root: Path, spec: StageSpec | None) -> Iterator[Path]:
-    """What is left of outputs that were being written when their process was killed."""
+    """Partial outputs of processes that were killed while writing them."""
     for output in spec.outputs.values() if spec else ():
         path = root / output
         partial = path.with_name(PARTIAL.replace("*", path.name))

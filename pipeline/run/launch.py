@@ -1,13 +1,13 @@
-"""A training stage in several processes, by torchrun's engine, which the stage starts itself.
+"""A training stage in several processes, through torchrun's engine, started by the stage itself.
 
-`python -m pipeline stage NAME` with `train.devices: 4` starts four workers, each the same command
-again, and waits for them. A worker that dies takes the others with it, and all are started again:
-they go on from the last saved state. On one machine the processes find each other by a file and
-talk over loopback only.
+`python -m pipeline stage NAME` with `train.devices: 4` starts four workers with the same command
+and waits for them. If one worker dies, all are restarted and resume from the last saved state. On
+one machine the processes rendezvous through a file and communicate over loopback only.
 
-Several machines take part by torchrun's own environment variables: with `PET_NNODES=2` and
-`PET_MASTER_ADDR` on all of them, and `PET_NODE_RANK` 0 on one, that one runs the pipeline as ever,
-and the others `gpt-pipeline stage NAME`. The first machine's first worker writes everything.
+Training on several machines is configured by torchrun's environment variables: set `PET_NNODES=2`
+and `PET_MASTER_ADDR` on all of them, and `PET_NODE_RANK` to 0 on one. That one runs the pipeline as
+usual, the others run `gpt-pipeline stage NAME`. All files are written by the first worker of the
+first machine.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from typing import Any
 from gpt.base.errors import InputError, RunError
 
 RESTARTS = 3
-"""So often are the workers of a run started again."""
+"""How many times the workers of a run are restarted."""
 _GRACE_SECONDS = 60
-"""So long has a worker to finish its pass and save, once it is told to stop."""
+"""How long a worker may take, once asked to stop, to finish its pass and save."""
 
 _LAUNCHER = "GPT_PIPELINE_LAUNCHER"
-"""Names, to a worker, the process that started it."""
+"""The variable that tells a worker the process that started it."""
 _MEETING = "GPT_PIPELINE_MEETING"
-"""Names, to the workers, the folder of the file they find each other by."""
+"""The variable that tells the workers the folder of their rendezvous file."""
 
 
 def is_worker() -> bool:
@@ -43,12 +43,12 @@ def is_worker() -> bool:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes; it is where there are no others."""
+    """Whether this process is the one that writes files; a single process always is."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
 def restarts() -> int:
-    """How often this worker's run was started again."""
+    """How many times the workers of this run were restarted."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
@@ -58,19 +58,19 @@ def is_launched() -> bool:
 
 
 def n_machines() -> int:
-    """How many machines take part, as torchrun's `PET_NNODES` says; 1 where it says nothing.
+    """The number of machines, from torchrun's `PET_NNODES`; 1 if it is not set.
 
     Raises:
-        InputError: it is no number.
+        InputError: it is not a number.
     """
     return max(1, _number("PET_NNODES", 1))
 
 
 def n_processes(train: Any) -> int:
-    """How many processes a stage with these `TrainParams` is to have on this machine.
+    """How many processes a stage with these `TrainParams` uses on this machine.
 
     Raises:
-        InputError: the named device is not here.
+        InputError: this machine does not have the named device.
     """
     if train.devices != "auto":
         return int(train.devices)
@@ -82,11 +82,10 @@ def n_processes(train: Any) -> int:
 
 
 def meet(train: Any) -> None:
-    """In a worker: join the others, and stop with the process that started it.
+    """In a worker: join the process group, and stop if the process that started it ends.
 
     Raises:
-        InputError: there are fewer CUDA devices than processes on this machine, or the named
-            device is not here.
+        InputError: this machine has fewer CUDA devices than processes, or lacks the named device.
     """
     import torch
 
@@ -104,7 +103,7 @@ def meet(train: Any) -> None:
         )
     place = None
     if folder := os.environ.get(_MEETING):
-        # a file of its own for every start: one that was used holds the dead
+        # a new file for every start: a used one still lists the dead workers
         place = (Path(folder) / f"start-{restarts()}").as_uri()
     with _ended_by_sigterm():
         join(World(rank, size, local_rank, local_size), device, place)
@@ -114,7 +113,7 @@ def meet(train: Any) -> None:
 
 @contextlib.contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """Within the block SIGTERM ends the process at once: who waits for others hears no signal."""
+    """Within the block SIGTERM ends the process: a handler would not run while it waits."""
     before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         yield
@@ -123,33 +122,36 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 def is_lost(error: Exception) -> bool:
-    """Whether this is how a worker learns that another is gone."""
+    """Whether this error means that another worker is gone."""
     text = str(error)
     return isinstance(error, RuntimeError) and ("gloo" in text.lower() or "NCCL" in text)
 
 
 def _stop_with(launcher: int) -> None:
-    """A worker whose launcher was killed saves and stops, as on SIGTERM."""
+    """If the launcher is killed, make this worker save and stop, as on SIGTERM."""
     while os.getppid() == launcher:
         time.sleep(1)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def launch(stage: str, root: Path, n: int) -> None:
-    """Run a stage in `n` processes on this machine, and on others in theirs; wait for their end.
+    """Run a stage in `n` processes on this machine and wait for them.
+
+    Other machines run their own share of the processes.
 
     Raises:
-        RunError: workers died more often than they are started again. What a stage itself has to
-            say, its first worker has said, and left in `.pipeline/exit`.
-        KeyboardInterrupt: SIGINT or SIGTERM came, its number in `signal`; the workers have ended.
+        RunError: workers died after the last allowed restart. An error of the stage itself has
+            been reported by its first worker, also in `.pipeline/exit`.
+        KeyboardInterrupt: SIGINT or SIGTERM arrived (its number is in `signal`), and the workers
+            have ended.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    for name in list(logging.root.manager.loggerDict):  # each of them has a level of its own
+    for name in list(logging.root.manager.loggerDict):  # each has a separate level
         if name.startswith("torch.distributed.elastic"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)  # what went wrong, we say
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # errors are reported by us
     with tempfile.TemporaryDirectory(dir=root / ".pipeline", prefix="meeting-") as folder:
         config = LaunchConfig(
             min_nodes=n_machines(),
@@ -199,7 +201,7 @@ def _loopback() -> str:
 
 
 def _master(stage: str) -> str:
-    """Where the machines of a training meet."""
+    """The rendezvous address of the machines of a training."""
     address = os.environ.get("PET_MASTER_ADDR")
     if not address:
         raise InputError(

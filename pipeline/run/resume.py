@@ -1,7 +1,7 @@
-"""The resume states of stages: where they lie, how large they are, and how they go.
+"""The resume states of stages: their folders, sizes and removal.
 
-A state lies in `.checkpoints/STAGE/FINGERPRINT` (`MadeOf.fingerprint`), beside DVC's outputs and
-not in them: DVC deletes those before a stage runs.
+A state lies in `.checkpoints/STAGE/FINGERPRINT` (`MadeOf.fingerprint`), outside the stage's
+outputs: DVC deletes those before a stage runs.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from pipeline.tracking.provenance import MadeOf
 
 FOLDER = ".checkpoints"
 
-_STEP = re.compile(r"step-(\d+)\b.*")  # as `gpt.train.checkpoint` calls a state
+_STEP = re.compile(r"step-(\d+)\b.*")  # the name that `gpt.train.checkpoint` gives a state
 PARTIAL = ".*.partial"
-"""What `gpt.base.files` and `gpt.train.checkpoint` call what is still being written."""
+"""Names that `gpt.base.files` and `gpt.train.checkpoint` give to partial files."""
 
 
 def state_folder(made_of: MadeOf) -> Path:
-    """Where the state of a training that is made of this lies."""
+    """The folder of the resume state of a training with these inputs, parameters and code."""
     return shared_folder(made_of.root) / FOLDER / made_of.stage / made_of.fingerprint()
 
 
 def older_states(root: Path, stage: str, state: Path) -> Message | None:
-    """What to tell of a stage's other states when it starts without one; None if nothing."""
+    """A notice about a stage's other states when it starts from scratch; None if there are none."""
     if state.is_dir() or not (others := states_of(root, stage)):
         return None
     states, are, them = ("states", "are", "them") if len(others) > 1 else ("state", "is", "it")
@@ -39,12 +39,12 @@ def older_states(root: Path, stage: str, state: Path) -> Message | None:
 
 
 def size_in_words(size: int) -> str:
-    """Bytes as a person says them, in decimal units: `0.3 MB`, `24.0 MB`, `1.5 GB`."""
+    """A size in bytes for display, in decimal units: `0.3 MB`, `24.0 MB`, `1.5 GB`."""
     return f"{size / 1e9:.1f} GB" if size >= 999.95e6 else f"{size / 1e6:.1f} MB"
 
 
 def states_of(root: Path, stage: str) -> list[Path]:
-    """The folders of a stage's states, in order of their names."""
+    """The folders of a stage's states, sorted by name."""
     try:
         found = sorted((shared_folder(root) / FOLDER / stage).iterdir())
     except (FileNotFoundError, NotADirectoryError):
@@ -53,7 +53,7 @@ def states_of(root: Path, stage: str) -> list[Path]:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether it is a folder itself, and no link to one."""
+    """Whether the path is a folder and not a link to one."""
     return path.is_dir() and not path.is_symlink()
 
 
@@ -64,13 +64,13 @@ def step_of(state: Path) -> int | None:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files in a directory."""
+    """The size in bytes of a file, or of all files in a directory."""
     files = [each for each in path.rglob("*") if not each.is_dir()] if is_folder(path) else [path]
     return sum(each.lstat().st_size for each in files)
 
 
 def remove_state(state: Path) -> None:
-    """Remove a state from one moment to the next: no run may go on from half of it."""
+    """Remove a state atomically, so that no run can resume from a partial one."""
     partial = state.with_name(PARTIAL.replace("*", state.name))
     if partial.exists():
         shutil.rmtree(partial)

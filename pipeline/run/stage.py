@@ -1,8 +1,8 @@
-"""One stage executed: its parameters, its paths, its MLflow run, its exit code.
+"""Executes one stage: its parameters, paths, MLflow run and exit code.
 
-`dvc repro`, the Prefect flow and a person all come through here: `python -m pipeline stage NAME`.
-What is read from the environment, the registry, git or the clock is read here, so that the stage
-itself stays a function of its arguments.
+`dvc repro`, the Prefect flow and users all call it as `python -m pipeline stage NAME`. Everything
+from the environment, the registry, git or the clock is read here, so that the stage itself is a
+function of its arguments.
 """
 
 from __future__ import annotations
@@ -55,19 +55,19 @@ EXIT_TERMINATED = EXIT_SIGNAL + signal.SIGTERM
 
 
 def run_stage(name: str, root: Path) -> int:
-    """Execute one stage in `root`, tracked; what went wrong is said in one line on stderr.
+    """Execute one stage in `root`, with tracking; errors are reported in one line on stderr.
 
     Returns:
-        The exit code: 0, 2 for input that cannot be used, 1 for a failed run, 130 or 143 for
-        one that Ctrl-C or SIGTERM ended. The same code and line are left in
-        `.pipeline/exit/NAME.json` for the flow. While another process runs the stage here, it is
-        2 at once, and nothing of that process is touched.
+        The exit code: 0 for success, 2 for unusable input, 1 for a failed run, 130 or 143 if
+        Ctrl-C or SIGTERM ended it. The code and the error line are also written to
+        `.pipeline/exit/NAME.json` for the flow. If another process is running the stage in this
+        checkout, the code is 2, returned at once and without side effects on that process.
     """
     if not launch.is_first():
         return _follow(name, root)
     with contextlib.ExitStack() as held:
         try:
-            if not launch.is_launched():  # else who launched this holds it
+            if not launch.is_launched():  # otherwise the launcher holds it
                 held.enter_context(stage_lock(root, name))
         except InputError as error:
             say(f"error: {error}", file=sys.stderr)
@@ -76,10 +76,10 @@ def run_stage(name: str, root: Path) -> int:
 
 
 def _run_alone(name: str, root: Path) -> int:
-    """`run_stage` once no other process can run the stage here."""
+    """`run_stage` while the stage's lock is held."""
     verdict = _verdict_path(root, name)
     if launch.restarts() and (said := _verdict(root, name)) and said["code"] < EXIT_SIGNAL:
-        return int(said["code"])  # nothing that another try would change
+        return int(said["code"])  # a retry would not change it
     verdict.unlink(missing_ok=True)
     code, error, kind, told = EXIT_OK, "", "", False
     try:
@@ -97,24 +97,24 @@ def _run_alone(name: str, root: Path) -> int:
     except _Terminated:
         code, error = EXIT_TERMINATED, f"{name} was stopped by SIGTERM"
     except KeyboardInterrupt as caught:
-        # a training says which signal it was; else it was Ctrl-C
+        # a training sets the signal number; without one it was Ctrl-C
         code = EXIT_SIGNAL + getattr(caught, "signal", signal.SIGINT)
         error = str(caught) or f"{name} was interrupted"
     except Exception as caught:
         if launch.is_worker() and launch.is_lost(caught):
             say(f"{name}: another process of the training is gone", file=sys.stderr)
-            return EXIT_FAILED  # no verdict: all are started again
+            return EXIT_FAILED  # no exit note: all workers are restarted
         fault = system_fault(caught)
         code, error = EXIT_FAILED, f"{name}: {fault}"
-        if not fault:  # a mistake of ours: nothing is hidden
+        if not fault:  # a bug: show the full traceback
             traceback.print_exc()
             error = f"{type(caught).__name__}: {caught}"
-    error = without_secrets(error)  # an address that failed may hold some
+    error = without_secrets(error)  # a URL in the message may contain some
     if code and not launch.is_worker() and (said := _verdict(root, name)):
         code, error = int(said["code"]), str(said["error"])
         told = code < EXIT_SIGNAL
     if code:
-        # that they were stopped is told once, by the process that launched the workers
+        # the process that launched the workers reports the stop once
         if not told and not (launch.is_launched() and code >= EXIT_SIGNAL):
             say(f"error: {error}", file=sys.stderr)
         write_json(verdict, {"code": code, "error": error, **({"kind": kind} if kind else {})})
@@ -122,7 +122,7 @@ def _run_alone(name: str, root: Path) -> int:
 
 
 def _kind(error: BaseException) -> str:
-    """`busy` or `network` for what another try may mend, else empty."""
+    """`busy` or `network` if a retry may succeed, otherwise empty."""
     if isinstance(error, BusyError):
         return "busy"
     from requests import ConnectionError as NoConnection
@@ -139,7 +139,7 @@ def _kind(error: BaseException) -> str:
 
 
 def _follow(name: str, root: Path) -> int:
-    """A worker but the first: it takes part in the training, and says and writes nothing."""
+    """Run any worker but the first: it takes part in the training, without output or files."""
     from gpt.model.parallel import Dismissed
 
     spec = STAGES[name]
@@ -173,7 +173,7 @@ def _follow(name: str, root: Path) -> int:
 
 
 def _processes(name: str, root: Path) -> int:
-    """How many workers the stage is to have on this machine; 0 where it does the work itself."""
+    """How many workers the stage starts on this machine; 0 if it runs in this process."""
     if launch.is_worker() or not STAGES[name].trains:
         return 0
     n = launch.n_processes(section(load_params(root / PARAMS_FILE), name).train)
@@ -185,7 +185,7 @@ def _verdict_path(root: Path, name: str) -> Path:
 
 
 def _verdict(root: Path, name: str) -> dict[str, Any] | None:
-    """What the stage's last process left to be known of its end; None if all was well."""
+    """The exit note that the stage's last process left; None after a success."""
     try:
         said: dict[str, Any] = json.loads(_verdict_path(root, name).read_text())
     except (OSError, ValueError):
@@ -194,9 +194,9 @@ def _verdict(root: Path, name: str) -> dict[str, Any] | None:
 
 
 def system_fault(error: Exception) -> str:
-    """What to tell where the machine refuses, as nothing can be written: what, where, what to do.
+    """A message for a fault of the system, such as a full disk: what, where, what to do.
 
-    Empty for any other error, which is a mistake of ours.
+    Empty for any other error, which is a bug.
     """
     if lacks_memory(error):
         return (
@@ -204,7 +204,7 @@ def system_fault(error: Exception) -> str:
             "accumulation), lengths or the model's sizes, and run again"
         )
     if not isinstance(error, OSError):
-        # libraries that write by themselves put the system's words into their own error
+        # libraries that write files wrap the system's message in their own errors
         said = str(error)
         reason = next((each for each in map(os.strerror, _DISK_FULL) if each in said), "")
         if "readonly database" in said:
@@ -229,15 +229,15 @@ def _run(name: str, root: Path) -> None:
 
 
 def _run_held(name: str, root: Path, held: contextlib.ExitStack) -> None:
-    """The stage's work; `held` gets what is let go when all is done."""
+    """Execute the stage; `held` is an ExitStack of the locks released at the end."""
     spec = STAGES[name]
-    # the whole file is checked, so that a mistake in a later stage's section stops before any work
+    # check the whole file: an error in a later stage's section should stop the run before any work
     whole = load_params(root / PARAMS_FILE)
     params = section(whole, name)
     tracking = whole.tracking or TrackingParams()
     inputs = _inputs(name, root, params)
     function = spec.load()
-    # looked at now: the files may change while the stage is at work
+    # read now: the files may change while the stage runs
     made_of = _made_of(name, root, params, inputs)
     kept = made_of.kept()
     state, notice = None, None
@@ -245,7 +245,7 @@ def _run_held(name: str, root: Path, held: contextlib.ExitStack) -> None:
         state = state_folder(made_of)
         held.enter_context(state_lock(root, name, state))
         notice = older_states(root, name, state)
-        # says now, before MLflow has a run, if nothing can be kept there
+        # fails now, before MLflow has a run, if the folder is not writable
         if spec.trains:
             from gpt.train.checkpoint import Checkpoints
 
@@ -254,7 +254,7 @@ def _run_held(name: str, root: Path, held: contextlib.ExitStack) -> None:
             state.mkdir(parents=True, exist_ok=True)
 
     if launch.is_worker():
-        # before what only this process does: from now on the others hear of its end
+        # before the work that only this process does: from here on the others learn of its end
         launch.meet(params.train)
     from pipeline.data.sets import input_sets
 
@@ -296,7 +296,7 @@ def _run_held(name: str, root: Path, held: contextlib.ExitStack) -> None:
     except BaseException as error:
         killed = isinstance(error, KeyboardInterrupt | SystemExit | _Terminated)
         status: Status = "KILLED" if killed else "FAILED"
-        with contextlib.suppress(RunError):  # the first failure is the one to tell
+        with contextlib.suppress(RunError):  # the first failure is the one to report
             run.close(status, error=_one_line(error))
         write_note(root, name, run.facts, status, time.monotonic() - started)
         raise
@@ -306,10 +306,10 @@ def _run_held(name: str, root: Path, held: contextlib.ExitStack) -> None:
 
 
 def next_states(root: Path) -> Callable[[str], Path]:
-    """A training stage's name -> the state that a run started now would go on from, if it is there.
+    """A function: a training stage's name -> the state that a run would resume from, if it exists.
 
     Raises:
-        InputError: `params.yaml` is bad; the function raises it where an input of the stage is
+        InputError: `params.yaml` is invalid. The function raises it if an input of the stage is
             missing.
     """
     params = load_params(root / PARAMS_FILE)
@@ -326,7 +326,7 @@ def _made_of(name: str, root: Path, params: Any, inputs: Mapping[str, Path]) -> 
 
 
 def _inputs(name: str, root: Path, params: Any) -> dict[str, Path]:
-    """The inputs of a stage under its parameters, all of them there."""
+    """The inputs of a stage with these parameters, checked to exist."""
     inputs = {keyword: root / path for keyword, path in STAGES[name].input_paths(params).items()}
     for path in inputs.values():
         if not path.exists():
@@ -346,7 +346,7 @@ def _finish(
     metrics: Mapping[str, Any],
     log: Log,
 ) -> dict[str, str]:
-    """What the run keeps of a stage that went well: pictures, the model, the data, the figures.
+    """Log the results of a successful stage to its run: plots, the model, data sets, metrics.
 
     Returns:
         Path of each output, relative to the project -> md5.
@@ -386,12 +386,12 @@ def _pictures(stage: str, outputs: Mapping[str, Path], folder: Path) -> list[Pat
 
 
 def end_killed(root: Path, stage: str, project: Path) -> None:
-    """End the run in MLflow of a stage whose process was killed hard, unless another one is at it.
+    """Close the MLflow run of a stage whose process was killed, unless another process has it.
 
     Args:
-        root: the checkout that it ran in.
+        root: the checkout that the stage ran in.
         stage: its name.
-        project: whose MLflow has the run.
+        project: the project whose MLflow has the run.
     """
     with contextlib.suppress(InputError), stage_lock(root, stage):
         send_quietly(project)
@@ -399,7 +399,7 @@ def end_killed(root: Path, stage: str, project: Path) -> None:
 
 def _to_both(console: Log, run: StageRun) -> Log:
     def log(event: Event) -> None:
-        if isinstance(event, Message):  # what cannot be fetched is named by its address
+        if isinstance(event, Message):  # a failed download is named by its URL
             event = dataclasses.replace(event, text=without_secrets(event.text))
         console(event)
         run(event)
@@ -409,15 +409,15 @@ def _to_both(console: Log, run: StageRun) -> Log:
 
 
 def _tell(run: StageRun, console: Log) -> None:
-    """What there is to know of the run in MLflow: told here, not by the thread that found out."""
+    """Print notices about the MLflow run here rather than in the thread that received them."""
     while run.notices:
         console(run.notices.popleft())
 
 
 def _with_mirror(params: Any) -> Any:
-    """`GPT_PIPELINE_MIRROR` takes the place of `download.mirror`.
+    """Replace `download.mirror` by `GPT_PIPELINE_MIRROR` if it is set.
 
-    A mirror is only a place: the sha256 decides what is taken, so no output depends on it.
+    No output depends on the mirror: every download is checked against its sha256.
     """
     mirror = os.environ.get(MIRROR_VARIABLE)
     if mirror and any(f.name == "mirror" for f in dataclasses.fields(params)):
@@ -441,10 +441,10 @@ def _one_line(error: BaseException) -> str:
 
 
 def _end_with_the_flow() -> None:
-    """Inside the flow, stop as on SIGTERM once the flow is gone: our standard input is its pipe."""
+    """Inside the flow, stop as on SIGTERM when the flow ends: it holds the pipe to our stdin."""
 
     def watch() -> None:
-        while os.read(0, 1024):  # not sys.stdin: its lock would be in the way when we end
+        while os.read(0, 1024):  # not sys.stdin: its lock would block our exit
             pass
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -453,7 +453,7 @@ def _end_with_the_flow() -> None:
 
 
 class _Terminated(BaseException):
-    """SIGTERM came."""
+    """SIGTERM was received."""
 
 
 @contextlib.contextmanager
@@ -461,7 +461,7 @@ def _terminable() -> Iterator[None]:
     """Within the block SIGTERM unwinds the stack as Ctrl-C does, so that the run is closed."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough; what follows is short
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # ignore repeats: the cleanup is short
         raise _Terminated
 
     before = signal.signal(signal.SIGTERM, stop)

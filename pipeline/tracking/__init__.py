@@ -1,4 +1,4 @@
-"""Everything of MLflow: the connection, a stage's run, the model registry, runs sent later.
+"""The MLflow side: the connection, a stage's run, the model registry, runs sent later.
 
-MLflow remembers. Only this wing imports it. Imports `dag` and what is below it.
+MLflow records. Only this package imports it. It imports `dag` and the packages below it.
 """

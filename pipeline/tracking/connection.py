@@ -1,5 +1,5 @@
-"""The connection to MLflow: where it is, whether it answers, what its failures are called, and the
-addresses, experiments and runs in it."""
+"""The connection to MLflow: its address, whether it answers, error messages for its failures, and
+look-ups of experiments, runs and artifacts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 DEFAULT_UI = "http://127.0.0.1:5000"
 PAGES = "workflowType=machine_learning"
-"""In an address: MLflow's pages for training and models; it would show those for agents."""
+"""URL part that selects MLflow's pages for model training instead of those for GenAI."""
 
 _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -44,16 +44,16 @@ _ENVIRONMENT = {
 
 REMEDY = "check that MLFLOW_TRACKING_URI answers, or unset it for the project's own mlflow.db"
 _DATABASE_SERVERS = ("postgresql", "mysql")
-"""How addresses begin under which MLflow's client works on a server's database by itself."""
+"""URL schemes for which MLflow's client accesses a database server directly."""
 
 _PROBE_SECONDS = 5.0
-"""A server that says nothing for so long, twice, does not answer."""
+"""Timeout of one attempt; after two of them the server counts as unreachable."""
 
 
 def tracking_uri(root: Path) -> str:
     """`MLFLOW_TRACKING_URI` if it is set, else the database `mlflow.db` of the project."""
     uri = os.environ.get("MLFLOW_TRACKING_URI") or database_uri(_own_database(root))
-    # the driver that the extra `team` brings; SQLAlchemy 2.1 takes another one if none is named
+    # the driver installed by the extra `team`; without a name SQLAlchemy 2.1 uses another one
     return re.sub("^postgres(ql)?://", "postgresql+psycopg2://", uri)
 
 
@@ -62,25 +62,25 @@ def _own_database(root: Path) -> Path:
 
 
 def artifact_folder(root: Path, name: str) -> str | None:
-    """Where a new experiment keeps its files: below `mlartifacts` if MLflow is a database alone.
+    """The artifact folder of a new experiment: below `mlartifacts` if there is no MLflow server.
 
-    A server decides by itself: None.
+    None with a server, which chooses the location itself.
 
     Args:
         root: the project.
-        name: of the folder.
+        name: the name of the folder.
     """
     is_server = tracking_uri(root).startswith("http")
     return None if is_server else (shared_folder(root) / "mlartifacts" / name).as_uri()
 
 
 def quiet_environment() -> dict[str, str]:
-    """Variables under which MLflow neither phones home nor chats; what the user set, stays."""
+    """Environment variables that turn off MLflow's telemetry and chatter; the user's are kept."""
     return {key: os.environ.get(key, value) for key, value in _ENVIRONMENT.items()}
 
 
 def load_mlflow() -> None:
-    """Import what a stage's run needs of MLflow, for who only looks what that takes."""
+    """Import what a stage's run needs of MLflow, so that `estimate` can measure the cost."""
     os.environ.update(quiet_environment())
     import mlflow
     import mlflow.store.model_registry.sqlalchemy_store
@@ -88,10 +88,10 @@ def load_mlflow() -> None:
 
 
 def connect(root: Path) -> MlflowClient:
-    """A client of the project's MLflow, its database in place.
+    """A client of the project's MLflow; creates the database if necessary.
 
-    Stage processes start side by side, and creating the tables twice at once fails: the first
-    one does it under a lock while the others wait.
+    Stage processes may start at the same time, and concurrent creation of the tables fails, so the
+    first process creates them under a lock while the others wait.
 
     Args:
         root: the project.
@@ -115,19 +115,19 @@ def connect(root: Path) -> MlflowClient:
             follow_move(_own_database(root))
         client = mlflow.MlflowClient(uri)
         client.search_experiments(max_results=1)
-        client.search_registered_models(max_results=1)  # the registry keeps its own connection
+        client.search_registered_models(max_results=1)  # the registry uses a separate connection
     return client
 
 
 def lock_file(root: Path) -> Path:
-    """Held by who changes what the project's processes share in MLflow."""
+    """The lock to hold while changing what the project's processes share in MLflow."""
     lock = shared_folder(root) / ".pipeline" / "mlflow.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
     return lock
 
 
 def reachable(root: Path) -> bool:
-    """Whether the project's MLflow answers; known within some 10 seconds."""
+    """Whether the project's MLflow answers; takes at most about 10 seconds."""
     try:
         if tracking_uri(root).startswith("http"):
             os.environ.update(quiet_environment())
@@ -140,17 +140,17 @@ def reachable(root: Path) -> bool:
 
 
 def check_reachable(root: Path) -> None:
-    """Ask the project's MLflow whether it is there.
+    """Check that the project's MLflow answers.
 
     Raises:
-        RunError: it does not answer; its cause is a `ConnectionError`.
+        RunError: it does not answer; the cause is a `ConnectionError`.
     """
     with named_failure(root, "does not answer", opens=True):
         _check_answers(tracking_uri(root))
 
 
 def _check_answers(uri: str) -> None:
-    """Ask a server whether it is there; of a file nothing is asked.
+    """Check that a server answers; a database file is not checked.
 
     Raises:
         ConnectionError: it does not answer; the message says why.
@@ -184,7 +184,7 @@ def _check_answers(uri: str) -> None:
 
 
 def _check_database(uri: str) -> None:
-    """Open one connection: MLflow itself tries for 100 seconds, and says nothing meanwhile."""
+    """Open one connection; MLflow itself would retry silently for 100 seconds."""
     from sqlalchemy import create_engine
     from sqlalchemy.exc import DBAPIError, SQLAlchemyError
     from sqlalchemy.pool import NullPool
@@ -204,7 +204,7 @@ def _check_database(uri: str) -> None:
 
 @contextlib.contextmanager
 def _unchanged_environment(*names: str) -> Iterator[None]:
-    """MLflow writes its setters into the environment, where they would count as the user's wish."""
+    """Undo changes of the environment: MLflow's setters write there, as if the user had."""
     before = {name: os.environ.get(name) for name in names}
     try:
         yield
@@ -224,19 +224,19 @@ def named_failure(
     *,
     opens: bool = False,
 ) -> Iterator[None]:
-    """Turn whatever MLflow raises into one line that names the place and the remedy.
+    """Turn MLflow's exceptions into a one-line error that names the address and the remedy.
 
     Args:
         root: the project.
-        what: what MLflow did not do.
-        kind: of errors; others are none of MLflow's.
-        opens: MLflow is looked for; what it says is of its address.
+        what: what MLflow failed to do.
+        kind: the exceptions to convert; others do not come from MLflow.
+        opens: the block opens the connection, so an error concerns the address.
     """
     try:
         yield
-    except (InputError, RunError):  # they say by themselves what is wrong
+    except (InputError, RunError):  # already clear
         raise
-    except kind as error:  # MLflow passes on its database's and network's own errors
+    except kind as error:  # MLflow does not wrap database and network errors
         uri = tracking_uri(root)
         reason, remedy = reason_and_remedy(error, database_file(uri))
         if not opens and getattr(error, "error_code", None) == "INVALID_PARAMETER_VALUE":
@@ -248,8 +248,8 @@ def named_failure(
 
 
 def artifact(client: MlflowClient, run_id: str, path: str) -> bytes | None:
-    """A file that MLflow keeps with a run; None where it keeps none of that name."""
-    # asked first: what is not there is another error for each kind of store
+    """An artifact of a run; None if the run has none of that name."""
+    # check first: each kind of store raises a different error for a missing file
     listed = client.list_artifacts(run_id, path.rpartition("/")[0])
     if path not in [each.path for each in listed]:
         return None
@@ -258,7 +258,7 @@ def artifact(client: MlflowClient, run_id: str, path: str) -> bytes | None:
 
 
 def existing_run(client: MlflowClient, run_id: str | None) -> Run | None:
-    """The run with that id; None where there is none, or none any more."""
+    """The run with that id; None if it does not exist or was deleted."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -272,17 +272,17 @@ def existing_run(client: MlflowClient, run_id: str | None) -> Run | None:
 def run_that_made(
     client: MlflowClient, stage: str, run_id: str | None, outputs: Mapping[str, str]
 ) -> Run | None:
-    """The run of a stage that wrote what lies there now: the last one, unless DVC brought back what
-    an earlier one wrote.
+    """The run that made a stage's current outputs: the last run, unless DVC restored the outputs
+    of an earlier one.
 
     Args:
-        client: of the tracking server.
-        stage: its name in `dvc.yaml`.
-        run_id: of its last run, as far as it is known.
-        outputs: path -> md5, as `dvc.lock` has it; empty: whatever was written.
+        client: a client of the tracking server.
+        stage: the stage's name in `dvc.yaml`.
+        run_id: the id of its last run, if known.
+        outputs: path -> md5, as in `dvc.lock`; if empty, outputs are not compared.
 
     Returns:
-        The run; None where there is none, or none any more.
+        The run; None if it does not exist or was deleted.
     """
 
     def made(run: Run, *, if_not_told: bool) -> bool:
@@ -305,7 +305,7 @@ def run_that_made(
 
 
 def run_url(root: Path, experiment_id: str, run_id: str) -> str:
-    """The page of a run: on the tracking server, else on the one that `make ui` started or will."""
+    """The URL of a run's page on the tracking server, or on the server that `make ui` starts."""
     uri = tracking_uri(root)
     if not uri.startswith("http"):
         uri = DEFAULT_UI
@@ -315,12 +315,12 @@ def run_url(root: Path, experiment_id: str, run_id: str) -> str:
 
 
 def experiment_of(client: MlflowClient, stage: str, folder: str | None, description: str) -> str:
-    """The id of a stage's experiment, which is made if it is not there.
+    """The id of a stage's experiment, which is created if it does not exist.
 
     Args:
-        client: of the tracking server.
-        stage: its name in `dvc.yaml`.
-        folder: where a new one keeps its files; None leaves it to the server.
+        client: a client of the tracking server.
+        stage: the stage's name in `dvc.yaml`.
+        folder: the artifact folder of a new experiment; None leaves it to the server.
         description: what the stage does.
     """
     from mlflow.exceptions import MlflowException
@@ -337,7 +337,7 @@ def experiment_of(client: MlflowClient, stage: str, folder: str | None, descript
     }
     try:
         return str(client.create_experiment(name, folder, tags))
-    except MlflowException as error:  # another process was quicker
+    except MlflowException as error:  # another process created it first
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
         return str(client.get_experiment_by_name(name).experiment_id)

@@ -1,7 +1,7 @@
-"""An MLflow database in a file: its address, the places that it names, and why it fails.
+"""An MLflow database in a file: its URI, the paths stored in it, and its errors.
 
-MLflow writes absolute places into its tables. A folder that was moved, renamed or copied has its
-own database and its own files, so they are named anew before MLflow opens the database.
+MLflow stores absolute paths in its tables. If the project's folder was moved, renamed or copied,
+the paths are rewritten before MLflow opens the database.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pipeline.tracking.keys import EXPERIMENT_PREFIX
 _SCHEME = "sqlite:///"
 _OURS = f"{EXPERIMENT_PREFIX}%"  # experiments by name
 _WITHIN = re.compile(r"(file://.+?)/(?:mlartifacts/[^/]+|artifacts)/?")
-"""Where an experiment of ours keeps its files, below the folder of its database."""
+"""Artifact folders of our experiments, relative to the database's folder."""
 _PLACES = (
     ("experiments", "artifact_location"),
     ("runs", "artifact_uri"),
@@ -26,7 +26,7 @@ _PLACES = (
     ("model_versions", "storage_location"),
 )
 _OF_DRIVER = re.compile(r"\((?:\w+\.)+\w*Error\) *(.+)")
-"""What a database said, in whatever SQLAlchemy and MLflow wrapped it in."""
+"""Finds the database's own message in an error wrapped by SQLAlchemy and MLflow."""
 _SCHEMA = re.compile(r"database schema \(found version (\w+), but expected \w+\)")
 _REMEDIES = (
     ("locked", "another process holds it; try again when that has ended"),
@@ -41,11 +41,11 @@ _REMEDIES = (
     ("disk is full|no space left|quota", "make room on the disk"),
 )
 _WAIT_SECONDS = 30.0
-"""So long another process may hold the database."""
+"""How long to wait for another process that has locked the database."""
 
 
 def database_uri(file: Path) -> str:
-    """The address of a database for MLflow, which reads `%20` as a blank and `?` as an end."""
+    """The URI of a database for MLflow, which decodes `%20` and ends the path at `?`."""
     path = str(file)
     if unquote(path) != path or "?" in path:
         path = path.replace("%", "%25").replace("?", "%3F")
@@ -53,25 +53,25 @@ def database_uri(file: Path) -> str:
 
 
 def database_file(uri: str) -> Path | None:
-    """The file of such an address; None if it is another kind of address."""
+    """The file of such a URI; None for any other kind of URI."""
     if not uri.startswith(_SCHEME):
         return None
     return Path(unquote(uri.removeprefix(_SCHEME).partition("?")[0]))
 
 
 def follow_move(database: Path) -> None:
-    """Let a database name the files beside it, if it names those of a folder where it once was.
+    """Update the paths in a database that was moved or copied, so that they name its own files.
 
-    A file that is still there and was not brought along is left named where it is. What the
-    original of a copy holds is not touched.
+    The path of a file that still exists and was not moved along is kept. If the database is a copy,
+    the original is not changed.
 
     Args:
-        database: of a project or of an unsent run; nobody else changes it meanwhile.
+        database: of a project or of an unsent run; no other process may change it meanwhile.
 
     Raises:
-        sqlite3.Error: it is no database, or cannot be read or written.
+        sqlite3.Error: the file is not a database, or cannot be read or written.
     """
-    if not database.exists():  # else it would be made
+    if not database.exists():  # otherwise SQLite would create it
         return
     here = database.parent
     with contextlib.closing(sqlite3.connect(database, timeout=_WAIT_SECONDS)) as db, db:
@@ -88,11 +88,11 @@ def follow_move(database: Path) -> None:
 
 
 def reason_and_remedy(error: Exception, database: Path | None) -> tuple[str, str]:
-    """What is wrong, in a line, and what helps against it; no remedy where that is not known.
+    """The reason for an error, in one line, and a remedy; the remedy is empty if none is known.
 
     Args:
-        error: whatever MLflow or its database raised.
-        database: the file that it works on, if it is one.
+        error: the exception that MLflow or its database raised.
+        database: the database file, if it is one.
     """
     text = str(error).strip()
     said = _OF_DRIVER.search(text)
@@ -135,5 +135,5 @@ def _path(place: str) -> Path:
 
 
 def _same(one: Path, other: Path) -> bool:
-    """Whether it is one folder under two names, by a link or a mount."""
+    """Whether two paths are the same folder, through a link or a mount."""
     return one.is_dir() and one.samefile(other)

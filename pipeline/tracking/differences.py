@@ -1,5 +1,5 @@
-"""What is one thing here and another there (parameters, packages, checksums), and a run named after
-what it does otherwise than the last one."""
+"""Differences between two runs (parameters, packages, checksums), and run names that show how a
+run differs from the previous one."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 NOTHING = "none"
-"""What stands for a value that one of both has not."""
+"""Placeholder for a value that one side does not have."""
 
 OF_MODELS = ("kind",)
-"""MLflow puts these settings of a logged model beside the run's parameters."""
+"""Settings of a logged model that MLflow stores among the run's parameters."""
 
-_RECENT = 50  # runs among which the highest number is looked for
+_RECENT = 50  # runs searched for the highest run number
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One of them. None where that side has no such thing."""
+    """One difference; a side without the value is None."""
 
     what: str
     before: str | None
@@ -42,12 +42,12 @@ class Change:
 def changes(
     before: Mapping[str, str], after: Mapping[str, str], without: Iterable[str] = ()
 ) -> list[Change]:
-    """What differs, in the order of `after`; then what only `before` has.
+    """The differences, in the order of `after`, followed by keys that only `before` has.
 
     Args:
-        before: the values of one.
-        after: the values of the other.
-        without: keys that do not count.
+        before: the earlier values.
+        after: the later values.
+        without: keys to ignore.
     """
     keys = [key for key in dict.fromkeys((*after, *before)) if key not in set(without)]
     pairs = (Change(key, before.get(key), after.get(key)) for key in keys)
@@ -55,7 +55,7 @@ def changes(
 
 
 def profile(run: Run, path: str) -> dict[str, str]:
-    """What a run says of an input in figures, as `rows`: `1,300`; nothing of what is no data."""
+    """The figures that a run records of an input, such as `rows`: `1,300`; empty for non-data."""
     for each in run.inputs.dataset_inputs if run.inputs else ():
         if each.dataset.name == path and each.dataset.profile:
             return {key: f"{n:,}" for key, n in json.loads(each.dataset.profile).items()}
@@ -63,7 +63,7 @@ def profile(run: Run, path: str) -> dict[str, str]:
 
 
 def changed_code(client: MlflowClient, last: Run, run: Run) -> list[str] | None:
-    """The files of code that differ; None where that cannot be told."""
+    """The code files that differ; None if that cannot be determined."""
     tags = last.data.tags, run.data.tags
     one, other = (each.get("code") for each in tags)
     if one and one == other:
@@ -77,13 +77,13 @@ def changed_code(client: MlflowClient, last: Run, run: Run) -> list[str] | None:
 
 
 def _recorded_code(client: MlflowClient, run: Run) -> dict[str, str]:
-    """Path -> md5 of the code that a stage ran; empty where its run does not have it."""
+    """Path -> md5 of the code that a stage ran; empty if its run did not record it."""
     from mlflow.exceptions import MlflowException
 
     try:
         content = artifact(client, run.info.run_id, f"lineage/{CODE}")
         return dict(json.loads(content)) if content else {}
-    except (MlflowException, OSError, ValueError):  # no reason not to register what was made
+    except (MlflowException, OSError, ValueError):  # must not prevent registration
         return {}
 
 
@@ -94,14 +94,14 @@ def number_and_changes(
     git: Mapping[str, str],
     begun: int,
 ) -> tuple[str, dict[str, str]]:
-    """What a new run is called, and tags that say what changed since the last one that ended well.
+    """The name of a new run, and tags with the changes since the last successful one.
 
     Args:
-        client: of the tracking server.
-        experiment_id: the stage's.
-        params: the run's.
-        git: its `git.commit`, if it has one.
-        begun: when it began, in milliseconds.
+        client: a client of the tracking server.
+        experiment_id: the id of the stage's experiment.
+        params: the run's parameters.
+        git: the run's `git.commit`, if it has one.
+        begun: the run's start time in milliseconds.
     """
     newest = client.search_runs(
         [experiment_id], order_by=["attributes.start_time DESC"], max_results=_RECENT

@@ -1,4 +1,4 @@
-"""Runs that earlier versions kept for MLflow, each in a database of its own, become outboxes."""
+"""Converts unsent runs of earlier versions, each in a separate database, into outboxes."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from pipeline.tracking.outbox import Outbox, place_of
 from pipeline.tracking.run_notes import notes_of
 
 _OF_THE_END = ("output.", "error", "machine.threads", "mlflow.note.content")
-"""Tags that a run gets when it ends."""
+"""Tags that are set when a run ends."""
 
 
 def adopt(root: Path) -> None:
-    """Take in what is left in `.pipeline/unsent`, except what a process still writes."""
+    """Convert the runs in `.pipeline/unsent`, except those that a process is still writing."""
     for about in (shared_folder(root) / ".pipeline" / "unsent").glob("*/unsent.json"):
         with contextlib.suppress(Timeout), FileLock(about.with_name("lock"), blocking=False):
             _convert(root, about)
@@ -38,10 +38,10 @@ def _convert(root: Path, about: Path) -> None:
     client = MlflowClient(database_uri(database), database_uri(database))
     experiments = client.search_experiments()
     runs = client.search_runs([each.experiment_id for each in experiments])
-    if not runs:  # its process was killed before it had begun
+    if not runs:  # the process was killed before its run started
         return
     run, folder = runs[0], place_of(root, about.parent.name)
-    shutil.rmtree(folder, ignore_errors=True)  # of an interrupted attempt
+    shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted attempt
     ends = {key: value for key, value in run.data.tags.items() if key.startswith(_OF_THE_END)}
     outbox = Outbox(
         folder=folder,
@@ -66,7 +66,7 @@ def _convert(root: Path, about: Path) -> None:
         outbox.write("artifact", file.name)
     for key in run.data.metrics:
         for each in client.get_metric_history(run.info.run_id, key):
-            # samples of the machine were counted anew where the server was gone
+            # without a server, system-metric samples were numbered from 0
             seconds = (each.timestamp - outbox.begun) // 1000
             step = seconds if key.startswith("system/") else each.step
             outbox.write("metrics", step, {key: each.value}, each.timestamp)

@@ -1,4 +1,4 @@
-"""Names and values as MLflow takes them: keys, flat parameters and flat metrics."""
+"""Names and values in the form that MLflow accepts: keys, flat parameters and flat metrics."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from gpt.base.errors import shortened
 from pipeline.project.secrets import without_secrets
 
 EXPERIMENT_PREFIX = "gpt-pipeline/"
-VALUE_LENGTH = 500  # of a parameter; MLflow takes 6,000, a person reads less
-NAME_LENGTH = 250  # of a run; a database on a server takes no longer one
+VALUE_LENGTH = 500  # of a parameter; MLflow allows 6,000, too long to read
+NAME_LENGTH = 250  # of a run; the limit of a database server
 _KEY_LENGTH = 250  # characters
-_KEY = re.compile(r"[/\w.\- :]+")  # of what a key of MLflow's may be made
+_KEY = re.compile(r"[/\w.\- :]+")  # the characters that MLflow allows in a key
 _DIGEST = re.compile(r"__[0-9a-f]{8}\Z")  # at the end of a key that differs from its name
 
 _MACHINE = ("python", "machine", "machine.cores", "machine.threads")  # tags
-_DURING_TRAINING = {  # metrics that describe the training and not what it achieved
+_DURING_TRAINING = {  # metrics of the training process, not of its result
     "learning_rate",
     "grad_norm",
     "param_norm",
@@ -33,15 +33,15 @@ _FORMER = re.compile(
 
 
 def is_result(name: str) -> bool:
-    """Whether a metric says what a stage achieved, not how the machine and the training did."""
+    """Whether a metric is a result of the stage, not a measurement of machine or training."""
     return not name.startswith("system/") and name not in _DURING_TRAINING
 
 
 def present_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     """A run's metrics under the names of `metrics.json` and `history.csv`.
 
-    Older runs have groups (`result/perplexity`, `optimizer/grad_norm`) and both `loss/validation`,
-    the curve, and `result/validation_loss`, the final value, which is taken.
+    Older runs have groups (`result/perplexity`, `optimizer/grad_norm`), and both a curve,
+    `loss/validation`, and a final value, `result/validation_loss`; the final value is used.
     """
     final_last = sorted(metrics, key=lambda key: key.startswith("result/"))
     return {_present_name(key): metrics[key] for key in final_last}
@@ -56,16 +56,16 @@ def _present_name(key: str) -> str:
 
 
 def machine_of(tags: Mapping[str, str]) -> dict[str, str]:
-    """What a run's tags say of its machine and Python, and package -> version."""
+    """The machine and Python of a run, from its tags, and package -> version."""
     pairs = (each.rpartition(" ") for each in tags.get("packages", "").split(", ") if " " in each)
     known = {key: tags[key] for key in _MACHINE if key in tags}
     return known | {name: version for name, _, version in pairs}
 
 
 def flatten(params: Any) -> dict[str, str]:
-    """A stage's parameters as MLflow's flat strings: `train.learning_rate` -> `0.0005`.
+    """A stage's parameters as flat strings for MLflow: `train.learning_rate` -> `0.0005`.
 
-    Lists stay one entry: scalars joined by commas, records by their name or their first value.
+    A list is one entry: its scalars, or the name or first value of each record, joined by commas.
     """
     flat = _flatten(dataclasses.asdict(params))
     return {key_of(key): shortened(without_secrets(text), VALUE_LENGTH) for key, text in flat}
@@ -88,11 +88,11 @@ def _summary(item: Any) -> str:
 
 
 def key_of(name: str) -> str:
-    """The key under which MLflow keeps what has this name: a metric, a parameter or a tag.
+    """The MLflow key for the name of a metric, a parameter or a tag.
 
-    Labels, sources and paths may hold any character, and have any length. A name that MLflow takes
-    is its own key. Of another one, what MLflow refuses is replaced, and a digest of the name keeps
-    names apart that then look alike: one name has one key, in every run.
+    Labels, sources and paths may hold any character and have any length. A name that MLflow accepts
+    is used unchanged. In any other name the refused characters are replaced, and a digest of the
+    name is appended to keep the key unique. A name has the same key in every run.
     """
     taken = _KEY.fullmatch(name) and not _DIGEST.search(name)
     if taken and len(name) <= _KEY_LENGTH and not any(map(_is_path, name.split("/"))):
@@ -104,17 +104,17 @@ def key_of(name: str) -> str:
 
 
 def _is_path(part: str) -> bool:
-    """Whether a part between slashes leads elsewhere: `a//b`, `./a`, `../a`."""
+    """Whether a part between slashes changes the path: `a//b`, `./a`, `../a`."""
     return part in ("", ".") or part.startswith("..")
 
 
 def flatten_metrics(metrics: Mapping[str, Any], path: str = "") -> dict[str, float]:
-    """Final metrics as flat numbers: nested keys joined by a slash; what is no number, left out."""
+    """Final metrics as flat numbers: nested keys joined by a slash, other values left out."""
     flat: dict[str, float] = {}
     for key, value in metrics.items():
         name = f"{path}/{key}" if path else str(key)
         if isinstance(value, Mapping):
             flat |= flatten_metrics(value, name)
-        elif isinstance(value, int | float):  # a truth value counts as 0 or 1
+        elif isinstance(value, int | float):  # booleans become 0 or 1
             flat[name] = float(value)
     return flat

@@ -1,6 +1,6 @@
-"""MLflow's own classes and error, as the other wings name them: only this wing imports MLflow.
+"""MLflow's classes and exception for use by other packages: only `tracking` imports MLflow.
 
-Import this module where MLflow is at work, not at the top of a file: MLflow takes a second to load.
+Import this module inside functions, not at the top of a file: MLflow takes a second to load.
 """
 
 from mlflow import MlflowClient

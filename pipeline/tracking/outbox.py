@@ -1,8 +1,8 @@
-"""What a stage's run has for MLflow, on disk until it has been sent.
+"""The outbox: a stage's run on disk until it has been sent to MLflow.
 
-`.pipeline/outbox/STAGE-ID` holds one run: `about.json` has what it begins with, `journal.jsonl`
-what happened since, one event a line, and `files` its files, laid out as on the run's page.
-`pipeline.tracking.sender` replays it to MLflow, while the stage is at work or later.
+`.pipeline/outbox/STAGE-ID` holds one run: `about.json` its initial data, `journal.jsonl` the events
+since then, one per line, and `files` its files, laid out as on the run's page.
+`pipeline.tracking.sender` replays it to MLflow, while the stage is running or later.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ _ABOUT = "about.json"
 
 @dataclass(kw_only=True, slots=True)
 class Outbox:
-    """One run. Only the process that holds it (`held`) writes to it or sends it.
+    """One run. Only the process that holds its lock (`held`) writes to it or sends it.
 
     Attributes:
-        folder: where it is; its name identifies the run, in MLflow too.
+        folder: its folder; the folder's name identifies the run, in MLflow too.
         root: the checkout that the stage runs in.
-        stage: its name in `dvc.yaml`.
-        begun: when the run began, in milliseconds.
+        stage: the stage's name in `dvc.yaml`.
+        begun: the run's start time in milliseconds.
         description: what the stage does.
         params: the run's parameters.
         tags: the run's tags.
-        data_sets: each as MLflow's `Dataset` takes it, and its `context`.
-        run_id: of a run in MLflow that does not bear the outbox's name, if it continues one.
+        data_sets: the arguments of MLflow's `Dataset` and the `context`, for each data set.
+        run_id: the MLflow run that it continues, if that run is not tagged with the outbox's name.
     """
 
     folder: Path
@@ -54,51 +54,51 @@ class Outbox:
 
     @property
     def name(self) -> str:
-        """What identifies the run: `STAGE-ID`."""
+        """The identifier of the run: `STAGE-ID`."""
         return self.folder.name
 
     @property
     def journal(self) -> Path:
-        """Events, one a line, in order."""
+        """The file of events, one per line, in order."""
         return self.folder / "journal.jsonl"
 
     @property
     def files(self) -> Path:
-        """The run's files: the path below it is the path on the run's page."""
+        """The folder of the run's files; relative paths are those on the run's page."""
         return self.folder / "files"
 
     @property
     def model(self) -> Path:
-        """The model that is to be registered."""
+        """The folder of the model to register."""
         return self.folder / "model"
 
     def save(self) -> None:
-        """Write `about.json`: from now on this is an outbox."""
-        # relative, so that it holds after the project was moved
+        """Write `about.json`, which makes the folder an outbox."""
+        # relative, so that it stays valid when the project is moved
         place = os.path.relpath(self.root, self.folder)
         about = dataclasses.asdict(self) | {"root": place}
         del about["folder"]
         write_json(self.folder / _ABOUT, about)
 
     def write(self, event: str, *values: Any) -> None:
-        """Add an event to the journal; it survives the end of the process from then on."""
+        """Append an event to the journal; from then on it survives the end of the process."""
         line = json.dumps([event, *values]) + "\n"
-        with self.journal.open("ab", buffering=0) as file:  # one write: lines stay whole
+        with self.journal.open("ab", buffering=0) as file:  # a single write keeps lines intact
             file.write(line.encode())
 
     def remove(self) -> None:
-        """Everything is sent."""
-        (self.folder / _ABOUT).unlink()  # half removed, it is no outbox any more
+        """Remove the outbox once everything is sent."""
+        (self.folder / _ABOUT).unlink()  # first: what remains is no outbox
         shutil.rmtree(self.folder)
 
 
 def place_of(root: Path, name: str) -> Path:
-    """The folder of the outbox of that name, whether it is there or not."""
+    """The folder of the outbox of that name, whether it exists or not."""
     return shared_folder(root) / FOLDER / name
 
 
 def read_outbox(root: Path, name: str) -> Outbox | None:
-    """The outbox of that name; None if there is none: all of it was sent, or it never was."""
+    """The outbox of that name; None if it was sent completely or never existed."""
     folder = place_of(root, name)
     try:
         about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
@@ -109,7 +109,7 @@ def read_outbox(root: Path, name: str) -> Outbox | None:
 
 
 def outboxes(root: Path) -> list[str]:
-    """The names of all that is to be sent, in the order in which the runs began."""
+    """The names of all outboxes, in the order in which their runs started."""
     names = [path.parent.name for path in (shared_folder(root) / FOLDER).glob(f"*/{_ABOUT}")]
     found = [each for name in names if (each := read_outbox(root, name)) is not None]
     return [each.name for each in sorted(found, key=lambda each: each.begun)]
@@ -117,12 +117,12 @@ def outboxes(root: Path) -> list[str]:
 
 @contextlib.contextmanager
 def held(root: Path, name: str, wait: float = 0.0) -> Iterator[bool]:
-    """Hold an outbox within the block, be it there or not; False while another process does.
+    """Lock an outbox, existing or not, within the block; yields False if another process has it.
 
     Args:
         root: the project.
-        name: the outbox's.
-        wait: so many seconds for the other process.
+        name: the outbox's name.
+        wait: how many seconds to wait for the other process.
     """
     place = place_of(root, name)
     place.parent.mkdir(parents=True, exist_ok=True)
