@@ -1,14 +1,14 @@
-"""Decoding: greedy or sampled, one prompt or many, each row with its own end.
+"""Decoding: greedy or sampled, for one prompt or many; each row ends independently.
 
 While prompt and answer fit into the context, every position is computed once and kept in a
-key-value cache. Past it, the model sees the last `context_length` tokens, computed anew for each
-token because GPT-2's positions are absolute: the same sliding window as the book's
-`generate_text_simple`, and the same tokens with the cache and without.
+key-value cache. Beyond that, the model sees the last `context_length` tokens, which are recomputed
+for each token because GPT-2's positions are absolute. This is the sliding window of the book's
+`generate_text_simple`; the tokens are the same with and without the cache.
 
-The model computes each token itself, unless an `Engine` is handed over that does so in its place
-(`gpt.engine.decode` has one). Their numbers differ by rounding, so where two tokens are as likely
-as each other they may choose differently; each alone repeats itself exactly. What has to be the
-same on every machine, with a compiler and without, is written without an engine.
+The model computes each token itself, unless an `Engine` is passed (`gpt.engine.decode` has one).
+Their results differ by rounding, so they may choose differently between equally likely tokens;
+each alone is exactly repeatable. Text that must be the same on every machine, with a compiler or
+without, is generated without an engine.
 
 Top-p (nucleus) sampling: Holtzman et al. (2020), "The Curious Case of Neural Text Degeneration".
 Repetition penalty: Keskar et al. (2019), "CTRL", as `transformers` computes it.
@@ -30,13 +30,14 @@ from gpt.model.model import GPT, KVCache
 from gpt.tokens.tokenizer import Tokenizer
 
 Step = Callable[[Sequence[int], Sequence[int]], Tensor]
-"""Logits (B, V) after one more token in some rows: which rows, and the token of each."""
+"""Takes row numbers and a token for each; returns the logits (B, V) after these tokens."""
 NewStep = Callable[[KVCache, Sequence[int]], Step]
-"""A step on a cache, in which so many positions on the left of each row are padding, (B,)."""
+"""Makes a step for a cache and the number of padding positions on the left of each row, (B,)."""
 Engine = Callable[[GPT, int], NewStep | None]
-"""What computes the tokens of so many rows in the model's place; None leaves them to the model."""
+"""Takes a model and the number of rows; returns what computes their tokens, or None to use the
+model."""
 
-_LIKELY = (1024, 8192)  # so many tokens nearly always hold a top_p share
+_LIKELY = (1024, 8192)  # numbers of tokens that nearly always reach top_p
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +51,7 @@ class Sampling:
     max_new_tokens: int
     """The most tokens to add."""
     min_new_tokens: int = 0
-    """Before so many, no stop token can be chosen and no stop text ends a row."""
+    """Until this many, no stop token can be chosen and no stop text ends a row."""
     temperature: float = 0.0
     """0 takes the likeliest token; otherwise logits are divided by it."""
     top_k: int | None = None
@@ -58,14 +59,14 @@ class Sampling:
     top_p: float | None = None
     """Sample among the likeliest tokens that together reach this probability."""
     repetition_penalty: float = 1.0
-    """Logits of tokens that the row holds (the prompt's too) are divided by it where positive,
-    multiplied where negative; 1 changes nothing."""
+    """Logits of tokens that occur in the row (prompt included) are divided by it if positive and
+    multiplied by it if negative; 1 has no effect."""
     seed: int | None = None
     """Makes sampling repeatable."""
     stop: Collection[int] = ()
     """Token ids that end a row."""
     stop_texts: tuple[str, ...] = ()
-    """Texts that end a row, for the functions that make text; none of them is part of it."""
+    """Texts that end a row, for the functions that return text; they are not part of the result."""
 
     def __post_init__(self) -> None:
         seed, top_k, top_p = self.seed, self.top_k, self.top_p
@@ -126,9 +127,9 @@ class Completion:
     tokens: list[int]
     """Without the stop token that ended it."""
     log_probs: list[float]
-    """Of each of `tokens`, as `Token.log_prob`; empty unless asked for."""
+    """The `Token.log_prob` of each of `tokens`; empty unless asked for."""
     stopped: bool
-    """Whether a stop token ended it, not the greatest length."""
+    """Whether it was ended by a stop token, not by the length limit."""
 
 
 # --- token ids ------------------------------------------------------------------------------------
@@ -189,8 +190,8 @@ def stream(
         sampling: the settings; its stop texts need text, and are refused here.
         log_probs: whether each token comes with its log-probability.
         engine: see `Engine`.
-        cached: False computes every position at every step, as a check on the cache; the model
-            always does that itself.
+        cached: False recomputes every position at every step, to check the cache; no engine is
+            used then.
 
     Raises:
         InputError: an empty prompt, or stop texts.
@@ -210,7 +211,7 @@ def _steps(
     engine: Engine | None = None,
     cached: bool = True,
 ) -> Iterator[list[Token | None]]:
-    """`stream`, for a caller that may end a row by its own judgement, in `ended`."""
+    """`stream`, for a caller that may end rows itself by setting `ended`."""
     if not prompts or any(len(prompt) == 0 for prompt in prompts):
         raise InputError("prompt: there is nothing to continue; give at least one token of text")
     generator = torch.Generator(model.device)
@@ -256,10 +257,10 @@ def _logits_after(
     new_step: NewStep | None,
     cached: bool,
 ) -> Iterator[Tensor]:
-    """Logits (B, V) after each row; the caller appends one token to every row between two.
+    """Yield logits (B, V) after each row; the caller appends one token to every row between yields.
 
-    Rows of different length are padded on the left, so that all end together. The logits of a row
-    that has ended mean nothing.
+    Rows of different length are padded on the left, so that all end at the same position. The
+    logits of a row that has ended are meaningless.
     """
     context = model.config.context_length
     device = model.device
@@ -288,7 +289,7 @@ def _logits_after(
 
 
 class _Adjustment:
-    """What the settings do to logits before a token is chosen."""
+    """Applies the settings to logits before a token is chosen."""
 
     def __init__(self, sampling: Sampling, rows: Sequence[Sequence[int]], model: GPT) -> None:
         self._sampling = sampling
@@ -302,7 +303,7 @@ class _Adjustment:
                 held[list(row)] = True
 
     def __call__(self, logits: Tensor, n: int) -> Tensor:
-        """Logits (B, V) with n new tokens before them, adjusted; the given ones stay."""
+        """Adjusted logits (B, V) after n new tokens; the given logits are not changed."""
         if self._held is not None:
             if n:
                 newest = torch.tensor([[row[-1]] for row in self._rows], device=logits.device)
@@ -320,14 +321,14 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Te
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits.float() / sampling.temperature
-    order = None  # (B, n): the tokens of `logits`, where these are no longer all
+    order = None  # (B, n): the token ids of `logits`, once these are a subset
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         logits, order = logits.topk(sampling.top_k)
     probabilities = logits.softmax(dim=-1)
     if sampling.top_p is not None and sampling.top_p < 1:
         if order is None:
             probabilities, order = _likeliest(probabilities, sampling.top_p)
-        # a token stays while those before it have not reached top_p: the first always does
+        # a token is kept while those before it have not reached top_p; the first always is
         before = probabilities.cumsum(dim=-1) - probabilities
         probabilities = probabilities.masked_fill(before >= sampling.top_p, 0)
     picked = _pick(probabilities, generator)  # (B, 1)
@@ -336,7 +337,7 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Te
 
 def _likeliest(probabilities: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """The likeliest tokens in order, enough to reach the share: probabilities and ids (B, n)."""
-    for n in _LIKELY:  # to sort all of them takes as long as to compute them
+    for n in _LIKELY:  # sorting all takes as long as computing them
         if n < probabilities.shape[-1]:
             top = probabilities.topk(n)
             if (top.values.sum(dim=-1) > share).all():
@@ -346,17 +347,17 @@ def _likeliest(probabilities: Tensor, share: float) -> tuple[Tensor, Tensor]:
 
 
 def _pick(weights: Tensor, generator: torch.Generator) -> Tensor:
-    """One index (B, 1) of each row of weights (B, n), in proportion to these.
+    """One index (B, 1) per row, drawn in proportion to weights (B, n).
 
-    A point in their sum, and the weight it falls into: one random number a row, where
-    `torch.multinomial` draws n and takes as long as several layers.
+    Inverse transform sampling: one random number per row, while `torch.multinomial` draws n and
+    takes as long as several layers.
     """
-    wide = torch.float32 if weights.device.type == "mps" else torch.float64  # MPS has no more
+    wide = torch.float32 if weights.device.type == "mps" else torch.float64  # MPS has no float64
     sums = weights.cumsum(dim=-1, dtype=wide)
     point = torch.rand((len(sums), 1), dtype=wide, device=sums.device, generator=generator)
-    # right: a point is below the sum that it falls under, so a weight of 0 is never picked
+    # right: a point is strictly below the cumulative sum, so a weight of 0 is never picked
     picked = torch.searchsorted(sums, point * sums[:, -1:], right=True)
-    return picked.clamp_(max=weights.shape[1] - 1)  # where weights are NaN it is none of them
+    return picked.clamp_(max=weights.shape[1] - 1)  # NaN weights give n
 
 
 def _log_probs(logits: Tensor, chosen: Tensor) -> list[float]:
@@ -375,11 +376,11 @@ def stream_text(
     *,
     engine: Engine | None = None,
 ) -> Iterator[str]:
-    """What the model writes after `prompt`, a text or token ids, in pieces as they come.
+    """Yield the model's continuation of `prompt`, a text or token ids, piece by piece.
 
-    It ends before the first stop text, at the end of a text (`<|endoftext|>`) or another stop
-    token, or at the greatest length. A character that spans tokens comes whole; one that the
-    length cuts does not come at all.
+    It ends before the first stop text, at `<|endoftext|>` or another stop token, or at the length
+    limit. A character that spans several tokens is yielded whole; one that the length limit cuts
+    is left out.
 
     Raises:
         InputError: an empty prompt.
@@ -408,9 +409,9 @@ def complete_texts(
     *,
     engine: Engine | None = None,
 ) -> list[str]:
-    """What the model writes after each prompt; each ends by itself, as in `stream_text`.
+    """The model's continuation of each prompt; each ends independently, as in `stream_text`.
 
-    An empty prompt is the beginning of a text.
+    An empty prompt stands for the beginning of a text.
     """
     texts = [_Text(tokenizer, sampling) for _ in prompts]
     written = ["" for _ in prompts]
@@ -432,15 +433,15 @@ class _Text:
         self._tokenizer = tokenizer
         self._stops = sampling.stop_texts
         self._unstoppable = sampling.min_new_tokens
-        # a character may be many tokens; bytes that begin none become U+FFFD
+        # a character may span many tokens; invalid bytes become U+FFFD
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.ended = False
         """Whether a stop text was found."""
         self.held = ""
-        """What may be the beginning of a stop text: to be shown if nothing more comes."""
+        """A possible beginning of a stop text, held back until the next token or the end."""
 
     def add(self, token: int) -> str:
-        """The text that is certain now and was not before."""
+        """The text that this token makes final."""
         text = self.held + self._decoder.decode(self._tokenizer.decode_bytes([token]))
         self.held = ""
         self._unstoppable -= 1

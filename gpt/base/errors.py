@@ -27,7 +27,7 @@ NOT_FINITE = (
     "the model's logits are not finite numbers; its weights are damaged, or their precision is too "
     "narrow for it: use fp32, or make the model again"
 )
-"""What a `RunError` says of a model that can choose nothing."""
+"""The message of a `RunError` for a model whose outputs are not finite."""
 
 
 def shown(value: object) -> str:
@@ -53,7 +53,7 @@ def first_few(words: Sequence[object], most: int = 3) -> str:
 
 
 def lacks_memory(error: BaseException) -> bool:
-    """Whether an error is that there is not enough memory, which PyTorch and NumPy say apart."""
+    """Whether an error means out of memory; PyTorch and NumPy report that differently."""
     signs = ("out of memory", "DefaultCPUAllocator", "Storage size calculation overflowed")
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
@@ -61,13 +61,13 @@ def lacks_memory(error: BaseException) -> bool:
 
 
 def first_problem(error: ValidationError, within: str = "") -> str:
-    """The first thing that is wrong with what was read: where it stands, and why it is refused.
+    """The first validation error of what was read: its location and the reason.
 
     Args:
         error: what pydantic raised.
-        within: the name of the value that was validated, where it is a part of a file.
+        within: the name of the validated value, if it is only a part of a file.
     """
     first = error.errors()[0]
     where = ".".join([*([within] if within else []), *map(str, first["loc"])])
-    why = first["msg"].removeprefix("Value error, ")  # of a check of ours
+    why = first["msg"].removeprefix("Value error, ")  # pydantic's prefix for our own checks
     return f"{where}: {why}" if where else why

@@ -13,7 +13,7 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One line for a person; a `warning` is one that they should not miss."""
+    """One line for the user; a `warning` is one that should not be missed."""
 
     text: str
     level: Literal["info", "warning"] = "info"

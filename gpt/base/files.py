@@ -19,7 +19,7 @@ _LONGEST_JSON = 16 << 20
 
 
 def sync_directory(path: Path) -> None:
-    """Let the names in a directory, as they are now, survive a loss of power."""
+    """Sync a directory, so that its current entries survive a power loss."""
     if os.name == "nt":  # a directory cannot be opened for fsync there
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -30,7 +30,7 @@ def sync_directory(path: Path) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Let what a file holds survive a loss of power."""
+    """Sync a file, so that its content survives a power loss."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
 
@@ -41,7 +41,7 @@ def _partial(path: Path) -> Path:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path`; it becomes `path` if the block ends well, else goes."""
+    """Yield a path beside `path`; renamed to `path` if the block succeeds, otherwise deleted."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial(path)
     try:
@@ -55,14 +55,14 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_directory(path: Path) -> Iterator[Path]:
-    """Yield a new directory beside `path`; it becomes `path` if the block ends well, else goes.
+    """Yield a new directory; renamed to `path` if the block succeeds, otherwise deleted.
 
-    What stood at `path` before is replaced as a whole: a directory of the project's own, or one
-    that the caller knows to hold nothing else. A link to a directory stays, and what it leads to
-    is replaced. What a killed process left behind is cleared on the next call.
+    An existing directory at `path` is replaced as a whole: it must be one that the project wrote,
+    or one that the caller knows to hold nothing else. A symbolic link to a directory is kept, and
+    its target is replaced. Leftovers of a killed process are removed on the next call.
 
     Raises:
-        InputError: something stands at `path` that is no directory.
+        InputError: `path` exists and is not a directory.
     """
     path = path.resolve()
     if path.exists() and not path.is_dir():
@@ -93,7 +93,7 @@ def whole_directory(path: Path) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link (not what it leads to) or a directory with all that it holds, if any.
+    """Remove a file, a link (not its target) or a directory with its content, if it exists.
 
     Raises:
         OSError: it cannot be removed.
@@ -115,14 +115,14 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(
     path: Path, *, missing: str, remedy: str, longest: int = _LONGEST_JSON
 ) -> dict[str, Any]:
-    """The JSON object that a file holds.
+    """The JSON object in a file.
 
     Args:
         path: the file.
-        missing: what to say, after the path, where there is no such file.
-        remedy: what to do about a file that holds something else.
-        longest: the most bytes it may have; by default 16 MiB, as none of a model's small files is
-            nearly as long.
+        missing: the message, after the path, if there is no such file.
+        remedy: what to do about a file with other content.
+        longest: the largest size in bytes; by default 16 MiB, far more than any of a model's
+            small files has.
 
     Raises:
         InputError: there is no such file, or as `parse_json`.
@@ -140,17 +140,17 @@ def read_json(
 
 
 def parse_json(content: bytes, name: str, remedy: str) -> dict[str, Any]:
-    """The JSON object that a file's content says.
+    """The JSON object in a file's content.
 
     Args:
-        content: of the file.
-        name: what messages call it.
+        content: the file's bytes.
+        name: the file's name in messages.
         remedy: what to do about other content.
 
     Raises:
-        InputError: it is no JSON object, git left it with a conflict, or it holds what only some
-            readers take, or each in its own way: a key twice, a number that no float can hold, half
-            a surrogate pair, lists in lists in lists.
+        InputError: it is not a JSON object, it has a git merge conflict, or JSON readers disagree
+            on it: a duplicate key, a number outside the range of floats, half a surrogate pair,
+            lists that are nested too deeply.
     """
     refuse_conflict(content, name)
     try:
@@ -164,10 +164,10 @@ def parse_json(content: bytes, name: str, remedy: str) -> dict[str, Any]:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """What `json` makes of an object (`object_pairs_hook`).
+    """A dict of an object's pairs, for `json`'s `object_pairs_hook`.
 
     Raises:
-        ValueError: a key is given twice.
+        ValueError: a key occurs twice.
     """
     value = dict(pairs)
     if len(value) < len(pairs):
@@ -187,10 +187,10 @@ _CONFLICT = re.compile(rb"^(?:<{7}|>{7})(?: .{0,60}|$)", re.MULTILINE)
 
 
 def refuse_conflict(content: bytes, name: str) -> None:
-    """Refuse a file that `git merge` left to a person.
+    """Refuse a file with an unresolved `git merge` conflict.
 
     Raises:
-        InputError: naming the line of the first marker, and how to go on.
+        InputError: it has one; the message names the line of the first marker and the remedy.
     """
     if found := _CONFLICT.search(content):
         line = content.count(b"\n", 0, found.start()) + 1

@@ -27,14 +27,14 @@ class Batch:
     """What a model sees in one forward pass.
 
     Attributes:
-        inputs: token ids (B, T), int64; or the vectors of a frozen trunk, one row behind the
-            other, (N, C).
-        targets: the next token at each place (B, T), `IGNORED` where none is learnt; or the
+        inputs: token ids (B, T), int64; or the vectors of a frozen trunk, the rows concatenated,
+            (N, C).
+        targets: the next token at each position (B, T), `IGNORED` where none is learnt; or the
             class of each text (B,). int64.
-        lengths: the number of real tokens of each row (B,), int64; None where every row is full.
-        documents: the number of the document that each place belongs to (B, T), int64, equal
-            numbers side by side: none sees another, a negative one is the opening of them all
-            (`gpt.model.model.Decoder.hidden`). None where a row is read as one.
+        lengths: the number of real tokens of each row (B,), int64; None if every row is full.
+        documents: the document number of each position (B, T), int64, equal numbers adjacent.
+            Documents do not attend to each other; a negative number marks the opening that all
+            documents share (`gpt.model.model.Decoder.hidden`). None if each row is one document.
     """
 
     inputs: Tensor
@@ -44,12 +44,12 @@ class Batch:
 
     @property
     def n_targets(self) -> int:
-        """How many targets a loss counts."""
+        """The number of targets that count in a loss."""
         return int((self.targets != IGNORED).sum())
 
     @property
     def n_tokens(self) -> int:
-        """How many real tokens are in it."""
+        """The number of real tokens in the batch."""
         return self.inputs.numel() if self.lengths is None else int(self.lengths.sum())
 
     def to(self, device: torch.device) -> Self:
@@ -63,7 +63,7 @@ class Dataset(Protocol):
 
     @property
     def lengths(self) -> np.ndarray | None:
-        """The tokens of each item; None where all have as many."""
+        """The number of tokens of each item; None if all have the same number."""
         ...
 
     def __len__(self) -> int: ...
@@ -79,9 +79,9 @@ class Dataset(Protocol):
 
 
 _POOL = 32
-"""Batches of like length are made within so many batches' worth of items."""
+"""Items are sorted by length within pools of this many batches."""
 _LISTED = 1 << 24
-"""The order of more items than these is not held in memory (134 MB) but computed as it is read."""
+"""Above this number of items the order is not held in memory (134 MB) but computed on demand."""
 
 
 @functools.lru_cache(maxsize=2)  # a batch needs the order of its whole epoch
@@ -99,7 +99,7 @@ def batch_indices(
 
     Args:
         n: the number of items.
-        batch_size: items a batch, at most `n`.
+        batch_size: items per batch, at most `n`.
         seed: picks the permutation of every epoch.
         index: the batch, counted over all epochs. An epoch has n // batch_size; the items left
             over at its end are dropped.
@@ -120,10 +120,10 @@ def batch_indices(
 
 
 def _permuted(places: range, n: int, seed: int, epoch: int) -> list[int]:
-    """What a permutation of 0 … n - 1 has at `places`, without the rest of it.
+    """The values of a permutation of 0 … n - 1 at `places`, without computing the rest of it.
 
-    Steps of one length through the items, around and around, that meet each of them once since
-    the length and n have no factor in common.
+    The permutation steps through the items with a fixed stride, modulo n. Stride and n are
+    coprime, so each item occurs once.
     """
     random = np.random.default_rng([seed, epoch])
     first, step = random.integers(n, size=2).tolist()
@@ -157,7 +157,7 @@ def batches(
 ) -> Iterator[Batch]:
     """All items, as evaluation reads them; the last batch may be smaller.
 
-    In their own order; `by_length` from the longest to the shortest, which pads the least.
+    In the dataset's order; with `by_length` the longest first, which pads the least.
     """
     end = len(dataset) - (len(dataset) % batch_size if drop_last else 0)
     order = range(len(dataset))
@@ -168,7 +168,7 @@ def batches(
 
 
 def spread(dataset: Dataset, n: int) -> Dataset:
-    """At most `n` of a dataset's items, evenly spread over it, the first among them."""
+    """At most `n` items, evenly spaced over the dataset and including the first."""
     indices = np.linspace(0, len(dataset), min(n, len(dataset)), endpoint=False).astype(int)
     return _Part(dataset, indices)
 
@@ -199,9 +199,9 @@ class WindowDataset:
     Args:
         tokens: the ids of a split, or an int64 tensor.
         context_length: the length T of a window.
-        stride: from the start of one window to the next; T means no overlap.
-        end: the id of `<|endoftext|>`, which opens the document that follows it; with it a batch
-            says which document each place belongs to, and none sees another.
+        stride: the distance between the starts of two windows; T means no overlap.
+        end: the id of `<|endoftext|>`, which belongs to the document after it. If it is given,
+            batches have `documents`, so that documents do not attend to each other.
 
     A text that is not longer than one context has no windows: `len` is 0.
     """
@@ -242,17 +242,17 @@ class WindowDataset:
 
 
 class RandomWindowDataset(WindowDataset):
-    """Windows that start anywhere in a text, each drawn by itself, as nanoGPT reads.
+    """Windows with independent random starts, as in nanoGPT.
 
-    Where window i starts is drawn from block i of Philox, which makes its numbers in any order
-    (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3"): a pure function of the
+    The start of window i is drawn from block i of Philox, a counter-based generator (Salmon et
+    al., 2011, "Parallel random numbers: as easy as 1, 2, 3"). So it is a pure function of the
     text's length, `seed` and i.
 
     Args:
         tokens: the ids of a split, or an int64 tensor.
         context_length: the length T of a window.
-        length: how many windows there are to be; as many as a training takes, since going
-            through them again would show the same ones.
+        length: the number of windows. It should cover the whole training, since a second epoch
+            would repeat the same windows.
         seed: picks the starts.
         end: as for `WindowDataset`.
 
@@ -326,7 +326,7 @@ class ClassificationDataset:
 
 
 class FeatureDataset:
-    """What a frozen trunk makes of the texts, with their classes.
+    """The outputs of a frozen trunk for the texts, with their classes.
 
     Args:
         features: the vectors of each text's real positions, (T_i, C) each.
@@ -346,7 +346,7 @@ class FeatureDataset:
         return self._features[index], self._labels[index]
 
     def collate(self, items: Sequence[tuple[Tensor, int]]) -> Batch:
-        """The vectors one text behind the other (N, C), classes (B,) and lengths (B,)."""
+        """The concatenated vectors of the texts (N, C), classes (B,) and lengths (B,)."""
         features, labels = zip(*items, strict=True)
         return Batch(
             torch.cat(features),
@@ -359,14 +359,14 @@ class InstructionDataset:
     """Prompts with the responses to be learnt; each response ends in `<|endoftext|>`.
 
     Args:
-        records: the turns of each conversation, one or several, whose responses are all learnt:
-            token ids of the rendered prompt, and of the response without an end.
-        end: the id of `<|endoftext|>`; learnt as the end of a response, and the padding.
-        mask_prompt: learn the response only; else every token counts, as in pretraining.
-        max_length: inputs are cut to this many tokens. A prompt that fills them alone leaves
-            nothing to learn.
-        row_length: the records of a batch lie one behind the other in rows of at most so many
-            tokens, and none sees another; None gives each a row of its own, padded on the right.
+        records: the turns of each conversation, one or several; all responses are learnt. A turn
+            is the token ids of the rendered prompt and of the response without its end token.
+        end: the id of `<|endoftext|>`; learnt as the end of a response, and used as padding.
+        mask_prompt: learn the response only; otherwise every token counts, as in pretraining.
+        max_length: inputs are cut to this many tokens. If the prompt alone fills them, nothing is
+            left to learn.
+        row_length: the records of a batch are packed into rows of at most this many tokens and do
+            not attend to each other; with None each has a row of its own, padded on the right.
             The losses are the same.
     """
 
@@ -409,9 +409,9 @@ class InstructionDataset:
     def collate(self, items: Sequence[tuple[Tensor, Tensor]]) -> Batch:
         """Inputs (B, T) and targets (B, T), padded on the right; padding is never learnt.
 
-        Packed records have fewer rows than there are items, and `documents` that say which is
-        whose. What all of them begin with and nobody learns, the words of the template, stands
-        once in a row, and each record goes on from there.
+        A packed batch has fewer rows than items, and `documents` gives the record of each
+        position. The unlearnt tokens that all records begin with, the words of the template,
+        occur once per row as a shared opening, and each record continues from there.
         """
         if self._row_length is not None:
             return self._packed(items, self._row_length)
@@ -430,19 +430,19 @@ class InstructionDataset:
             parts = [*opened, *own]
             inputs.append(torch.cat([ids for ids, _ in parts]))
             targets.append(torch.cat([learnt for _, learnt in parts]))
-            numbers = torch.arange(-1, len(own))  # -1 is the opening's
+            numbers = torch.arange(-1, len(own))  # -1 marks the shared opening
             sizes = torch.tensor([len(ids) for ids, _ in parts])
             documents.append(numbers.repeat_interleave(sizes))
         return Batch(
             _pad(inputs, self._end),
             _pad(targets, IGNORED),
             torch.tensor([len(ids) for ids in inputs]),
-            _pad(documents, len(items)),  # what is padded is a document of its own
+            _pad(documents, len(items)),  # padding is a document of its own
         )
 
 
 def _shared(items: Sequence[tuple[Tensor, Tensor]]) -> int:
-    """With how many equal inputs all items begin, up to the first whose target is learnt."""
+    """The length of the inputs' common prefix, up to the first position with a learnt target."""
     shortest = min(len(inputs) for inputs, _ in items)
     inputs = torch.stack([inputs[:shortest] for inputs, _ in items])  # (items, shortest)
     targets = torch.stack([targets[:shortest] for _, targets in items])
@@ -451,10 +451,10 @@ def _shared(items: Sequence[tuple[Tensor, Tensor]]) -> int:
 
 
 def _even_rows(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Items by index in as few rows of at most `room` tokens as may be, of about one length.
+    """Item indices packed into few rows of at most `room` tokens and of about equal length.
 
-    The longest first, each into the emptiest row (Graham, 1969, "Bounds on multiprocessing timing
-    anomalies"); where it does not fit, into a new one.
+    Items are placed by length, the longest first, each into the emptiest row (Graham, 1969,
+    "Bounds on multiprocessing timing anomalies"). If it does not fit there, a new row is begun.
     """
     rows: list[list[int]] = [[] for _ in range(max(1, -(-sum(lengths) // max(1, room))))]
     filled = [0] * len(rows)

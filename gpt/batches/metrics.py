@@ -1,4 +1,4 @@
-"""What is measured: losses on data, perplexity, classification scores."""
+"""Metrics: losses on data, perplexity, classification scores."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _LARGEST_EXPONENT = math.log(sys.float_info.max)
 def lm_loss_sum(model: GPT, batch: Batch) -> tuple[Tensor, int]:
     """The summed cross-entropy of the next token, in nats, and the number of targets.
 
-    Logits are made only where a target counts: prompts and padding cost no head.
+    Logits are computed only for targets that count, so prompts and padding cost nothing here.
     """
     hidden = model.hidden(batch.inputs, documents=batch.documents)  # (B, T, C)
     counts = batch.targets != IGNORED  # (B, T)
@@ -43,8 +43,8 @@ def class_loss_sum(
 ) -> tuple[Tensor, int]:
     """The summed cross-entropy of the class, in nats, and the number of rows.
 
-    With `weights` (`class_weights`) a text counts as much as its class. They are 1 in the mean over
-    the texts, so the mean over many texts is that of the weighted loss.
+    With `weights` (`class_weights`) each text is weighted by its class. The weights have a mean of
+    1 over the texts, so dividing the sum by the number of rows gives the weighted mean loss.
     """
     logits = model(batch.inputs, batch.lengths).float()  # (B, classes)
     weights = None if weights is None else weights.to(logits.device)
@@ -53,11 +53,11 @@ def class_loss_sum(
 
 
 def class_weights(classes: Sequence[int], n_classes: int) -> Tensor:
-    """What a text of each class counts in the loss, so that every class counts the same in all.
+    """The loss weight of each class's texts, so that every class has the same total weight.
 
-    n / (k n_c) for n texts of k classes, n_c of them of the class: 1 in the mean over the texts
-    (King & Zeng, 2001, "Logistic Regression in Rare Events Data"). A class that has no text counts
-    as if it had one.
+    n / (k n_c) for n texts in k classes, n_c of them in the class: a mean of 1 over the texts
+    (King & Zeng, 2001, "Logistic Regression in Rare Events Data"). A class without texts is
+    treated as if it had one.
 
     Returns:
         (n_classes,) fp32.
@@ -72,7 +72,7 @@ def mean_loss(
     batches: Iterable[Batch],
     loss: Callable[[Any, Batch], tuple[Tensor, int]] = lm_loss_sum,
 ) -> float:
-    """The mean loss over every target of `batches`, in nats; NaN where there is none.
+    """The mean loss over every target of `batches`, in nats; NaN if there are no targets.
 
     Processes that train together share the batches, and all get the same mean.
     """
@@ -90,7 +90,7 @@ def mean_loss(
 def target_losses(model: GPT, batches: Iterable[Batch]) -> list[np.ndarray]:
     """The cross-entropy of each target of every row, in nats: (targets of the row,) fp32 each.
 
-    The logits of one row are made at a time, and only where a target counts.
+    Logits are computed for one row at a time, and only for targets that count.
     """
     losses = []
     for batch in batches:
@@ -127,36 +127,36 @@ def classify(model: GPTClassifier, batches: Iterable[Batch]) -> Tensor:
 
 
 def check_finite(scores: np.ndarray, directory: Path) -> None:
-    """A look at what a model made of some texts, before anything is computed from it.
+    """Check that a model's scores are finite, before anything is computed from them.
 
     Args:
-        scores: losses or probabilities, a row a text.
+        scores: losses or probabilities, one row per text.
         directory: the model's.
 
     Raises:
-        RunError: some are no finite numbers.
+        RunError: some scores are not finite.
     """
     if not np.isfinite(scores).all():
         raise RunError(f"{directory}: {NOT_FINITE}")
 
 
 def perplexity(loss: float) -> float:
-    """exp of a mean loss in nats: as uncertain as a choice among so many equal tokens."""
+    """exp of a mean loss in nats: the number of equally likely tokens of the same uncertainty."""
     return math.inf if loss > _LARGEST_EXPONENT else math.exp(loss)
 
 
 def bits_per_byte(loss: float, tokens: int, n_bytes: int) -> float:
-    """A mean loss in nats a token as bits a byte of text: comparable between tokenizers."""
+    """A mean loss in nats per token as bits per byte of text, comparable between tokenizers."""
     return loss / math.log(2) * tokens / n_bytes
 
 
 def classification_scores(
     actual: Sequence[str], predicted: Sequence[str], labels: Sequence[str]
 ) -> dict[str, float]:
-    """Accuracy, and precision, recall and F1 of each class and in the mean over the classes.
+    """Accuracy, and precision, recall and F1 of each class and averaged over the classes.
 
-    All in 0..1, a class's under its `class_key`. A class that was never predicted has a precision
-    of 0.
+    All in 0..1; those of a class are named by its `class_key`. A class that was never predicted
+    has a precision of 0.
     """
     from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
@@ -174,17 +174,17 @@ def classification_scores(
 
 
 def roc_auc(classes: Sequence[int], probabilities: np.ndarray) -> float | None:
-    """The area under the ROC curve: how often a text of a class is put before one of another.
+    """The area under the ROC curve: how often a text of a class is ranked above one of another.
 
-    With more than two classes each one against all others, and the mean over the classes
-    (Provost & Domingos, 2000).
+    With more than two classes: one class against the rest, averaged over the classes (Provost &
+    Domingos, 2000).
 
     Args:
         classes: of each text, by number.
         probabilities: of each class, (n, classes).
 
     Returns:
-        0..1; None where no class has both texts in it and texts outside it.
+        0..1; None if no class has both texts in it and texts outside it.
     """
     from sklearn.metrics import roc_auc_score
 
@@ -199,23 +199,24 @@ def roc_auc(classes: Sequence[int], probabilities: np.ndarray) -> float | None:
 
 
 def calibration_error(classes: Sequence[int], probabilities: np.ndarray, bins: int = 15) -> float:
-    """The expected calibration error: how far what is said lies from how often it is right.
+    """The expected calibration error: how far the predicted probabilities are from the accuracy.
 
-    The texts are put into `bins` equally wide bins by the probability of the class that was
-    chosen; the error is the mean distance of a bin's accuracy from its mean probability, each bin
-    weighed by its texts (Guo et al., 2017, "On Calibration of Modern Neural Networks", 2).
+    The texts are put into `bins` equally wide bins by the probability of the predicted class. The
+    error is the mean absolute difference between a bin's accuracy and its mean probability,
+    weighted by the number of texts (Guo et al., 2017, "On Calibration of Modern Neural Networks",
+    2).
 
     Args:
         classes: of each text, by number.
         probabilities: of each class, (n, classes).
-        bins: how many.
+        bins: the number of bins.
 
     Returns:
-        0..1; 0 is calibrated.
+        0..1; 0 is perfectly calibrated.
     """
     said = probabilities.max(1)
     right = probabilities.argmax(1) == np.asarray(classes)
-    # a bin holds its upper end and not its lower
+    # a bin includes its upper end and not its lower
     at = np.clip(np.ceil(said * bins).astype(int) - 1, 0, bins - 1)
     total = 0.0
     for each in np.unique(at):

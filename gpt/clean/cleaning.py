@@ -1,7 +1,7 @@
-"""Cleaning of documents: steps that mend a text, then filters that keep it or remove it.
+"""Cleaning of documents: steps that repair a text, then filters that keep or remove it.
 
-Every step and filter has a name, under which a report can count what it did; all are off unless
-asked for, but for the normalization that loses nothing.
+Every step and filter has a name for the counts in a report. All are off by default, except for
+the lossless normalization.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ Count = Annotated[int, Field(ge=0, le=1 << 40)]
 NormalForm = Literal["NFC", "NFKC", "none"]
 
 STEPS = ("mojibake", "control_characters", "unicode", "gutenberg")
-"""The steps in the order in which they are taken."""
+"""The steps in the order in which they are applied."""
 
-# What py3langid tells apart, by their codes of ISO 639; a test holds the list to the library.
+# py3langid's languages, by ISO 639 code; a test compares the list with the library.
 # Loading the model only to check a parameter takes more than half a second.
 _CODES = """
     ace af am an ar ary arz as az ba bcl be bg bn br bs ca crh cs cy da de dz el en eo es et eu ext
@@ -35,7 +35,7 @@ _CODES = """
     th tk tl tr tt ug uk ur uz uzs vec vi vo wa wuu xh yo yue zh zu zxx
 """
 LANGUAGES = tuple(_CODES.split())
-"""The languages that the filter can tell apart; `zxx` is what is no language."""
+"""The languages that the filter can detect; `zxx` is text in no language."""
 
 
 # --- parameters -----------------------------------------------------------------------------------
@@ -43,32 +43,32 @@ LANGUAGES = tuple(_CODES.split())
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid"))
 class Quality:
-    """Bounds that running text keeps and the debris of the web does not.
+    """Bounds that separate running text from web boilerplate.
 
     They are Gopher's (Rae et al., "Scaling Language Models", 2021, appendix A.1) and two of
     FineWeb's (Penedo et al., 2024) with their published values, meant for languages that put
-    spaces between words. A minimum of 0 or a largest share of 1 turns a rule off. What is repeated
-    is counted from its second time on, by its characters where the name does not say otherwise.
+    spaces between words. A minimum of 0 or a largest share of 1 turns a rule off. Repetitions are
+    counted from the second occurrence on, in characters unless the attribute says otherwise.
 
     Attributes:
-        min_words: the fewest words; a word is what stands between white space.
+        min_words: the fewest words; words are separated by white space.
         max_words: the most words.
         min_word_length: the smallest mean of the words' lengths, in characters.
         max_word_length: the greatest mean of the words' lengths.
-        symbols: the most # and the most ellipses, each for every word.
+        symbols: the most # and the most ellipses, each per word.
         bullet_lines: the largest share of lines that begin with a bullet.
         ellipsis_lines: the largest share of lines that end in an ellipsis.
         alphabetic_words: the smallest share of words with a letter in them.
-        stop_words: words that running text has (here: English text).
-        min_stop_words: how many different ones of them it has at least.
-        punctuated_lines: the smallest share of lines that end as sentences do (FineWeb).
+        stop_words: words that are expected in running text (by default English).
+        min_stop_words: the fewest different stop words.
+        punctuated_lines: the smallest share of lines that end like a sentence (FineWeb).
         short_lines: the largest share of lines of fewer than 30 characters (FineWeb).
-        repeated_lines: the largest share of lines that stood before, by their number.
-        repeated_paragraphs: the same of paragraphs.
+        repeated_lines: the largest share of repeated lines, by number of lines.
+        repeated_paragraphs: the same for paragraphs.
         repeated_line_characters: the largest share of characters in repeated lines.
-        repeated_paragraph_characters: the same of paragraphs.
-        top_ngrams: of 2, 3, … words: the largest share of the one met most often.
-        repeated_ngrams: of 5, 6, … words: the largest share of all that are repeated.
+        repeated_paragraph_characters: the same for paragraphs.
+        top_ngrams: for n-grams of 2, 3, … words, the largest share of the most frequent one.
+        repeated_ngrams: for n-grams of 5, 6, … words, the largest share of all repeated ones.
     """
 
     min_words: Count = 50
@@ -105,22 +105,22 @@ class Quality:
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid"))
 class CleanParams:
-    """What is done to every document before it is encoded.
+    """How every document is cleaned before it is encoded.
 
     Attributes:
-        unicode: the normal form (Unicode Standard Annex 15). NFC writes the same characters in one
-            way; NFKC also replaces compatibility characters, as ligatures and superscripts, and so
-            loses something.
+        unicode: the normal form (Unicode Standard Annex 15). NFC gives equal characters one
+            encoding; NFKC also replaces compatibility characters, such as ligatures and
+            superscripts, which loses information.
         mojibake: repair text that was decoded with the wrong encoding, with ftfy.
-        control_characters: remove control and invisible formatting characters, terminals' colours
-            and a byte order mark among them; every sort of line end becomes \\n.
+        control_characters: remove control and invisible formatting characters, including terminal
+            colours and a byte order mark; line ends of every kind become \\n.
         gutenberg: remove Project Gutenberg's header, licence and credits.
         min_chars: remove documents of fewer characters.
         max_chars: remove documents of more characters.
         languages: keep only documents in these languages (codes of ISO 639), with py3langid.
-        language_confidence: how probable these languages must be, together.
-        language_min_chars: shorter documents are kept: they are too little to go by.
-        quality: remove what is not running text by these bounds.
+        language_confidence: the smallest total probability of these languages.
+        language_min_chars: shorter documents are kept, since too short to identify.
+        quality: remove documents outside these bounds.
         exact_duplicates: remove documents that repeat an earlier one.
         near_duplicates: remove documents whose Jaccard similarity with an earlier one is this or
             more; 0.8 is a good value.
@@ -157,13 +157,13 @@ class CleanParams:
 
 @plain_dataclass(frozen=True, slots=True)
 class Cleaned:
-    """What became of a document.
+    """The result of cleaning a document.
 
     Attributes:
-        text: the clean text; empty where it was removed.
+        text: the clean text; empty if the document was removed.
         removed: the name of the filter that removed it.
-        changed: for every step that changed something: its name, and the text around the first
-            difference before and after it.
+        changed: for every step that changed the text: its name, and the text around the first
+            difference, before and after.
     """
 
     text: str
@@ -172,15 +172,15 @@ class Cleaned:
 
 
 class Cleaner:
-    """Cleans one document after the other; what it needs is loaded with the first one.
+    """Cleans documents one at a time; models are loaded with the first document.
 
-    Removed documents are named by the parameter that removes them: `min_chars`, `max_chars`,
-    `languages`, or `quality: ` and the rule; and `blank` is what holds only white space. Duplicates
-    are not its business, for it sees one document at a time (see `gpt.clean.duplicates`).
+    A removal is named after its parameter: `min_chars`, `max_chars`, `languages`, or `quality: `
+    and the rule; a document of only white space is `blank`. Duplicates are found elsewhere
+    (`gpt.clean.duplicates`), since a cleaner sees one document at a time.
     """
 
     def __init__(self, params: CleanParams) -> None:
-        # unicode after what stood between a letter and its accent is gone
+        # unicode comes later: a removed character may stand between a letter and its accent
         steps: tuple[tuple[str, bool, Callable[[str], str]], ...] = (
             ("mojibake", params.mojibake, repair_mojibake),
             ("control_characters", params.control_characters, remove_control_characters),
@@ -221,7 +221,7 @@ class Cleaner:
 
 
 def _around_difference(before: str, after: str) -> tuple[str, str]:
-    """At most 80 characters of each, a few of them before the place where the two part."""
+    """At most 80 characters of each text around the first difference."""
     same, different = 0, min(len(before), len(after)) + 1
     while different - same > 1:  # the first `same` characters are equal
         middle = (same + different) // 2
@@ -238,7 +238,7 @@ def _around_difference(before: str, after: str) -> tuple[str, str]:
 
 def normalize(form: NormalForm, text: str) -> str:
     """The text in a Unicode normal form."""
-    # the check is many times as fast as making the text anew
+    # the check is many times as fast as normalizing
     if form == "none" or text.isascii() or unicodedata.is_normalized(form, text):
         return text
     return unicodedata.normalize(form, text)
@@ -248,7 +248,7 @@ def normalize(form: NormalForm, text: str) -> str:
 def _ftfy() -> tuple[Callable[..., str], Any]:
     import ftfy
 
-    # only what undoes a wrong decoding: the rest of ftfy's repairs are matters of taste
+    # only the repairs of wrong decoding: ftfy's others are matters of taste
     config = ftfy.TextFixerConfig(
         unescape_html=False,
         remove_terminal_escapes=False,
@@ -264,7 +264,7 @@ def _ftfy() -> tuple[Callable[..., str], Any]:
 
 
 def repair_mojibake(text: str) -> str:
-    """The text as it was meant where it was decoded with the wrong encoding, line by line."""
+    """The text with mojibake repaired, line by line."""
     if text.isascii():
         return text
     fix, config = _ftfy()
@@ -272,14 +272,15 @@ def repair_mojibake(text: str) -> str:
 
 
 _LINE_ENDS = re.compile("\r\n?|[\v\f\x85\u2028\u2029]")
-# The zero-width joiners stay, for they change how Arabic, Indic and emoji read; so do the
-# formatting characters that are seen (Arabic number signs). Tags go with the flags made of them.
+# Zero-width joiners are kept: they matter in Arabic, Indic scripts and emoji. So are visible
+# formatting characters (Arabic number signs). Tag characters are removed, and so are flag emoji
+# made of them.
 _INVISIBLE = re.compile(
     r"\x1b\[[0-?]*[ -/]*[@-~]"  # a terminal's colours and cursor movements
     "|[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f"
     "\xad\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\U000e0001\U000e0020-\U000e007f"
-    "\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]"  # no characters at all
+    "\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]"  # surrogates and noncharacters
 )
 
 
@@ -292,7 +293,7 @@ def remove_control_characters(text: str) -> str:
 
 # --- Project Gutenberg ----------------------------------------------------------------------------
 
-# The marks of thirty years. The line of asterisks may break within a long title.
+# The markers of thirty years. The line of asterisks may break within a long title.
 _MARKS = re.compile(
     r"""
     ^[ \t\r]*(?:
@@ -318,7 +319,7 @@ _CREDITS = re.compile(
     """,
     re.VERBOSE | re.IGNORECASE | re.MULTILINE,
 )
-# Before 2003 the small print stood behind some thousand characters of introduction, or, in a few
+# Before 2003 the small print came after an introduction of some thousand characters or, in a few
 # books, at the end.
 _INTRODUCTION = 12_000
 
@@ -326,8 +327,8 @@ _INTRODUCTION = 12_000
 def strip_gutenberg(text: str) -> str:
     """The text without Project Gutenberg's header, small print, licence and credits.
 
-    What stands before a mark of a beginning or behind one of an end is cut off, in each book where
-    there are several; a text without marks stays as it is.
+    Text before a start marker and after an end marker is removed, in each book if there are
+    several. A text without markers is returned unchanged.
     """
     if "gutenberg" not in text.lower() and "SMALL PRINT!" not in text:
         return text
@@ -367,7 +368,7 @@ def _identifier() -> Any:
 
 
 def language_probability(text: str, languages: Sequence[str]) -> float:
-    """How probable it is that the text is in one of `languages` (codes of `LANGUAGES`), 0 … 1.
+    """The probability that the text is in one of `languages` (codes of `LANGUAGES`), 0 … 1.
 
     A long text is judged by ten excerpts of 200 characters from all over it.
     """
@@ -387,7 +388,7 @@ _SHORT_LINE = 30  # characters
 
 
 def broken_rules(text: str, quality: Quality) -> Iterator[str]:
-    """The names of the rules that a text breaks, the cheapest to test first."""
+    """The names of the rules that a text breaks; cheap rules are tested first."""
     words = text.split()
     yield from _broken_by_words(text, words, quality)
     lines = [stripped for line in text.splitlines() if (stripped := line.strip())]
@@ -446,7 +447,7 @@ def _broken_by_repetition(
 
 
 def _repeated_shares(pieces: Sequence[str]) -> tuple[float, float]:
-    """The share of pieces that stood before, by their number and by their characters."""
+    """The share of repeated pieces, by number and by characters."""
     first = dict.fromkeys(pieces)
     total = max(1, sum(map(len, pieces)))
     return 1 - len(first) / max(1, len(pieces)), 1 - max(1, sum(map(len, first))) / total
@@ -464,13 +465,13 @@ def _broken_by_ngrams(words: Sequence[str], quality: Quality) -> Iterator[str]:
         repeated = _repeated_characters(words, n) / total
         if repeated > share:
             yield f"repeated {n}-grams"
-        # longer n-grams that are repeated lie within these: never a larger share
+        # repeated longer n-grams lie within these, so their share is never larger
         if repeated <= smallest:
             break
 
 
 def _repeated_characters(words: Sequence[str], n: int) -> int:
-    """The characters of the words in n-grams that stood before, each counted once."""
+    """The number of characters in repeated n-grams, each word counted once."""
     seen = set()
     repeated = bytearray(len(words))
     for start, ngram in enumerate(_ngrams(words, n)):

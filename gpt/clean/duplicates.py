@@ -1,9 +1,9 @@
 """Documents that repeat others: exactly, by a hash; nearly, by MinHash.
 
-MinHash (Broder, "On the resemblance and containment of documents", 1997) keeps of each document a
-row of numbers, of which two documents share as large a part as they share of their shingles, the
-runs of five words: the Jaccard similarity of the two sets. Locality-sensitive hashing then finds
-the pairs worth comparing.
+MinHash (Broder, "On the resemblance and containment of documents", 1997) reduces each document to
+a signature, a row of numbers. The share of equal numbers in two signatures estimates the Jaccard
+similarity of the documents' sets of shingles (runs of five words). Locality-sensitive hashing
+then finds the pairs worth comparing.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from datasketch import MinHash  # type: ignore[import-untyped]
 
 PERMUTATIONS = 128
-"""The numbers of a signature: at a similarity of 0.8, estimates deviate by 0.035 (one sigma)."""
+"""Length of a signature: at a similarity of 0.8, the standard deviation of estimates is 0.035."""
 
 _SHINGLE = 5  # words
-# Chinese and Japanese put no spaces between words: there each character is one.
+# Chinese and Japanese put no spaces between words: each character counts as a word.
 _CJK = "぀-ヿ㐀-䶿一-鿿豈-﫿𠀀-𲎯"
 _WORDS = re.compile(rf"[^\W{_CJK}]+|[{_CJK}]")
 _ROWS_AT_ONCE = 1024  # shingles whose permutations fit the processor's cache
@@ -34,8 +34,8 @@ _LEADERS = 32
 
 
 def content_hash(text: str) -> int:
-    """64 bits (XXH3) that are the same for equal texts; of a million texts, two different ones
-    share them with a probability of 3e-8."""
+    """A 64-bit hash (XXH3). Among a million different texts, the probability of any collision is
+    3e-8."""
     return xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass"))
 
 
@@ -59,7 +59,7 @@ def duplicates(hashes: np.ndarray) -> np.ndarray:
 def signature(text: str) -> np.ndarray:
     """The MinHash of a text's runs of five words, (PERMUTATIONS,) uint32.
 
-    Upper case, punctuation and white space make no difference; a text of fewer words is one run.
+    Upper case, punctuation and white space are ignored; a text of fewer words is one run.
     The same text has the same signature in every process and on every machine.
     """
     minhash = _empty().copy()
@@ -73,8 +73,8 @@ def signature(text: str) -> np.ndarray:
 def _empty() -> MinHash:
     from datasketch import MinHash
 
-    # the shingles come as numbers: hashing words once and joining their hashes is faster than
-    # hashing every run of them
+    # the shingles are hashed already: hashing each word once and combining the hashes is faster
+    # than hashing every run
     return MinHash(PERMUTATIONS, seed=1, hashfunc=int, scheme="affine32")
 
 
@@ -94,7 +94,7 @@ def _shingle_hashes(text: str) -> np.ndarray:
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
-    """Spread every bit over the 64, so that the order of what is joined counts."""
+    """Spread every bit over all 64, so that combined hashes depend on the order of the words."""
     values = (values ^ (values >> np.uint64(32))) * np.uint64(0x9E3779B97F4A7C15)  # 2**64 / phi
     return values ^ (values >> np.uint64(29))  # type: ignore[no-any-return]
 
@@ -102,11 +102,11 @@ def _mix(values: np.ndarray) -> np.ndarray:
 def near_duplicates(signatures: np.ndarray, threshold: float) -> np.ndarray:
     """Which documents are nearly the same as an earlier one.
 
-    The first of several stays, and a document goes only if it is near to one that stays: of a
-    chain, in which each is near to the next, every second one may be left. Near are those whose
-    signatures agree in at least the share `threshold`. A document is compared with those that
-    share a whole band of its signature; of these, with the first 32 of every band, so that the
-    time grows no faster than the number of documents.
+    Documents are near-duplicates if at least the share `threshold` of their signatures agrees. A
+    document is removed only if it is a near-duplicate of an earlier one that is kept; so of a
+    chain, in which each is near the next, every second one may be kept. A document is compared
+    with those that share a whole band of its signature, at most the first 32 per band, so that
+    the time grows linearly with the number of documents.
 
     Args:
         signatures: of the documents in their order, (n, permutations).
@@ -114,15 +114,15 @@ def near_duplicates(signatures: np.ndarray, threshold: float) -> np.ndarray:
             are found and none of 0.3.
 
     Returns:
-        The index of the earliest document it is near to, -1 where it stays. (n,) int64.
+        The index of the earliest kept document that each is near to; -1 if it is kept. (n,) int64.
     """
     n, permutations = signatures.shape
     bands, shared = _bands(signatures, _rows_per_band(threshold, permutations))
     least = threshold * permutations - 1e-9  # 0.7 * 10 is more than 7
     near = np.full(n, -1, np.int64)
     leaders: dict[int, list[int]] = {}  # of each band: the documents that stay, in order
-    # datasketch's MinHashLSH holds every document in a Python set for every band, and would hand
-    # out all copies of a text for each of them; this holds only what stays and only what is shared
+    # datasketch's MinHashLSH holds every document in a Python set for every band, and returns all
+    # copies of a text for each copy; this holds only kept documents and shared bands
     for document in np.flatnonzero(shared.any(axis=1)).tolist():
         keys = bands[document, shared[document]].tolist()
         candidates = sorted({leader for key in keys for leader in leaders.get(key, ())})

@@ -1,8 +1,8 @@
-"""C++ compiled on the machine that runs it, once, and kept in a cache folder of the user's own.
+"""Compiles C++ once on the machine that runs it, and keeps the library in the user's cache folder.
 
-A library's name is the sha256 of all that made it: the source, the compiler's version, its flags
-and the CPU's name and abilities. So a library that is found fits, and one that no longer fits is
-not found. No torch here: the process that compiles in the background starts quickly.
+A library's name is the sha256 of all its inputs: the source, the compiler's version, its flags
+and the CPU's name and features. So an outdated library is never found. This module does not
+import torch, so that the background process that compiles starts quickly.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ if os.name != "nt":
 CACHE_VARIABLE = "GPT_PIPELINE_CACHE"
 """The environment variable that names another cache folder."""
 
-# No -ffast-math: it would let the compiler undo the rounding tricks of `exp` and turn NaN checks
-# into nothing. Vectors and the order of sums are written out, so there is nothing to gain.
+# No -ffast-math: it would let the compiler undo the rounding tricks of `exp` and remove NaN
+# checks. Vectors and the order of sums are explicit in the source, so there is nothing to gain.
 _FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
     *("-fno-math-errno", "-ffp-contract=fast"),
@@ -42,19 +42,20 @@ _FLAGS = (
 _COMPILERS = ("c++", "g++", "clang++")
 _LIBRARY, _CHECKSUM, _FAILED = "library.so", "library.sha256", "failed.txt"
 _RETRY_AFTER_SECONDS = 24 * 3600.0
-"""How long a failed compilation is taken for an answer: it may have been a full disk."""
+"""How long to wait after a failed compilation before trying again: the cause may be temporary,
+such as a full disk."""
 _LIMIT_SECONDS = 300.0
 
 
 class UnavailableError(RuntimeError):
-    """There is no library now; the message says why, in half a sentence."""
+    """No library is available now; the message is a clause that says why."""
 
 
 def cache_folder() -> Path:
-    """Where libraries are kept; it need not exist.
+    """The folder of the libraries; it may not exist yet.
 
     Raises:
-        UnavailableError: the user has no home.
+        UnavailableError: the user has no home folder.
     """
     if named := os.environ.get(CACHE_VARIABLE):
         return Path(named).absolute()
@@ -68,7 +69,7 @@ def find(source: Path) -> ctypes.CDLL:
     """The compiled library of `source`, if it is in the cache; never waits for a compiler.
 
     Raises:
-        UnavailableError: it is not there, or not to be trusted.
+        UnavailableError: it is missing, or others could have written it.
     """
     return _load(_place(source))
 
@@ -77,7 +78,7 @@ def compile_in_background(source: Path) -> None:
     """Start a process of low priority that compiles `source` and may outlive this one.
 
     Raises:
-        UnavailableError: it cannot work, or lately did not.
+        UnavailableError: compiling is impossible, or failed recently.
     """
     place = _place(source)
     failed = place / _FAILED
@@ -85,7 +86,7 @@ def compile_in_background(source: Path) -> None:
         if time.time() - failed.stat().st_mtime < _RETRY_AFTER_SECONDS:
             raise UnavailableError(f"the compiler failed before, see {failed}")
     _own(place.parent)
-    # The package may have been found in a way that a new interpreter does not know of.
+    # A new interpreter may not find the package by itself.
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]);"
         "from gpt.engine.compiling import _child; _child()"
@@ -108,7 +109,7 @@ def compile_and_wait(source: Path) -> ctypes.CDLL:
     """The library of `source`, compiled now if it is not in the cache.
 
     Raises:
-        RunError: there is no way to it.
+        RunError: it cannot be compiled or loaded.
     """
     try:
         return _build(source)
@@ -120,9 +121,9 @@ def compile_and_wait(source: Path) -> ctypes.CDLL:
 
 
 def _child() -> None:
-    """The background process: it takes what nobody else needs, and says nothing."""
+    """The background process: it uses only idle CPU time and prints nothing."""
     os.nice(19)
-    if sys.platform == "linux":  # niceness alone lets it interrupt threads that wait for each other
+    if sys.platform == "linux":  # niceness alone would still let it preempt threads
         with contextlib.suppress(OSError):
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     with contextlib.suppress(UnavailableError):
@@ -137,7 +138,7 @@ def _build(source: Path, wait: bool = True) -> ctypes.CDLL:
     try:
         with _locked(place.with_suffix(".lock"), wait):
             with contextlib.suppress(UnavailableError):
-                return _load(place)  # someone else compiled it meanwhile
+                return _load(place)  # another process compiled it in the meantime
             _compile(source, place)
             return _load(place)
     except OSError as error:
@@ -178,7 +179,7 @@ def _load(place: Path) -> ctypes.CDLL:
     try:
         for path in (place.parent, place, library):
             _check_own(path)
-        # a library that is cut short would not fail to load but end the process
+        # loading a truncated library would not raise an error but crash the process
         whole = (place / _CHECKSUM).read_text(encoding="ascii").strip() == sha256_of(library)
     except (FileNotFoundError, NotADirectoryError):
         raise UnavailableError("not compiled yet") from None
@@ -193,7 +194,7 @@ def _load(place: Path) -> ctypes.CDLL:
 
 
 def _check_own(path: Path) -> None:
-    """Refuse to execute what lies at `path` where someone else could have written it."""
+    """Refuse to load `path` if another user could have written it."""
     status = path.stat()
     if status.st_uid != os.geteuid():
         raise UnavailableError(f"{path}: belongs to someone else")
@@ -202,7 +203,7 @@ def _check_own(path: Path) -> None:
 
 
 def _own(folder: Path) -> None:
-    """Make the cache folder, for the user alone; refuse one that others can write into."""
+    """Make the cache folder, private to the user; refuse one that others can write to."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -213,7 +214,8 @@ def _own(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(path: Path, wait: bool) -> Iterator[None]:
-    """One compiles, the others wait for it or leave it to that one; it ends with its process."""
+    """A lock: one process compiles, the others wait or give up. It is released when the process
+    ends."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -223,11 +225,11 @@ def _locked(path: Path, wait: bool) -> Iterator[None]:
 
 
 def _place(source: Path) -> Path:
-    """The folder of the library of `source`: there, or to be made.
+    """The folder of the library of `source`, whether or not it exists.
 
     Raises:
-        UnavailableError: no compiler, or no place for what it makes. Without a compiler there is no
-            library either: its version is part of the name.
+        UnavailableError: no compiler, or no cache folder. A cached library cannot be found without
+            a compiler, whose version is part of the name.
     """
     if os.name == "nt":
         raise UnavailableError("not on Windows")
@@ -267,7 +269,7 @@ def _version(compiler: tuple[str, ...]) -> str:
 
 @functools.cache
 def _cpu() -> str:
-    """The CPU's name and what it can do, which `-march=native` compiles for."""
+    """The CPU's name and features, which `-march=native` compiles for."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

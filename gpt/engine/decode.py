@@ -1,9 +1,9 @@
-"""The compiled decoding step: `decode.cpp`, found or made, and called on a model's own weights.
+"""The compiled decoding step: loads or compiles `decode.cpp` and runs it on a model's own weights.
 
-It is an engine (`gpt.generation.Engine`): several times as fast as the model itself, called a token
-at a time, for a few rows on a CPU, and the same to rounding: sums are in fp32 in either, in another
-order. With bf16 weights its activations stay in fp32, where PyTorch rounds each to bf16; weights
-of 8 bits (`gpt.engine.int8`) it reads as they are.
+It is an engine (`gpt.generation.Engine`). For a few rows on a CPU, one token at a time, it is
+several times as fast as the model itself. Results are equal up to rounding: both sum in fp32, but
+in a different order. With bf16 weights its activations stay in fp32, while PyTorch rounds each to
+bf16. Weights of 8 bits (`gpt.engine.int8`) are read without conversion.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from gpt.model.weights import empty_model
 SOURCE = Path(__file__).with_name("decode.cpp")
 
 MOST_ROWS = 32
-"""Up to so many the compiled step is the faster engine, as measured; the step itself takes more."""
+"""Up to this many, the compiled step was measured to be faster; the step itself accepts more."""
 
 _KNOWN = (nn.Linear, QueryKeyValue, nn.LayerNorm, nn.Embedding, Int8Linear, Int8Embedding)
 _FUNCTIONS = {
@@ -39,7 +39,7 @@ _FUNCTIONS = {
 }
 
 
-# The structures of decode.cpp, name by name.
+# The structs of decode.cpp, with the same field names.
 _LAYER_WEIGHTS = (
     "ln_1.weight",
     "ln_1.bias",
@@ -85,7 +85,7 @@ _started = False  # a background compilation, by this process
 
 
 def why_not(model: GPT) -> str | None:
-    """Why the compiled step does not serve this model now; None if it does."""
+    """Why the compiled step cannot be used with this model now; None if it can."""
     if (reason := _unsupported(model)) is not None:
         return reason
     try:
@@ -96,8 +96,8 @@ def why_not(model: GPT) -> str | None:
 
 
 def ready(model: GPT) -> bool:
-    """Whether the compiled step serves this model now; where only the library is missing, a
-    process in the background is started that makes it, for a later call.
+    """Whether the compiled step can be used with this model now. If only the library is missing, a
+    background process is started that compiles it for a later call.
     """
     global _started
     if (reason := why_not(model)) is not None and not _started and _unsupported(model) is None:
@@ -108,10 +108,10 @@ def ready(model: GPT) -> bool:
 
 
 def require(model: GPT) -> None:
-    """Make sure that the compiled step serves this model, waiting for the compiler if need be.
+    """Make sure that the compiled step can be used with this model; waits for the compiler.
 
     Raises:
-        RunError: it cannot.
+        RunError: it cannot be used.
     """
     if (reason := _unsupported(model)) is not None:
         raise RunError(f"the compiled engine cannot serve this model: {reason}; use another engine")
@@ -124,7 +124,7 @@ def _library() -> ctypes.CDLL:
 
 
 def _unsupported(model: GPT) -> str | None:
-    """What about the model the compiled step does not know; None if nothing."""
+    """What the compiled step does not support about the model; None if it supports all."""
     if type(model) not in (GPT, Int8GPT):
         return f"a {type(model).__name__} may compute something else than a GPT"
     if model.training and model.config.dropout:
@@ -159,7 +159,7 @@ def _weights(model: GPT) -> dict[str, Tensor]:
 
 
 def _dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """That of one weight of a model whose matrices are in `dtype`."""
+    """The dtype of one weight in a model whose matrices are in `dtype`."""
     if dtype != torch.int8:
         return dtype
     matrix = name.endswith(".weight") and "ln_" not in name and name != "wpe.weight"
@@ -168,7 +168,7 @@ def _dtype(name: str, dtype: torch.dtype) -> torch.dtype:
 
 @functools.lru_cache(maxsize=8)
 def _shapes(config: GPTConfig, eight_bits: bool) -> dict[str, tuple[int, ...]]:
-    """Of every weight that the compiled step reads."""
+    """The shape of every weight that the compiled step reads."""
     empty = empty_model(SOURCE, config, None, config.n_layer)
     shapes = {name: tuple(weight.shape) for name, weight in empty.state_dict().items()}
     matrices = {n: s for n, s in shapes.items() if len(s) == 2 and n != "wpe.weight"}
@@ -180,9 +180,9 @@ class CompiledStep:
     """The compiled step on one model's weights and one cache.
 
     Args:
-        model: one that `ready` or `require` accepted. Its weights are read where they lie.
-        cache: positions seen before; each call adds one.
-        padding: positions on the left of each row that are padding, (B,).
+        model: one that `ready` or `require` accepted. Its weights are read in place, not copied.
+        cache: the positions seen before; each call adds one.
+        padding: the number of padding positions on the left of each row, (B,).
     """
 
     def __init__(self, model: GPT, cache: KVCache, padding: Sequence[int]) -> None:
@@ -190,7 +190,7 @@ class CompiledStep:
         config = model.config
         self._cache = cache
         self._run = library[_FUNCTIONS[model.wte.weight.dtype]]
-        # held: were the model moved or freed meanwhile, these addresses must stay good
+        # held so that the addresses stay valid if the model is moved or freed
         self._weights = {name: weight.detach() for name, weight in _weights(model).items()}
         address = {name: weight.data_ptr() for name, weight in self._weights.items()}
         layers = (_Layer * config.n_layer)()
@@ -234,14 +234,14 @@ class CompiledStep:
         self._step.scratch = self._scratch.data_ptr()
 
     def __call__(self, rows: Sequence[int], tokens: Sequence[int]) -> Tensor:
-        """Logits (B, V) fp32 after one more token in some rows; those of the others stay.
+        """Logits (B, V) fp32 after one more token in some rows; those of other rows are unchanged.
 
         Args:
             rows: which rows, without repetition.
             tokens: the token of each.
 
         Returns:
-            The same buffer every time.
+            The logits, in the same buffer on every call.
         """
         n = len(rows)
         assert 0 < n == len(tokens)
@@ -269,8 +269,8 @@ def _compiled(model: GPT, n_rows: int) -> NewStep:
 
 
 EngineName = Literal["auto", "plain", "compiled"]
-"""`plain` is the model itself. `auto` takes the compiled step where it is at hand, and else has it
-compiled in the background for a later call; `compiled` waits for it, and fails (RunError) where
-there is no way to it."""
+"""`plain` is the model itself. `auto` uses the compiled step if it is available; otherwise it
+starts compiling in the background for a later call. `compiled` waits for the compiler, and raises
+RunError if the step cannot be used."""
 
 ENGINES: Mapping[EngineName, Engine | None] = {"auto": _auto, "plain": None, "compiled": _compiled}

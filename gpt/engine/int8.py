@@ -1,12 +1,12 @@
-"""Weights in 8 bits, for decoding on a CPU: a token takes as long as reading them does.
+"""Weights in 8 bits, for decoding on a CPU, where reading the weights takes most of the time.
 
-Every row of a matrix, that is every output, has a scale of its own, a 127th of its greatest
-weight; a weight is a whole number of these (symmetric, absolute-maximum quantization, as Dettmers
-et al. (2022), "LLM.int8()", describe it). Activations stay in fp32, as do biases, norms and the
-embeddings of positions.
+Every row of a matrix, that is every output, has its own scale: its largest absolute weight
+divided by 127. A weight is an integer multiple of it (symmetric, absolute-maximum quantization, as
+described by Dettmers et al. (2022), "LLM.int8()"). Activations stay in fp32, as do biases, norms
+and position embeddings.
 
-The compiled step (`gpt.engine.decode`) reads the 8 bits themselves. Everything else, a prompt's own
-pass and the plain engine, widens a matrix for as long as it multiplies with it.
+The compiled step (`gpt.engine.decode`) reads the 8-bit weights directly. Everything else, the
+pass over a prompt and the plain engine, widens a matrix temporarily for each product.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ class Int8GPT(GPT):
     """A language model with its matrices in 8 bits; made by `quantize`."""
 
     def __init__(self, model: GPT) -> None:
-        nn.Module.__init__(self)  # not GPT's: every part is there already
+        nn.Module.__init__(self)  # not GPT's, which would make new parts
         self.config = model.config
         self.wte, self.wpe, self.h = model.wte, model.wpe, model.h
         self.ln_f, self.lm_head = model.ln_f, model.lm_head
 
     @property
     def n_params(self) -> int:
-        """How many numbers the model holds; scales are none of them."""
+        """The number of parameters; scales are not counted."""
         return super().n_params + sum(
             buffer.numel() for buffer in self.buffers() if buffer.dtype == torch.int8
         )
@@ -79,8 +79,8 @@ class Int8GPT(GPT):
 def quantize(model: GPT) -> Int8GPT:
     """The model with its matrices in 8 bits.
 
-    Matrix by matrix, so that memory holds one of them twice. The parts that stay as they are
-    become the new model's: the one given is used up.
+    One matrix at a time, so that only one is held twice in memory. The other parts are moved to
+    the new model, so the given model must not be used afterwards.
 
     Args:
         model: a language model, in any precision.
@@ -104,18 +104,18 @@ def quantize(model: GPT) -> Int8GPT:
 
 
 def widened(module: nn.Module) -> Tensor:
-    """The matrix of an `Int8Linear` or `Int8Embedding` as its user sees it, (out, in) fp32."""
+    """The dequantized matrix of an `Int8Linear` or `Int8Embedding`, (out, in) fp32."""
     assert isinstance(module, _Int8Matrix)
     return module.weight.float().mul_(module.scale[:, None])
 
 
 def _rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A matrix as whole numbers -127 … 127 and the scale of each row."""
+    """A matrix as integers -127 … 127 and the scale of each row."""
     wide = weight.detach().float()  # (out, in)
     greatest = wide.abs().amax(1)  # (out,)
     if not greatest.isfinite().all():
         raise InputError("holds what is no finite number; the model is damaged")
     scale = greatest / _GREATEST
-    steps = torch.where(scale > 0, scale, 1)  # a row of zeros, or of next to nothing, stays 0
+    steps = torch.where(scale > 0, scale, 1)  # a row of zeros, or of tiny values, becomes 0
     numbers = (wide / steps[:, None]).round_().clamp_(-_GREATEST, _GREATEST)
     return numbers.to(torch.int8), scale

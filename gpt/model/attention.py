@@ -1,14 +1,14 @@
-"""Causal self-attention: PyTorch's fused kernel, and on the CPU one of its own for training.
+"""Causal self-attention: PyTorch's fused kernel, and our own kernel for training on a CPU.
 
-`scaled_dot_product_attention` is written for graphics cards. Its CPU kernel multiplies in small
+`scaled_dot_product_attention` is optimized for graphics cards. Its CPU kernel multiplies in small
 tiles and leaves the processor's bf16 instructions half used; with dropout it is not used at all.
-`BlockedAttention` goes through the queries in blocks of rows: scores of a block against the keys
-up to its end, softmax, product with the values, each one batched matrix product of the library.
-What lies to the right of a block's end is never computed, and the probabilities are kept for the
-backward pass, which is four more products a block (Vaswani et al., 2017, section 3.2.1).
+`BlockedAttention` processes the queries in blocks of rows: scores against the keys up to the
+block's end, softmax, product with the values. Both products are batched matrix products of the
+library. Scores to the right of a block's end are never computed. The probabilities are kept for
+the backward pass, which takes four more products per block (Vaswani et al., 2017, section 3.2.1).
 
-Documents that share a row are kept apart by minus infinity between them, and keys that no query of
-a block sees are left out (`Documents`).
+Documents that share a row are separated by a mask of minus infinity, and keys that no query of a
+block sees are skipped (`Documents`).
 
 Shapes: B rows, T positions, H heads of D channels, C = H D.
 """
@@ -23,28 +23,28 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BLOCK = 128
-"""Rows of scores at a time, as measured: fewer cost calls, more what lies past the diagonal."""
+"""Rows of scores per block, as measured: fewer mean more calls, more mean more masked scores."""
 DOCUMENT_BLOCK = 64
-"""The same where documents share a row: more rows meet more keys that are not theirs to see."""
+"""The same if documents share a row: larger blocks then have more keys of other documents."""
 
 
 class _Block(NamedTuple):
-    """Rows of scores, the places of their keys (one slice or two), and where they see none."""
+    """A block of query rows, the slices of their keys (one or two), and the mask."""
 
     rows: slice
     keys: tuple[slice, ...]
     mask: Tensor
-    """(rows, keys) or (B, 1, rows, keys): minus infinity where a query does not see a key, else 0;
-    to be added: filling the scores of every head takes twice as long."""
+    """(rows, keys) or (B, 1, rows, keys): minus infinity where a query does not see a key,
+    otherwise 0. It is added to the scores: `masked_fill` on every head takes twice as long."""
 
 
 class Documents:
-    """Rows that hold several documents each, and what their positions see; for all layers alike.
+    """Which positions see each other in rows of several documents; shared by all layers.
 
     Args:
-        numbers: the number of the document of each position, (B, T) int64, equal numbers side by
-            side. A document sees itself alone; a negative number, at a row's beginning, is the
-            opening that all documents of the row go on from, and they see it.
+        numbers: the document number of each position, (B, T) int64, equal numbers adjacent. A
+            document sees only itself. A negative number, at a row's beginning, marks the opening
+            that all documents of the row continue and see.
     """
 
     def __init__(self, numbers: Tensor) -> None:
@@ -54,9 +54,9 @@ class Documents:
         self._numbers = numbers
         self._first = torch.where(begins, places, 0).cummax(1).values  # (B, T)
         self.positions = places - self._first + torch.where(numbers < 0, 0, opening)
-        """Where in its document each position is, counted from the row's opening: (B, T) int64."""
+        """The position within its document, the row's opening included: (B, T) int64."""
         self._blocks: dict[torch.dtype, list[_Block]] = {}
-        # on a graphics card made here: what comes after may be compiled
+        # on a graphics card computed here, before code that may be compiled
         if numbers.device.type != "cpu":
             self.seen = self._visible()
 
@@ -74,7 +74,7 @@ class Documents:
         return self._blocks[dtype]
 
     def _block(self, rows: slice, opening: int, dtype: torch.dtype) -> _Block:
-        begin = int(self._first[:, rows.start].min())  # of the first document that is in it
+        begin = int(self._first[:, rows.start].min())  # of the block's first document
         keys: tuple[slice, ...] = (slice(begin, rows.stop),)
         if begin <= opening:
             keys = (slice(0, rows.stop),)
@@ -96,13 +96,13 @@ class Documents:
 def causal_attention(
     qkv: Tensor, n_head: int, dropout: float = 0.0, documents: Documents | None = None
 ) -> Tensor:
-    """Each position's mean of the values up to it, weighed by how its query meets their keys.
+    """Causal scaled dot-product attention.
 
     Args:
         qkv: queries, keys and values side by side, (B, T, 3C).
         n_head: H; the heads lie side by side in each third.
         dropout: the share of the probabilities that is dropped.
-        documents: those of the rows, of which none sees another; None where a row is all one.
+        documents: the rows' documents, which do not see each other; None if each row is one.
 
     Returns:
         (B, T, C), the heads side by side.
@@ -152,7 +152,7 @@ class BlockedAttention(torch.autograd.Function):
             if dropout:
                 weights, left = torch.native_dropout(weights, dropout, True)
                 kept.append(left)
-            # not out=: the library's product is slower into rows that do not lie together
+            # not out=: the library's product is slower with a non-contiguous output
             y[:, rows] = torch.bmm(weights, _take(v, keys))
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(parts, *kept)
@@ -185,7 +185,7 @@ class BlockedAttention(torch.autograd.Function):
             dq[:, rows] = torch.bmm(d_scores, _take(k, keys))
             d_keys = torch.bmm(d_scores.transpose(1, 2), q[:, rows])
             d_values = torch.bmm(used.transpose(1, 2), dy[:, rows])
-            if index == 0 and keys == (slice(0, T),):  # fills what the others add to
+            if index == 0 and keys == (slice(0, T),):  # written first, the others are added
                 dk.copy_(d_keys)
                 dv.copy_(d_values)
                 continue
@@ -203,14 +203,14 @@ class BlockedAttention(torch.autograd.Function):
 
 
 def _take(x: Tensor, places: tuple[slice, ...]) -> Tensor:
-    """x (n, T, ...) at these places; a view where they lie together."""
+    """x (n, T, ...) at these positions; a view if they are one slice."""
     parts = [x[:, each] for each in places]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 @functools.lru_cache(maxsize=8)
 def _causal(length: int, dtype: torch.dtype, size: int) -> list[_Block]:
-    """The scores of rows that are all one document, in parts."""
+    """The blocks of rows that are one document each."""
     future = torch.full((length, length), -torch.inf, dtype=dtype).triu(1)
     return [
         _Block(rows, (slice(0, rows.stop),), future[rows, : rows.stop])

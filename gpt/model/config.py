@@ -7,7 +7,7 @@ from typing import Annotated, Self
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
-# A number beyond these is a slip, or from a damaged file; products of sizes fit 64 bits.
+# Numbers beyond these are typos or from damaged files; products of sizes fit 64 bits.
 Positive = Annotated[int, Field(gt=0, le=1 << 31)]
 NotNegative = Annotated[int, Field(ge=0, le=1 << 31)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 64)]
@@ -23,7 +23,7 @@ _Rows = Annotated[int, Field(gt=0, le=1 << 24)]
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid"))
 class Architecture:
-    """What of a GPT can be chosen before its vocabulary is known; the defaults are GPT-2 124M.
+    """The parameters of a GPT that do not depend on its vocabulary; the defaults are GPT-2 124M.
 
     Raises:
         pydantic.ValidationError (a ValueError): a size is not positive, or beyond any model's;

@@ -1,4 +1,4 @@
-"""Where and with how many threads the tensors are worked on."""
+"""The device and the number of threads for tensor work."""
 
 from __future__ import annotations
 
@@ -61,19 +61,19 @@ def prepare_device(device: str = "auto", threads: int = 0) -> torch.device:
     # `use_deterministic_algorithms` is this and the compiler's own switch, for which it imports the
     # compiler: seconds, wherever nothing is compiled; what compiles sets both
     torch.set_deterministic_debug_mode("warn")
-    # a guard against reading memory that nobody wrote, at a tenth of a training step
+    # a guard against reads of uninitialized memory, which costs a tenth of a training step
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return picked
 
 
 @functools.cache
 def keep_freed_memory() -> None:
-    """Let the process keep what it frees, and give it out again without asking the system.
+    """Let the process keep freed memory and reuse it without system calls.
 
-    By default glibc takes every tensor of some size from the system and hands it back, and the
-    system fills each new page with zeros at its first touch: up to a quarter of a training step
-    on a CPU. Two of `mallopt`'s settings (see its manual page) end that. Nothing happens where
-    the C library is another one.
+    By default glibc maps new memory for each larger tensor and unmaps it afterwards, and the system
+    zeroes each page at first touch. That takes up to a quarter of a training step on a CPU. Two
+    of `mallopt`'s settings (see its manual page) prevent it. With other C libraries this has no
+    effect.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -90,7 +90,7 @@ def autocast(
 ) -> contextlib.AbstractContextManager[None]:
     """Mixed precision: `auto` is bf16 on CUDA and fp32 elsewhere.
 
-    Within it a weight is cast once and the cast is kept; where weights come and go, it must not be.
+    Within it the cast of a weight is cached; the cache must be off if weights are replaced.
     """
     if precision == "bf16" or (precision == "auto" and device.type == "cuda"):
         return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=keep_casts)

@@ -1,9 +1,9 @@
-"""The loss of a language-model head without its logits.
+"""The loss of a language-model head without holding all of its logits.
 
 GPT-2's head has 50,257 outputs: the logits of 2,048 tokens are 412 MB in fp32, and a plain loss
-goes over them several times. Here they are made a chunk of rows at a time, and each chunk's
-gradient is taken while it is there, so that nothing larger than a chunk is ever held (the idea of
-"fused linear cross-entropy", Hsu et al., 2024, "Liger Kernel", section 3.2).
+reads them several times. Here the logits are computed in chunks of rows, and each chunk's
+gradient is computed at once, so that no more than one chunk is ever held (the idea of "fused
+linear cross-entropy", Hsu et al., 2024, "Liger Kernel", section 3.2).
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 
 CHUNK_BYTES = 128 << 20
-"""At most so much of the logits at a time."""
+"""The largest chunk of the logits."""
 LANES = 64
-"""The buffer's rows begin at multiples of so many numbers: 50,257 is odd, and matrix products
-into rows that begin anywhere take up to a third longer."""
+"""Rows of the buffer are aligned to this many numbers: 50,257 is odd, and matrix products into
+unaligned rows take up to a third longer."""
 SOFTMAX_ROWS = 32
-"""So many rows of a chunk go through the softmax at a time on a CPU, to stay in its cache."""
+"""Rows per softmax on a CPU, so that they fit its cache."""
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """The summed cross-entropy of `hidden @ weight.T` against `targets`, in nats.
 
-    The products are in autocast's precision where that is on, softmax and sums in fp32.
+    Products use autocast's precision if it is on; softmax and sums are in fp32.
 
     Args:
         hidden: (N, C).
@@ -35,7 +35,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     Returns:
         A scalar in fp32.
     """
-    if not torch.is_grad_enabled():  # a Function is told that they are needed all the same
+    if not torch.is_grad_enabled():  # needs_input_grad would be true even so
         hidden, weight = hidden.detach(), weight.detach()
     return _LinearCrossEntropy.apply(hidden, weight, targets)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -74,7 +74,7 @@ def _loss_and_gradients(
     width = -(-V // LANES) * LANES
     chunks = max(1, -(-N * width * hidden.element_size() // CHUNK_BYTES))
     rows = max(1, -(-N // chunks))
-    buffer = hidden.new_zeros(min(rows, N), width)  # the columns past V stay zero
+    buffer = hidden.new_zeros(min(rows, N), width)  # columns beyond V stay zero
     total = hidden.new_zeros((), dtype=torch.float32)
     d_hidden = hidden.new_empty(N, C, dtype=torch.float32) if gradients else None
     d_weight: Tensor | None = None

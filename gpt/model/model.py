@@ -23,7 +23,7 @@ LAYER_NORM_EPS = 1e-5
 INIT_STD = 0.02
 
 Pooling = Literal["last", "mean"]
-"""What of a text a classifier's head sees: its last real position, or the mean of all of them."""
+"""The input of a classifier's head: a text's last real position, or the mean over all of them."""
 
 
 class KVCache:
@@ -50,11 +50,11 @@ class KVCache:
 
     @property
     def length(self) -> int:
-        """How many positions there is room for."""
+        """The number of positions that fit."""
         return self.keys.shape[3]
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Put new keys and values (B, H, T, D) behind the old ones; return all of that layer."""
+        """Append new keys and values (B, H, T, D); return all of that layer."""
         end = self.used + keys.shape[2]
         self.keys[layer, :, :, self.used : end] = keys
         self.values[layer, :, :, self.used : end] = values
@@ -62,7 +62,7 @@ class KVCache:
 
 
 class QueryKeyValue(nn.Linear):
-    """Queries, keys and values side by side, of which some can be asked for alone."""
+    """One projection for queries, keys and values, which can also compute only some of them."""
 
     def some(self, x: Tensor, outputs: slice) -> Tensor:
         """What `forward` gives at these outputs, and nothing else."""
@@ -116,7 +116,7 @@ class CausalSelfAttention(nn.Module):
         """What `forward` gives at each row's last position, and nothing else.
 
         Args:
-            x: the rows one behind the other, without padding, (N, C).
+            x: the rows concatenated, without padding, (N, C).
             lengths: of each, (B,) int64; N in all.
 
         Returns:
@@ -140,18 +140,18 @@ class CausalSelfAttention(nn.Module):
 
 
 def pad(rows: Tensor, lengths: Tensor) -> Tensor:
-    """Rows one behind the other (N, C) as (B, T, C), T the longest, filled on the right with 0."""
+    """Concatenated rows (N, C) as (B, T, C), T the longest, padded on the right with 0."""
     return nn.utils.rnn.pad_sequence(list(torch.split(rows, lengths.tolist())), batch_first=True)
 
 
 def unpad(padded: Tensor, lengths: Tensor) -> Tensor:
-    """(B, T, C), padded on the right, as the real rows one behind the other (N, C)."""
+    """(B, T, C), padded on the right, as concatenated rows without padding (N, C)."""
     real = torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]  # (B, T)
     return padded[real]
 
 
 class MLP(nn.Module):
-    """Widen four times, bend (GELU's tanh form, as GPT-2), narrow again."""
+    """Linear (C to 4C), GELU (the tanh approximation, as in GPT-2), linear (4C to C)."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then the MLP, each behind a layer norm and around a shortcut."""
+    """Attention, then the MLP, each with a layer norm before it and a residual connection."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -189,14 +189,14 @@ class Block(nn.Module):
     def last(self, x: Tensor, lengths: Tensor) -> Tensor:
         """What `forward` gives at each row's last position: see `CausalSelfAttention.last`.
 
-        Every position's key and value are needed for that, but one query and one MLP a row.
+        That takes the keys and values of all positions, but only one query and one MLP per row.
         """
         y = x[lengths.cumsum(0) - 1] + self.attn.last(self.ln_1(x), lengths)  # (B, C)
         return y + self.mlp(self.ln_2(y))  # type: ignore[no-any-return]
 
 
 class Decoder(nn.Module):
-    """Embeddings, blocks and the final norm: token ids in, one vector a position out."""
+    """Embeddings, blocks and the final norm: from token ids to one vector per position."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -213,7 +213,7 @@ class Decoder(nn.Module):
 
     @property
     def n_params(self) -> int:
-        """How many numbers the model holds; a tied head is counted once."""
+        """The number of parameters; a tied head is counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def hidden(
@@ -229,13 +229,13 @@ class Decoder(nn.Module):
         Args:
             idx: token ids, (B, T) int64.
             cache: positions seen before these; the new ones are added to it.
-            padding: how many positions on each row's left are padding, (B,) int64; their own
-                outputs mean nothing, and no real position sees them.
-            documents: the number of the document of each position, (B, T) int64, where a row
-                holds several one behind the other: each is as if it were alone, its positions
-                counted from 0. Equal numbers lie side by side. A negative number, at a row's
-                beginning, is what all its documents begin with: they see it, and count their
-                positions on from it. Not with a cache or padding.
+            padding: the number of padding positions on each row's left, (B,) int64; their outputs
+                are meaningless, and no real position sees them.
+            documents: the document number of each position, (B, T) int64, for rows of several
+                documents. Each is computed as if it were alone, its positions counted from 0.
+                Equal numbers are adjacent. A negative number, at a row's beginning, marks the
+                opening of all its documents: they see it, and their positions continue after
+                it. Not with a cache or padding.
 
         Returns:
             (B, T, C).
@@ -255,7 +255,7 @@ class Decoder(nn.Module):
         if padding is not None:
             assert mask is not None
             visible = mask & (seen >= padding[:, None])[:, None, None]  # (B, 1, T, past + T)
-            # padding sees itself: a row of no keys at all would be 0 / 0
+            # padding sees itself: the softmax over no keys would be 0 / 0
             mask = visible | (seen == positions[:, None])
             positions = (positions - padding[:, None]).clamp(min=0)  # (B, T)
         if documents is not None:
@@ -292,11 +292,11 @@ class Decoder(nn.Module):
             batch,
             length or self.config.context_length,
             self.device,
-            self.wpe.weight.dtype,  # not of 8 bits, where the other weights are
+            self.wpe.weight.dtype,  # never int8, unlike the other weights
         )
 
     def _init_weights(self) -> None:
-        """GPT-2's: normal of 0.02, the outputs of both shortcuts scaled by 1/sqrt(2 n_layer)."""
+        """As GPT-2: normal of 0.02, residual output layers scaled by 1/sqrt(2 n_layer)."""
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -381,7 +381,7 @@ class GPTClassifier(Decoder):
         return self.top(depth)(self.trunk(idx, lengths, depth), lengths)  # type: ignore[no-any-return]
 
     def trunk(self, idx: Tensor, lengths: Tensor, depth: int) -> Tensor:
-        """What the first `depth` blocks make of the rows: what `top(depth)` goes on from.
+        """The output of the first `depth` blocks, which is the input of `top(depth)`.
 
         Args:
             idx: token ids, (B, T) int64, padded on the right with anything.
@@ -389,8 +389,8 @@ class GPTClassifier(Decoder):
             depth: 0 … n_layer.
 
         Returns:
-            The vectors of the real positions, one row behind the other: (N, C). Behind the last
-            block only each row's last position has a use, if that is what is pooled: (B, C).
+            The vectors of the real positions, the rows concatenated: (N, C). After the last block,
+            if the last position is pooled, only that position of each row: (B, C).
 
         Raises:
             InputError: more positions than the context holds.
@@ -405,15 +405,15 @@ class GPTClassifier(Decoder):
         return x if within == depth else self.h[-1].last(x, lengths)  # type: ignore[operator]
 
     def top(self, depth: int) -> ClassifierTop:
-        """What comes after the first `depth` blocks, its parameters shared with this model."""
+        """The part after the first `depth` blocks; parameters are shared with this model."""
         return ClassifierTop(self, depth)
 
 
 class ClassifierTop(nn.Module):
     """The end of a `GPTClassifier`: its blocks from `depth` on, the final norm and the head.
 
-    Where everything before is frozen, `trunk` need be computed only once for each text, and only
-    this is trained.
+    If everything before it is frozen, `trunk` is computed only once per text, and only this part
+    is trained.
     """
 
     def __init__(self, model: GPTClassifier, depth: int) -> None:

@@ -1,9 +1,9 @@
-"""Several processes that train one model: who takes which rows, and what they tell each other.
+"""Several processes that train one model: how rows are distributed, and their communication.
 
-Every process goes through the same steps. The rows of a step are cut into passes, which the
-processes share; their gradients are summed by PyTorch's DDP (each process holds the model; Li et
+Every process runs the same steps. The rows of a step are split into passes, which are distributed
+over the processes. Gradients are summed by PyTorch's DDP (each process holds the model; Li et
 al., 2020, "PyTorch Distributed") or FSDP2 (each holds a part; Zhao et al., 2023, "PyTorch FSDP").
-Everything here also works in a process that is alone, where it does nothing.
+Everything here also works in a single process, where it has no effect.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from gpt.base.errors import InputError
 T = TypeVar("T")
 
 _PATIENCE = datetime.timedelta(minutes=30)
-"""So long one process waits for another before it gives up."""
+"""How long a process waits for another before it fails."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +33,10 @@ class World:
     """The processes that train together.
 
     Attributes:
-        rank: this process's number; the first, 0, writes artifacts and is heard.
-        size: how many there are.
-        local_rank: this process's number on its machine: that of its CUDA device.
-        local_size: how many share its machine.
+        rank: this process's number; only the first, 0, writes artifacts and logs.
+        size: the number of processes.
+        local_rank: this process's number on its machine, also that of its CUDA device.
+        local_size: the number of processes on its machine.
     """
 
     rank: int = 0
@@ -52,33 +52,33 @@ class World:
 
 _world = World()
 _group: dist.ProcessGroup | None = None
-"""The processes' connections, held beyond `leave`.
+"""The processes' connections, kept alive after `leave`.
 
-If DDP were the last to hold them, they would be closed while it holds Python's lock, and wait for
-a thread of gloo's that waits for the lock to let go of the last barrier's tensor.
+Otherwise DDP would close them while it holds the GIL, and deadlock: closing waits for a gloo
+thread, which waits for the GIL to release the last barrier's tensor.
 """
 
 
 class Dismissed(BaseException):
-    """This process has done its part: the training is over, and the first goes on alone."""
+    """The training is over and this process must end; only the first process continues."""
 
 
 def world() -> World:
-    """The processes that train with this one; one alone where `join` was not called."""
+    """The processes that train together; a single one if `join` was not called."""
     return _world
 
 
 def join(world: World, device: str, place: str | None = None) -> None:
-    """Meet the other processes.
+    """Connect to the other processes.
 
     Args:
-        world: as torchrun numbers the processes.
-        device: `cuda` where tensors are exchanged between graphics cards, else `cpu`.
-        place: the `file://` address of a file that is not there yet, where they find each other;
-            None is where torchrun's environment variables say.
+        world: the processes as numbered by torchrun.
+        device: `cuda` if tensors are exchanged between graphics cards, otherwise `cpu`.
+        place: the `file://` address of a file that does not exist yet, for the rendezvous; None
+            uses torchrun's environment variables.
     """
     global _world, _group
-    # objects and the parts of a checkpoint travel by gloo also where the gradients do not
+    # objects and parts of a checkpoint always use gloo, whatever the gradients use
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     dist.init_process_group(
         backend, place, timeout=_PATIENCE, rank=world.rank, world_size=world.size
@@ -88,7 +88,7 @@ def join(world: World, device: str, place: str | None = None) -> None:
 
 
 def leave() -> None:
-    """Part from the others once all have come here.
+    """Disconnect, once all processes have reached this point.
 
     Raises:
         Dismissed: in every process but the first.
@@ -104,7 +104,7 @@ def leave() -> None:
         raise Dismissed
 
 
-# --- what they tell each other --------------------------------------------------------------------
+# --- communication --------------------------------------------------------------------------------
 
 
 def add_up(tensor: Tensor) -> Tensor:
@@ -129,10 +129,10 @@ def from_first(value: T) -> T:
 
 
 def share_out(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
-    """This process's share of `items`, and of each whether it counts.
+    """Yield this process's share of `items`, each with whether it counts.
 
-    Every process gets as many, since a pass through a sharded model is one that all take part in:
-    where the last round is not full, some get an item that another counts.
+    Every process gets the same number, since all must take part in a pass through a sharded model.
+    If the last round is not full, some get an item that counts in another process.
     """
     items = iter(items)
     while group := list(itertools.islice(items, _world.size)):
@@ -140,10 +140,10 @@ def share_out(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
 
 
 def passes(rows: Sequence[int], batch_size: int) -> list[tuple[int, Sequence[int]]]:
-    """This process's passes of a step: the place of the first row of each, and its rows.
+    """This process's passes of a step: the index of the first row of each, and its rows.
 
-    At most `batch_size` rows each, as nearly as many in each as may be, and as many passes in
-    every process.
+    Each has at most `batch_size` rows. The passes are as equal in size as possible, and every
+    process has the same number of them.
 
     Raises:
         InputError: fewer rows than processes.
@@ -160,14 +160,13 @@ def passes(rows: Sequence[int], batch_size: int) -> list[tuple[int, Sequence[int
     return [(starts[i], rows[starts[i] : starts[i + 1]]) for i in mine]
 
 
-# --- a model that they share ----------------------------------------------------------------------
+# --- a shared model -------------------------------------------------------------------------------
 
 
 class Whole(nn.Module):
-    """A model as the one module that DDP and FSDP2 want, of which every use is a forward pass.
+    """Wraps a model for DDP and FSDP2, so that every use of it is a forward pass of this module.
 
-    They act when the module's `forward` begins and ends, but a loss reaches deeper into the model
-    than its logits.
+    They hook into the module's `forward`, but our losses also call other methods of the model.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -175,7 +174,7 @@ class Whole(nn.Module):
         self.model = model
 
     def forward(self, work: Callable[[Any], T]) -> T:
-        """What `work` gives of the model."""
+        """The result of `work` on the model."""
         return work(self.model)
 
 
@@ -183,11 +182,11 @@ class SharedModel:
     """A model in training, by this process alone or together with the others.
 
     Args:
-        model: on its device; where processes hold different weights, the first one's count.
-        parallel: how it is shared; without others it makes no difference.
+        model: on its device; if the processes' weights differ, those of the first are used.
+        parallel: how it is shared; no effect in a single process.
 
-    `module` is what is trained: `model` itself, or with `fsdp` a copy whose parameters are parts
-    of tensors (DTensor), while those of `model` hold nothing until `give_back`.
+    `module` is trained: it is `model` itself, or with `fsdp` a copy with sharded parameters
+    (DTensor), and `model` has no weights until `give_back`.
     """
 
     def __init__(self, model: nn.Module, parallel: Literal["ddp", "fsdp"] = "ddp") -> None:
@@ -216,7 +215,7 @@ class SharedModel:
         return whole
 
     def backward(self, loss: Callable[[Any], Tensor], last: bool) -> Tensor:
-        """Add the gradient of `loss` of the model; the processes' are summed up with the `last`.
+        """Add the gradient of `loss`; gradients are summed over the processes in the `last` pass.
 
         Returns:
             The loss of this process, detached.
@@ -236,23 +235,23 @@ class SharedModel:
     def settle(self, loss: Callable[[Any], Tensor]) -> None:
         """Let DDP order its buckets by when gradients come, which it does after the first pass.
 
-        Sums are made bucket by bucket: without this the first step of a run that goes on would
-        add up in another order than the same step of a run that never stopped.
+        Sums are computed bucket by bucket: without this, the first step of a resumed run would add
+        up in a different order than the same step of an uninterrupted run.
         """
         if _world.size > 1 and not self.sharded:
             self.backward(loss, last=True)
             self.module.zero_grad(set_to_none=True)
 
     def measure(self, work: Callable[[Any], T]) -> T:
-        """`work` of the model, in every process at once: a sharded model is put together for it."""
+        """The result of `work`, called in every process at once; a sharded model is gathered."""
         return self._trained(work) if self.sharded else work(self.module)  # type: ignore[no-any-return]
 
     # what of it is kept: whole tensors by name, the same however many processes share the model
 
     def state(self, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
-        """Weights, and the optimizers' memory of each.
+        """The weights and the optimizers' state.
 
-        Where nothing is sharded the tensors are the live ones and change with the next step.
+        Unless the model is sharded, the tensors are not copied and change with the next step.
         """
         memory = {}
         for name, parameter in self.module.named_parameters():
@@ -262,7 +261,7 @@ class SharedModel:
         return {"model": self.whole(self.module.state_dict()), "optimizer": memory}
 
     def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors with their parts put together, on the CPU; every process must ask."""
+        """The tensors gathered on the CPU; every process must call this."""
         if not self.sharded:
             return dict(tensors)
         return {name: put_together(value).cpu() for name, value in tensors.items()}
@@ -271,7 +270,7 @@ class SharedModel:
     def restore(
         self, state: Mapping[str, Any] | None, optimizers: Sequence[torch.optim.Optimizer]
     ) -> None:
-        """Take over what `state` gave; it is read in the first process only."""
+        """Load what `state` returned; only the first process's argument is used."""
         kept = state["optimizer"] if state else {}
         self.fill(self.module.state_dict(), state["model"] if state else None)
         shapes = from_first({n: {k: t.shape for k, t in each.items()} for n, each in kept.items()})
@@ -301,9 +300,9 @@ class SharedModel:
 
     @torch.no_grad()
     def give_back(self) -> None:
-        """Let the caller's model hold the trained weights; every process must come here.
+        """Put the trained weights into the caller's model; every process must call this.
 
-        Where the model was sharded, only the first process's holds them then.
+        If the model was sharded, only the first process's model gets them.
         """
         if not self.sharded:
             return
@@ -314,16 +313,16 @@ class SharedModel:
 
 
 def put_together(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may lie in parts (DTensor); every process must ask."""
+    """The whole of a tensor that may be sharded (DTensor); every process must call this."""
     if _world.size == 1:
-        return tensor  # without the second that importing DTensor takes
+        return tensor  # avoids importing DTensor, which takes a second
     from torch.distributed.tensor import DTensor
 
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def part(whole: Tensor, like: Tensor) -> Tensor:
-    """This process's part of a tensor that every process has, if `like` lies in parts."""
+    """This process's part of a tensor that every process has, if `like` is sharded."""
     if _world.size == 1:
         return whole
     from torch.distributed.tensor import DTensor, distribute_tensor
