@@ -1,11 +1,11 @@
-"""What a training takes, from the shapes alone: parameters, memory by part, FLOPs.
+"""The cost of a training, computed from shapes: parameters, memory by part, FLOPs.
 
 Nothing here is run or measured. Parameters are counted on the model itself, which may be on the
 `meta` device, where it takes no memory. The activations are what autograd keeps from the forward
 pass of `gpt.model.model` for the backward pass, counted layer by layer; a test compares the count
 with the real tensors. Korthikanti et al. (2022), "Reducing Activation Recomputation in Large
-Transformer Models", section 4, count the same for another model; FLOPs as Chowdhery et al. (2022),
-"PaLM", appendix B: 2 a parameter and token forward, twice that backward.
+Transformer Models", section 4, do the same count for another model. FLOPs follow Chowdhery et al.
+(2022), "PaLM", appendix B: 2 per parameter and token forward, twice that backward.
 
 Shapes: B rows, T positions, N = real tokens of a batch, C = n_embd, H heads, V = vocab_size,
 L = n_layer. All memory is in bytes.
@@ -36,25 +36,25 @@ FP32, BF16, INT64 = 4, 2, 8
 
 
 class Counts:
-    """The parameters of a model by what its training does with them.
+    """The parameter counts of a model by their role in training.
 
     Args:
-        model: as it is trained, with what is frozen and with its adapters; on any device.
+        model: as it is trained, with frozen parameters and adapters; on any device.
 
     Attributes:
         parameters: all; a tied head is counted once.
         trained: those that get gradients.
         adapters: those of the adapters.
-        own: how many blocks are trained or adapted; they are the last ones.
-        depth: how many blocks come before these.
-        block: of one block, without its adapters.
-        block_adapters: of the adapters of one block that has them.
-        matrices: in the trained matrices of the blocks.
-        multiplied: in a matrix product: all but embeddings that are only looked up.
+        own: the number of trained or adapted blocks, which are the last ones.
+        depth: the number of blocks before these.
+        block: those of one block, without its adapters.
+        block_adapters: those of the adapters of one adapted block.
+        matrices: those in the trained matrices of the blocks.
+        multiplied: those used in a matrix product: all but embeddings that are only looked up.
         layers: the adapted layers of one block.
-        head_rank: of the adapter of a classifier's head; 0 without one.
-        classes: of a classifier; 0 for a language model.
-        mean: a classifier's head sees the mean over all positions, and not the last one.
+        head_rank: the rank of the adapter of a classifier's head; 0 without one.
+        classes: the number of a classifier's classes; 0 for a language model.
+        mean: whether a classifier's head uses the mean over all positions, not the last one.
     """
 
     def __init__(self, model: GPT | GPTClassifier) -> None:
@@ -93,8 +93,8 @@ class Shape:
         rows: B.
         length: T, to which all rows are padded.
         tokens: N, the real tokens among B x T.
-        targets: how many logits are computed: of the next tokens that count; of a classifier a row
-            each.
+        targets: the number of positions whose logits are computed: the targets that count, or one
+            per row of a classifier.
     """
 
     rows: int
@@ -114,7 +114,7 @@ class Shape:
 
 
 def forward_flops(model: Counts, shape: Shape) -> float:
-    """A language model's forward pass; the head is computed where a target counts."""
+    """A language model's forward pass; the head is computed only for targets that count."""
     head = 2 * model.config.vocab_size * model.config.n_embd * shape.targets
     return model.config.n_layer * _block_flops(model, shape) + head
 
@@ -126,7 +126,7 @@ def _block_flops(model: Counts, shape: Shape) -> float:
 
 
 def step_flops(model: Counts, shape: Shape) -> float:
-    """Forward and backward of a language model, which is trained whole or by adapters.
+    """Forward and backward of a language model, trained as a whole or with adapters.
 
     A frozen matrix beside adapters costs one product backward instead of two.
     """
@@ -141,8 +141,8 @@ def step_flops(model: Counts, shape: Shape) -> float:
 
 
 def trunk_flops(model: Counts, shape: Shape, depth: int) -> float:
-    """Forward through a classifier's first `depth` blocks; of the very last one only the position
-    that is pooled."""
+    """Forward through a classifier's first `depth` blocks; in its last block only the pooled
+    position is computed."""
     if model.mean:
         return depth * _block_flops(model, shape)
     C = model.config.n_embd
@@ -152,14 +152,14 @@ def trunk_flops(model: Counts, shape: Shape, depth: int) -> float:
 
 
 def classifier_flops(model: Counts, shape: Shape, *, kept: bool) -> float:
-    """A step of a classifier: forward all of it, backward what is trained.
+    """A step of a classifier: forward through all of it, backward through the trained part.
 
     A frozen matrix beside adapters costs one product backward instead of two.
 
     Args:
-        model: what of it is trained.
+        model: the parameter counts.
         shape: of the batch.
-        kept: the frozen blocks' vectors of the texts were computed before.
+        kept: whether the frozen blocks' output is computed once in advance.
     """
     frozen = trunk_flops(model, shape, model.depth)
     head = 2 * model.config.n_embd * model.classes * shape.rows
@@ -175,7 +175,7 @@ def classifier_flops(model: Counts, shape: Shape, *, kept: bool) -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Memory:
-    """The bytes of each part of a training's memory; not all of them are full at one moment."""
+    """The bytes of each part of a training's memory; the parts do not all peak at the same time."""
 
     weights: int = 0
     copies: int = 0
@@ -183,15 +183,15 @@ class Memory:
     gradients: int = 0
     optimizer: int = 0
     activations: int = 0
-    """What autograd keeps of the forward pass."""
+    """What autograd keeps from the forward pass."""
     loss: int = 0
-    """A chunk of logits, and the gradients that are computed while it is there."""
+    """A chunk of logits, and the gradients that are computed along with it."""
     best: int = 0
     """A copy of the weights with the lowest validation loss."""
     kv_cache: int = 0
     """Keys and values while a sample is generated."""
     features: int = 0
-    """The vectors of the texts behind a classifier's frozen blocks."""
+    """The output of a classifier's frozen blocks for the texts."""
 
     @property
     def total(self) -> int:
@@ -199,17 +199,17 @@ class Memory:
         return sum(getattr(self, field.name) for field in fields(self))
 
     def sharded(self, devices: int) -> Memory:
-        """One device's share where weights, gradients and optimizer are spread over `devices`.
+        """One device's share if weights, gradients and optimizer are sharded over `devices`.
 
-        As FSDP does it: each device has rows of its own and holds whole what they need, and one
-        block's weights at a time, which is left out here.
+        As in FSDP: each device processes its own rows and holds everything they need. It also
+        gathers one block's weights at a time, which is ignored here.
         """
         spread = ("weights", "gradients", "optimizer", "best")
         return replace(self, **{part: -(-getattr(self, part) // devices) for part in spread})
 
 
 def optimizer_bytes(model: Counts, train: TrainParams) -> int:
-    """AdamW keeps two numbers a parameter, Muon one for each in a block's matrices."""
+    """AdamW keeps two numbers per parameter, Muon one per parameter of the blocks' matrices."""
     return FP32 * (2 * model.trained - (model.matrices if train.optimizer == "muon" else 0))
 
 
@@ -226,24 +226,24 @@ def attention_probabilities(length: int) -> int:
 
 
 def _block_activations(model: Counts, shape: Shape, size: int, kernel: Kernel) -> int:
-    """What one block that is trained or adapted keeps for its backward pass.
+    """What one trained or adapted block keeps for its backward pass.
 
-    In numbers a position: the inputs of both norms (2 C, fp32 always, with mean and deviation),
-    of the four matrices (C, C, C and 4 C), queries, keys and values (3 C) and the input of GELU
-    (4 C), in the precision of the products, a number of which takes `size` bytes.
+    Numbers per position: the inputs of both norms (2 C, always fp32, with mean and deviation), of
+    the four matrices (C, C, C and 4 C), queries, keys and values (3 C) and the input of GELU
+    (4 C). All but the norms' are in the precision of the products, `size` bytes per number.
 
-    A frozen matrix keeps no input. Its adapters do, and the output of their first matrix; with
-    dropout also which of it was dropped.
+    A frozen matrix keeps no input. Its adapters keep it, and the output of their first matrix;
+    with dropout also the dropout mask.
     """
     C, H, n = model.config.n_embd, model.config.n_head, shape.positions
     blocked = kernel == "blocked"
-    mark = size if blocked else 1  # of what was dropped: a CPU keeps factors, a graphics card bytes
+    mark = size if blocked else 1  # dropout masks: factors on a CPU, bytes on a graphics card
     kept = n * (2 * C * FP32 + 4 * FP32 + 14 * C * size)
     if blocked:
         probabilities = shape.rows * H * attention_probabilities(shape.length)
         kept += probabilities * (size + (model.config.dropout > 0))  # dropped ones, a byte each
     else:
-        kept += H * n * FP32  # the logarithm of each query's sum
+        kept += H * n * FP32  # the log-sum-exp of each query
     if model.config.dropout:  # after both projections
         kept += 2 * n * C * mark
     if model.layers:
@@ -255,9 +255,9 @@ def _block_activations(model: Counts, shape: Shape, size: int, kernel: Kernel) -
 
 
 def lm_activations(model: Counts, shape: Shape, *, bf16: bool, kernel: Kernel) -> int:
-    """What autograd keeps of a language model's forward pass, without its loss.
+    """What autograd keeps from a language model's forward pass, without its loss.
 
-    Before the first adapter nothing is kept.
+    Nothing is kept before the first adapter.
     """
     n, C = shape.positions, model.config.n_embd
     kept = model.own * _block_activations(model, shape, BF16 if bf16 else FP32, kernel)
@@ -270,15 +270,15 @@ def lm_activations(model: Counts, shape: Shape, *, bf16: bool, kernel: Kernel) -
 
 
 def _dropped_embeddings(model: Counts, shape: Shape, kernel: Kernel) -> int:
-    """Which of the embeddings were dropped."""
+    """The dropout mask of the embeddings."""
     number = FP32 if kernel == "blocked" else 1
     return shape.positions * model.config.n_embd * number if model.config.dropout else 0
 
 
 def classifier_activations(model: Counts, shape: Shape, *, bf16: bool, kernel: Kernel) -> int:
-    """What autograd keeps of a classifier's forward pass.
+    """What autograd keeps from a classifier's forward pass.
 
-    Before what is trained nothing is kept, whether or not it was computed beforehand.
+    Nothing is kept from the frozen part before the trained one, computed in advance or not.
     """
     B, C, N = shape.rows, model.config.n_embd, shape.tokens
     size = BF16 if bf16 else FP32
@@ -304,7 +304,7 @@ def classifier_activations(model: Counts, shape: Shape, *, bf16: bool, kernel: K
 
 
 def _last_activations(model: Counts, shape: Shape, size: int) -> int:
-    """What a classifier's last block keeps: keys and values everywhere, but one query a row."""
+    """What a classifier's last block keeps: all keys and values, but one query per row."""
     C, B, T = model.config.n_embd, shape.rows, shape.length
     # the norm's input and its deviation, the input of keys and values, both of them padded
     kept = shape.tokens * ((C + 2) * FP32 + C * size) + 2 * B * T * C * size
@@ -321,7 +321,7 @@ def lm_loss_kept(model: Counts, targets: int) -> int:
 
 
 def lm_loss_bytes(model: Counts, targets: int, *, bf16: bool) -> int:
-    """The chunked loss at its largest: what it keeps, one chunk of logits and its softmax."""
+    """The peak of the chunked loss: what it keeps, one chunk of logits and its softmax."""
     row = _padded(model.config.vocab_size) * (BF16 if bf16 else FP32)
     rows = -(-targets // max(1, -(-targets * row // CHUNK_BYTES)))
     softmax = 2 * FP32 * min(rows, SOFTMAX_ROWS) * model.config.vocab_size
@@ -335,14 +335,14 @@ def _padded(vocab_size: int) -> int:
 def pair_loss_kept(model: Counts, targets: int, *, bf16: bool) -> int:
     """What the loss of preference tuning keeps: every target's log-probabilities in fp32.
 
-    And the head's input, where the head is trained (`gpt.tune.preference`).
+    If the head is trained, also its input (`gpt.tune.preference`).
     """
     head = model.config.n_embd * (BF16 if bf16 else FP32)
     return targets * (FP32 * model.config.vocab_size + head + 3 * INT64)
 
 
 def pair_loss_bytes(model: Counts, targets: int, *, bf16: bool) -> int:
-    """That loss at its largest, in the backward pass: two gradients of the same size beside it."""
+    """The peak of that loss, in the backward pass: two more gradients of the same size."""
     gradients = 2 * FP32 + (BF16 if bf16 else 0)
     kept = pair_loss_kept(model, targets, bf16=bf16)
     return kept + gradients * targets * model.config.vocab_size
@@ -404,11 +404,11 @@ def classifier_memory(
         train: the recipe.
         bf16: products in bf16 under autocast.
         kernel: of the attention.
-        features: vectors that the frozen blocks made beforehand, 0 where nothing is kept; then
-            `fit` sees, and copies, only what comes after those blocks.
+        features: the number of vectors that the frozen blocks computed in advance, 0 if none. With
+            them, `fit` sees and copies only the part after those blocks.
     """
     C = model.config.n_embd
-    # what comes after the frozen blocks: trained, or with adapters beside it
+    # the part after the frozen blocks: trained, or with adapters
     top = model.own * model.block + (2 + model.classes) * C + model.adapters
     multiplied = top if model.own else model.trained
     if model.layers:
@@ -430,14 +430,14 @@ def classifier_memory(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Accelerator:
-    """A graphics card as its maker describes it.
+    """A graphics card, by its manufacturer's specification.
 
     Attributes:
-        name: in words.
+        name: the display name.
         memory: in bytes.
         fp32: peak of products in fp32, FLOP/s, without tensor cores (PyTorch's default).
-        bf16: peak of dense products in bf16, summed in fp32; None where there is no bf16.
-        source: the page or paper that says so.
+        bf16: peak of dense products in bf16, summed in fp32; None without bf16 support.
+        source: the page or paper with these figures.
     """
 
     name: str
@@ -447,7 +447,7 @@ class Accelerator:
     source: str
 
     def peak(self, *, bf16: bool) -> float:
-        """Of products in that precision."""
+        """The peak of products in that precision, FLOP/s."""
         return self.bf16 if bf16 and self.bf16 else self.fp32
 
 
@@ -530,18 +530,19 @@ ACCELERATORS: dict[str, Accelerator] = {
         source="https://www.nvidia.com/en-us/data-center/h200/",
     ),
 }
-"""Graphics cards by the name they are asked for; dense rates, without sparsity."""
+"""Graphics cards by the name that a user gives; dense rates, without sparsity."""
 
 UTILISATION = 0.35
 """The share of its peak that a training is assumed to reach: an assumption, not a measurement."""
 CONTEXT_BYTES = 700 * 10**6
-"""What CUDA and its libraries are assumed to take of a device's memory."""
+"""The device memory that CUDA and its libraries are assumed to take."""
 
 
 def devices_needed(memory: Memory, device: Accelerator) -> int | None:
-    """The fewest devices that hold a training; None where no number does.
+    """The fewest devices whose memory suffices for a training; None if no number does.
 
-    More than one as FSDP shards; where what is not sharded is too large, a smaller batch is needed.
+    More than one shard it as FSDP does. If the unsharded part is too large, the batch must be
+    smaller.
     """
     room = device.memory - CONTEXT_BYTES
     counts = [*range(1, 8), *range(8, 1025, 8)]

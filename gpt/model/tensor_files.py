@@ -1,4 +1,4 @@
-"""Tensors that lie in a file, and how safetensors files are read: one tensor at a time."""
+"""Tensors in files; safetensors files are read one tensor at a time."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class FileTensor:
         path: the file.
         name: what the file calls it.
         shape: as in the file.
-        dtype: PyTorch's where it is one of floating point that weights come in, else the file's
-            own word.
+        dtype: PyTorch's, if it is a floating-point type that weights may have; otherwise the
+            file's name of the type.
         read: reads it.
-        lent: what `read` returns is the file's own memory, to be copied and let go.
-        turned: a matrix that is input-major, as GPT-2's `Conv1D` keeps it.
+        lent: whether `read` returns memory of the file, which must be copied and released.
+        turned: whether it is a matrix that is stored input-major, as by GPT-2's `Conv1D`.
     """
 
     path: Path
@@ -44,10 +44,10 @@ class FileTensor:
     turned: bool = False
 
     def expect(self, shape: tuple[int, ...]) -> None:
-        """Refuse what does not fit into a weight of `shape`, (out, in) where it is a matrix.
+        """Refuse a tensor that does not fit a weight of `shape`, (out, in) if it is a matrix.
 
         Raises:
-            InputError: the shape is another, or the numbers are not floating-point ones.
+            InputError: the shape differs, or the numbers are not floating-point.
         """
         expected = shape[::-1] if self.turned else shape
         if self.shape != expected:
@@ -70,7 +70,7 @@ def tensors_in_safetensors(path: Path) -> dict[str, FileTensor]:
     """
 
     def read(name: str) -> Tensor:
-        # Opened for each tensor: what was touched of a mapped file counts as memory until then.
+        # Opened for each tensor: pages of a mapped file count as memory until it is closed.
         with _opened(path) as file:
             return file.get_tensor(name)  # type: ignore[no-any-return]
 

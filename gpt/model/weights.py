@@ -1,9 +1,9 @@
-"""A model directory to a model and back.
+"""Reads and writes model directories.
 
 Every model is a directory in Hugging Face's GPT-2 layout: `config.json`, `model.safetensors`,
-`vocab.json`, `merges.txt`, `generation_config.json`, so that `transformers` and every other tool
-of that layout loads it as it stands. This is the only module that knows of GPT-2's `Conv1D`,
-which stores its matrices input-major, and of the `transformer.` prefix.
+`vocab.json`, `merges.txt`, `generation_config.json`. So `transformers` and other tools for that
+layout load it unchanged. Only this module handles GPT-2's `Conv1D`, which stores its matrices
+input-major, and the `transformer.` prefix.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from gpt.model.tensor_files import FileTensor, tensors_in_safetensors
 from gpt.tokens.tokenizer import Tokenizer, load_tokenizer
 
 _PREFIX = "transformer."
-# torch.compile and DistributedDataParallel put their own before it
+# torch.compile and DistributedDataParallel add prefixes of their own before it
 _PREFIXES = re.compile(r"(?:_orig_mod\.|module\.)*(?:transformer\.)?")
 _CONV1D = re.compile(r"h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
-# causal masks that old files carry along; the architecture implies them
+# causal masks in old files; the architecture implies them
 _MASKS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 # 8 … 1,024: vocabularies are rounded up to a multiple of such a number, for speed
 _PADDED_TO = tuple(8 << n for n in range(8))
@@ -42,7 +42,7 @@ _WRITTEN = {
     *("config.json", "model.safetensors", "generation_config.json", "vocab.json", "merges.txt"),
     *("prompt.json", "tokenizer_config.json", "training.json"),
 }
-"""Every name that a model directory of ours may hold."""
+"""Every file name that a model directory of this project may contain."""
 
 # config.json's name -> the only value under which the architecture is the one in gpt.model.model
 _FIXED = {
@@ -75,11 +75,11 @@ def save_model(
         directory: replaced as a whole if it is one that this function wrote.
         tokenizer: saved beside the weights.
         extra: further files, name to JSON value: `prompt.json` for an assistant,
-            `training.json` for what was held out of its training.
+            `training.json` for the data that was held out of its training.
 
     Raises:
-        InputError: the tokenizer's vocabulary is not the model's, or something else stands at
-            `directory`.
+        InputError: the tokenizer's vocabulary is not the model's, or `directory` exists and was
+            not written by this function.
     """
     directory = Path(directory)
     if tokenizer.vocab_size != model.config.vocab_size:
@@ -96,7 +96,7 @@ def save_model(
         weights, config_file = partial / "model.safetensors", partial / "config.json"
         save_file(dict(_to_file(model)), weights, {"format": "pt"})
         write_json(config_file, _config_json(model, tokenizer.eot))
-        weights.chmod(config_file.stat().st_mode)  # the library leaves it to its owner alone
+        weights.chmod(config_file.stat().st_mode)  # the library's mode is private to the owner
         if isinstance(model, GPT):
             write_json(
                 partial / "generation_config.json",
@@ -112,7 +112,7 @@ def save_model(
 
 
 def _is_ours(directory: Path) -> bool:
-    """Whether nothing but an empty directory, or one that `save_model` wrote, would be lost."""
+    """Whether it may be replaced: it is an empty directory, or one that `save_model` wrote."""
     if not directory.is_dir():
         return not directory.exists()
     if not (names := {path.name for path in directory.iterdir()}):
@@ -129,7 +129,7 @@ def load_model(
 ) -> GPT | GPTClassifier:
     """Read a model directory.
 
-    Tensor by tensor: memory stays near the model's own size.
+    Tensors are read one at a time, so memory stays near the model's own size.
 
     >>> model = gpt.load_model(directory)
     >>> type(model).__name__, model.config.n_layer
@@ -137,8 +137,8 @@ def load_model(
 
     Args:
         directory: in Hugging Face's GPT-2 layout, with or without the `transformer.` prefix.
-        device: where the model is put.
-        dtype: the precision of its weights; None keeps fp32, and widens anything narrower to it.
+        device: the model's device.
+        dtype: the precision of its weights; None is fp32, to which narrower weights are widened.
 
     Returns:
         `GPTClassifier` where the file holds a classification head, `GPT` otherwise; in
@@ -146,7 +146,7 @@ def load_model(
 
     Raises:
         InputError: a file is missing or damaged, the configuration is of another architecture,
-            or a tensor is missing, unknown, of another shape or not finite; each named.
+            or a tensor is missing, unknown, of the wrong shape or not finite; the message names it.
     """
     directory = Path(directory)
     config, labels = read_config(directory)
@@ -171,7 +171,7 @@ def load_base(directory: Path) -> tuple[GPT, Tokenizer]:
 
     Raises:
         InputError: as `load_model` and `load_tokenizer`; or the directory holds a classifier, or
-            a tokenizer of another vocabulary than the model's.
+            a tokenizer whose vocabulary is not the model's.
     """
     model, tokenizer = load_pair(directory)
     if not isinstance(model, GPT):
@@ -183,11 +183,11 @@ def load_base(directory: Path) -> tuple[GPT, Tokenizer]:
 
 
 def read_base(directory: Path, stage: str, max_length: int | None) -> tuple[GPTConfig, Tokenizer]:
-    """The architecture and the tokenizer of what `load_base` reads; no weights are read.
+    """The architecture and the tokenizer of what `load_base` reads, without reading weights.
 
     Raises:
-        InputError: as `read_config` and `load_tokenizer_of`; or the `max_length` that the stage is
-            told is above the context.
+        InputError: as `read_config` and `load_tokenizer_of`; or the stage's `max_length` is above
+            the context.
     """
     config, _ = read_config(directory)
     tokenizer = load_tokenizer_of(directory, config)
@@ -204,7 +204,7 @@ def load_classifier(directory: Path) -> tuple[GPTClassifier, Tokenizer]:
 
     Raises:
         InputError: as `load_model` and `load_tokenizer`; or the directory holds no classification
-            head, or a tokenizer of another vocabulary than the model's.
+            head, or a tokenizer whose vocabulary is not the model's.
     """
     model, tokenizer = load_pair(directory)
     if not isinstance(model, GPTClassifier):
@@ -234,7 +234,7 @@ def _no_classifier(directory: Path) -> InputError:
 def load_pair(
     directory: Path, dtype: torch.dtype | None = None
 ) -> tuple[GPT | GPTClassifier, Tokenizer]:
-    """Read a model, on the CPU, and its own tokenizer; without rows that only pad a vocabulary.
+    """Read a model, on the CPU, and its own tokenizer; rows that pad the vocabulary are dropped.
 
     Raises:
         InputError: as `load_model` and `load_tokenizer_of`.
@@ -246,7 +246,7 @@ def load_pair(
 
 
 def cut_vocabulary(model: GPT | GPTClassifier, n: int) -> None:
-    """Drop the rows of a model's tables beyond the n of its tokenizer: they stand for no text."""
+    """Drop the embedding and head rows beyond the tokenizer's n tokens: they encode no text."""
     if model.config.vocab_size == n:
         return
     model.config = replace(model.config, vocab_size=n)
@@ -257,11 +257,11 @@ def cut_vocabulary(model: GPT | GPTClassifier, n: int) -> None:
 
 
 def load_tokenizer_of(directory: Path, config: GPTConfig) -> Tokenizer:
-    """Read the tokenizer that lies beside a model.
+    """Read the tokenizer in a model's directory.
 
     Raises:
-        InputError: as `load_tokenizer`; or it has another vocabulary than the model, which is not
-            its own padded to a round number.
+        InputError: as `load_tokenizer`; or the model's vocabulary is neither the tokenizer's nor
+            that padded to a round number.
     """
     tokenizer = load_tokenizer(directory)
     n = tokenizer.vocab_size
@@ -297,7 +297,7 @@ def read_config(directory: Path) -> tuple[GPTConfig, list[str] | None]:
     return config, _labels(path, raw.get("id2label"))
 
 
-# config.json's names of what GPTConfig has, but for the context, which has two
+# config.json's names of GPTConfig's fields, except the context, which has two
 _CONFIG_NAMES = {
     "vocab_size": "vocab_size",
     "n_layer": "n_layer",
@@ -319,16 +319,17 @@ def architecture(
         path: the file.
         raw: what it holds.
         names: the file's name of each field -> `GPTConfig`'s.
-        optional: those of the file's names that it may lack.
+        optional: names that may be missing in the file.
 
     Raises:
-        InputError: a field is missing, of another type, or impossible; by the file's name.
+        InputError: a field is missing, of the wrong type, or impossible; the message uses the
+            file's name of it.
     """
     remedy = f"get the model's own {path.name}"
     if missing := [key for key in names if key not in raw and key not in optional]:
         raise InputError(f"{path}: lacks {missing[0]!r}; {remedy}")
     values = {own: raw[key] for key, own in names.items() if key in raw}
-    try:  # as JSON, so that neither `true` nor "12" nor 12.0 is taken for a whole number
+    try:  # as JSON, so that `true`, "12" and 12.0 are not accepted as integers
         return TypeAdapter(GPTConfig).validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
         problem = error.errors()[0]
@@ -363,7 +364,7 @@ def _read_config_file(directory: Path) -> dict[str, Any]:
 
 
 def _read_pooling(directory: Path) -> Pooling:
-    """What a classifier's head sees, by `config.json`; the layout's own is the last position."""
+    """A classifier's pooling from `config.json`; the layout's default is the last position."""
     pooling = _read_config_file(directory).get("pooling", "last")
     if pooling not in get_args(Pooling):
         raise InputError(
@@ -374,9 +375,9 @@ def _read_pooling(directory: Path) -> Pooling:
 
 
 class _SkipInit(TorchFunctionMode):
-    """Weights that are about to be read need no initial values.
+    """Skips the initialization of weights that are about to be read.
 
-    On the meta device these are not free: PyTorch imports its compiler for them, 1.5 s.
+    Even on the meta device it costs 1.5 s, because PyTorch imports its compiler for it.
     """
 
     def __torch_function__(
@@ -391,10 +392,10 @@ class _SkipInit(TorchFunctionMode):
 
 
 def by_plain_name(path: Path, tensors: Mapping[str, FileTensor]) -> dict[str, FileTensor]:
-    """Tensors under Hugging Face's names by the model's own, which have no prefix.
+    """Map tensors with Hugging Face's names to the model's own names, which have no prefix.
 
     Raises:
-        InputError: one is there with and without the prefix.
+        InputError: a tensor occurs both with and without the prefix.
     """
     plain: dict[str, FileTensor] = {}
     for name, tensor in tensors.items():
@@ -408,7 +409,7 @@ def by_plain_name(path: Path, tensors: Mapping[str, FileTensor]) -> dict[str, Fi
 
 
 def without_a_place(config: GPTConfig, names: Iterable[str]) -> set[str]:
-    """Those of the tensors that files hold and a model of this architecture has no place for."""
+    """The names of tensors in files that a model of this architecture does not use."""
     return {
         name
         for name in names
@@ -430,10 +431,10 @@ def empty_model(
     n_tensors: int,
     pooling: Pooling = "last",
 ) -> GPT | GPTClassifier:
-    """A model without weights, on the meta device, for `n_tensors` that wait in `path`.
+    """A model without weights, on the meta device, for the `n_tensors` in `path`.
 
     Raises:
-        InputError: a configuration of more layers than there are tensors.
+        InputError: the configuration has more layers than there are tensors.
     """
     if config.n_layer > n_tensors:
         raise InputError(
@@ -450,7 +451,7 @@ def account_for_every_name(
     """Refuse a file that lacks a tensor, or has one that is neither wanted nor ignored.
 
     Raises:
-        InputError: naming them.
+        InputError: there are such tensors; the message names them.
     """
     there, wanted = set(there), list(wanted)
     missing = [name for name in wanted if name not in there]
@@ -473,24 +474,24 @@ def fill(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Give an empty model its weights one by one; all are checked before the first is read.
+    """Load the weights of an empty model one by one; all are checked before the first is read.
 
     Args:
         model: on the meta device.
-        tensors: by the model's names; emptied, so that none is held longer than it is needed.
-        device: where the weights are put.
+        tensors: by the model's names; emptied, so that no tensor is held longer than needed.
+        device: of the weights.
         dtype: of the weights; None for fp32.
 
     Raises:
-        InputError: a tensor has another shape, is not of floating point, cannot be read, or holds
-            what is not finite in `dtype`.
+        InputError: a tensor has the wrong shape, is not floating-point, cannot be read, or has a
+            value that is not finite in `dtype`.
     """
     wanted = {name: tuple(empty.shape) for name, empty in model.state_dict().items()}
     for name, shape in wanted.items():
         tensors[name].expect(shape)
     waiting = {name: tensors[name] for name in wanted}
     tensors.clear()
-    # The largest first: what a reader holds beside it is little by the time that the model is big.
+    # The largest first: the reader's extra copy is small by the time that the model is large.
     for name in sorted(wanted, key=lambda name: math.prod(wanted[name]), reverse=True):
         _assign(model, name, _weight(waiting.pop(name), device, dtype or torch.float32))
 
@@ -499,11 +500,11 @@ def _weight(source: FileTensor, device: torch.device | str, dtype: torch.dtype) 
     value = source.read()
     if source.turned:
         value = value.t()
-    if source.lent:  # one copy that moves, widens and turns
+    if source.lent:  # one copy that moves, widens and transposes
         weight = torch.empty(value.shape, device=device, dtype=dtype).copy_(value)
     else:
         weight = value.to(device=device, dtype=dtype).contiguous()
-    if weight.sum(dtype=torch.float32).isfinite():  # the fastest way to see them all
+    if weight.sum(dtype=torch.float32).isfinite():  # the fastest check of all values
         return weight
     highest = value.abs().max().item()
     if not math.isfinite(highest):
@@ -529,7 +530,7 @@ def _to_file(model: GPT | GPTClassifier) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in model.state_dict().items():
         target = name if name in _HEADS else _PREFIX + name
         yield target, (tensor.t() if is_conv1d(name) else tensor).cpu().contiguous()
-    if not model.config.qkv_bias:  # the layout has no place without one: zeros change nothing
+    if not model.config.qkv_bias:  # the layout requires one: zeros have no effect
         for layer in range(model.config.n_layer):
             yield (
                 f"{_PREFIX}h.{layer}.attn.c_attn.bias",
@@ -562,11 +563,11 @@ def _config_json(model: GPT | GPTClassifier, eot: int) -> dict[str, Any]:
     if isinstance(model, GPT):
         return result | {"architectures": ["GPT2LMHeadModel"]}
     if model.pooling != "last":
-        # no parameter of the layout: transformers passes it over, and takes the last position
+        # not part of the layout: transformers ignores it, and uses the last position
         result["pooling"] = model.pooling
     return result | {
         "architectures": ["GPT2ForSequenceClassification"],
-        "pad_token_id": eot,  # transformers finds the last real token as the last that is not this
+        "pad_token_id": eot,  # transformers takes the last other token as the last real one
         "id2label": {str(i): label for i, label in enumerate(model.labels)},
         "label2id": {label: i for i, label in enumerate(model.labels)},
         "problem_type": "single_label_classification",

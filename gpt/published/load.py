@@ -1,4 +1,4 @@
-"""Published GPT-2 weights, in whatever form they come, to a model.
+"""Loads published GPT-2 weights in any of these forms:
 
 | files | tensors' names |
 | --- | --- |
@@ -46,10 +46,10 @@ class Published:
     """Weights that were found and checked by name, but not yet read.
 
     Attributes:
-        path: the file, the first one's index, or the folder.
-        form: what they are, for a person.
-        config: of the model that they make.
-        skipped: tensors that are there and not needed, by the file's names.
+        path: the file, the index of several files, or the folder.
+        form: a description of the format for messages.
+        config: of the model.
+        skipped: tensors that are not needed, by the file's names.
         tensors: the others, by the model's names.
     """
 
@@ -62,8 +62,8 @@ class Published:
     def load(self) -> GPT:
         """Read them, once, into a model on the CPU, in fp32 and in evaluation mode.
 
-        Tensor by tensor: memory stays near the model's own size, or the file's if `torch.save`
-        wrote it.
+        Tensors are read one at a time, so memory stays near the model's own size, or the file's if
+        `torch.save` wrote it.
 
         Raises:
             InputError: as `fill`.
@@ -83,7 +83,7 @@ def open_published(folder: Path) -> Published:
 
     Raises:
         InputError: no weights, or several; a file is missing or damaged; a tensor is missing or
-            unknown, or the configuration is of another architecture; each named.
+            unknown, or the configuration is of another architecture. The message names it.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; name one that holds published weights")
@@ -111,7 +111,7 @@ _READERS: dict[str, _Reader] = {
 
 @dataclass(frozen=True, slots=True)
 class _WeightFiles:
-    """The tensors of a folder's weights by the files' names, and what lies beside them."""
+    """The tensors of a folder's weights by the files' names, and the data stored beside them."""
 
     path: Path
     form: str
@@ -143,7 +143,7 @@ def _find(folder: Path) -> _WeightFiles:
 
 
 def _sharded(index: Path, reader: _Reader) -> _WeightFiles:
-    """The tensors of several files, each where the index says that it is."""
+    """The tensors of several files, located by the index."""
     place = _read_json(index).get("weight_map")
     if not isinstance(place, dict) or not all(isinstance(file, str) for file in place.values()):
         raise InputError(f"{index}: has no weight_map of tensors and files; fetch it again")
@@ -181,9 +181,9 @@ def _publish(
     *,
     input_major: bool = False,
 ) -> Published:
-    """What is found under `owner`'s names, each accounted for; some are not needed.
+    """Map the tensors from `owner`'s names to the model's; refuses missing and unknown ones.
 
-    `names` are what the owner calls the model's tensor of a name: one, or those it is made of.
+    `names` gives the owner's names for one of the model's tensors: one, or several to be joined.
     """
     wanted = {name: names(name) for name in _shapes(found, config)}
     tensors = found.tensors
@@ -209,7 +209,7 @@ def _shapes(found: _WeightFiles, config: GPTConfig) -> dict[str, tuple[int, ...]
 
 
 def _joined(parts: list[FileTensor], width: int) -> FileTensor:
-    """Query, key and value, (C, C) or (C,) each, one below the other; a single part as it is."""
+    """Query, key and value, (C, C) or (C,) each, concatenated; a single part is unchanged."""
     first = parts[0]
     if len(parts) == 1:
         return first
@@ -222,7 +222,7 @@ def _joined(parts: list[FileTensor], width: int) -> FileTensor:
 
 
 def _hugging_face(folder: Path, found: _WeightFiles) -> Published:
-    _read_json(folder / "config.json")  # a message of its own where it is not there
+    _read_json(folder / "config.json")  # for its own message if it is missing
     config, _ = read_config(folder)
     return _plain(found, "Hugging Face", config, input_major=True)
 
@@ -255,7 +255,7 @@ _NANOGPT_ARGS = {
 
 
 def _nanogpt(found: _WeightFiles, args: Mapping[Any, Any]) -> Published:
-    """nanoGPT's matrices are those of `nn.Linear`, and it may do without all biases."""
+    """nanoGPT's weights: matrices as in `nn.Linear`, possibly without any biases."""
     config = architecture(found.path, args, _NANOGPT_ARGS)
     tensors = dict(found.tensors)
     if args.get("bias") is False:
@@ -296,7 +296,7 @@ def _book_names(name: str) -> tuple[str, ...]:
         return (_BOOK[name],)
     _, layer, rest = name.split(".", 2)
     theirs = f"trf_blocks.{layer}.{_BOOK_BLOCK[rest]}"
-    # what c_attn holds one below the other
+    # concatenated in c_attn
     return tuple(dict.fromkeys(theirs.format(part) for part in ("query", "key", "value")))
 
 
@@ -309,7 +309,7 @@ def _book(folder: Path, found: _WeightFiles) -> Published:
 
 
 def _book_config(folder: Path, found: _WeightFiles) -> GPTConfig:
-    """The architecture that the tensors have, and from elsewhere the heads, which do not show."""
+    """The architecture, from the tensors' shapes; these do not show the number of heads."""
     tensors = found.tensors
     account_for_every_name(found.path, tensors, ("tok_emb.weight", "pos_emb.weight"), tensors)
     tokens, positions = tensors["tok_emb.weight"], tensors["pos_emb.weight"]

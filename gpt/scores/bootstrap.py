@@ -1,11 +1,11 @@
-"""How sure a score is: percentile bootstrap intervals, of one model and of two on the same data.
+"""Percentile bootstrap intervals of one model's score, and of the difference of two models' scores.
 
-Efron & Tibshirani (1993), "An Introduction to the Bootstrap", section 13.3: the examples are drawn
-again with replacement, as many as there are; the score of each such resample is taken, and the
-interval is what holds the middle `level` of these scores. Two models are compared on the same
-resamples (Koehn, 2004, "Statistical Significance Tests for Machine Translation Evaluation"): what
-is hard for both then cancels out, and the interval of the difference is narrower than that of
-either score.
+Efron & Tibshirani (1993), "An Introduction to the Bootstrap", section 13.3: n examples are
+resampled with replacement many times, and the score of each resample is computed. The interval
+contains the middle `level` of these scores. Two models are compared on the same resamples (Koehn,
+2004, "Statistical Significance Tests for Machine Translation Evaluation"): the difficulty of the
+examples then cancels out, and the interval of the difference is narrower than that of either
+score.
 
 Shapes: R resamples of n examples each, drawn as places of examples, (R, n).
 """
@@ -22,16 +22,16 @@ RESAMPLES = 2000
 """Enough for a 95 % interval: 50 of the scores lie on either side of it."""
 
 _AT_ONCE = 1 << 20
-"""So many places are drawn at a time (8 MB), however many examples there are."""
+"""The number of indices drawn at a time (8 MB), whatever the number of examples."""
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A score that can be computed on any choice of the examples.
+    """A score that can be computed on any resample of the examples.
 
     Attributes:
-        n: how many examples there are, 1 or more.
-        of: places of examples, (R, n) int64, to the score of each choice, (R,).
+        n: the number of examples, 1 or more.
+        of: maps indices of examples, (R, n) int64, to the score of each resample, (R,).
     """
 
     n: int
@@ -54,7 +54,7 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class Comparison(Interval):
-    """The new score less the old one; `better` and `worse` where the interval leaves 0 out."""
+    """The new score minus the old; `better` or `worse` if the interval does not contain 0."""
 
     better: bool
     worse: bool
@@ -64,10 +64,10 @@ class Comparison(Interval):
 
 
 def mean(values: ArrayLike) -> Score:
-    """The mean of a value an example, (n,).
+    """The mean of one value per example, (n,).
 
     Raises:
-        ValueError: there is no example.
+        ValueError: there are no examples.
     """
     numbers = np.asarray(values, np.float64)
     return Score(_examples(numbers), lambda places: numbers[places].mean(1))
@@ -87,13 +87,14 @@ def accuracy(truths: ArrayLike, predicted: ArrayLike) -> Score:
 def macro_f1(truths: ArrayLike, predicted: ArrayLike, n_classes: int, *, others: int = 0) -> Score:
     """The mean over the classes of each one's F1, as in `gpt.batches.metrics`.
 
-    A class that a resample neither holds nor has predicted has an F1 of 0 in it.
+    A class that occurs neither in a resample's truths nor in its predictions has an F1 of 0.
 
     Args:
         truths: the class of each example, 0 … n_classes - 1, (n,).
-        predicted: the one that was predicted, likewise, or of the `others`.
-        n_classes: how many there are.
-        others: so many more may be predicted, wrongly, and do not count in the mean.
+        predicted: the predicted class of each example, or one of the `others`, (n,).
+        n_classes: the number of classes.
+        others: the number of further classes that may be predicted, always wrongly; they do not
+            count in the mean.
 
     Raises:
         ValueError: there is no example, not a prediction for each, or a number of no class.
@@ -116,7 +117,7 @@ def macro_f1(truths: ArrayLike, predicted: ArrayLike, n_classes: int, *, others:
 
 
 def mean_loss(loss_sums: ArrayLike, token_counts: ArrayLike) -> Score:
-    """The mean loss over all tokens, each example drawn with all of its own.
+    """The mean loss over all tokens; examples are resampled as a whole.
 
     Args:
         loss_sums: the loss of each example summed over its tokens, (n,), in nats.
@@ -133,7 +134,7 @@ def mean_loss(loss_sums: ArrayLike, token_counts: ArrayLike) -> Score:
 
 
 def _examples(*arrays: np.ndarray) -> int:
-    """How many examples there are, after a look at whether every array says so."""
+    """The number of examples, after a check that all arrays have the same length."""
     shapes = [array.shape for array in arrays]
     if len(set(shapes)) > 1 or len(shapes[0]) != 1 or shapes[0] == (0,):
         raise ValueError(f"one value for each of n examples is needed, (n,), not {shapes}")
@@ -156,10 +157,10 @@ def interval(
     """The score and its percentile interval.
 
     Args:
-        score: what is in question.
-        resamples: how many are drawn; the ends are as unsteady as there are few of them.
+        score: the score.
+        resamples: the number of resamples; with few of them the ends vary more.
         level: the share of the resamples' scores between the ends, within 0 … 1.
-        seed: picks the resamples, which depend on nothing else but the number of examples.
+        seed: of the resamples, which depend only on it and on the number of examples.
 
     Raises:
         ValueError: `resamples` or `level` is impossible.
@@ -177,12 +178,12 @@ def compare(
     level: float = 0.95,
     seed: int = 0,
 ) -> Comparison:
-    """The new score less the old one, both on the same resamples of the same examples.
+    """The new score minus the old one, both on the same resamples of the same examples.
 
     Args:
-        new: of the one model.
-        old: of the other, on the same examples in the same order.
-        smaller_is_better: of a loss, say; turns round what `better` and `worse` mean.
+        new: the new model's score.
+        old: the old model's, on the same examples in the same order.
+        smaller_is_better: True for a loss, for example; reverses `better` and `worse`.
         resamples: as for `interval`.
         level: as for `interval`.
         seed: as for `interval`.

@@ -1,17 +1,17 @@
-"""Classification by a language model that was never trained to classify.
+"""Zero-shot and few-shot classification by a language model that was not trained to classify.
 
-A text is put into a template, and each class's label is tried as what comes next: the likeliest
-one is the answer (Brown et al., 2020, "Language Models are Few-Shot Learners", 2.4). Some labelled
-examples may stand before it. What the model would say of any text can be taken out of its answers
-(Zhao et al., 2021, "Calibrate Before Use: Improving Few-Shot Performance of Language Models").
+A text is put into a template, and each class's label is scored as its continuation; the most
+likely one is the answer (Brown et al., 2020, "Language Models are Few-Shot Learners", 2.4).
+Labelled examples may precede the text. The model's bias towards some labels can be removed (Zhao
+et al., 2021, "Calibrate Before Use: Improving Few-Shot Performance of Language Models").
 
 Every row is laid out as
 
     <|endoftext|> examples, what the template has before the text | text, what is before the label
 
-Left of the bar is the opening, the same for all texts that have room for as many examples: it goes
-through the model once, and its keys and values are copied to each row. A label costs its own tokens
-but the last, with the row's keys and values behind it.
+Left of the bar is the opening, which is the same for all texts with the same number of examples.
+The model reads it once, and its keys and values are copied to each row. For each label, only its
+tokens but the last are computed, on top of the row's keys and values.
 
 Shapes: B rows, P positions of an opening, C channels, V tokens of the vocabulary.
 """
@@ -32,9 +32,9 @@ from gpt.text.records import hash_position
 from gpt.tokens.tokenizer import Tokenizer
 
 TEMPLATE = "Message: {text}\nLabel: {label}\n\n"
-"""The text's place, the label's, and what stands between one example and the next."""
+"""The default template: the text, the label, and the separator of two examples."""
 CONTENT_FREE = "N/A"
-"""A text that says nothing of its class (Zhao et al., 2021, 3)."""
+"""A text without information about its class (Zhao et al., 2021, 3)."""
 
 Ids = Sequence[int]
 
@@ -52,13 +52,13 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Likelihoods:
-    """What a language model makes of n texts.
+    """A language model's label probabilities for n texts.
 
     Attributes:
         log_probs: of each label, (n, labels) float64, in nats; the probabilities of a text sum
             to 1.
-        dropped: how many of the examples had no room before each text, (n,) int64.
-        cut: how many tokens at its end each text lost, (n,) int64.
+        dropped: the number of examples that were left out before each text, (n,) int64.
+        cut: the number of tokens cut from the end of each text, (n,) int64.
     """
 
     log_probs: np.ndarray
@@ -71,13 +71,13 @@ def draw_examples(
 ) -> list[Example]:
     """As many examples of each class, chosen and put in order by the hashes of their texts.
 
-    So the classes come mixed, and which examples are taken does not depend on the rows' order.
+    So the classes are mixed, and the choice does not depend on the order of the rows.
 
     Args:
-        rows: those of the training part. Equal ones count once; other labels are passed over.
+        rows: the training part. Duplicates count once; rows with other labels are ignored.
         labels: the classes.
-        per_class: how many of each; 0 draws none.
-        seed: another seed, other examples.
+        per_class: the number of examples of each class; 0 draws none.
+        seed: changes the choice.
 
     Raises:
         InputError: a class has too few texts.
@@ -108,25 +108,25 @@ def classify_by_likelihood(
     calibrate: bool = False,
     batch_size: int = 16,
 ) -> Likelihoods:
-    """How likely a language model finds each label behind each text.
+    """The likelihood of each label after each text.
 
-    A text that has no room beside all examples goes without the first of them; one that has none
-    beside none is cut at its end, so that every label is always read to its end.
+    If a text does not fit into the context with all examples, the first examples are left out. If
+    it does not fit even without examples, its end is cut. Labels are never cut.
 
     Args:
         model: in evaluation mode, on any device.
         tokenizer: the model's.
         texts: to be classified, n of them.
-        labels: the classes, as the model is to read them.
-        template: holds `{text}` and behind it `{label}`; a space before either goes with what is
-            put in its place, as GPT-2's vocabulary has it. What is behind the label ends an
-            example.
+        labels: the classes, in the words that the model reads.
+        template: contains `{text}` and after it `{label}`. A space before either is encoded
+            together with the inserted text, as in GPT-2's vocabulary. The part after the label
+            ends an example.
         examples: texts with their labels, in the order in which the model reads them.
-        by_token: the mean over a label's tokens instead of their sum, so that long labels are not
-            the unlikely ones.
-        calibrate: divide each label's probability by that behind `CONTENT_FREE`, with the same
-            examples before it.
-        batch_size: texts at once; they are put together by length.
+        by_token: use the mean over a label's tokens instead of the sum, so that long labels have
+            no disadvantage.
+        calibrate: divide each label's probability by its probability after `CONTENT_FREE`, with
+            the same examples.
+        batch_size: texts per batch; batches are made by length.
 
     Raises:
         InputError: the labels or the template cannot be used, or an example has another label.
@@ -142,9 +142,9 @@ def classify_by_likelihood(
     context = model.config.context_length
     # a label's last token is predicted, not read
     room = context - len(prompt.tail) - (max(map(len, answers)) - 1)
-    # what the examples cost from each on: of none where all are dropped
+    # the tokens of the examples left when the first k are dropped; 0 for all of them
     costs = np.cumsum([0, *map(len, reversed(shots))])[::-1]
-    rooms = room - 1 - len(prompt.head) - costs  # for the text, by how many are dropped
+    rooms = room - 1 - len(prompt.head) - costs  # for the text, by the number dropped
     if rooms[-1] < 1:
         raise NoRoomError(
             f"template: its words and the longest label leave no room for a text in a context of "
@@ -235,15 +235,15 @@ def _of_batch(
 ) -> Tensor:
     """The same for some rows, the longest first: (B, answers) in fp32.
 
-    Rows end at one place, so shorter ones begin further to the right, and all that comes before
-    them with it: a row's copy of what the opening has made moves by as much as it is shorter. The
-    positions that are pushed over the edge are the opening's last, and are computed again.
+    All rows end at the same position, so shorter ones begin further to the right. The opening's
+    keys and values are shifted by the same amount in the row's copy. The opening's last positions,
+    which are shifted out of the copy, are computed again.
     """
     B, P, T = len(rows), len(shared), len(rows[0])
     padding = [T - len(row) for row in rows]
     cache = model.new_cache(B, P + T + max(map(len, answers)) - 1)
     for row, left in enumerate(padding):
-        # what comes round on the left is not seen, but must be numbers
+        # what `roll` wraps to the left is masked, but must be finite
         cache.keys[:, row, :, :P] = read.keys[:, 0, :, :P].roll(left, 2)
         cache.values[:, row, :, :P] = read.values[:, 0, :, :P].roll(left, 2)
     cache.used = P
@@ -257,7 +257,7 @@ def _of_batch(
     for answer in answers:
         total = first[:, answer[0]]  # (B,)
         if len(answer) > 1:
-            cache.used = end  # behind the row, not behind the answer before
+            cache.used = end  # after the row, not after the previous answer
             ids = torch.tensor(answer, device=model.device)  # (n,)
             hidden = model.hidden(ids[:-1].expand(B, -1), cache=cache, padding=unseen)
             later = model.head(hidden).float().log_softmax(-1)  # (B, n - 1, V)

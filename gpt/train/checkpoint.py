@@ -1,9 +1,8 @@
-"""The whole state of a training loop, saved beside the training and read back exactly.
+"""The whole state of a training loop, saved in the background and restored exactly.
 
-A state is one file, `step-NNNNNNNN.HASH.pt`, that carries its own hash (XXH3, 128 bits: it finds
-damage, and costs a tenth of what a cryptographic one does) in its name: so it is there, with its
-hash, from one moment to the next or not at all. The last two are kept; a damaged one is passed
-over, with a warning, for the one before.
+A state is one file, `step-NNNNNNNN.HASH.pt`, with its own hash in its name (XXH3, 128 bits: it
+detects damage, and costs a tenth of a cryptographic hash). So file and hash appear atomically.
+The last two states are kept; if one is damaged, a warning is given and the previous one is used.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ _CHUNK = 1 << 20
 class Checkpoints:
     """The states of one training run in a folder of their own.
 
-    Writing goes on beside the training: `save` returns at once, and the tensors that it was given
-    must not change before `wait_until_read` has returned. A failure of the writing is raised by
-    the next call of any method.
+    States are written in the background: `save` returns at once, and its tensors must not change
+    before `wait_until_read` has returned. If writing fails, the next call of any method raises
+    the error.
 
     Args:
-        folder: made if it is not there.
+        folder: created if it does not exist.
 
     Raises:
         InputError: the folder cannot be written to.
@@ -45,14 +44,14 @@ class Checkpoints:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        # its thread is no daemon: a process that ends in good order writes its last state first
+        # not a daemon thread: a process that exits normally writes its last state first
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
         self._read = threading.Event()
         self._step = 0
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            # what a killed process left half-written; and it tells whether we may write here
+            # removes partial files of a killed process, and checks that the folder is writable
             (folder / _PARTIAL).touch()
             (folder / _PARTIAL).unlink()
         except OSError as error:
@@ -63,14 +62,14 @@ class Checkpoints:
             ) from None
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
-        """Begin to write `state` as that of `step`, once the one before is written.
+        """Start writing `state` as that of `step`, once the previous one is written.
 
         Args:
-            step: steps that were done.
+            step: the number of completed steps.
             state: tensors, numbers, strings, and lists and dicts of them.
 
         Raises:
-            RunError: the state before could not be written.
+            RunError: the previous state could not be written.
         """
         self.finish()
         self._step = step
@@ -144,7 +143,7 @@ class Checkpoints:
 
 
 def _save(state: Mapping[str, Any], file: BinaryIO) -> None:
-    """`torch.save` without its own checksums, which cost more than the writing; ours is there."""
+    """`torch.save` without its own checksums, which take longer than writing; we have our own."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:

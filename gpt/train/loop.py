@@ -1,9 +1,9 @@
 """THE training loop: one `fit` for pretraining, classification and instruction tuning.
 
-A step is a pure function of the state before it and of its number: which rows it sees comes from
-(seed, step), the dropout of each pass from a generator seeded with (seed, step, place), its
-learning rate from the step alone. So a run that was stopped and continued is the run that never
-stopped, byte for byte, and one that several processes share is the same but for rounding.
+A step is a pure function of the previous state and the step number: its rows are determined by
+(seed, step), the dropout of each pass by a generator seeded with (seed, step, place), and its
+learning rate by the step alone. So a resumed run is byte for byte equal to an uninterrupted one,
+and a run on several processes is equal up to rounding.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from gpt.train.checkpoint import Checkpoints
 from gpt.train.recipe import TrainParams, learning_rate_at, make_optimizers, set_learning_rate
 
 WINDOW = 64
-"""Steps that a loss is compared with."""
+"""The number of previous steps that a loss is compared with."""
 _ENOUGH_LOSSES = 16
 _SPIKE_TIMES = 3.0
 
@@ -46,14 +46,14 @@ LossSum = Callable[[Any, Batch], tuple[Tensor, int]]
 
 @dataclass(slots=True)
 class FitResult:
-    """How a training run went."""
+    """The result of a training run."""
 
     steps: int
     history: list[dict[str, float]] = field(default_factory=list)
-    """One row an evaluation: step, train_loss (mean since the last), what was measured, …"""
+    """One row per evaluation: step, train_loss (mean since the last), the measured values, …"""
 
     def write_history(self, path: Path) -> None:
-        """Write the history as CSV, a column a quantity."""
+        """Write the history as CSV, one column per quantity."""
         with whole_file(path) as partial:
             pd.DataFrame(self.history).to_csv(partial, index=False)
 
@@ -94,8 +94,8 @@ def accumulate(
 ) -> Tensor:
     """Add up the gradient of the mean loss over all targets of a step's passes.
 
-    Many small batches give the gradient of one big one, and several processes that of one. Nothing
-    here waits for the device.
+    The gradient is that of one big batch, however it is split into passes and over processes.
+    Nothing here waits for the device.
 
     Args:
         model: in training mode.
@@ -105,7 +105,7 @@ def accumulate(
         between: called after each pass but the last.
 
     Returns:
-        What each pass adds to the mean loss, in nats, (passes,) in fp32.
+        The contribution of each pass to the mean loss, in nats, (passes,) in fp32.
     """
     device = model.device
     targets: int | Tensor = sum(each.batch.n_targets for each in passes)
@@ -141,7 +141,7 @@ def update(
     trained = [p for p in model.module.parameters() if p.grad is not None]
     norm = _norm([p.grad for p in trained if p.grad is not None])
     if params.grad_clip and (norm.device.type != "cpu" or norm > params.grad_clip):
-        # on a CPU it costs nothing to look first, and a pass over all gradients not to
+        # on a CPU this check is free, and it saves a pass over all gradients
         nn.utils.clip_grads_with_norm_(trained, params.grad_clip, norm)
     for optimizer in optimizers:
         optimizer.step()
@@ -170,26 +170,26 @@ def fit(
 ) -> FitResult:
     """Train `model` in place and leave it in evaluation mode.
 
-    In several processes (`gpt.model.parallel`) all call this with the same arguments; only the
-    first returns, writes to `state` and is heard.
+    With several processes (`gpt.model.parallel`) all call this with the same arguments; only the
+    first returns, writes to `state` and logs.
 
     Args:
         model: on its device; parameters that do not require gradients are left alone.
         params: the recipe.
-        train: the rows, gone through in a new order each epoch (`gpt.batches.data.batch_indices`).
+        train: the rows, in a new order each epoch (`gpt.batches.data.batch_indices`).
         loss: the summed loss of a batch and its number of targets.
-        validate: measures the model that it is given, in the precision of the training; must
-            return at least `validation_loss`, in nats.
-        sample: a sample of what the model that it is given writes, taken at each evaluation.
-        origin: where a row comes from, in words: for the one that spoils the loss.
-        task: the name that progress is shown under.
-        state: a folder for the loop's state. What is found there is continued from; it is
-            written every `checkpoint_seconds`, at each evaluation and on SIGINT or SIGTERM.
-        log: hears the metrics of each step, the progress, and the samples.
+        validate: evaluates the given model, in the precision of the training; must return at
+            least `validation_loss`, in nats.
+        sample: generates a sample with the given model; called at each evaluation.
+        origin: describes where a row comes from, for the message about a loss that is not finite.
+        task: the name of the progress bar.
+        state: a folder for the loop's state. A state found there is resumed; it is written every
+            `checkpoint_seconds`, at each evaluation and on SIGINT or SIGTERM.
+        log: receives the metrics of each step, the progress, and the samples.
 
     Raises:
-        InputError: there are no rows, fewer than devices in a step, `state` cannot be written to,
-            or `compile: on` where nothing can be compiled.
+        InputError: there are no rows, fewer rows in a step than devices, `state` is not writable,
+            or `compile: on` and compiling is not possible.
         RunError: a loss or gradient that is not finite, or a state that could not be saved.
         Interrupted: SIGINT or SIGTERM came; the pass was finished and the state saved.
         gpt.model.parallel.Dismissed: the training is over and this is not the first process.
@@ -214,7 +214,7 @@ class _LoopState:
 
 
 class _Training:
-    """A training run: what `fit` was told, and how far it is."""
+    """A training run: the arguments of `fit`, and the progress."""
 
     def __init__(
         self,
@@ -248,7 +248,7 @@ class _Training:
     # --- the loop
 
     def result(self) -> FitResult:
-        """Go on to the end."""
+        """Run to the end."""
         module, loop = self.model.module, self.loop
         module.train()
         self.saved_at = time.monotonic()
@@ -289,11 +289,11 @@ class _Training:
         )
         evaluates = (loop.step + 1) % params.eval_interval == 0 or loop.step + 1 == self.total
         if self.checkpoints:
-            self.checkpoints.wait_until_read()  # what is being saved changes now
+            self.checkpoints.wait_until_read()  # the tensors being saved change next
         trained = [p for p in self.model.module.parameters() if p.requires_grad]
         before = [p.detach().clone() for p in trained] if evaluates else []
         gradient = update(self.model, self.optimizers, params)
-        following = self._passes(loop.step + 1)  # while the device may still be at work
+        following = self._passes(loop.step + 1)  # while the device may still be busy
         step_loss, norm = torch.stack((losses.sum(), gradient)).tolist()
         tokens = sum(each.batch.n_tokens for each in upcoming)
         # all processes save and stop at the same step
@@ -365,7 +365,7 @@ class _Training:
             loop.best_loss, loop.stale = measured["validation_loss"], 0
             if params.keep == "best":
                 self.best = {name: t.detach().clone() for name, t in module.state_dict().items()}
-        # a sharded model writes only with all at work
+        # a sharded model can only generate if all processes take part
         if self.sample is not None and (self.model.sharded or world().first):
             text = self.model.measure(self.sample)
             self.log(Text(f"samples/step-{loop.step:06d}.txt", text))
@@ -403,13 +403,13 @@ class _Training:
             return
         loop = self.loop
         state = {
-            # copies: the state is written while the loop goes on
+            # copies: the state is written while the loop continues
             "loop": {
                 name: list(value) if isinstance(value := getattr(loop, name), list) else value
                 for name in _LoopState.__slots__
             },
             "best": self.model.whole(self.best) if self.best is not None else None,
-            # a step seeds its own; what validates may draw from them
+            # steps seed their own generators; validation may draw from these
             "generators": {
                 "torch": torch.get_rng_state(),
                 "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -420,7 +420,7 @@ class _Training:
             self.checkpoints.save(loop.step, state)
 
     def _between_passes(self) -> None:
-        """A step of many passes is given up when the run is stopped: its state is the last one."""
+        """If the run is stopped between passes, abandon the step and save the state before it."""
         if number := self.interrupted():
             self.model.module.zero_grad(set_to_none=True)
             self._save()
@@ -450,7 +450,7 @@ class _Training:
     def _not_finite(
         self, step_loss: float, norm: float, losses: Tensor, upcoming: Sequence[Pass]
     ) -> str:
-        """What to tell of a step that spoilt the model; every process must come here."""
+        """The error for a step whose loss or gradient is not finite; every process must call it."""
         finite = torch.isfinite(losses).tolist()
         bad = [list(each.rows) for each, good in zip(upcoming, finite, strict=True) if not good]
         every = gather((bad[0] if bad else None, [row for each in upcoming for row in each.rows]))
@@ -471,18 +471,18 @@ class _Training:
 
 
 def spike(loss: float, before: Sequence[float]) -> float | None:
-    """How many times the usual the loss of a step is, if it stands out from those before it.
+    """The ratio of a step's loss to the median of the previous losses, if it is a spike.
 
-    It does if it lies more than three times as far above the highest of them as that lies above
-    their median: a rule without a scale, so that neither the noise of small batches nor the fall
-    of the first steps sets it off.
+    It is one if it exceeds the highest of them by more than three times the distance from their
+    median to the highest. The rule is scale-free, so neither the noise of small batches nor the
+    steep fall of the first steps triggers it.
 
     Args:
         loss: of this step.
         before: those of the steps before, at most `WINDOW` of them.
 
     Returns:
-        loss / median, or None where nothing stands out.
+        loss / median, or None if it is no spike.
     """
     if len(before) < _ENOUGH_LOSSES:
         return None
@@ -493,16 +493,16 @@ def spike(loss: float, before: Sequence[float]) -> float | None:
 
 
 def _seed(seed: int, step: int, place: int) -> int:
-    """Of the pass whose first row is the `place`th of its step."""
+    """The seed of the pass whose first row is the `place`th of its step."""
     return int(np.random.SeedSequence([seed, step, place]).generate_state(1, np.uint64)[0] >> 1)
 
 
 @contextlib.contextmanager
 def _compiled(module: nn.Module, params: TrainParams, device: torch.device) -> Iterator[None]:
-    """Within the block the module's own blocks are translated by torch.compile, if so wanted.
+    """Within the block, the module's transformer blocks are compiled by torch.compile if requested.
 
     Raises:
-        InputError: they cannot be.
+        InputError: compiling is not possible.
     """
     wanted = params.compile == "on" or (params.compile == "auto" and device.type == "cuda")
     blocks = list(getattr(module, "h", ())) if wanted else []
@@ -527,9 +527,9 @@ def _compiled(module: nn.Module, params: TrainParams, device: torch.device) -> I
 
 @contextlib.contextmanager
 def _deferred_signals() -> Iterator[Callable[[], int]]:
-    """Within the block SIGINT and SIGTERM are only noted, so that a step is never cut in two.
+    """Within the block SIGINT and SIGTERM are only recorded, so that no step is interrupted.
 
-    Yields a function that returns the number of the first that came, 0 if none did.
+    Yields a function that returns the number of the first signal received, 0 if none.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: 0  # only the main thread may handle signals
