@@ -1,4 +1,4 @@
-"""Everything of DVC: the graph, what is out of date, the cache, stages run through `dvc repro`.
+"""The DVC side: the graph, what is out of date, the cache, stages run through `dvc repro`.
 
-DVC decides. Only this wing imports it. Imports `project` and `show`.
+DVC decides what runs. Only this package imports it. It imports `project` and `show`.
 """

@@ -1,4 +1,4 @@
-"""DVC's cache and remote, asked by md5: whatever was ever kept, also what no lock names now."""
+"""DVC's cache and remote, accessed by md5, including objects that no `dvc.lock` names now."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipeline.dag.repository import has_remote, open_repo
 
 
 def dvc_md5(path: Path) -> str:
-    """The md5 under which DVC knows a file or (ending in `.dir`) a directory: as in `dvc.lock`."""
+    """DVC's md5 of a file or (ending in `.dir`) a directory, as in `dvc.lock`."""
     from dvc_data.hashfile.build import build
     from dvc_data.hashfile.db import HashFileDB
     from dvc_objects.fs.local import localfs
@@ -29,25 +29,25 @@ def dvc_md5(path: Path) -> str:
 
 
 def md5_now(root: Path, path: str) -> str:
-    """The md5 that DVC would record now of what a stage reads at a path; of code, empty where
-    there is none."""
+    """The md5 that DVC would record now for a stage's input; for code, empty if the path holds
+    none."""
     if not is_code(path):
         return dvc_md5(root / path)
     return md5_of_code({file: md5_of(root / file) for file in files_of_code(root, path)}, path)
 
 
 def push(root: Path) -> int:
-    """Let the default remote have what the project made: `dvc push --run-cache`, and the metrics.
+    """Push the project's outputs to the default remote: `dvc push --run-cache`, and the metrics.
 
-    DVC's run cache names the metrics of a stage too, but `cache: false` leaves them to git, and DVC
-    does not push them: another machine that has the run cache alone could restore nothing.
+    DVC's run cache refers to a stage's metrics, but as `cache: false` leaves them to git, DVC does
+    not push them. Without them another machine could not restore the stage from the run cache.
 
     Returns:
         The number of files that the remote did not have.
 
     Raises:
         InputError: there is no remote.
-        RunError: it does not take them.
+        RunError: the push failed.
     """
     if not has_remote(root):
         raise InputError("no DVC remote is set; `dvc remote add --default NAME PLACE` names one")
@@ -70,25 +70,25 @@ def push(root: Path) -> int:
 
 @dataclass(slots=True)
 class Flaws:
-    """What is wrong with outputs that DVC says it made, restored or kept."""
+    """Faults of outputs that DVC reports as made, restored or cached."""
 
     damaged: list[str] = field(default_factory=list)
-    """Outputs in place that were not what `dvc.lock` says, and are removed."""
+    """Outputs in the workspace that differed from `dvc.lock` and were removed."""
     lacking: list[str] = field(default_factory=list)
-    """Sound outputs that DVC's cache does not have, or not all of it."""
+    """Intact outputs that are missing from DVC's cache, or incomplete there."""
     dropped: list[str] = field(default_factory=list)
     """The md5 of damaged objects that were removed from the cache."""
 
 
 def mend(dag: Dag, names: Iterable[str]) -> Flaws:
-    """Compare the outputs of stages, byte for byte, with `dvc.lock`, and remove what is damaged.
+    """Compare the outputs of stages, byte for byte, with `dvc.lock`, and remove damaged ones.
 
-    DVC does neither: it trusts its cache, and what it could not write there it only logs. What is
-    removed here is missing to DVC, which restores it from elsewhere or runs the stage.
+    DVC does neither: it trusts its cache, and only logs what it could not write there. What is
+    removed here counts as missing, so DVC restores it from elsewhere or runs the stage.
 
     Args:
         dag: the project.
-        names: of the stages.
+        names: the names of the stages.
 
     Raises:
         RunError: something damaged cannot be removed.
@@ -109,13 +109,13 @@ def mend(dag: Dag, names: Iterable[str]) -> Flaws:
 
 
 def is_made(dag: Dag, name: str, reasons: Sequence[Reason]) -> bool:
-    """Whether the outputs in place are those that a run would make, and only DVC's cache lacks
-    them: it could not keep them, or was deleted.
+    """Whether a stage's outputs are up to date and only missing from DVC's cache, which could not
+    store them or was deleted.
 
     Args:
         dag: the project.
-        name: of a stage.
-        reasons: why it is out of date.
+        name: the name of the stage.
+        reasons: why the stage is out of date.
     """
     if reasons and all(each.not_in_cache for each in reasons):
         return all(
@@ -137,13 +137,13 @@ class DvcCache(Objects):
         super().__init__(self._repo.cache.local)
 
     def close(self) -> None:
-        """Let go of what DVC holds open."""
+        """Close everything that DVC holds open."""
         self._repo.close()
 
     def fetch(self, md5: str) -> bool:
-        """Bring a file or directory from the default remote into the cache; whether it is there.
+        """Fetch a file or directory from the default remote; whether the cache has it then.
 
-        What is damaged is removed from the cache, and counts as missing.
+        Damaged objects are removed from the cache and count as missing.
 
         Raises:
             RunError: the remote cannot be reached.
@@ -154,7 +154,7 @@ class DvcCache(Objects):
         if not self._is_whole(md5) and self._repo.config["core"].get("remote"):
             try:
                 self._repo.cloud.pull([HashInfo("md5", md5)])
-                files = set((self.members(md5) or {}).values())  # of a folder the list alone came
+                files = set((self.members(md5) or {}).values())  # a folder: only its list came
                 self._repo.cloud.pull([HashInfo("md5", each) for each in files])
             except (FileNotFoundError, DvcException):
                 pass
@@ -169,7 +169,7 @@ class DvcCache(Objects):
         return not dropped and self.has(md5)
 
     def put(self, md5: str, path: Path) -> None:
-        """Write what the cache holds to a path, as copies: what is done there changes no cache.
+        """Write an object to a path as a copy, so that later edits do not change the cache.
 
         Raises:
             RunError: it cannot be written.

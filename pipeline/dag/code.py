@@ -1,4 +1,4 @@
-"""The code that a stage depends on: files, and folders as DVC counts them."""
+"""The code that a stage depends on: files, and folders as DVC hashes them."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ CODE = ("gpt", "stages")
 
 
 def is_code(path: str) -> bool:
-    """Whether what a stage depends on, a file or a folder, is code and not data."""
+    """Whether a dependency of a stage, a file or a folder, is code and not data."""
     return path.endswith(".py") or path.partition("/")[0] in CODE
 
 
 def code_of(root: Path, stage: str) -> list[str]:
-    """The files of code that a stage depends on, as `dvc.yaml` lists them or folders of them.
+    """The code files that a stage depends on, listed in `dvc.yaml` directly or as folders.
 
     Raises:
-        InputError: `dvc.yaml` cannot be read, or names code that is not there.
+        InputError: `dvc.yaml` cannot be read, or names missing code.
     """
     known = {name: entry for stages in pipeline_stages(root) for name, entry in stages.items()}
     listed = known.get(stage, {}).get("deps")
@@ -41,7 +41,7 @@ def code_of(root: Path, stage: str) -> list[str]:
 
 
 def missing_code(path: str, stage: str) -> InputError:
-    """The error to raise where code that a stage depends on is not there."""
+    """The error for missing code that a stage depends on."""
     return InputError(
         f"{path} is missing, and {stage} depends on it; restore the file, or, where dvc.yaml is of "
         "an earlier state than the code, take the code's own dvc.yaml"
@@ -49,11 +49,11 @@ def missing_code(path: str, stage: str) -> InputError:
 
 
 def files_of_code(root: Path, path: str) -> list[str]:
-    """The file at a path, or those in a folder there that DVC counts: `.dvcignore` bars some."""
+    """The file at a path, or the files of a folder that `.dvcignore` does not exclude."""
     if (root / path).is_file():
         return [path]
     patterns = root / ".dvcignore"
-    # not through DVC, which takes ten times as long to start as all of this
+    # not through DVC, whose start takes ten times as long as all of this
     ignored = GitIgnoreSpec.from_lines(
         patterns.read_text(encoding="utf-8").splitlines() if patterns.is_file() else []
     )
@@ -63,11 +63,11 @@ def files_of_code(root: Path, path: str) -> list[str]:
 
 
 def md5_of_code(files: Mapping[str, str], path: str) -> str:
-    """The md5 of a file or folder of code as `dvc.lock` has it; empty where it holds none.
+    """The md5 of a code file or folder as in `dvc.lock`; empty if it holds no code.
 
     Args:
-        files: of code, path -> md5; folders may be among them.
-        path: of the file or folder.
+        files: path -> md5 of code files; may include folders.
+        path: the path of the file or folder.
     """
     if path in files:
         return files[path]
@@ -81,5 +81,5 @@ def md5_of_code(files: Mapping[str, str], path: str) -> str:
 
 
 def note_of_code(root: Path, stage: str) -> Path:
-    """Where it is noted which code (file -> md5) made a stage's outputs last."""
+    """The file that notes which code (file -> md5) made a stage's last outputs."""
     return root / ".pipeline" / "code" / f"{stage}.json"

@@ -1,4 +1,4 @@
-"""`dvc.yaml` and `dvc.lock`, as they stand: where they are, and what they say of each stage."""
+"""Reads `dvc.yaml` and `dvc.lock`: their paths, and their raw content for each stage."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.project.yaml_files import read_yaml
 PIPELINE_FILE = "dvc.yaml"
 LOCK_FILE = "dvc.lock"
 OPTIONAL = "optional"
-"""The folder of the pipeline file whose stages only run when they are asked for."""
+"""The folder of the pipeline file with the optional stages, which run only on request."""
 
 
 def find_root(start: Path) -> Path:
@@ -37,22 +37,22 @@ def pipeline_files(root: Path) -> list[Path]:
 
 
 def lock_files(root: Path) -> list[Path]:
-    """The `dvc.lock` beside each pipeline file; one may not be there yet."""
+    """The `dvc.lock` beside each pipeline file; it may not exist yet."""
     return [file.with_name(LOCK_FILE) for file in pipeline_files(root)]
 
 
 def pipeline_stages(root: Path) -> Iterator[Mapping[str, Any]]:
-    """What each of the project's `dvc.yaml` says of stages; nothing where it cannot be read."""
+    """The stages in each `dvc.yaml` of the project; empty for a file that cannot be read."""
     for file in pipeline_files(root):
         with contextlib.suppress(InputError):
             yield read_stages(file)
 
 
 def read_stages(path: Path) -> dict[str, dict[str, Any]]:
-    """What a `dvc.yaml` or a `dvc.lock` says of each stage; nothing if there is no such file.
+    """The stages in a `dvc.yaml` or a `dvc.lock`; empty if there is no such file.
 
     Raises:
-        InputError: it is no YAML, git left it with a conflict, or it holds something else.
+        InputError: it is not YAML, contains a git conflict, or holds something else.
     """
     if not path.exists():
         return {}

@@ -1,9 +1,8 @@
-"""A point of a sweep as a DVC experiment: `dvc exp show` lists it, `dvc exp apply` takes it.
+"""A point of a sweep as a DVC experiment: `dvc exp show` lists it, `dvc exp apply` applies it.
 
-It is saved in the point's workspace, so that the person's own files, index and `dvc.lock` stay as
-they are. `dvc exp run` is not used: with DVC 3.67 it fails in a fresh clone unless the last stage's
-plotted outputs are in the cache, and even with `--temp` stashes the person's edits away for a
-moment.
+It is saved from the point's workspace, so that the user's files, index and `dvc.lock` are not
+changed. `dvc exp run` is not used: with DVC 3.67 it fails in a fresh clone unless the last stage's
+plotted outputs are in the cache, and even with `--temp` it briefly stashes the user's edits.
 """
 
 from __future__ import annotations
@@ -20,17 +19,17 @@ from pipeline.project.git import git
 
 
 def save_experiment(root: Path, workspace: Path, name: str, stages: Iterable[str]) -> None:
-    """Keep what a workspace holds as an experiment of its commit, which replaces one of its name.
+    """Save a workspace as an experiment of its commit; one of the same name is replaced.
 
     Args:
         root: the project.
         workspace: a checkout of its commit (`make_workspace`), with edits, in which the stages are
             up to date.
-        name: of the experiment.
-        stages: what is saved.
+        name: the name of the experiment.
+        stages: the stages to save.
 
     Raises:
-        RunError: git or DVC cannot do it.
+        RunError: git or DVC failed.
     """
     from dvc.repo import Repo
     from dvc.utils.serialize import modify_yaml
@@ -39,14 +38,14 @@ def save_experiment(root: Path, workspace: Path, name: str, stages: Iterable[str
         objects = Path(repo.cache.local_cache_dir) / "files" / "md5"
     with modify_yaml(str(workspace / LOCK_FILE)) as lock:
         for stage, entry in list(lock["stages"].items()):
-            # DVC cannot save while an entry names a folder that was made elsewhere
+            # DVC cannot save if an entry names a folder that was made elsewhere
             md5s = [str(out.get("md5", "")) for out in entry.get("outs") or ()]
             folders = [objects / md5[:2] / md5[2:] for md5 in md5s if md5.endswith(".dir")]
             if not all(folder.is_file() for folder in folders):
                 del lock["stages"][stage]
-    for key in ("user.name", "user.email"):  # of commits; a machine may have none
+    for key in ("user.name", "user.email"):  # for the commit; git may have none configured
         git(workspace, "config", key, "gpt-pipeline")
-    # metrics that no commit has yet
+    # metrics that are not committed yet
     new = git(workspace, "ls-files", "-z", "--others", "--exclude-standard", "reports")
     include = [f"--include-untracked={path}" for path in filter(None, new.split("\0"))]
     done = subprocess.run(

@@ -1,8 +1,7 @@
 """The DAG as DVC knows it: stages, edges, and what is out of date and why.
 
-`dvc.yaml`, `dvc.lock` and the files are read through DVC itself, in this process; nothing is
-decided here that DVC does not decide. Stages of `optional/dvc.yaml` only run when they are asked
-for.
+`dvc.yaml`, `dvc.lock` and the files are read through DVC's API in this process; all decisions are
+DVC's. Stages of `optional/dvc.yaml` run only on request.
 """
 
 from __future__ import annotations
@@ -42,20 +41,20 @@ class Stage:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     metrics: tuple[str, ...]
-    """Those of the outputs that hold metrics."""
+    """The outputs that are metrics."""
     uncached: tuple[str, ...]
-    """Those of the outputs that git keeps and not DVC."""
+    """The outputs that are tracked by git instead of DVC."""
     file: str = PIPELINE_FILE
-    """The pipeline file that it stands in."""
+    """The pipeline file that defines it."""
 
     @property
     def optional(self) -> bool:
-        """It only runs when it is asked for."""
+        """Whether it runs only on request."""
         return self.file != PIPELINE_FILE
 
     @property
     def address(self) -> str:
-        """What DVC calls it, in the project's root."""
+        """DVC's address of the stage, from the project's root."""
         return f"{self.file}:{self.name}" if self.optional else self.name
 
 
@@ -72,15 +71,15 @@ class Reason:
 
     @property
     def not_in_cache(self) -> bool:
-        """The output may be as it was: DVC's cache only has not got it."""
+        """Whether the output is only missing from DVC's cache and may be unchanged."""
         return self.how == f"output {_DVC_WORDS['not in cache']}"
 
 
 class Dag:
-    """The stages in the order in which `dvc repro` would run them, optional ones behind the others.
+    """The stages in the order in which `dvc repro` would run them, optional ones last.
 
-    Safe to use from several threads and beside running `dvc` processes: it reads under DVC's own
-    lock and waits for it.
+    Safe to use from several threads and alongside `dvc` processes: it waits for DVC's own lock and
+    reads under it.
 
     Raises:
         InputError: `dvc.yaml`, `dvc.lock` or `params.yaml` cannot be read.
@@ -89,7 +88,7 @@ class Dag:
     def __init__(self, root: Path) -> None:
         from dvc.exceptions import DvcException
 
-        # DVC reads them, too, but says less of what is wrong in them
+        # DVC reads them too, but its error messages are less precise
         read_params(root / PARAMS_FILE)
         for file in (*pipeline_files(root), *lock_files(root)):
             read_stages(file)
@@ -98,7 +97,7 @@ class Dag:
         self.root = root
         self._thread_lock = threading.RLock()
         self.objects = Objects(self._repo.cache.local)
-        # by a damaged list of a folder's files DVC would restore wrong names, or fail
+        # with a damaged file list of a folder DVC would restore wrong names, or fail
         self.objects.drop_damaged_lists()
         try:
             self.stages: dict[str, Stage] = self._load()
@@ -110,11 +109,11 @@ class Dag:
             raise InputError(f"{wrong}: {reason}; {remedy}") from None
 
     def plan(self, targets: Iterable[str] = ()) -> list[str]:
-        """The targets and all that they depend on, in order; without targets all but the optional.
+        """The targets and their dependencies, in order; without targets all but the optional.
 
         Raises:
-            InputError: a target is no stage, code that a stage depends on is missing, or a folder
-                that outputs go to is a link.
+            InputError: a target is not a stage, code that a stage depends on is missing, or an
+                output folder is a link.
         """
         targets = list(targets)
         for target in targets:
@@ -127,14 +126,14 @@ class Dag:
         plan = [name for name in self.stages if name in wanted]
         for name in plan:
             for path in filter(is_code, self.stages[name].inputs):
-                if not (self.root / path).exists():  # DVC would say no more than that
+                if not (self.root / path).exists():  # DVC's own error says no more
                     raise missing_code(path, name)
         for path in dict.fromkeys(path for name in plan for path in self.stages[name].outputs):
             self._refuse_links(path)
         return plan
 
     def _refuse_links(self, output: str) -> None:
-        """DVC takes no output from behind a link, and says so when it has been made."""
+        """Refuse outputs behind a link: DVC would, but only after they are made."""
         for folder in list(Path(output).parents)[:-1]:
             path = self.root / folder
             if path.is_symlink():
@@ -145,7 +144,7 @@ class Dag:
                 )
 
     def changes(self, names: Iterable[str] | None = None) -> dict[str, list[Reason]]:
-        """Why each stage (by default all) is out of date; an empty list is up to date."""
+        """Why each stage (by default all) is out of date; empty if it is up to date."""
         try:
             with self._held_still() as stages:
                 wanted = list(stages) if names is None else names
@@ -157,7 +156,7 @@ class Dag:
             ) from None
 
     def missing_params(self, name: str) -> list[str]:
-        """The parameters that a stage depends on and `params.yaml` lacks: DVC would not run it."""
+        """Parameters that a stage depends on but `params.yaml` lacks: DVC would not run it."""
         from dvc.dependency.param import ParamsDependency
 
         with self._held_still() as stages:
@@ -170,14 +169,14 @@ class Dag:
             ]
 
     def note_made(self, name: str) -> None:
-        """Note that the outputs in place are what the stage made, though DVC does not have them."""
+        """Note that the stage made the current outputs, although DVC has not cached them."""
         path = self._made_note(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as partial:
             partial.write_text(self._fingerprint(name), encoding="utf-8")
 
     def is_noted_as_made(self, name: str) -> bool:
-        """Whether `note_made` was called of just these outputs, made of just this."""
+        """Whether `note_made` was called for the current outputs and dependencies."""
         try:
             return self._made_note(name).read_text(encoding="utf-8") == self._fingerprint(name)
         except OSError:
@@ -187,7 +186,7 @@ class Dag:
         return self.root / ".pipeline" / "uncommitted" / name
 
     def _fingerprint(self, name: str) -> str:
-        """Of all that `dvc.lock` would record of a stage now: equal while nothing of it changes."""
+        """A digest of all that `dvc.lock` would record for a stage now."""
         from dvc.dependency.param import ParamsDependency
 
         with self._held_still() as stages:
@@ -202,18 +201,18 @@ class Dag:
         return hashlib.sha256(content.encode()).hexdigest()
 
     def recorded_outputs(self, names: Iterable[str] | None = None) -> dict[str, dict[str, str]]:
-        """Path -> md5 of the outputs of each stage (by default of all) as `dvc.lock` has them;
-        none where it has no entry."""
+        """Path -> md5 of the outputs of each stage (by default all) as in `dvc.lock`; empty for a
+        stage without an entry."""
         with self._locked():
             entries = read_lock(self.root)
         wanted = self.stages if names is None else names
         return {name: entries[name].outputs if name in entries else {} for name in wanted}
 
     def check_cache(self) -> None:
-        """Whether DVC's cache can be written is known before there is something to keep.
+        """Check that DVC's cache is writable, before a stage makes outputs to store there.
 
         Raises:
-            RunError: it cannot.
+            RunError: it is not writable.
         """
         objects = Path(self._repo.cache.local.path)
         try:
@@ -228,10 +227,10 @@ class Dag:
 
     @contextmanager
     def unwritten(self, names: Iterable[str]) -> Iterator[None]:
-        """Within the block no DVC command, of any process, makes the outputs of stages.
+        """Within the block no DVC command, in any process, writes the outputs of these stages.
 
         Raises:
-            BlockingIOError: one is at it.
+            BlockingIOError: a command is writing them.
         """
         from dvc.lock import LockError
         from dvc.rwlock import rwlock
@@ -248,16 +247,15 @@ class Dag:
 
     @property
     def cache(self) -> str:
-        """The folder of DVC's cache, as the user would name it here."""
+        """The folder of DVC's cache, as a path for messages."""
         path = Path(self._repo.cache.local.path)
         cache = path.parents[1] if path.parts[-2:] == ("files", "md5") else path
         return os.path.relpath(cache, self.root) if cache.is_relative_to(self.root) else str(cache)
 
     def sort_lock(self) -> None:
-        """Put the entries of each `dvc.lock` in the order in which `dvc repro` makes them.
+        """Sort the entries of each `dvc.lock` in the order in which `dvc repro` writes them.
 
-        DVC appends the entry of a stage that has none yet when it ends, and stages that run side
-        by side end in any order.
+        DVC appends a new stage's entry when the stage ends, and parallel stages end in any order.
         """
         from dvc.utils.serialize import modify_yaml
 
@@ -276,7 +274,7 @@ class Dag:
         with self._locked():
             graph = get_active_graph(self._repo.index.graph)
             order = [stage for stage in plan_repro(graph) if hasattr(stage, "name")]
-            # stable: the others stay in DVC's order
+            # stable: other entries stay in DVC's order
             order.sort(key=lambda stage: _file(stage, self.root) != PIPELINE_FILE)
             return {
                 stage.name: Stage(
@@ -295,7 +293,7 @@ class Dag:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Within the block no other thread or process changes what DVC reads."""
+        """Within the block no other thread or process changes the files that DVC reads."""
         from dvc.repo import lock_repo
 
         with self._thread_lock, lock_repo(self._repo):
@@ -303,7 +301,7 @@ class Dag:
 
     @contextmanager
     def _held_still(self) -> Iterator[dict[str, PipelineStage]]:
-        """The stages as they are now, read anew."""
+        """The stages, reloaded from disk, under the lock."""
         with self._locked():
             stages = (stage for stage in self._repo.index.stages if hasattr(stage, "name"))
             yield {stage.name: stage for stage in stages}
@@ -352,7 +350,7 @@ def _changes(stage: PipelineStage, root: Path) -> Iterator[Reason]:
 
 
 def _changes_below(root: Path, stage: str, folder: str, md5: str) -> list[Reason]:
-    """What differs in a folder of code, where it is noted which files had this md5 together."""
+    """The changed files of a code folder, if the files behind this md5 were noted."""
     try:
         before = json.loads(note_of_code(root, stage).read_text("utf-8"))
     except (OSError, ValueError):

@@ -1,8 +1,8 @@
-"""What a stage is made of: its code, its inputs and its parameters, looked at when it starts.
+"""The provenance of a stage: its code, inputs and parameters, recorded when it starts.
 
-What its run keeps of that, with what git lacks of the code, lets the run be made again later. The
-parameters are recorded as a file of their own, and so a changed `params.yaml` alone does not count
-as changed code: neither in `git.dirty` nor in the patch.
+The run stores them together with a patch of uncommitted code, so that it can be reproduced later.
+The parameters are stored as a separate file; a changed `params.yaml` alone therefore does not count
+as changed code, neither in `git.dirty` nor in the patch.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from pipeline.project.secrets import without_secrets
 from pipeline.project.yaml_files import parse_yaml
 
 CODE, PATCH = "code.json", "changes.patch"
-"""Files below `lineage/` of a run, beside `params.yaml`."""
+"""Files in a run's folder `lineage/`, beside `params.yaml`."""
 
 PATCH_LIMIT = 5_000_000
-"""A patch of more bytes is not kept."""
+"""The largest patch that is stored, in bytes."""
 
 NOT_CODE = (":!params.yaml", ":!dvc.lock", ":!*/dvc.lock", ":!reports")
-"""For git: what the pipeline changes while it runs, or records by itself."""
+"""Git pathspecs that exclude what the pipeline changes while it runs or records separately."""
 
 HOW = ("train.devices", "train.parallel", "train.checkpoint_seconds", "workers")
-"""The parameters of a stage that say how and not what is done. They change no result, so what was
-stopped goes on under others: on the machine that has the GPUs, say."""
+"""Parameters that set how a stage runs, not what it computes. They change no result, so a stopped
+run can resume with other values, for example on a machine with GPUs."""
 
 _NAMED = 20  # untracked files, in a tag
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Provenance:
-    """What is kept of a run's making.
+    """The provenance that a run stores.
 
     Attributes:
-        tags: of the run.
+        tags: the run's tags.
         files: name below `lineage/` -> content.
     """
 
@@ -56,15 +56,15 @@ class Provenance:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MadeOf:
-    """What a stage is made of.
+    """Everything that determines a stage's outputs.
 
     Attributes:
         root: the project; paths are relative to it.
-        stage: its name in `dvc.yaml`.
+        stage: the stage's name in `dvc.yaml`.
         params: its parameters, a dataclass.
         settings: the bytes of `params.yaml`.
-        code: file -> md5 of all that it runs.
-        inputs: path -> md5, as DVC computes it, of what it reads.
+        code: file -> md5 of all code that it runs.
+        inputs: path -> md5, as DVC computes it, of its inputs.
     """
 
     root: Path
@@ -76,16 +76,16 @@ class MadeOf:
 
     @classmethod
     def now(cls, root: Path, stage: str, params: Any, inputs: Iterable[str] = ()) -> MadeOf:
-        """What the stage would be made of if it started now.
+        """The state of code, parameters and inputs if the stage started now.
 
         Args:
             root: the project.
-            stage: its name in `dvc.yaml`.
+            stage: the stage's name in `dvc.yaml`.
             params: its parameters, a dataclass.
-            inputs: the paths of what it reads, relative to `root`.
+            inputs: the paths of its inputs, relative to `root`.
 
         Raises:
-            InputError: `dvc.yaml` cannot be read, or names code that is not there.
+            InputError: `dvc.yaml` cannot be read, or names missing code.
         """
         return cls(
             root=root,
@@ -97,7 +97,7 @@ class MadeOf:
         )
 
     def fingerprint(self) -> str:
-        """What the state of a training depends on: parameters, inputs and code, in 16 digits.
+        """A digest of what a resume state depends on: parameters, inputs and code; 16 digits.
 
         The parameters named in `HOW` are left out.
         """
@@ -110,13 +110,13 @@ class MadeOf:
         return hashlib.sha256(whole.encode()).hexdigest()[:16]
 
     def check_unchanged(self) -> None:
-        """The code, the parameters and the inputs are at the stage's end what they were.
+        """Check at the end of a stage that code, parameters and inputs have not changed.
 
-        DVC looks at them when a stage has ended: it would write into `dvc.lock` that what is there
-        now had made the outputs, and never make them again.
+        DVC hashes them only after a stage has ended. It would record in `dvc.lock` that the edited
+        versions made the outputs, and consider the outputs up to date.
 
         Raises:
-            RunError: something was edited meanwhile.
+            RunError: something was edited while the stage ran.
         """
         edited = [
             path
@@ -139,7 +139,7 @@ class MadeOf:
             )
 
     def kept(self) -> Provenance:
-        """What a run keeps of it, with what git lacks of the code now; without secrets."""
+        """The provenance to store with the run, including uncommitted code, without secrets."""
         files = {
             PARAMS_FILE: self.settings,
             CODE: json.dumps(dict(self.code), indent=2, sort_keys=True).encode() + b"\n",
@@ -160,10 +160,10 @@ class MadeOf:
 
 
 def git_state(root: Path) -> dict[str, str]:
-    """The commit and whether the code differs from it; empty where there is no git repository.
+    """The commit and whether the code differs from it; empty without a git repository.
 
-    Each `dvc.lock` and `reports/` change while the pipeline runs and say nothing about the code;
-    `params.yaml` says what is done with it, and a run keeps the whole of that by itself.
+    `dvc.lock` files and `reports/` are ignored, as they change while the pipeline runs, and so is
+    `params.yaml`, which a run stores separately.
     """
     try:
         commit = git(root, "rev-parse", "HEAD")
@@ -185,12 +185,12 @@ def _section(params: bytes, stage: str) -> Any:
 
 
 def _redacted(content: bytes) -> bytes:
-    # every byte is a character of this encoding, so that nothing else changes
+    # in this encoding every byte is a character, so all other bytes are preserved
     return without_secrets(content.decode("latin-1")).encode("latin-1")
 
 
 def _patch(root: Path) -> tuple[bytes, int]:
-    """What `git apply` makes of the commit the code as it is, and its size; empty if too large."""
+    """A patch from the commit to the current code, and its size; an empty patch if too large."""
     plain = ("--binary", "--no-ext-diff", "--no-textconv", "--no-color", "--no-relative")
     prefixes = ("--src-prefix=a/", "--dst-prefix=b/")
     kept, size = bytearray(), 0
@@ -202,7 +202,7 @@ def _patch(root: Path) -> tuple[bytes, int]:
 
 
 def _untracked(root: Path, paths: Iterable[str]) -> list[str]:
-    """Files among those that a stage reads which git does not have; what stages make is DVC's."""
+    """Untracked files among a stage's inputs, except outputs of other stages, which DVC tracks."""
     made = {
         path if isinstance(path, str) else next(iter(path))
         for stages in pipeline_stages(root)
@@ -215,6 +215,6 @@ def _untracked(root: Path, paths: Iterable[str]) -> list[str]:
         return []
     try:
         names = git(root, "ls-files", "-z", "--others", "--directory", "--", *own).split("\0")
-    except RunError:  # what lies outside the repository
+    except RunError:  # for paths outside the repository
         return []
     return sorted(name for name in names if name and "__pycache__" not in name)

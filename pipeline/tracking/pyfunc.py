@@ -1,8 +1,8 @@
-"""The registered models, as MLflow runs them: 'models from code'.
+"""The registered models in MLflow's 'models from code' form.
 
 MLflow copies this file and the `gpt` package beside the model directory and executes it when a
-model is loaded, anywhere: nothing of the project but `gpt` may be imported here. All of it is
-imported at once: where a process has another `gpt` already, that shows before the model is used.
+model is loaded, on any machine, so only `gpt` may be imported from the project. The imports are at
+the top: if the process has already imported another `gpt`, loading fails, not a later prediction.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Classifier(_Served):
     _longest: int
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Read the model, and at how many tokens its training cut a text."""
+        """Read the model and the maximum text length of its training, in tokens."""
         super().load_context(context)
         training = self._directory / "training.json"
         self._longest = self._model.config.context_length
@@ -83,7 +83,7 @@ class Classifier(_Served):
 
 
 class _Writer(_Served):
-    """What the base model and the assistant share: prompts in, completions out."""
+    """Base class of the base model and the assistant: prompts in, completions out."""
 
     _model: GPT
 

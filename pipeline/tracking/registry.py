@@ -1,7 +1,7 @@
-"""The model registry: base, classifier and assistants, loadable and runnable from it alone.
+"""The model registry: base, classifier and assistants; a version can be loaded and run by itself.
 
 A version is a pyfunc 'model from code': the model directory, the `gpt` package and
-`pipeline/tracking/pyfunc.py`. The alias `candidate` stands at the newest one.
+`pipeline/tracking/pyfunc.py`. The alias `candidate` points to the newest version.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 SERVED = Path(__file__).with_name("pyfunc.py")
 CANDIDATE = "candidate"
 POINT_VARIABLE = "GPT_PIPELINE_POINT"
-"""Set for the stages of a sweep's point: what they register does not become the candidate."""
+"""Set for the stages of a sweep's point, whose versions do not become the candidate."""
 MD5_TAG = "md5"
 _BATCH_METRICS = 1000  # MLflow's limit for one call
-_OF_RUN = ("dvc.stage", "git.commit", "git.dirty")  # tags that a version has, too
+_OF_RUN = ("dvc.stage", "git.commit", "git.dirty")  # run tags copied to the version
 
 _REQUIREMENTS = (
     "mlflow",
@@ -49,10 +49,10 @@ _REQUIREMENTS = (
 )
 
 _SAMPLING = {"max_new_tokens": 128, "temperature": 0.0, "top_k": 0, "top_p": 0.0, "seed": 123}
-"""What `predict(..., params=…)` takes, with defaults: greedy; 0 leaves top-k and top-p off."""
+"""Parameters of `predict(..., params=…)` with defaults: greedy; 0 disables top-k or top-p."""
 
 _EXAMPLE_PARAMS = {"max_new_tokens": 8}
-"""With the example input; MLflow runs it once when a model is logged, so it is a short one."""
+"""Parameters of the example input; short, as MLflow runs the example when a model is logged."""
 
 
 def publish(
@@ -60,16 +60,16 @@ def publish(
 ) -> ModelVersion:
     """Make a model the newest version of its registered model; move `candidate` there.
 
-    Bytes that have a version already, by their md5, get no second one: the alias moves to that
-    version. It does not move away from what a run made that ended later than `when`.
+    If a version with the same md5 exists, no second one is created, and the alias moves to it. The
+    alias is not moved if it points to a version whose run ended later than `when`.
 
     Args:
-        client: of the registry.
-        run_id: the run that made it.
-        name: of the registered model.
+        client: a client of the registry.
+        run_id: the run that made the model.
+        name: the name of the registered model.
         md5: the model directory's checksum as DVC computes it.
-        folder: the model as `save_model` left it.
-        when: it was made, in milliseconds.
+        folder: the model as written by `save_model`.
+        when: the time at which the model was made, in milliseconds.
     """
     version = version_of(client, name, md5=md5)
     if version is None:
@@ -103,13 +103,13 @@ def _ensure_registered(client: MlflowClient, name: str) -> None:
         return
     try:
         client.create_registered_model(name, description=MODELS[name].what)
-    except MlflowException as error:  # another process was quicker
+    except MlflowException as error:  # another process created it first
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
 
 
 def _send_model(client: MlflowClient, run: Run, name: str, md5: str, folder: Path) -> str:
-    """Give MLflow the model of a run, or complete it; the model's id."""
+    """Log the model of a run to MLflow, or complete an earlier attempt; return the model's id."""
     from mlflow.entities import LoggedModelOutput
     from mlflow.models import Model
 
@@ -137,7 +137,7 @@ def _send_model(client: MlflowClient, run: Run, name: str, md5: str, folder: Pat
 
 
 def show_on_model(client: MlflowClient, run_id: str, model_id: str) -> None:
-    """Show a run's results on its model: what it came to, the end of its curves, its tokens."""
+    """Copy a run's results to its model: final metrics, last values of its curves, token counts."""
     from mlflow.entities import Metric
 
     metrics = [
@@ -149,7 +149,7 @@ def show_on_model(client: MlflowClient, run_id: str, model_id: str) -> None:
 
 
 def log_metrics(client: MlflowClient, run_id: str, metrics: Sequence[Metric]) -> None:
-    """Log values in as many calls as MLflow's limit for one makes necessary."""
+    """Log metrics in batches no larger than MLflow's limit for one call."""
     for start in range(0, len(metrics), _BATCH_METRICS):
         client.log_batch(run_id, metrics=metrics[start : start + _BATCH_METRICS])
 
@@ -157,13 +157,13 @@ def log_metrics(client: MlflowClient, run_id: str, metrics: Sequence[Metric]) ->
 def version_of(
     client: MlflowClient, name: str, which: str | int = "", *, md5: str = ""
 ) -> ModelVersion | None:
-    """A version of a registered model; None where there is none.
+    """A version of a registered model; None if there is none.
 
     Args:
-        client: of the registry.
-        name: the model's.
+        client: a client of the registry.
+        name: the registered model's name.
         which: an alias, or a version's number.
-        md5: or its files' checksum as DVC computes it.
+        md5: instead of `which`, the checksum of its files as DVC computes it.
     """
     from mlflow.exceptions import MlflowException
 
@@ -175,19 +175,19 @@ def version_of(
             return client.get_model_version(name, str(which))
         return client.get_model_version_by_alias(name, which)
     except MlflowException as error:
-        # no such model, version or alias; whatever else went wrong says nothing about that
+        # only these mean that there is no such model, version or alias
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
     return None
 
 
 def save_model(name: str, directory: Path, folder: Path) -> None:
-    """Write a model directory as MLflow keeps it, with the code that runs it.
+    """Write a model directory in MLflow's format, with the code that runs it.
 
     Args:
-        name: the registered model's.
+        name: the registered model's name.
         directory: the model directory.
-        folder: what is there is replaced.
+        folder: where to write it; existing content is replaced.
     """
     import mlflow
 
@@ -210,14 +210,14 @@ def save_model(name: str, directory: Path, folder: Path) -> None:
 
 
 def _requirements() -> list[str]:
-    """The running versions, without a build's suffix such as `+cpu`."""
+    """The installed package versions, without build suffixes such as `+cpu`."""
     return [
         f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in _REQUIREMENTS
     ]
 
 
 def _interface(name: str, directory: Path) -> tuple[ModelSignature, Any]:
-    """What goes in and comes out, and an example of what goes in."""
+    """The model's signature, and an input example."""
     import pandas as pd
     from mlflow.models import ModelSignature
     from mlflow.types.schema import ColSpec, DataType, ParamSchema, ParamSpec, Schema
@@ -254,15 +254,15 @@ CHAMPION, PREVIOUS = "champion", "previous"
 
 @contextlib.contextmanager
 def files_of(version: ModelVersion, whose: str = "its", remedy: str = "") -> Iterator[Path]:
-    """The model directory of a registered version, for as long as the block lasts.
+    """Download the model directory of a registered version for the duration of the block.
 
     Args:
-        version: of a model.
-        whose: the files are, in an error.
-        remedy: the end of an error's line.
+        version: a version of a registered model.
+        whose: the owner of the files in error messages.
+        remedy: the end of an error message.
 
     Raises:
-        InputError: it cannot be fetched whole; or what is in it was refused within the block.
+        InputError: it cannot be downloaded completely, or its content was refused in the block.
     """
     import mlflow
     from mlflow.exceptions import MlflowException

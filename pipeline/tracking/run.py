@@ -1,7 +1,7 @@
 """A stage's run in MLflow: its parameters, metrics, lineage and texts.
 
-MLflow remembers; it decides nothing. One run for each stage that executed, in one experiment a
-stage. What happens is written to the run's outbox; a thread of its own sends it from there, so
+MLflow only records; it decides nothing. Each executed stage is one run, in one experiment per
+stage. Events are written to the run's outbox, and a background thread sends them from there, so
 training never waits for MLflow.
 """
 
@@ -62,16 +62,16 @@ PACKAGES = (
 )
 
 PEAK_MEMORY = "system/process_peak_memory_megabytes"
-"""The metric of a run that holds the most memory its process had, in megabytes."""
+"""The metric with the peak memory of a run's process, in megabytes."""
 
 FLUSH_SECONDS = 2.0
 _WAIT_SECONDS = 60.0
 """How long another process may take to send a run that is resumed here."""
-_SOURCE_LENGTH = 65_535  # of the JSON that says where a data set is
+_SOURCE_LENGTH = 65_535  # limit for the JSON with a data set's source
 
 
 def machine() -> dict[str, str]:
-    """The tags that say on what a run ran: Python, packages, system, cores."""
+    """Tags that describe the environment of a run: Python, packages, system, cores."""
     versions = [
         f"{name} {importlib.metadata.version(name)}"
         for name in PACKAGES
@@ -110,7 +110,7 @@ class DataSet:
 def _described(data_set: DataSet) -> dict[str, Any]:
     """What MLflow's `Dataset` takes, and the context."""
     source = without_secrets(json.dumps(data_set.source))
-    if len(source) > _SOURCE_LENGTH:  # of more addresses than MLflow takes, the first
+    if len(source) > _SOURCE_LENGTH:  # too many URLs for MLflow: only the first
         one = {key: each for key, each in data_set.source.items() if not isinstance(each, list)}
         source = without_secrets(json.dumps(one))
     return {
@@ -124,23 +124,23 @@ def _described(data_set: DataSet) -> dict[str, Any]:
 
 
 class StageRun:
-    """One stage's run in MLflow, open from construction until `close`; a `Log` in between.
+    """One stage's run in MLflow, open from construction until `close`; until then it is a `Log`.
 
     Args:
         root: the project.
         stage: its name in `dvc.yaml`; the experiment is named after it.
         params: the stage's parameters.
         inputs: path relative to `root` -> md5 as DVC computes it.
-        state: where a stage that can be resumed keeps its state. Which run it is is noted there
-            too, so that a stage that was cut off, by SIGKILL even, resumes the same run, with no
-            step missing and none logged twice.
+        state: the resume state's folder, for a stage that can be resumed. The run's id is noted
+            there too, so that an interrupted stage, even one killed by SIGKILL, continues the same
+            run, with no step missing or logged twice.
         description: what the stage does, for the experiment's page.
-        data_sets: what the inputs are, for the run's page.
-        made_of: what else it is made of; without it, the commit.
-        unreachable: what happens where MLflow does not answer: see `TrackingParams`.
+        data_sets: the inputs as data sets, for the run's page.
+        made_of: the stage's provenance; without it only the commit is recorded.
+        unreachable: what to do if MLflow does not answer: see `TrackingParams`.
 
     Attributes:
-        notices: what a person should know of it, to be shown by the caller.
+        notices: messages for the user, to be shown by the caller.
 
     Raises:
         RunError: MLflow cannot be reached.
@@ -214,7 +214,7 @@ class StageRun:
         self._thread.start()
 
     def __call__(self, event: Event) -> None:
-        """Take an event in; it is sent later. What MLflow has no place for is dropped."""
+        """Record an event, to be sent later; events without a counterpart in MLflow are dropped."""
         if isinstance(event, Metrics):
             values = {key_of(key): float(value) for key, value in event.values.items()}
             self._outbox.write("metrics", event.step, values, _now())
@@ -231,7 +231,7 @@ class StageRun:
 
     @property
     def experiment_id(self) -> str:
-        """Of the stage's experiment; empty before MLflow has the run."""
+        """The id of the stage's experiment; empty before MLflow has the run."""
         return self._sender.experiment_id
 
     @property
@@ -246,7 +246,7 @@ class StageRun:
 
     @property
     def facts(self) -> dict[str, str]:
-        """What is noted of the run."""
+        """The content of the run's note."""
         return {
             "run_id": self.id,
             "name": self.name,
@@ -257,16 +257,16 @@ class StageRun:
 
     @property
     def client(self) -> MlflowClient:
-        """Of the project's MLflow, where it answers."""
+        """A client of the project's MLflow, if it answers."""
         assert self._sender.client is not None
         return self._sender.client
 
     def add_file(self, path: Path, to: str) -> None:
-        """Keep a file, or a folder with what is in it.
+        """Add a file, or a folder with its content, to the run.
 
         Args:
-            path: it is copied: it may change or go afterwards.
-            to: its path on the run's page, `plots/loss.png`.
+            path: the file or folder; it is copied, so it may be changed or deleted afterwards.
+            to: its path on the run's page, such as `plots/loss.png`.
         """
         copy = self._outbox.files / to
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -277,14 +277,14 @@ class StageRun:
         self._outbox.write("artifact", to)
 
     def add_data_sets(self, data_sets: Iterable[DataSet]) -> None:
-        """Name data sets that the stage found or made."""
+        """Add data sets that the stage found or made."""
         self._outbox.write("data_sets", [_described(each) for each in data_sets])
 
     def add_model(self, name: str, directory: Path, md5: str) -> int | None:
         """Make `directory` the newest version of a registered model; move `candidate` there.
 
-        A directory that is registered already, by its md5, is not registered again: the alias
-        moves to that version.
+        If a version with the same md5 is registered, no new one is created, and the alias moves to
+        that version.
 
         Args:
             name: `base`, `classifier`, `assistant` or `preferred`.
@@ -292,10 +292,10 @@ class StageRun:
             md5: its checksum as DVC computes it.
 
         Returns:
-            The version; None where MLflow does not answer, and gets it later.
+            The version; None if MLflow does not answer, in which case it is registered later.
 
         Raises:
-            RunError: MLflow does not take it.
+            RunError: MLflow refuses it.
         """
         save_model(name, directory, self._outbox.model)
         self._outbox.write("model", name, md5, _now())
@@ -310,16 +310,16 @@ class StageRun:
         outputs: Mapping[str, str] | None = None,
         error: str = "",
     ) -> None:
-        """Send what is left and end the run.
+        """Send all remaining events and end the run.
 
         Args:
             status: how the stage ended.
             metrics: the final metrics, nested or not.
             outputs: path relative to the root -> md5.
-            error: the one line that the user saw.
+            error: the one-line error that the user saw.
 
         Raises:
-            RunError: MLflow does not take it.
+            RunError: MLflow refuses something.
         """
         self._stop.set()
         self._thread.join()
@@ -337,7 +337,7 @@ class StageRun:
         self._held.close()
 
     def _send(self) -> bool:
-        """Send what is in the outbox; False where MLflow does not answer and may get it later."""
+        """Send the outbox; False if MLflow does not answer and the outbox may be sent later."""
         with self._turn:
             try:
                 self._sender.send()
@@ -371,11 +371,11 @@ class StageRun:
             if now - sampled >= min(10.0, (now - started) / 10):
                 self._sample(self._system.sample())
                 sampled = now
-            with contextlib.suppress(Exception):  # `close` tries last and tells
+            with contextlib.suppress(Exception):  # `close` tries again and reports
                 self._send()
 
     def _sample(self, values: Mapping[str, float]) -> None:
-        """Log something of the machine, by the second of the run."""
+        """Log system metrics, with the run's elapsed seconds as the step."""
         now = _now()
         self._outbox.write("metrics", (now - self._outbox.begun) // 1000, values, now)
 
@@ -397,19 +397,19 @@ def _now() -> int:
 
 
 def _peak_memory() -> float:
-    """The most memory that this process ever had, in megabytes (2^20 bytes)."""
+    """The peak memory of this process, in megabytes (2^20 bytes)."""
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, else kilobytes
+    return most / (2**20 if sys.platform == "darwin" else 2**10)  # macOS: bytes, else KiB
 
 
 class _SystemSampler:
-    """MLflow's own monitors (CPU, memory, disk, network, GPU), asked when we want an answer."""
+    """Samples MLflow's system monitors (CPU, memory, disk, network, GPU) on request."""
 
     def __init__(self, uri: str) -> None:
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
         self._monitor = SystemMetricsMonitor("", tracking_uri=uri)
-        self.sample()  # CPU use is measured since the call before: the first answer is always 0
+        self.sample()  # CPU use is measured since the previous call: the first value is always 0
 
     def sample(self) -> dict[str, float]:
         self._monitor.collect_metrics()
@@ -420,7 +420,7 @@ class _SystemSampler:
 
 
 def _noted(state: Path | None) -> dict[str, Any]:
-    """What is noted of the run that the stage's earlier process worked in; empty if nothing."""
+    """The note of the run that the stage's earlier process used; empty if there is none."""
     if state is not None:
         with contextlib.suppress(OSError, ValueError):
             return dict(json.loads((state / "run.json").read_text()))
@@ -430,5 +430,5 @@ def _noted(state: Path | None) -> dict[str, Any]:
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
+    except (KeyError, OSError):  # a user without a name, in a container
         return "unknown"

@@ -1,4 +1,4 @@
-"""What is noted of a stage's latest MLflow run, and of which run made which outputs."""
+"""Local notes about a stage's latest MLflow run, and about which run made which outputs."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from pipeline.dag.graph import Dag
 
 
 def note_of_run(root: Path, name: str) -> Path:
-    """Where a stage's last MLflow run is noted."""
+    """The file with the note of a stage's last MLflow run."""
     return root / ".pipeline" / "runs" / f"{name}.json"
 
 
 def note_of_maker(root: Path, name: str, outputs: Mapping[str, str]) -> Path:
-    """Where the stage's last MLflow run that made these outputs (path -> md5) is noted."""
+    """The file with the note of the last MLflow run that made these outputs (path -> md5)."""
     content = json.dumps(outputs, sort_keys=True)
     key = hashlib.sha256(content.encode()).hexdigest()
     return root / ".pipeline" / "runs" / name / f"{key[:16]}.json"
 
 
 def last_run(root: Path, name: str) -> dict[str, Any]:
-    """What is noted of the stage's last MLflow run; empty if there is none."""
+    """The note of the stage's last MLflow run; empty if there is none."""
     return _note(note_of_run(root, name))
 
 
 def made_by(dag: Dag, names: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
-    """What is noted of the MLflow run that made what `dvc.lock` records of each stage.
+    """The note of the MLflow run that made the outputs recorded in `dvc.lock`, for each stage.
 
-    Of a stage for which no such run is known it is the last run, if nothing says what that one
-    made; otherwise nothing.
+    If no such run is known, the stage's last run is used, unless its note lists other outputs; the
+    result is then empty.
 
     Args:
-        dag: the project's.
-        names: of stages; by default all.
+        dag: the project's DAG.
+        names: the names of the stages; by default all.
     """
     notes = {}
     for name, made in dag.recorded_outputs(names).items():
@@ -58,7 +58,7 @@ def _note(path: Path) -> dict[str, Any]:
 
 
 def notes_of(root: Path, name: str) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """All that is noted of a stage's MLflow runs, and where."""
+    """All notes of a stage's MLflow runs, with their files."""
     last = note_of_run(root, name)
     for path in (last, *last.with_suffix("").glob("*.json")):
         yield path, _note(path)
@@ -72,7 +72,7 @@ def write_note(
     seconds: float,
     outputs: Mapping[str, str] | None = None,
 ) -> None:
-    """Note how a stage's run stands after so many seconds, and what it wrote (path -> md5)."""
+    """Write a note of a run: its status, its duration in seconds, its outputs (path -> md5)."""
     note: dict[str, Any] = {**run, "status": status, "seconds": round(seconds, 2)}
     note["pid"] = os.getpid()
     if outputs is not None:

@@ -1,8 +1,8 @@
-"""Sends runs to MLflow: while their stage is at work, or later.
+"""Sends runs to MLflow, while their stage is running or later.
 
-There is one way to MLflow, the replay of an outbox, which may be interrupted and repeated at will:
-the run is found by its tag `outbox.id`, a step that MLflow has is not sent again, files are
-replaced, and bytes that have a version get no second one.
+Runs reach MLflow only by the replay of an outbox, which is idempotent and can be interrupted: the
+run is found by its tag `outbox.id`, steps that MLflow has are not sent again, files are replaced,
+and a model that is already registered gets no second version.
 """
 
 from __future__ import annotations
@@ -43,22 +43,22 @@ if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
 
 TAG = "outbox.id"
-"""Of a run: the name of its outbox."""
+"""The tag of a run with the name of its outbox."""
 
 _BATCH_PARAMS = 100  # MLflow's limit for one call
 
 
 @dataclass(slots=True)
 class Sender:
-    """Replays one outbox; whoever calls it holds the outbox.
+    """Replays one outbox; the caller must hold its lock.
 
     Attributes:
         outbox: the run.
-        client: of the project's MLflow; None before it has answered.
-        experiment_id: of the stage's experiment; empty before MLflow has the run.
-        run_id: the run's id there; empty before.
-        name: the run's name there; empty before.
-        status: as far as the journal goes.
+        client: a client of the project's MLflow; None until MLflow has answered.
+        experiment_id: the id of the stage's experiment; empty until MLflow has the run.
+        run_id: the run's id in MLflow; empty until then.
+        name: the run's name in MLflow; empty until then.
+        status: the status at the end of the journal.
         version: the number of the model's version, once it is registered.
     """
 
@@ -69,18 +69,18 @@ class Sender:
     name: str = ""
     status: str = "RUNNING"
     version: int | None = None
-    _sent: int = 0  # bytes of the journal
+    _sent: int = 0  # bytes of the journal already sent
     _open: bool = False
     _known: dict[str, set[int]] = field(default_factory=dict)  # metric -> its steps in MLflow
     _metrics: list[Metric] = field(default_factory=list)
     _model_id: str | None = None
-    _last: int = 0  # the time of the last event
+    _last: int = 0  # time of the last event
 
     def send(self) -> None:
-        """Send what the journal has more than before.
+        """Send new events of the journal.
 
         Raises:
-            RunError: MLflow does not answer, or refuses something. All can be sent again.
+            RunError: MLflow does not answer, or refuses something. Sending can be repeated.
         """
         root = self.outbox.root
         check_reachable(root)
@@ -89,12 +89,12 @@ class Sender:
             with named_failure(root, f"did not take a run of {self.outbox.stage}"):
                 self._replay(self.client)
         except RunError:
-            self._sent, self._open = 0, False  # what was taken is asked for
-            check_reachable(root)  # that it is gone is the better reason
+            self._sent, self._open = 0, False  # MLflow is asked again for what it has
+            check_reachable(root)  # "unreachable" is the better error message
             raise
 
     def finish(self) -> None:
-        """Send the rest of a run whose process has gone; it was killed unless its end is there."""
+        """Send the rest of a run whose process is gone; without an end event it was killed."""
         self.send()
         assert self.client is not None
         if self.status == "RUNNING":
@@ -146,7 +146,7 @@ class Sender:
             case ["model", name, md5, when]:
                 version = publish(client, self.run_id, name, md5, self.outbox.model, when)
                 self.version = int(version.version)
-                # where an earlier run made the same bytes, the model is that run's
+                # if an earlier run made the same bytes, the model belongs to that run
                 own = version.run_id == self.run_id
                 self._model_id = version.source.removeprefix("models:/") if own else None
             case ["resume", times]:
@@ -157,7 +157,7 @@ class Sender:
                 self._end(client, status, tags, when)
 
     def _begin(self, client: MlflowClient) -> None:
-        """Find the run or create it, and complete what it begins with."""
+        """Find or create the run, and complete its initial data."""
         from mlflow.entities import Param
 
         box = self.outbox
@@ -170,7 +170,7 @@ class Sender:
             key: {each.step for each in client.get_metric_history(self.run_id, key)}
             for key in run.data.metrics
         }
-        # those that MLflow has stay: how many processes share the work may differ later
+        # values that MLflow has are kept: the number of processes may differ after a resume
         params = [Param(*each) for each in box.params.items() if each[0] not in run.data.params]
         for start in range(0, len(params), _BATCH_PARAMS):
             client.log_batch(self.run_id, params=params[start : start + _BATCH_PARAMS])
@@ -189,7 +189,7 @@ class Sender:
 
     def _create(self, client: MlflowClient) -> Run:
         box = self.outbox
-        with FileLock(lock_file(box.root)):  # two that begin together would have one number
+        with FileLock(lock_file(box.root)):  # otherwise two runs could get the same number
             name, changed = number_and_changes(
                 client, self.experiment_id, box.params, box.tags, box.begun
             )
@@ -214,7 +214,7 @@ class Sender:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         inputs = []
-        for each in data_sets:  # MLflow takes each of them once
+        for each in data_sets:  # MLflow accepts each only once
             values = dict(each)
             context = InputTag("mlflow.data.context", values.pop("context"))
             inputs.append(DatasetInput(Dataset(**values), [context]))
@@ -231,7 +231,7 @@ class Sender:
         self.status, self._last = status, when
 
     def _note(self) -> None:
-        """Put right what names the run by its outbox, or takes it for RUNNING."""
+        """Update notes that name the run by its outbox, or list it as RUNNING."""
         box = self.outbox
         known = {
             "run_id": self.run_id,
@@ -246,18 +246,18 @@ class Sender:
 
 
 def send_all(root: Path, say: Callable[[str], None], *, busy: bool = True) -> int:
-    """Send every run that can be; one that a process still writes is left alone.
+    """Send all unsent runs, except those that a process is still writing.
 
     Args:
         root: the project.
-        say: takes a line a run.
-        busy: whether a run that is left alone gets its line.
+        say: called with one line per run.
+        busy: also report runs that are still being written.
 
     Returns:
-        How many there were.
+        The number of unsent runs.
 
     Raises:
-        RunError: MLflow does not answer, or did not take some of them; these are kept.
+        RunError: MLflow does not answer, or refused some of the runs; these are kept.
     """
     adopt(root)
     names, failed = outboxes(root), []
@@ -284,7 +284,7 @@ def send_all(root: Path, say: Callable[[str], None], *, busy: bool = True) -> in
 
 
 def send_quietly(root: Path) -> list[Message]:
-    """Send what can be sent, and never fail: what a person should know of it."""
+    """Send all that can be sent, without raising; return a notice for the user."""
     adopt(root)
     if not outboxes(root) or not reachable(root):
         return []
@@ -297,16 +297,17 @@ def send_quietly(root: Path) -> list[Message]:
 
 
 def ready_for_promotion(root: Path, tracking: TrackingParams) -> tuple[bool, list[Message]]:
-    """Whether models can be compared with the champions now, after all kept runs were sent.
+    """Whether models can be compared with the champions now; if so, send all unsent runs first.
 
-    With `unreachable: later` that waits for MLflow to answer; with `stop` it is to fail by itself.
+    With `unreachable: later` the comparison is postponed until MLflow answers; with `stop` it is
+    attempted and fails.
 
     Args:
         root: the project.
         tracking: the section of `params.yaml`.
 
     Returns:
-        Whether to go on, and what to tell a person.
+        Whether to compare, and a notice for the user.
     """
     if tracking.unreachable == "later" and not reachable(root):
         place = without_credentials(tracking_uri(root))

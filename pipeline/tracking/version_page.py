@@ -1,7 +1,7 @@
-"""What a version's page in MLflow says from the moment that it is registered.
+"""The description that a version's page in MLflow has when it is registered.
 
-It compares its run with the run of the version before: the stage, the commit, and what changed.
-The report puts the whole model card in its place later.
+It compares the version's run with that of the previous version: the stage, the commit, the changes.
+The report later replaces it by the full model card.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 CHANGED_TAG = "changed"
-"""The tag of a version with a summary of what changed since the version before."""
+"""The tag of a version that summarizes the changes since the previous version."""
 
 LONGEST = 5000
-"""Characters that MLflow's database has for the description of a model's version."""
+"""MLflow's limit for the description of a model version, in characters."""
 
 _INPUT = "input."
 _COMMIT = 7  # digits
 _MD5 = 10  # digits
-_MOST = 12  # of a kind on the page
+_MOST = 12  # per kind of change
 _MOST_IN_TAG = 3
 _VALUE = 60  # characters of a parameter's value
 
 
 @dataclass(frozen=True, slots=True)
 class VersionPage:
-    """The description of a new version, and the tag `changed`; empty where there is none before."""
+    """The description of a new version, and the tag `changed`; empty for the first version."""
 
     description: str
     changed: str
@@ -46,10 +46,10 @@ def version_page(client: MlflowClient, run: Run, name: str, what: str) -> Versio
     """Describe a version that is about to be registered.
 
     Args:
-        client: of the MLflow that it will be registered in.
-        run: the run that made it, of that MLflow.
-        name: the registered model's; its newest version is the one before.
-        what: the model is, in a sentence.
+        client: a client of the MLflow that it will be registered in.
+        run: the run that made it, in that MLflow.
+        name: the registered model's name; its newest version is the previous one.
+        what: a description of the model in one sentence.
     """
     before = _newest(client, name)
     last = existing_run(client, before.run_id) if before else None
@@ -87,7 +87,7 @@ def version_page(client: MlflowClient, run: Run, name: str, what: str) -> Versio
 
 
 def _data_line(last: Run, run: Run, change: Change) -> str:
-    """An input that differs, in figures and by its md5."""
+    """The line for a changed input: its figures and md5."""
     figures = changes(profile(last, change.what), profile(run, change.what))
     first, second = (md5 and f"{md5[:_MD5]}…" for md5 in (change.before, change.after))
     return f"{change.what}: {first_few([*figures, Change('md5', first, second)], _MOST)}"
@@ -104,6 +104,6 @@ def _inputs(run: Run) -> dict[str, str]:
 
 
 def _shown(change: Change) -> str:
-    """A change that is not too long for one line."""
+    """A change, shortened to one line."""
     before, after = (each and shortened(each, _VALUE) for each in (change.before, change.after))
     return str(Change(change.what, before, after))
