@@ -1,8 +1,8 @@
 """How an instruction or a conversation is put to a model: a table of templates.
 
 A model carries the template that it was trained with in its `prompt.json`, and the same in Jinja in
-its `tokenizer_config.json`, which `transformers` and other runtimes of that layout read: whoever
-talks to it uses the words that it knows.
+its `tokenizer_config.json`, which `transformers` and other runtimes of that layout read. So
+prompts have the same format in use as in training.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """A model as GGUF: one file that llama.cpp and the runtimes built on it read.
 
 The architecture is llama.cpp's `gpt2`, with the keys and the names of tensors that its own
-converter gives them. As there, matrices are in the type that is asked for, and what is small or
-delicate (norms, biases, position embeddings) stays in fp32. A tied head is not written twice: who
-finds no `output.weight` takes the token embeddings.
+converter gives them. As there, matrices are in the requested type, and small or sensitive tensors
+(norms, biases, position embeddings) stay in fp32. A tied head is not written twice: readers use
+the token embeddings if there is no `output.weight`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Scores of answers against references, a value a record: exact match, ROUGE-L, chrF, lengths.
 
-Each says something else: exact match whether a short answer is right, ROUGE-L whether the words
-come in the reference's order, chrF how many character n-grams are shared, which is fair to words
-that are inflected and needs no words at all. The values of the single records are what a bootstrap
-interval is made from (`gpt.scores.bootstrap.mean`).
+They measure different things: exact match whether a short answer is right, ROUGE-L whether the
+words occur in the reference's order, chrF how many character n-grams are shared, which suits
+inflected words and scripts without spaces. Bootstrap intervals are computed from the values of the
+records (`gpt.scores.bootstrap.mean`).
 """
 
 from __future__ import annotations

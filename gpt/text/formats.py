@@ -1,9 +1,8 @@
 """Files in the forms that data sets come in, read as streams: text, JSON, CSV and parquet.
 
-All but parquet may be compressed (gzip, zstd, bzip2, xz), which their first bytes say whatever the
-file is called. Files come from outside: what a compressed one swells to and how long a line may be
-are bounded, and whatever is wrong with one ends in an `InputError` that names the file and the
-place in it.
+All but parquet may be compressed (gzip, zstd, bzip2, xz), which is detected from the first bytes,
+not from the name. Files are untrusted: decompressed size and line length are limited, and every
+defect raises an `InputError` that names the file and the place in it.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from gpt.base.errors import InputError, first_few, in_one_line, shortened, shown
 from gpt.base.files import unique_keys
 
 LONGEST_DOCUMENT = 1 << 22
-"""Characters. A longer document comes in parts, so that no more than that is held."""
+"""Characters. Longer documents are split into parts, so that no more is held in memory."""
 LONGEST_LINE = 1 << 26
 """Bytes of a line that is read as one."""
 LONGEST_LIST = 1 << 28
@@ -72,7 +71,7 @@ class _Source(Protocol):
 
 
 class _Decompressed(io.RawIOBase):
-    """What a compressed file holds, with an end to how much that may be."""
+    """The content of a compressed file, with a limit on its size."""
 
     def __init__(self, path: Path, file: BinaryIO, packing: str) -> None:
         self._path = path
@@ -164,7 +163,7 @@ def _open_text(path: Path) -> BinaryIO:
 
 
 def _is_utf16(head: bytes) -> bool:
-    """Whether every other byte is as the upper one of a letter's two is, and no text's is."""
+    """Whether every other byte looks like the high byte of a UTF-16 letter, as in no UTF-8 text."""
     least, most = sorted(
         len(half) - len(half.translate(None, _CONTROLS)) for half in (head[::2], head[1::2])
     )
@@ -172,7 +171,7 @@ def _is_utf16(head: bytes) -> bool:
 
 
 class _Decoder:
-    """Bytes to text, block by block, that knows the line of what is not UTF-8."""
+    """Decodes bytes block by block, and reports the line of bytes that are not UTF-8."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -181,7 +180,7 @@ class _Decoder:
         self._line = 1
 
     def decode(self, block: bytes, last: bool) -> str:
-        """The text of the next block, but for a character that goes on in the one behind it."""
+        """The text of the next block, without a character that continues in the block after it."""
         try:
             text = self._decoder.decode(block, last)
         except UnicodeDecodeError as error:
@@ -234,11 +233,11 @@ def texts_in(path: Path, separator: str | None) -> Iterator[str]:
     edges = "\r\n" if separator else ""
     lines = re.split("\r?\n", separator or "")
     between = re.compile("\r?\n".join(map(re.escape, lines)))
-    # What ends a longer text than this may be the beginning of a separator.
+    # The end of a text longer than this may be the beginning of a separator.
     longest = LONGEST_DOCUMENT + len("\r\n".join(lines))
     decoder = _Decoder(path)
     rest = ""  # of the last document: its end is not read yet
-    begun = False  # a part of it was given already
+    begun = False  # a part of it was yielded already
     with _open_text(path) as file:
         ended = False
         while not ended:

@@ -1,6 +1,6 @@
 """Raw text in, records out: documents, labelled messages, instructions, and their splits.
 
-A raw folder holds files as they were fetched and `sources.json`, which says what each of them is.
+A raw folder holds files as they were fetched, and `sources.json`, which describes them.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """A task in words, what it is to be done on (may be empty), and the answer.
+    """A task in words, its input (may be empty), and the answer.
 
     It may be the last turn of a conversation: then `earlier` holds the turns before it. `system`
     says how the assistant is to behave in all of them (may be empty).
@@ -148,7 +148,7 @@ class Instruction:
 
     @property
     def task(self) -> str:
-        """All that is asked, a turn a line: what tells it from other records."""
+        """All questions, one line per turn; identifies the record."""
         prompts = [turn.prompt for turn in self.earlier]
         return "\n".join([*prompts, self.instruction, self.input])
 

@@ -1,8 +1,8 @@
-"""The folder of tokens: shards of ids, memory-mapped, and the manifest that says what is in them.
+"""The folder of tokens: memory-mapped shards of ids, and a manifest of their content.
 
-A split is one long row of ids, `<|endoftext|>` between its documents, cut into shard files; a
-shard holds documents of one source. The format is the ids alone, little-endian, uint16 where the
-vocabulary allows it (as nanoGPT's `.bin` files).
+A split is one long row of ids, with `<|endoftext|>` between documents, cut into shard files. A
+shard holds documents of one source. A file contains only the ids, little-endian, as uint16 if the
+vocabulary allows it (like nanoGPT's `.bin` files).
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def map_ids(path: Path, dtype: str) -> np.ndarray:
 
 
 class Tokens:
-    """A long row of ids that lies in one array behind the other; a slice is an int64 array."""
+    """A long row of ids, stored in consecutive arrays; a slice is an int64 array."""
 
     def __init__(self, parts: Sequence[np.ndarray]) -> None:
         self._parts = [part for part in parts if len(part)]

@@ -303,8 +303,8 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def _to_learn(texts: Iterable[str]) -> Iterator[str]:
-    """The texts in parts, of endless words only the first: a trainer keeps every word that it sees
-    in fifty times its size, and of those none comes twice."""
+    """The texts in parts, with only the first of the endless words: a trainer keeps every word in
+    fifty times its size, and endless words do not recur."""
     left = _ENDLESS_TO_LEARN
     for part in itertools.chain.from_iterable(map(_parts, texts)):
         if len(part) == _LONGEST_PART:  # cut within a word
@@ -314,7 +314,7 @@ def _to_learn(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _parts(text: str) -> Iterator[str]:
-    """A text in parts that have the same words together as it has in one.
+    """A text split into parts, so that its words stay the same.
 
     Only a word of more than `_LONGEST_PART` characters is cut.
 

@@ -1,4 +1,4 @@
-"""What a training run is told: its parameters, its learning-rate schedule, its optimizers.
+"""The recipe of a training run: its parameters, its learning-rate schedule, its optimizers.
 
 AdamW: Loshchilov & Hutter (2019), "Decoupled Weight Decay Regularization". Muon: `gpt.train.muon`.
 Warm-up and cosine decay as in GPT-3 (Brown et al., 2020, appendix B); warm-up-stable-decay: Hu et
@@ -26,7 +26,7 @@ Devices = Literal["auto"] | Annotated[int, Field(gt=0, le=64)]
     frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid")
 )
 class TrainParams:
-    """Everything the loop can be told.
+    """The parameters of the training loop.
 
     Raises:
         pydantic.ValidationError (a ValueError): an impossible value, or not exactly one of
@@ -82,8 +82,8 @@ class TrainParams:
     keep: Literal["best", "last"] = "best"
     """Which weights the run ends with: those of the lowest validation loss, or the last ones."""
     checkpoint_seconds: Annotated[float, Field(gt=0)] = 60.0
-    """Between two saves of the whole state, which wait for the end of a step: what SIGKILL costs at
-    most."""
+    """Seconds between two saves of the whole state, which wait for the end of a step. This is the
+    most work that SIGKILL can lose."""
 
     @model_validator(mode="after")
     def _possible(self) -> TrainParams:

@@ -1,8 +1,8 @@
-"""Low-rank adapters: a frozen matrix plus a product of two thin ones, which alone are trained.
+"""Low-rank adapters: a frozen matrix plus the product of two small trained ones.
 
-Hu et al. (2021), "LoRA: Low-Rank Adaptation of Large Language Models": W x + (alpha / rank) B A x,
-A drawn at random and B zero, so that at first nothing changes. What was learnt is added to W when
-the training is over (`merge`), and what is saved is a plain model.
+Hu et al. (2021), "LoRA: Low-Rank Adaptation of Large Language Models": W x + (alpha / rank) B A x.
+A is random and B zero, so the adapters have no effect at first. After training the product is
+added to W (`merge`), and a plain model is saved.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ class LoraParams:
 
     rank: Positive = 16
     alpha: Annotated[float, Field(gt=0)] = 16.0
-    """What the adapters make is multiplied by alpha / rank."""
+    """The adapters' output is multiplied by alpha / rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Of what goes into the adapters, in training."""
+    """Dropout of the adapters' input, in training."""
     layers: tuple[LayerName, ...] = (*IN_BLOCKS, "head")
     """`query`, `key` and `value` are adapted apart, `attn.c_attn` is all three as one matrix."""
     blocks: Positive | None = None
-    """Only in the last so many blocks; None is all of them."""
+    """Adapt only this many of the last blocks; None adapts all."""
 
     @model_validator(mode="after")
     def _possible(self) -> LoraParams:
@@ -92,7 +92,7 @@ class LanguageModelTuning:
     """
 
     trainable: Literal["all", "lora"] = "all"
-    """The whole model, or adapters beside frozen layers, which are merged when it is done."""
+    """The whole model, or adapters beside frozen layers, which are merged after training."""
     lora: Annotated[LoraParams | None, BeforeValidator(_in_blocks)] = None
     """Which adapters, with `trainable: lora`; by default beside every layer of the blocks: GPT-2's
     head is the embedding."""
@@ -216,10 +216,10 @@ def wrap(model: nn.Module, params: LoraParams) -> int:
 
 
 def merge(model: nn.Module) -> None:
-    """Add what the adapters learnt to the layers' own matrices, and take the adapters away.
+    """Add the adapters' products to the layers' own matrices, and remove the adapters.
 
-    In place; the model is a plain one again, its logits those of before but for rounding. A part
-    of it that was taken before (`GPTClassifier.top`) must be taken anew.
+    In place; the result is a plain model with the same logits up to rounding. A part of it that
+    was obtained before (`GPTClassifier.top`) must be obtained again.
     """
     for name, layer in list(model.named_modules()):
         if isinstance(layer, LoraLinear):

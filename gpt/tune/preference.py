@@ -3,8 +3,8 @@
 Rafailov et al. (2023), "Direct Preference Optimization: Your Language Model is Secretly a Reward
 Model": the reward of an answer y to a prompt x is how much likelier the model has become to give
 it, beta (log pi(y | x) - log ref(y | x)), and the loss of a pair is -log sigmoid of the chosen
-answer's reward less the rejected one's. The reference is the model as it was before: what it says
-of the pairs is computed once and kept beside them, so that only one model is held.
+answer's reward minus the rejected one's. The reference is the model before tuning. Its
+log-probabilities of the pairs are computed once and stored, so that only one model is held.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ Ids = Sequence[int]
 class PairBatch(Batch):
     """B pairs as 2 B rows: first the chosen answers, then the rejected ones in the same order.
 
-    Only the answers' tokens are targets. `references` (2, B), fp32, is what the reference says of
-    the chosen and of the rejected answers (`log_probs`).
+    Only the answers' tokens are targets. `references` (2, B), fp32, is the reference's
+    log-probability of the chosen and of the rejected answers (`log_probs`).
     """
 
     references: Tensor = field(kw_only=True)
@@ -51,8 +51,8 @@ class PreferenceDataset:
         chosen: token ids of the better answer to each, without an end.
         rejected: likewise of the worse one.
         end: the id of `<|endoftext|>`.
-        max_length: inputs are cut to this many tokens. Pairs that are the same once they are cut
-            have nothing to teach, and are left out.
+        max_length: inputs are cut to this many tokens. Pairs whose answers are equal after the
+            cut are left out.
 
     Attributes:
         kept: which of the pairs are in it, by their places in the arguments.
@@ -103,7 +103,7 @@ class PreferenceDataset:
     def set_references(
         self, model: GPT, batch_size: int, *, by_token: bool = False
     ) -> Iterator[int]:
-        """Keep what `model` says of every pair: it is the reference from now on.
+        """Make `model` the reference, and store its log-probabilities of every pair.
 
         Args:
             model: on its device, in evaluation mode.
@@ -111,7 +111,7 @@ class PreferenceDataset:
             by_token: as `log_probs` takes it.
 
         Yields:
-            How many pairs are done, as they are.
+            The number of pairs done so far.
         """
         order = np.argsort(-self.lengths, kind="stable").tolist()
         for start in range(0, len(order), batch_size):
@@ -151,7 +151,7 @@ class PreferenceLoss:
     """The loss of DPO: what `gpt.train.loop.fit` wants of a loss.
 
     Attributes:
-        beta: how dearly the model pays for leaving the reference: the rewards are so many times
+        beta: the strength of the penalty for deviating from the reference: rewards are beta times
             the change in log-probability.
         label_smoothing: the share of pairs that are taken to be labelled the wrong way round
             (Mitchell, 2023, "A note on DPO with noisy preferences & relationship to IPO").
