@@ -1,7 +1,7 @@
-"""`dvc repro` of single stages in processes of their own, which can be stopped: for the flow and
-for a sweep.
+"""Runs `dvc repro` for single stages in separate processes that can be stopped; used by the flow
+and by sweeps.
 
-A stage that is stopped saves its state and goes on from it when it is started again.
+A stopped stage saves its state and resumes from it at the next start.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from pipeline.project.scratch import scratch
 from pipeline.show.console import EVENTS_VARIABLE, following
 
 STOP_SECONDS = 20.0
-"""So long a stopped stage may take to save its state before it is killed; who cancels a flow run in
-Prefect waits 30."""
+"""Seconds that a stopped stage has to save its state before it is killed; Prefect waits 30 for a
+cancelled flow run."""
 
 AFTERWARDS = (
     "Generating lock file",
@@ -40,19 +40,19 @@ AFTERWARDS = (
     "To track the changes",
     "Use `dvc push`",
 )
-"""What DVC says when a stage has ended well: advice follows, which no one needs seven times."""
+"""DVC's output after a successful stage; the advice after it is not worth repeating per stage."""
 
 _EXITED = "exited with "
-"""So DVC tells that the command of a stage failed."""
+"""DVC's message for a stage's failed command."""
 
 _NOT_TRANSFERRED = "ERROR: failed to transfer "
-"""So it logs what it could not write into its cache, and ends as if all were well."""
+"""DVC's log line for an output that it could not cache; its exit code is 0 all the same."""
 
 _BY_A_SIGNAL = re.compile(r"exited with (-\d+|1(29|[3-9]\d))$")
-"""A command that a signal ended: its number as Python gives it or, plus 128, as some shells do."""
+"""A command ended by a signal: the number as in Python or, plus 128, as in some shells."""
 
 _BLOCKERS = re.compile(r"^ *\(PID (\d+)\): (.*)$", re.MULTILINE)
-"""So DVC names the processes that are at work on the same files."""
+"""DVC's message that names the processes using the same files."""
 
 _LOOKS_SECONDS = 0.5
 
@@ -63,10 +63,10 @@ class StageError(RunError):
     """A stage that failed, in one line.
 
     Attributes:
-        code: the exit code that says how.
-        kind: `input`, `failed`, `network`, `busy` (another process makes the same), `killed` (it
-            left no word), `time` (it was stopped at its time limit) or `cache` (it ended well, but
-            DVC could not keep its outputs).
+        code: the exit code for this kind of failure.
+        kind: `input`, `failed`, `network`, `busy` (another process is running the stage), `killed`
+            (it left no exit note), `time` (it was stopped at its time limit) or `cache` (it
+            succeeded, but DVC could not cache its outputs).
     """
 
     def __init__(self, line: str, code: int = 1, kind: str = "failed") -> None:
@@ -83,12 +83,13 @@ class Ended:
     """How a `dvc repro` ended.
 
     Attributes:
-        executed: whether the command of a stage was; else DVC had nothing to do or restored it.
+        executed: whether a stage's command was executed; otherwise DVC had nothing to do or
+            restored the outputs.
         code: DVC's exit code.
-        output: its lines.
+        output: the lines of its output.
         timed_out: it was stopped at its time limit.
-        lacking: what DVC says it keeps and its cache has not got, paths relative to the project.
-        undone: the outputs are those from before it again.
+        lacking: outputs that DVC reports as cached but its cache lacks, relative to the project.
+        undone: the previous outputs have been put back.
     """
 
     executed: bool = False
@@ -100,18 +101,18 @@ class Ended:
 
     @property
     def blocked(self) -> bool:
-        """Another DVC (a `dvc status` in the next window) held a file's lock for too long."""
+        """Whether another DVC process (such as a `dvc status`) held a file's lock for too long."""
         said = any(mark in line for line in self.output for mark in _LOCKED)
         return bool(self.code) and not self.executed and said
 
     @property
     def blockers(self) -> dict[int, str]:
-        """Process id -> command of those that DVC says are at work on the same files."""
+        """Process id -> command of the processes that, according to DVC, use the same files."""
         return {int(pid): cmd for pid, cmd in _BLOCKERS.findall("\n".join(self.output))}
 
     @property
     def who_blocks(self) -> str:
-        """The same in words; empty if there is none."""
+        """The blocking processes in words; empty if there are none."""
         return ", ".join(f"process {pid} ({cmd})" for pid, cmd in self.blockers.items())
 
 
@@ -120,13 +121,13 @@ class Processes:
 
     def __init__(self) -> None:
         self.stopped_by = 0
-        """The signal that ended the run, if one did."""
+        """The signal that stopped the run, if any."""
         self.stopping = threading.Event()
         self._running: set[subprocess.Popen[str]] = set()
 
     def stop(self, number: int) -> None:
-        """Let the running stages save their state; a second call, or patience at its end, kills
-        them."""
+        """Ask the running stages to save their state and stop; a second call or the time limit
+        kills them."""
         running = list(self._running)
         if self.stopped_by:
             for process in running:
@@ -167,22 +168,22 @@ class Processes:
         made: bool = False,
         seconds: float | None = None,
     ) -> Ended:
-        """`dvc repro` of stages whose upstream is in place; its word is not taken for the outcome.
+        """Run `dvc repro` for stages whose upstream is up to date, and verify the outcome.
 
-        What it restores is compared with `dvc.lock`; what is damaged is removed from the cache and
-        restored from the remote or made again. What its cache has not got in the end is a failure.
-        After a failure the outputs are as before, unless they are made and only the cache lacks
-        them.
+        Restored outputs are compared with `dvc.lock`; damaged ones are removed from the cache and
+        restored from the remote or made again. It is a failure if the cache lacks an output at the
+        end. After a failure the previous outputs are put back, unless the new ones are complete
+        and only missing from the cache.
 
         Args:
-            dag: of a checkout of the project.
-            names: of the stages.
-            show: hears the events of the stage.
-            say: hears each line of the output, and whether the command of a stage has begun.
-            warn: hears what else there is to tell.
-            environment: variables beside this process's own.
+            dag: the DAG of a checkout of the project.
+            names: the names of the stages.
+            show: called with the events of the stage.
+            say: called with each line of output, and whether a stage's command has started.
+            warn: called with warnings.
+            environment: variables added to those of this process.
             force: execute the stages even if nothing changed.
-            made: their outputs are in place, DVC only takes them into its cache (`dvc commit`).
+            made: the outputs are complete, DVC only adds them to its cache (`dvc commit`).
             seconds: the time limit.
 
         Raises:
@@ -191,9 +192,9 @@ class Processes:
         """
         addresses = [dag.stages[name].address for name in names]
         commit, again = ["commit", "--force"], ["repro", "--single-item"]
-        pull = ["--pull"] if has_remote(dag.root) else []  # also what only its run cache knows of
+        pull = ["--pull"] if has_remote(dag.root) else []  # for its run cache, too
         first = commit if made else [*again, *(["--force"] if force else []), *pull]
-        # a damaged copy of the remote would come back, so the last time it is not asked
+        # the last attempt does not use the remote, whose copy may be damaged
         ways = [first, [*again, *pull], again]
         for name in names:
             _verdict_file(dag.root, name).unlink(missing_ok=True)
@@ -231,7 +232,7 @@ class Processes:
     def _dvc_or_as_before(
         self, dag: Dag, names: Sequence[str], arguments: Sequence[str], done: Ended, *hears: Any
     ) -> None:
-        """`_dvc`; where it fails the outputs are as they were."""
+        """Call `_dvc`; if it fails, put the previous outputs back."""
         with scratch(dag.root) as folder:
             earlier = Earlier(dag, names, folder)
             try:
@@ -252,7 +253,7 @@ class Processes:
         environment: Mapping[str, str] | None,
         seconds: float | None,
     ) -> None:
-        """A DVC command; how it ended is added to `done`."""
+        """Run a DVC command; its outcome is appended to `done`."""
         with scratch(root) as folder:
             events = folder / "events.jsonl"
             variables = {
@@ -260,12 +261,12 @@ class Processes:
                 **(environment or {}),
                 EVENTS_VARIABLE: str(events),
                 "PYTHONUNBUFFERED": "1",
-                # dvc.yaml says `python`, and that is the one that runs here
+                # makes `python` in dvc.yaml the running interpreter
                 "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
             }
             command = [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments]
             with (
-                # The stage holds the other end of stdin too: its end says that we are gone.
+                # The stage inherits this stdin: when the pipe closes, we are gone.
                 self._started(
                     root, command, env=variables, stdin=subprocess.PIPE, stderr=subprocess.STDOUT
                 ) as process,
@@ -289,7 +290,7 @@ class Processes:
     def _started(
         self, root: Path, command: Sequence[str], **options: Any
     ) -> Iterator[subprocess.Popen[str]]:
-        """A process that is stopped with the others; an error within the block ends it."""
+        """Start a process that is stopped with the others; an error in the block terminates it."""
         process = subprocess.Popen(
             command,
             cwd=root,
@@ -297,24 +298,24 @@ class Processes:
             text=True,
             encoding="utf-8",
             errors="replace",
-            start_new_session=True,  # Ctrl-C comes to us, and we pass it on
+            start_new_session=True,  # we receive Ctrl-C and pass it on
             **options,
         )
         self._running.add(process)
         try:
-            if self.stopped_by:  # the signal came between the last look and now
+            if self.stopped_by:  # the signal arrived since the last check
                 _signal(process, signal.SIGINT)
             yield process
-        except BaseException:  # of a listener, as when its pipe is closed: nobody reads on
+        except BaseException:  # of a callback, such as a closed pipe: nothing reads the output
             _end(process)
             raise
         finally:
             self._running.discard(process)
 
     def _wait_for_others(self, root: Path, done: Ended, warn: Callable[[str], None]) -> bool:
-        """Wait for the processes that DVC says are at work on the same files; whether they ended.
+        """Wait for the processes that, according to DVC, use the same files; whether they ended.
 
-        False where it names none, or this run is stopped meanwhile.
+        False if DVC names none, or if this run is stopped in the meantime.
         """
         if mend_rwlock(root):
             return True
@@ -326,7 +327,7 @@ class Processes:
         return bool(done.blockers)
 
     def run(self, root: Path, command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-        """A command that is stopped with the stages: its exit code and what it printed."""
+        """Run a command that is stopped with the stages; return its exit code and output."""
         with self._started(
             root, command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE
         ) as process:
@@ -335,9 +336,9 @@ class Processes:
 
 
 def failure(root: Path, names: Sequence[str], done: Ended) -> StageError:
-    """Why stages failed: their own words if they left any, else DVC's.
+    """Why stages failed: the stage's error message if there is one, otherwise DVC's.
 
-    A stage that never began, as another process was running it, leaves them in its output only.
+    If a stage did not start because another process was running it, only its output has a message.
     """
     for name in names:
         with contextlib.suppress(OSError, ValueError, KeyError):
@@ -362,13 +363,13 @@ def failure(root: Path, names: Sequence[str], done: Ended) -> StageError:
 
 
 def _only_not_kept(dag: Dag, names: Sequence[str], done: Ended) -> bool:
-    """Whether stages are made and DVC's cache only could not take them in."""
+    """Whether the outputs are complete and DVC only failed to cache them."""
     outputs = (dag.root / path for name in names for path in dag.stages[name].outputs)
     return failure(dag.root, names, done).kind == "cache" and all(map(Path.exists, outputs))
 
 
 def _verdict_file(root: Path, name: str) -> Path:
-    """Where a stage that failed leaves its exit code and its one line: DVC passes neither on."""
+    """The file for a failed stage's exit code and error line, as DVC passes on neither."""
     return root / ".pipeline" / "exit" / f"{name}.json"
 
 
@@ -379,7 +380,7 @@ def _signal(process: subprocess.Popen[str], number: int) -> None:
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """Stop DVC and the stage under it; kill them when that is not heard."""
+    """Stop DVC and the stage under it; kill them if they do not end in time."""
     _signal(process, signal.SIGINT)
     try:
         process.wait(STOP_SECONDS)
@@ -390,7 +391,7 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 @contextlib.contextmanager
 def _limited(process: subprocess.Popen[str], seconds: float | None, done: Ended) -> Iterator[None]:
-    """Stop the process, as Ctrl-C does, when its time is over; kill it when that is not heard."""
+    """Interrupt the process at its time limit, as Ctrl-C does; kill it if it does not end."""
 
     def stop() -> None:
         done.timed_out = True

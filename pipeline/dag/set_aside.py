@@ -1,7 +1,7 @@
-"""What a stage made before, kept until it has made it anew: DVC removes it before the stage runs.
+"""Keeps a stage's previous outputs, which DVC removes before the stage runs, until it succeeds.
 
-Every output is set aside by hard links, which take no room, and put back if the stage fails. DVC's
-cache would not do: what lies there may be gone, and an output may have been edited since.
+Outputs are set aside as hard links, which take no space, and put back if the stage fails. DVC's
+cache is not enough: objects may be missing there, or an output may have been edited since.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class Earlier:
 
     Args:
         dag: the project.
-        names: of the stages.
-        folder: an empty one to set them aside in.
+        names: the names of the stages.
+        folder: an empty folder for the copies.
 
     Raises:
         RunError: they cannot be set aside.
@@ -45,12 +45,12 @@ class Earlier:
             self._recorded = dag.recorded_outputs(names)
 
     def put_back(self, replacing: bool) -> bool:
-        """After a failure: let the outputs be as they were; whether that changed any.
+        """After a failure, put the previous outputs back; whether that changed any.
 
-        Those of a stage that another process is making, or has made meanwhile, are left alone.
+        Outputs that another process is writing, or has written since, are left alone.
 
         Args:
-            replacing: also instead of what is there; else only what is missing comes back.
+            replacing: replace existing outputs; otherwise only missing ones are put back.
         """
         changed = False
         with contextlib.suppress(BlockingIOError), self._dag.unwritten(self._names):

@@ -1,4 +1,4 @@
 """The project on disk: `params.yaml` and its sections, the table of stages, git, locks, folders.
 
-Imports no other wing of the pipeline.
+It imports no other package of the pipeline.
 """

@@ -1,7 +1,7 @@
-"""Locks that die with their process: one process a stage, one a resume state.
+"""Locks that end with their process: one per stage, one per resume state.
 
-Whoever writes or removes what a stage makes holds the stage's lock. The system keeps the locks, so
-that none outlives its process.
+A process holds the stage's lock while it writes or removes the stage's outputs. These are locks of
+the operating system, so none outlives its process.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pipeline.project.folders import shared_folder
 
 
 class BusyError(InputError):
-    """Another process is at the same work: it can be done when that one has ended."""
+    """Another process is doing the same work; a retry can succeed once it has ended."""
 
 
 def stage_lock(root: Path, stage: str) -> contextlib.AbstractContextManager[None]:
@@ -38,17 +38,17 @@ def state_lock(root: Path, stage: str, state: Path) -> contextlib.AbstractContex
 def locked(root: Path, name: str, stage: str, what: str) -> Iterator[None]:
     """Hold a lock, and note beside it which process does.
 
-    The system keeps the lock: it is free again when this process is gone, however it went.
+    The operating system releases the lock when this process ends, even if it is killed.
 
     Args:
         root: the project.
-        name: of the lock.
-        stage: whose work it is, in an error.
-        what: another process does, in an error.
+        name: the name of the lock.
+        stage: the stage's name in error messages.
+        what: what the other process is doing, in error messages.
 
     Raises:
-        BusyError: another process holds it; at once, without waiting.
-        InputError: it cannot be taken.
+        BusyError: another process holds the lock; raised at once, without waiting.
+        InputError: the lock cannot be taken.
     """
     path = root / ".pipeline" / "locks" / f"{name}.lock"
     note = path.with_suffix(".pid")
@@ -64,7 +64,7 @@ def locked(root: Path, name: str, stage: str, what: str) -> Iterator[None]:
             "make the folder writable"
         ) from None
     try:
-        with contextlib.suppress(OSError):  # it only serves a better message
+        with contextlib.suppress(OSError):  # only improves the error message
             note.write_text(f"{os.getpid()}\n")
         yield
     finally:
@@ -72,7 +72,7 @@ def locked(root: Path, name: str, stage: str, what: str) -> Iterator[None]:
 
 
 def _holder(note: Path) -> str:
-    """Who holds a lock, as far as the note can be read."""
+    """The holder of a lock, if the note can be read."""
     with contextlib.suppress(OSError, ValueError, OverflowError):
         pid = int(note.read_text())
         if psutil.pid_exists(pid):

@@ -1,7 +1,7 @@
-"""Other values in the place of some of `params.yaml`: an ablation's rows, a sweep's points.
+"""Overrides of values in `params.yaml`, for the rows of an ablation and the points of a sweep.
 
 A value is named by its path (`finetune_classifier.train.learning_rate`). None removes it, so that
-the default holds.
+the default applies.
 """
 
 from __future__ import annotations
@@ -33,29 +33,29 @@ def set_value(section: Any, path: str, value: Any) -> None:
 
 
 def params_with(base: Any, values: Mapping[str, Any]) -> Params:
-    """The parameters under other values, checked as `params.yaml` is.
+    """The parameters with overrides, validated like `params.yaml`.
 
     Args:
         base: what `params.yaml` holds.
         values: path -> value.
 
     Raises:
-        InputError: a path leads nowhere, or a value is impossible.
+        InputError: a path does not exist, or a value is invalid.
     """
     changed = copy.deepcopy(base)
     for path, value in values.items():
         try:
             set_value(changed, path, value)
-        except (AttributeError, TypeError):  # below something that is no section
+        except (AttributeError, TypeError):  # the parent is not a section
             raise InputError(f"{path} is no parameter of {PARAMS_FILE}") from None
     return check_params(changed)
 
 
 def text_with(params: bytes, values: Mapping[str, Any]) -> bytes:
-    """The bytes of a `params.yaml` under other values; its comments stay.
+    """The bytes of a `params.yaml` with overrides; its comments are kept.
 
     Raises:
-        InputError: a value stands under an anchor, so that others would change with it.
+        InputError: a value is below an anchor, so that changing it would change others.
     """
     yaml, changed = YAML(), io.BytesIO()
     content = yaml.load(params)
@@ -75,7 +75,7 @@ def text_with(params: bytes, values: Mapping[str, Any]) -> bytes:
 
 
 def is_kept(root: Path) -> bool:
-    """Whether the last commit or a preset has the same `params.yaml`: it can be written over."""
+    """Whether the last commit or a preset has the same `params.yaml`, so it may be overwritten."""
     now = (root / PARAMS_FILE).read_bytes()
     if now in map(Path.read_bytes, preset_files(root).values()):
         return True
@@ -87,6 +87,6 @@ def is_kept(root: Path) -> bool:
 
 
 def write_params(root: Path, params: bytes) -> None:
-    """Put `params.yaml` in place, whole or not at all."""
+    """Write `params.yaml` atomically."""
     with whole_file(root / PARAMS_FILE) as partial:
         partial.write_bytes(params)

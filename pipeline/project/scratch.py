@@ -1,8 +1,8 @@
-"""Scratch folders that last as long as their process.
+"""Scratch folders that exist as long as their process.
 
-Each lies under `.pipeline/tmp`, a lock beside it, which the system frees when the process is gone,
-however it went: whoever finds one free cleans up. Folders of other machines, which may share the
-disk, are left alone.
+Each lies under `.pipeline/tmp` beside a lock that the system releases when the process ends, even
+if it is killed. A process that finds a free lock removes the folder. Folders of other machines,
+which may share the disk, are left alone.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ def _place(root: Path) -> Path:
 
 @contextlib.contextmanager
 def scratch(root: Path) -> Iterator[Path]:
-    """A new folder that goes after the block; that of a killed process is then `abandoned`."""
+    """A new folder, removed after the block; if the process is killed, it becomes `abandoned`."""
     place = _place(root)
     place.mkdir(parents=True, exist_ok=True)
     folder = place / uuid.uuid4().hex
     lock = folder.with_suffix(".lock")
-    with FileLock(lock):  # before the folder is there: one that is not locked is nobody's
+    with FileLock(lock):  # lock first: a folder without a lock counts as abandoned
         folder.mkdir()
         try:
             yield folder
@@ -41,7 +41,7 @@ def scratch(root: Path) -> Iterator[Path]:
 
 
 def abandoned(root: Path) -> Iterator[Path]:
-    """Folders of killed processes, each locked while it is looked at."""
+    """The folders of killed processes; each is locked while the caller handles it."""
     for folder in sorted(_place(root).glob("*/")):
         lock = FileLock(folder.with_suffix(".lock"))
         with contextlib.suppress(Timeout, OSError), lock.acquire(blocking=False):

@@ -27,14 +27,14 @@ class TrackingParams:
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid"))
 class PromotionParams:
-    """The rule: by which score a model is compared, and how much better it must be."""
+    """The promotion rule: the score that is compared, and the required improvement."""
 
     classifier: Literal["accuracy", "f1_macro"] = "accuracy"
     assistant: Literal["loss", "rouge_l", "chrf"] = "loss"
     at_least: Annotated[float, Field(ge=0)] = 0.0
     """The difference to the champion must be larger than this, in the score's unit."""
     sure: bool = True
-    """The whole interval of the difference must be, not the difference alone."""
+    """Require this of the whole confidence interval of the difference."""
     level: Annotated[float, Field(gt=0, lt=1)] = 0.95
     resamples: Annotated[int, Field(gt=0, le=1_000_000)] = 2000
     seed: Seed = 123
@@ -56,11 +56,11 @@ class EndpointParams:
     key_env: str | None = None
     """Names the environment variable that holds the key; without it none is sent."""
     concurrency: Annotated[int, Field(gt=0, le=64)] = 4
-    """So many requests are under way at once."""
+    """The number of concurrent requests."""
     timeout: Annotated[float, Field(gt=0, le=86_400)] = 60
     """Seconds for one request, from its connection to the last byte of its answer."""
     retries: Annotated[int, Field(ge=0, le=20)] = 3
-    """So often a request is repeated when the connection fails or the server is busy."""
+    """How many times a request is retried if the connection fails or the server is busy."""
 
     def __post_init__(self) -> None:
         import httpx
@@ -99,11 +99,11 @@ class FlowParams:
     """How often a stage is tried, and how long it may take. No output depends on it."""
 
     retries: Annotated[int, Field(ge=0, le=100)] = 3
-    """So often a stage is tried again after a fault that may pass: of the network, or a process
-    that was killed, whose training goes on from its last state. Bad input never is."""
+    """How many times a stage is retried after a temporary fault: a network error, or a killed
+    process, whose training resumes from its last state. Invalid input is never retried."""
     wait: Annotated[float, Field(ge=0, le=86_400)] = 10.0
-    """Seconds before the first of these; they double."""
+    """Seconds before the first retry; doubled for each further one."""
     time_limits: Mapping[str, Annotated[float, Field(gt=0, le=1_000_000)]] = field(
         default_factory=dict
     )
-    """Minutes a stage may run, by its name; it is then stopped, and its state kept."""
+    """Time limits in minutes, by stage name; a stage stopped at its limit keeps its state."""

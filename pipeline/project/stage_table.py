@@ -1,6 +1,6 @@
-"""The table of stages: what each one is called with, reads, writes and is.
+"""The table of stages: their functions, inputs, outputs and properties.
 
-What the rest of the pipeline knows of a stage stands here: docs/extending.md adds one.
+Everything that the pipeline knows about a stage is defined here; docs/extending.md adds a stage.
 """
 
 from __future__ import annotations
