@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from bench.__main__ import NAMES, main
 from bench.gpt import ablation
 from bench.gpt.naive import naive_copy
-from bench.gpt.training import Shape, flops_per_token, our_job
+from bench.gpt.training import Shape, our_job
 from bench.harness import Comparison, Peak, Settings, alternate, compare_in_workers
 from bench.stages import classification
 from bench.stages.classification import NaiveRun
@@ -358,11 +358,6 @@ def test_a_whole_naive_run_is_counted_as_it_is_done(monkeypatch):
 def test_a_whole_naive_run_is_a_sum_of_its_steps_and_evaluated_batches():
     timed = {"steps": 10, "step_seconds": 2, "evaluated_batches": 7.5, "batch_seconds": 4}
     assert classification._whole(timed) == 50
-
-
-def test_the_operations_of_a_step_are_those_of_its_parameters_and_of_attention():
-    model = GPT(TINY)
-    assert flops_per_token(TINY, 16) == 6 * (model.n_params - 16 * 16) + 12 * 2 * 16 * 16
 
 
 # --- the command line -----------------------------------------------------------------------------
