@@ -1,10 +1,16 @@
-"""Tensors in files; safetensors files are read one tensor at a time."""
+"""Tensors in files, and safetensors files read and written, one tensor at a time.
+
+The layout of safetensors: eight bytes with the length of the header, the header as JSON, padded
+with spaces to a multiple of eight bytes, and the bytes of the tensors, little-endian and without
+gaps (https://huggingface.co/docs/safetensors).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +23,9 @@ from gpt.base.errors import InputError
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """The types that weights may have."""
-_DTYPES = dict(zip(("F64", "F32", "BF16", "F16"), FLOATS, strict=True))
+_NAMES = dict(zip(FLOATS, ("F64", "F32", "BF16", "F16"), strict=True))  # the widest first
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+_WRITTEN_BYTES = 1 << 20  # at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +68,40 @@ class FileTensor:
                 f"{self.path}: {self.name} holds {self.dtype}, not floating-point weights; "
                 "get the unquantized file"
             )
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write tensors to a file, the same bytes as `safetensors.torch.save_file`.
+
+    The library needs all tensors contiguous and on the CPU at once, which for transposed matrices
+    is a second copy of the model. Here rows are copied as they are written.
+
+    Args:
+        path: the file, which is not complete before this returns.
+        tensors: floating-point ones by name, on any device; views of any kind.
+        metadata: texts for the header.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    ordered = sorted(tensors.items(), key=lambda each: (FLOATS.index(each[1].dtype), each[0]))
+    end = 0
+    for name, tensor in ordered:
+        start, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in ordered:
+            whole = tensor.detach().reshape(tensor.shape or (1,))
+            rows = 1 + _WRITTEN_BYTES // max(1, whole[:1].nbytes)
+            for part in whole.split(rows) if whole.numel() else ():
+                file.write(part.cpu().contiguous().view(torch.uint8).numpy().data)
 
 
 def tensors_in_safetensors(path: Path) -> dict[str, FileTensor]:

@@ -18,7 +18,6 @@ from typing import Any, get_args
 
 import torch
 from pydantic import TypeAdapter, ValidationError
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -26,7 +25,7 @@ from gpt.base.errors import InputError, shown
 from gpt.base.files import read_json, whole_directory, write_json
 from gpt.model.config import GPTConfig
 from gpt.model.model import GPT, INIT_STD, LAYER_NORM_EPS, GPTClassifier, Pooling
-from gpt.model.tensor_files import FileTensor, tensors_in_safetensors
+from gpt.model.tensor_files import FileTensor, tensors_in_safetensors, write_safetensors
 from gpt.tokens.tokenizer import Tokenizer, load_tokenizer
 
 _PREFIX = "transformer."
@@ -94,9 +93,8 @@ def save_model(
         )
     with whole_directory(directory) as partial:
         weights, config_file = partial / "model.safetensors", partial / "config.json"
-        save_file(dict(_to_file(model)), weights, {"format": "pt"})
+        write_safetensors(weights, dict(_to_file(model)), {"format": "pt"})
         write_json(config_file, _config_json(model, tokenizer.eot))
-        weights.chmod(config_file.stat().st_mode)  # the library's mode is private to the owner
         if isinstance(model, GPT):
             write_json(
                 partial / "generation_config.json",
@@ -529,8 +527,8 @@ def _assign(model: torch.nn.Module, name: str, value: Tensor) -> None:
 def _to_file(model: GPT | GPTClassifier) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in model.state_dict().items():
         target = name if name in _HEADS else _PREFIX + name
-        yield target, (tensor.t() if is_conv1d(name) else tensor).cpu().contiguous()
-    if not model.config.qkv_bias:  # the layout requires one: zeros have no effect
+        yield target, tensor.t() if is_conv1d(name) else tensor
+    if not model.config.qkv_bias:  # the layout has no place without one: zeros change nothing
         for layer in range(model.config.n_layer):
             yield (
                 f"{_PREFIX}h.{layer}.attn.c_attn.bias",

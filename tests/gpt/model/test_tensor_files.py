@@ -7,10 +7,31 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gpt.model.model import GPTClassifier
+from gpt.model.tensor_files import write_safetensors
 from gpt.model.weights import save_model
 from gpt.tokens.tokenizer import byte_tokenizer
 
 FORMAT = {"format": "pt"}
+
+
+def test_any_tensors_give_the_bytes_of_the_library(tmp_path):
+    """Its order is by type and name; what is a view here is contiguous there."""
+    torch.manual_seed(0)
+    tensors = {
+        "z": torch.randn(3, 5),
+        "a.turned": torch.randn(700, 500).t(),
+        "half": torch.randn(7).half(),
+        "bf": torch.randn(4, 3, 2).bfloat16().transpose(0, 2),
+        "double": torch.randn(2, 2).double(),
+        "one": torch.tensor(3.5),
+        "repeated": torch.zeros(1).expand(300, 2000),
+        "none": torch.zeros(0, 4),
+        'öde "quoted" \\ name': torch.randn(1),
+    }
+    write_safetensors(tmp_path / "ours", tensors, FORMAT)
+    packed = {k: v.clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
+    save_file(packed, tmp_path / "theirs", FORMAT)
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
