@@ -16,6 +16,7 @@ from typing import Any
 from gpt.base.errors import InputError
 
 _LONGEST_JSON = 16 << 20
+_MANY = 200  # files of a directory, above which the system writes all at once
 
 
 def sync_directory(path: Path) -> None:
@@ -80,8 +81,11 @@ def whole_directory(path: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        for file in partial.rglob("*"):
-            if file.is_file():
+        files = [file for file in partial.rglob("*") if file.is_file()]
+        if len(files) > _MANY and hasattr(os, "sync"):
+            os.sync()  # all that the system has to write: much faster than so many files in turn
+        else:
+            for file in files:
                 sync_file(file)
         if path.exists():
             path.replace(replaced)

@@ -338,14 +338,17 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _json_list(path: Path) -> Iterator[tuple[int, Any]]:
+    content = bytearray()
     with _open_text(path) as file:
-        content = file.read(LONGEST_LIST + 1)
+        # block by block: a read of so many bytes takes the memory for all of them at once
+        while len(content) <= LONGEST_LIST and (block := file.read(_BLOCK)):
+            content += block
     if len(content) > LONGEST_LIST:
         raise InputError(
             f"{path}: longer than {LONGEST_LIST >> 20} MiB, too long for one list; write a record "
             "a line (jsonl)"
         )
-    text = _Decoder(path).decode(content, True)
+    text = _Decoder(path).decode(bytes(content), True)
     if not text.lstrip().startswith("["):
         raise InputError(
             f"{path}: not a JSON list; put the records between [ and ], or, if it has a record a "

@@ -327,9 +327,9 @@ def test_a_conversations_last_answer_is_the_one_that_counts(tmp_path, make_base,
 @pytest.mark.parametrize(
     ("answers", "complaint"),
     [
-        ({"chosen": "a"}, "record 2: field 'rejected' is missing beside 'chosen'; give both "),
-        ({"rejected": "a"}, "record 2: field 'chosen' is missing beside 'rejected'; give both "),
-        ({"chosen": "a", "rejected": None}, "record 2: field 'rejected' is missing beside"),
+        ({"chosen": "a"}, "record 2: rejected: missing; give both "),
+        ({"rejected": "a"}, "record 2: chosen: missing; give both "),
+        ({"chosen": "a", "rejected": None}, "record 2: rejected: "),
         ({"chosen": " ", "rejected": "b"}, "record 2: field 'chosen' is not a text with"),
         ({"chosen": "a", "rejected": 1}, "record 2: field 'rejected' is not a text with"),
         ({"chosen": "\ud800", "rejected": "b"}, "record 2: field 'chosen' is not a text with"),

@@ -85,7 +85,8 @@ def tiny(tmp_path_factory):
     config = GPTConfig(vocab_size=257, context_length=256, n_layer=2, n_head=2, n_embd=32)
     save_model(GPT(config), root / "models/pretrain", tokenizer=byte_tokenizer())
     split = {"train": 0.6, "validation": 0.2, "seed": 3}
-    extra = {**TEMPLATES["phi3"].files, "training.json": {"base": "pretrain", "split": split}}
+    training = {"base": "pretrain", "split": split, "max_length": 256}
+    extra = {**TEMPLATES["phi3"].files, "training.json": training}
     save_model(GPT(config), root / "models/assistant", tokenizer=byte_tokenizer(), extra=extra)
     for file in ("dvc.yaml", "optional/dvc.yaml", ".dvcignore"):
         (root / file).parent.mkdir(exist_ok=True)

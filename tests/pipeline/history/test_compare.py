@@ -81,7 +81,7 @@ def ran(root, stage, params=None, *, inputs=None, outputs=None, metrics=None, se
         for name, text in more["tables"].items():
             (root / "tables").mkdir(exist_ok=True)
             (root / "tables" / f"{name}.csv").write_text(text)
-        run.add_tables(root / "tables")
+        run.add_file(root / "tables", "predictions")
     outputs = dict(outputs or {})
     if more.get("model"):
         directory = root / "models" / {"base": "pretrain"}.get(more["model"], more["model"])

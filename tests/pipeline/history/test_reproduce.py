@@ -207,7 +207,7 @@ def test_nothing_is_left_of_one_that_is_stopped_and_two_of_the_same_do_not_meet(
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    with pytest.raises(InputError, match="another process makes it again"):
+    with pytest.raises(InputError, match="makes it again right now"):
         reproduce(project.root, f"assistant/{SLOW}")
     process.send_signal(number)
     _, errors = process.communicate(timeout=120)
