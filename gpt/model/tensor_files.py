@@ -100,7 +100,7 @@ def write_safetensors(
         for _, tensor in ordered:
             whole = tensor.detach().reshape(tensor.shape or (1,))
             rows = 1 + _WRITTEN_BYTES // max(1, whole[:1].nbytes)
-            for part in whole.split(rows) if whole.numel() else ():
+            for part in torch.split(whole, rows) if whole.numel() else ():
                 file.write(part.cpu().contiguous().view(torch.uint8).numpy().data)
 
 

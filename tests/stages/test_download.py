@@ -139,7 +139,7 @@ def test_importing_the_stage_brings_in_neither_torch_nor_network_tools():
         (
             "instructions.json",
             b'[{"instruction": "a", "input": "", "output": "b"}, {"instruction": "a"}]',
-            "record 2: input: missing",
+            "record 2: input: Field required",
         ),
     ],
 )

@@ -428,7 +428,7 @@ def test_records_that_are_cut_before_their_answer_are_told_of(tmp_path, base, ra
         (b"[{", "line 1: not valid JSON"),
         (
             b'[{"instruction": "a", "input": "", "output": "b"}, {"instruction": "a"}]',
-            "record 2: input: missing; a record has the texts",
+            "record 2: input: Field required; a record has the texts",
         ),
         (b"[]", r"the train part of 0 records is empty; add records or change finetune_instruct\."),
         (b'[{"instruction": "a", "input": "", "output": "\xff"}]', "byte 0xff is not UTF-8"),

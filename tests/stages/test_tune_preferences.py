@@ -327,12 +327,12 @@ def test_a_conversations_last_answer_is_the_one_that_counts(tmp_path, make_base,
 @pytest.mark.parametrize(
     ("answers", "complaint"),
     [
-        ({"chosen": "a"}, "record 2: rejected: missing; give both "),
-        ({"rejected": "a"}, "record 2: chosen: missing; give both "),
+        ({"chosen": "a"}, "record 2: rejected: Field required; give both "),
+        ({"rejected": "a"}, "record 2: chosen: Field required; give both "),
         ({"chosen": "a", "rejected": None}, "record 2: rejected: "),
-        ({"chosen": " ", "rejected": "b"}, "record 2: field 'chosen' is not a text with"),
-        ({"chosen": "a", "rejected": 1}, "record 2: field 'rejected' is not a text with"),
-        ({"chosen": "\ud800", "rejected": "b"}, "record 2: field 'chosen' is not a text with"),
+        ({"chosen": " ", "rejected": "b"}, "record 2: chosen: empty; fill it in"),
+        ({"chosen": "a", "rejected": 1}, "record 2: rejected: Input should be a valid string"),
+        ({"chosen": "\ud800", "rejected": "b"}, "record 2: chosen: Input should be a valid string"),
     ],
     ids=["one", "the other", "null", "blank", "number", "half a character"],
 )
