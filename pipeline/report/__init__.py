@@ -1,4 +1,4 @@
-"""A run told to a person: the page, the model card, the terminal's summary, the status.
+"""Reports for users: the page, the model card, the terminal's summary, the status.
 
-Imports `verdict`, `data` and what is below them.
+Imports `verdict`, `data` and the packages below them.
 """

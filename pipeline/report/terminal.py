@@ -67,7 +67,7 @@ def print_report(root: Path, console: Console | None = None, *, always: bool = T
         summary = fill(REPORT_TEMPLATES / "summary.md", **values(facts))
         if refused := _keep_in_mlflow(root, facts):
             console.print(refused, style="yellow", soft_wrap=True)
-        if not facts.tracking and not refused:  # otherwise MLflow is asked again the next time
+        if not facts.tracking and not refused:  # otherwise the next call tries MLflow again
             write_json(root / _LAST_SUMMARY, {"made_from": made_from, "summary": summary})
     print_markdown(console, summary)
 
@@ -95,7 +95,7 @@ def _last_summary(root: Path, made_from: str) -> str | None:
 
 
 def _keep_in_mlflow(root: Path, facts: Facts) -> str:
-    """Why MLflow did not take the report and the cards; empty if it did."""
+    """Log the report and the cards to MLflow; return the error, empty on success."""
     run_id = facts.runs["evaluate"].run_id if "evaluate" in facts.runs else None
     if run_id is None and not facts.versions:
         return ""  # the report says why

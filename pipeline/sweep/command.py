@@ -43,8 +43,8 @@ def run_sweep(
 ) -> int:
     """Bring every point of a sweep up to date and print what they came to, the best first.
 
-    Started again after an interruption it goes on: what was made is not made again, and MLflow's
-    runs are the same.
+    After an interruption the same command resumes the sweep: finished work is not repeated, and the
+    same MLflow runs are used.
 
     Args:
         root: the project.
@@ -57,7 +57,7 @@ def run_sweep(
         The exit code: 0, or that of the signal which stopped it.
 
     Raises:
-        InputError: the file, or what is asked for, cannot be; nothing has been done then.
+        InputError: the file or the request is invalid; nothing has been changed.
         RunError: points failed, or MLflow or Prefect cannot be reached.
     """
     from pipeline.flow.prefect_api import prefect_told, use_api
@@ -119,7 +119,7 @@ def _promotable(sweep: Sweep) -> str:
 
 
 def best_of(sweep: Sweep, outcomes: Sequence[Outcome]) -> Outcome | None:
-    """The best point; None if there is none. Of equal ones the first."""
+    """The best point, the first one in a tie; None if there is none."""
     return next((each for each in _sorted(sweep, outcomes) if each.value is not None), None)
 
 

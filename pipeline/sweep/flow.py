@@ -56,7 +56,7 @@ class Snapshot:
 
     Args:
         root: the project.
-        folder: where the workspaces are made; whatever lies there goes.
+        folder: where the workspaces are created; existing content is removed.
 
     Raises:
         InputError: the project is no git repository with a commit.
@@ -80,7 +80,7 @@ class Snapshot:
         self.key = hashlib.sha256(whole.encode()).hexdigest()
 
     def remove(self) -> None:
-        """Take away what lies in the folder: workspaces of a sweep that was killed, too."""
+        """Remove the content of the folder, including workspaces of a killed sweep."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
     @contextlib.contextmanager
@@ -139,9 +139,9 @@ def run_points(
     Args:
         sweep: what is swept.
         snapshot: what the points begin from.
-        runs: hears what they come to.
-        display: shows what goes on.
-        jobs: so many points are worked at together.
+        runs: receives the outcomes.
+        display: shows the progress.
+        jobs: how many points run at the same time.
 
     Returns:
         An outcome each, in the order in which they were proposed, and the signal that ended the
@@ -229,7 +229,7 @@ def _task_of(state: _FlowState, point: Point) -> Any:
 
 
 def _run_point(state: _FlowState, outcome: Outcome) -> None:
-    """Bring a point up to date and fill in what it came to."""
+    """Bring a point up to date and fill in its outcome."""
     point, runs, sweep = outcome.point, state.runs, state.sweep
     child = runs.begin(point)
     try:
