@@ -1,4 +1,4 @@
-"""Git, asked in a process of its own; nothing of the caller's own git settings reaches it."""
+"""Runs git commands, without git variables from the caller's environment."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gpt.base.errors import InputError, RunError
 
 
 def git(folder: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> str:
-    """What a git command says.
+    """The output of a git command.
 
     Raises:
         RunError: git is not there, or fails.
@@ -30,7 +30,7 @@ def git_output(
     Raises:
         RunError: git is not there, or fails.
     """
-    # a hook of git that starts us says by variables which repository is its own
+    # a git hook that starts us sets variables that name its repository
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     with tempfile.TemporaryFile() as errors:
         try:
@@ -82,7 +82,7 @@ def commit_of_path(project: Path, path: str) -> str:
 
 
 def is_changed(project: Path, path: str) -> bool:
-    """Whether what lies at a path is not what the last commit has there."""
+    """Whether the content of a path differs from the last commit."""
     try:
         return bool(git(project, "status", "--porcelain", "--", path))
     except RunError:

@@ -37,7 +37,7 @@ _PLACE = ("file", "folder", "glob", "urls", "member", "members")
 """The parameters of a source that say where it is."""
 
 _MOST_PROBLEMS = 5
-"""So many problems are named in one message."""
+"""The maximum number of problems listed in one message."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,7 +139,7 @@ def check_params(raw: Mapping[str, Any], file: str = PARAMS_FILE) -> Params:
         problems += found
     _refuse(file, problems)
     params = Params(**values)
-    checks = (_contexts, _missing_model, _leaks, _mixture)  # what no section can see alone
+    checks = (_contexts, _missing_model, _leaks, _mixture)  # checks across sections
     _refuse(file, [problem for check in checks for problem in check(params)])
     return params
 
@@ -203,7 +203,7 @@ def _refuse(file: str, problems: Sequence[str]) -> None:
 
 
 def _wrong_names(raw: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the sections' names."""
+    """Problems with the names of the sections."""
     problems = [_unknown(str(key), _SECTION_NAMES) for key in raw if key not in _SECTION_NAMES]
     if missing := [name for name in _REQUIRED if name not in raw]:
         problems.append(f"{', '.join(missing)}: missing; each stage has a section")

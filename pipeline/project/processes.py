@@ -63,7 +63,7 @@ def end_with_the_terminal() -> None:
     def hung_up(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         with contextlib.suppress(OSError):
-            nowhere = os.open(os.devnull, os.O_RDWR)  # what is said now would be an error
+            nowhere = os.open(os.devnull, os.O_RDWR)  # writing to the closed terminal would fail
             for each in terminals:
                 os.dup2(nowhere, each)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -73,7 +73,7 @@ def end_with_the_terminal() -> None:
 
 @contextlib.contextmanager
 def one_interrupt() -> Iterator[None]:
-    """Within the block the first SIGINT or SIGTERM raises KeyboardInterrupt; others do nothing."""
+    """Within the block the first SIGINT or SIGTERM raises KeyboardInterrupt; more are ignored."""
     numbers = (signal.SIGINT, signal.SIGTERM)
 
     def interrupt(number: int, frame: FrameType | None) -> None:

@@ -109,7 +109,7 @@ def _check_bounds(text: str) -> None:
 
 
 def _without_sharing(value: Any) -> Any:
-    """Each alias as a value of its own, so that a change of one changes no other."""
+    """Copy the value of each alias, so that changing one does not change the others."""
     if isinstance(value, dict):
         return {key: _without_sharing(each) for key, each in value.items()}
     if isinstance(value, list):
