@@ -123,13 +123,14 @@ def run(
 def _run_flow(root: Path, stages: list[str], force: bool, jobs: int) -> int:
     from pipeline.flow.prefect_api import prefect_told, use_api
     from pipeline.project.params import PARAMS_FILE, check_sections, check_stages, load_params
+    from pipeline.tracking.kept_before import unsent
     from pipeline.tracking.outbox import outboxes
 
     check_stages(stages)
     check_sections(root / PARAMS_FILE)
     os.chdir(root)
     server = use_api(root)
-    if outboxes(root):
+    if outboxes(root) or unsent(root):
         from pipeline.tracking.sender import send_quietly
 
         for each in send_quietly(root):

@@ -10,23 +10,42 @@ from urllib.parse import unquote, urlparse
 
 from filelock import FileLock, Timeout
 
+from gpt.base.errors import in_one_line
 from gpt.base.files import write_json
 from pipeline.project.folders import shared_folder
 from pipeline.tracking.database import database_uri, follow_move
-from pipeline.tracking.outbox import Outbox, place_of
+from pipeline.tracking.outbox import Outbox, held, place_of
 from pipeline.tracking.run_notes import notes_of
 
 _OF_THE_END = ("output.", "error", "machine.threads", "mlflow.note.content")
 """Tags that are set when a run ends."""
 
 
-def adopt(root: Path) -> None:
-    """Convert the runs in `.pipeline/unsent`, except those that a process is still writing."""
-    for about in (shared_folder(root) / ".pipeline" / "unsent").glob("*/unsent.json"):
-        with contextlib.suppress(Timeout), FileLock(about.with_name("lock"), blocking=False):
-            _convert(root, about)
-            about.unlink()
-            shutil.rmtree(about.parent)
+def unsent(root: Path) -> list[Path]:
+    """The notes of the runs in `.pipeline/unsent`."""
+    return list((shared_folder(root) / ".pipeline" / "unsent").glob("*/unsent.json"))
+
+
+def adopt(root: Path) -> list[str]:
+    """Convert the runs in `.pipeline/unsent`, except those that a process is still writing.
+
+    Returns:
+        A line for each that cannot be read; it is kept.
+    """
+    failed = []
+    for about in unsent(root):
+        lock = FileLock(about.with_name("lock"), blocking=False)
+        try:
+            with contextlib.suppress(Timeout), lock, held(root, about.parent.name) as free:
+                if free:
+                    _convert(root, about)
+                    about.unlink()
+                    shutil.rmtree(about.parent)
+        except Exception as error:  # a database may be damaged in any way
+            if about.exists():  # otherwise another process converted it
+                reason = in_one_line(error)
+                failed.append(f".pipeline/unsent/{about.parent.name}: cannot be read ({reason})")
+    return failed
 
 
 def _convert(root: Path, about: Path) -> None:
@@ -61,7 +80,9 @@ def _convert(root: Path, about: Path) -> None:
         ],
         run_id=said["continues"] or "",
     )
-    shutil.copytree(_path(run.info.artifact_uri), outbox.files)
+    outbox.files.mkdir(parents=True)
+    if (artifacts := _path(run.info.artifact_uri)).exists():  # otherwise it had no file yet
+        shutil.copytree(artifacts, outbox.files, dirs_exist_ok=True)
     for file in outbox.files.iterdir():
         outbox.write("artifact", file.name)
     for key in run.data.metrics:
@@ -73,7 +94,7 @@ def _convert(root: Path, about: Path) -> None:
     for version in client.search_model_versions():
         model = client.get_logged_model(version.source.removeprefix("models:/"))
         shutil.copytree(_path(model.artifact_location), outbox.model)
-        outbox.write("model", version.name, version.tags["md5"], version.creation_timestamp)
+        outbox.write("model", version.name, version.tags["md5"], version.creation_timestamp, False)
     if run.info.status != "RUNNING":
         outbox.write("end", run.info.status, ends, run.info.end_time)
     outbox.save()

@@ -58,6 +58,11 @@ class Outbox:
         return self.folder.name
 
     @property
+    def project(self) -> Path:
+        """The project whose MLflow the run belongs to; `root` may be another checkout."""
+        return self.folder.parents[2]
+
+    @property
     def journal(self) -> Path:
         """The file of events, one per line, in order."""
         return self.folder / "journal.jsonl"
@@ -82,7 +87,7 @@ class Outbox:
 
     def write(self, event: str, *values: Any) -> None:
         """Append an event to the journal; from then on it survives the end of the process."""
-        line = json.dumps([event, *values]) + "\n"
+        line = f"\n{json.dumps([event, *values])}\n"  # not glued to a line that was cut off
         with self.journal.open("ab", buffering=0) as file:  # a single write keeps lines intact
             file.write(line.encode())
 
@@ -90,6 +95,15 @@ class Outbox:
         """Remove the outbox once everything is sent."""
         (self.folder / _ABOUT).unlink()  # first: what remains is no outbox
         shutil.rmtree(self.folder)
+
+
+def remove_leftovers(root: Path) -> None:
+    """Remove what killed processes left of outboxes: folders without `about.json`."""
+    for folder in (shared_folder(root) / FOLDER).glob("*"):
+        if folder.is_dir() and not (folder / _ABOUT).exists():
+            with held(root, folder.name) as free:
+                if free and not (folder / _ABOUT).exists():
+                    shutil.rmtree(folder)
 
 
 def place_of(root: Path, name: str) -> Path:

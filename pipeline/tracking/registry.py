@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -56,7 +55,14 @@ _EXAMPLE_PARAMS = {"max_new_tokens": 8}
 
 
 def publish(
-    client: MlflowClient, run_id: str, name: str, md5: str, folder: Path, when: int
+    client: MlflowClient,
+    run_id: str,
+    name: str,
+    md5: str,
+    folder: Path,
+    when: int,
+    *,
+    of_point: bool = False,
 ) -> ModelVersion:
     """Make a model the newest version of its registered model; move `candidate` there.
 
@@ -70,6 +76,7 @@ def publish(
         md5: the model directory's checksum as DVC computes it.
         folder: the model as written by `save_model`.
         when: the time at which the model was made, in milliseconds.
+        of_point: it was made by a point of a sweep, which leaves `candidate` where it is.
     """
     version = version_of(client, name, md5=md5)
     if version is None:
@@ -91,7 +98,7 @@ def publish(
     now = version_of(client, name, CANDIDATE)
     newest = existing_run(client, now.run_id) if now else None
     is_newest = newest is None or (newest.info.end_time or 0) <= when
-    if is_newest and POINT_VARIABLE not in os.environ:
+    if is_newest and not of_point:
         client.set_registered_model_alias(name, CANDIDATE, str(version.version))
     return version
 

@@ -41,7 +41,7 @@ from pipeline.tracking.keys import (
 )
 from pipeline.tracking.outbox import Outbox, held, place_of, read_outbox
 from pipeline.tracking.provenance import Provenance, git_state
-from pipeline.tracking.registry import save_model
+from pipeline.tracking.registry import POINT_VARIABLE, save_model
 from pipeline.tracking.sender import Sender
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ class StageRun:
                 folder=place_of(root, name),
                 root=root.resolve(),
                 stage=stage,
-                begun=int(time.time() * 1000),
+                begun=noted.get("begun", _now()),
                 description=description,
                 params=flatten(params),
                 tags=_tags(stage, made_of, inputs),
@@ -202,12 +202,13 @@ class StageRun:
         try:
             self._send()
         except RunError:
-            if self._sender.client is None and new:
+            if new and not self._sender.run_id:
                 outbox.remove()
             self._held.close()
             raise
         if state is not None:
-            write_json(state / "run.json", {"outbox": name, "resumed": resumed})
+            note = {"outbox": name, "resumed": resumed, "begun": outbox.begun}
+            write_json(state / "run.json", note)
         self._system = _SystemSampler(tracking_uri(root))
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="mlflow-writer", daemon=True)
@@ -298,7 +299,7 @@ class StageRun:
             RunError: MLflow refuses it.
         """
         save_model(name, directory, self._outbox.model)
-        self._outbox.write("model", name, md5, _now())
+        self._outbox.write("model", name, md5, _now(), POINT_VARIABLE in os.environ)
         self._send()
         return self._sender.version
 
@@ -321,6 +322,8 @@ class StageRun:
         Raises:
             RunError: MLflow refuses something.
         """
+        if read_outbox(self._outbox.project, self._outbox.name) is None:
+            return  # stopped after its end was sent
         self._stop.set()
         self._thread.join()
         tags = {key_of(f"output.{path}"): md5 for path, md5 in (outputs or {}).items()}
@@ -369,7 +372,8 @@ class StageRun:
             now = time.monotonic()
             # often at first, so that a short run has a curve; every 10 s in a long one
             if now - sampled >= min(10.0, (now - started) / 10):
-                self._sample(self._system.sample())
+                with contextlib.suppress(OSError):  # the disk is full, say
+                    self._sample(self._system.sample())
                 sampled = now
             with contextlib.suppress(Exception):  # `close` tries again and reports
                 self._send()

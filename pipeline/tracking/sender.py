@@ -7,6 +7,7 @@ and a model that is already registered gets no second version.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ from pipeline.tracking.connection import (
 )
 from pipeline.tracking.differences import number_and_changes
 from pipeline.tracking.kept_before import adopt
-from pipeline.tracking.outbox import Outbox, held, outboxes, read_outbox
+from pipeline.tracking.outbox import Outbox, held, outboxes, read_outbox, remove_leftovers
 from pipeline.tracking.registry import log_metrics, publish, show_on_model
 from pipeline.tracking.run_notes import notes_of
 
@@ -82,7 +83,7 @@ class Sender:
         Raises:
             RunError: MLflow does not answer, or refuses something. Sending can be repeated.
         """
-        root = self.outbox.root
+        root = self.outbox.project
         check_reachable(root)
         self.client = self.client or connect(root)
         try:
@@ -100,7 +101,7 @@ class Sender:
         if self.status == "RUNNING":
             self.status = "KILLED"
             end = self._last or self.outbox.begun
-            with named_failure(self.outbox.root, "did not take the end of a run"):
+            with named_failure(self.outbox.project, "did not take the end of a run"):
                 self.client.set_terminated(self.run_id, self.status, end)
         self._note()
         self.outbox.remove()
@@ -108,7 +109,7 @@ class Sender:
     @property
     def url(self) -> str:
         """The run's page; empty before MLflow has the run."""
-        return run_url(self.outbox.root, self.experiment_id, self.run_id) if self.run_id else ""
+        return run_url(self.outbox.project, self.experiment_id, self.run_id) if self.run_id else ""
 
     def _replay(self, client: MlflowClient) -> None:
         if not self._open:
@@ -119,7 +120,13 @@ class Sender:
         with self.outbox.journal.open("rb") as file:
             file.seek(self._sent)
             for line in file:
-                self._take(client, json.loads(line))
+                if not line.endswith(b"\n"):  # is being written, or was cut off
+                    break
+                event = None
+                with contextlib.suppress(ValueError):  # blank or damaged: skipped
+                    event = json.loads(line)
+                if event:
+                    self._take(client, event)
                 self._sent += len(line)
         self._send_metrics(client)
 
@@ -143,8 +150,10 @@ class Sender:
                 client.log_artifact(self.run_id, file, None if folder == "." else folder)
             case ["data_sets", data_sets]:
                 self._log_data_sets(client, data_sets)
-            case ["model", name, md5, when]:
-                version = publish(client, self.run_id, name, md5, self.outbox.model, when)
+            case ["model", name, md5, when, of_point]:
+                version = publish(
+                    client, self.run_id, name, md5, self.outbox.model, when, of_point=of_point
+                )
                 self.version = int(version.version)
                 # if an earlier run made the same bytes, the model belongs to that run
                 own = version.run_id == self.run_id
@@ -161,7 +170,7 @@ class Sender:
         from mlflow.entities import Param
 
         box = self.outbox
-        folder = artifact_folder(box.root, box.stage)
+        folder = artifact_folder(box.project, box.stage)
         self.experiment_id = experiment_of(client, box.stage, folder, box.description)
         run = self._find(client) or self._create(client)
         self.run_id, self.name = str(run.info.run_id), str(run.info.run_name)
@@ -175,8 +184,10 @@ class Sender:
         for start in range(0, len(params), _BATCH_PARAMS):
             client.log_batch(self.run_id, params=params[start : start + _BATCH_PARAMS])
         lineage = box.files / "lineage"
-        if lineage.exists() and not client.list_artifacts(self.run_id, lineage.name):
-            client.log_artifact(self.run_id, str(lineage))
+        sent = {Path(each.path).name for each in client.list_artifacts(self.run_id, lineage.name)}
+        for file in sorted(lineage.glob("*")):
+            if file.name not in sent:
+                client.log_artifact(self.run_id, str(file), lineage.name)
         self._log_data_sets(client, box.data_sets)
 
     def _find(self, client: MlflowClient) -> Run | None:
@@ -189,7 +200,7 @@ class Sender:
 
     def _create(self, client: MlflowClient) -> Run:
         box = self.outbox
-        with FileLock(lock_file(box.root)):  # otherwise two runs could get the same number
+        with FileLock(lock_file(box.project)):  # otherwise two runs could get the same number
             name, changed = number_and_changes(
                 client, self.experiment_id, box.params, box.tags, box.begun
             )
@@ -259,8 +270,9 @@ def send_all(root: Path, say: Callable[[str], None], *, busy: bool = True) -> in
     Raises:
         RunError: MLflow does not answer, or refused some of the runs; these are kept.
     """
-    adopt(root)
-    names, failed = outboxes(root), []
+    failed = adopt(root)
+    remove_leftovers(root)
+    names = outboxes(root)
     for name in names:
         with held(root, name) as free:
             outbox = read_outbox(root, name)
@@ -285,9 +297,9 @@ def send_all(root: Path, say: Callable[[str], None], *, busy: bool = True) -> in
 
 def send_quietly(root: Path) -> list[Message]:
     """Send all that can be sent, without raising; return a notice for the user."""
-    adopt(root)
+    failed = adopt(root)
     if not outboxes(root) or not reachable(root):
-        return []
+        return [Message(each, "warning") for each in failed]
     said: list[Message] = []
     try:
         send_all(root, lambda line: said.append(Message(line)), busy=False)

@@ -474,6 +474,76 @@ def test_a_run_that_is_still_written_is_not_sent(
     assert told(tmp_path) == []
 
 
+def abandoned(root: Path) -> StageRun:
+    """A run that MLflow did not answer, whose process was killed."""
+    files = {"code.json": b"{}", "params.yaml": b"x: 1\n"}
+    made_of = Provenance(tags={"code": "c"}, files=files)
+    run = StageRun(root, "learn", stand_in.LearnParams(), {}, made_of=made_of, unreachable="later")
+    run(Metrics(1, {"train_loss": 0.5}))
+    run._stop.set()
+    run._thread.join()
+    run._held.close()
+    return run
+
+
+def test_a_run_of_another_checkout_goes_to_the_projects_mlflow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an experiment of DVC's has one, whose folder is gone by then."""
+    project = tmp_path / "project"
+    checkout = project / ".dvc" / "tmp" / "exps" / "x"
+    checkout.mkdir(parents=True)
+    monkeypatch.setenv("DVC_ROOT", str(project))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    abandoned(checkout)
+    monkeypatch.delenv("DVC_ROOT")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    shutil.rmtree(checkout)
+    assert len(told(project)) == 1
+    client = connect(project)
+    experiment = client.get_experiment_by_name("gpt-pipeline/learn")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "KILLED"
+    assert not checkout.exists()
+
+
+def test_a_line_that_was_cut_off_and_half_an_upload_stop_nothing(
+    tmp_path: Path, server: MlflowServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    box = abandoned(tmp_path)._outbox
+    with box.journal.open("ab") as file:
+        file.write(b'["metrics", 2, {"train_')
+    box.write("metrics", 3, {"train_loss": 0.25}, 1)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    aside = box.files / "params.yaml"
+    (box.files / "lineage" / "params.yaml").rename(aside)  # as if it had not been reached yet
+    with monkeypatch.context() as patch:
+        patch.setattr(sender.Sender, "_log_data_sets", lambda *_: 1 / 0)
+        with pytest.raises(RunError):
+            told(tmp_path)
+    aside.rename(box.files / "lineage" / "params.yaml")
+    assert len(told(tmp_path)) == 1
+    client = connect(tmp_path)
+    run = client.search_runs(
+        [each.experiment_id for each in client.search_experiments()],
+        f"tags.`outbox.id` = '{box.name}'",
+    )[0]
+    assert steps(client, run, "train_loss") == [1, 3]
+    lineage = {each.path for each in client.list_artifacts(run.info.run_id, "lineage")}
+    assert lineage == {"lineage/code.json", "lineage/params.yaml"}
+
+
+def test_a_kept_run_that_cannot_be_read_is_a_warning(tmp_path: Path) -> None:
+    folder = tmp_path / ".pipeline" / "unsent" / "learn-0123456789ab"
+    folder.mkdir(parents=True)
+    (folder / "unsent.json").write_text("{")
+    (line,) = [each.text for each in sender.send_quietly(tmp_path)]
+    assert line.startswith(".pipeline/unsent/learn-0123456789ab: cannot be read")
+    assert folder.exists()
+
+
 def test_a_run_is_held_by_one_process_at_a_time(tmp_path: Path) -> None:
     with held(tmp_path, "learn-1") as ours:
         assert ours
