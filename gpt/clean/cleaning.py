@@ -402,14 +402,15 @@ def _broken_by_words(text: str, words: Sequence[str], quality: Quality) -> Itera
     n = max(1, len(words))
     mean = sum(map(len, words)) / n
     symbols = max(text.count("#"), sum(map(text.count, _ELLIPSES))) / n
-    alphabetic = sum(word.isalpha() or any(map(str.isalpha, word)) for word in words) / n
     rules = (
         ("number of words", quality.min_words <= len(words) <= quality.max_words),
         ("mean word length", quality.min_word_length <= mean <= quality.max_word_length),
         ("symbols", symbols <= quality.symbols),
-        ("alphabetic words", alphabetic >= quality.alphabetic_words),
     )
     yield from (name for name, kept in rules if not kept)
+    alphabetic = sum(word.isalpha() or any(map(str.isalpha, word)) for word in words) / n
+    if alphabetic < quality.alphabetic_words:
+        yield "alphabetic words"
     if quality.min_stop_words:
         met = set(re.findall(r"\w+", text.lower())).intersection(quality.stop_words)
         if len(met) < quality.min_stop_words:

@@ -47,7 +47,8 @@ def _state_dict(path: Path, table: Mapping[Any, Any]) -> Mapping[str, Tensor]:
     tensors = next((table[k] for k in _NESTED if isinstance(table.get(k), Mapping)), table)
     for name, tensor in tensors.items():
         plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided
-        if not isinstance(name, str) or not plain or tensor.is_quantized:
+        odd = plain and (tensor.is_quantized or tensor.is_nested or tensor.is_meta)
+        if not isinstance(name, str) or not plain or odd:
             raise InputError(
                 f"{path}: {str(name)[:100]!r} is no plain tensor ({type(tensor).__name__}); "
                 "get a state dict of nothing but weights"

@@ -236,11 +236,11 @@ def _read_whole(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
         raise InputError(
             f"{path}: changes a text before it is encoded (normalizer); GPT-2's do not"
         )
-    model = read["model"]
     try:
+        model = read["model"]
         added = {each["content"]: each["id"] for each in read.get("added_tokens") or ()}
         merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
-        vocab = _checked_vocab(path, {**model["vocab"], **added})
+        vocab = {**model["vocab"], **added}
         pairs = [(left + "", right + "") for left, right in merges]
     except (TypeError, KeyError, ValueError) as error:
         raise InputError(
@@ -248,9 +248,9 @@ def _read_whole(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
         ) from None
     if others := added.keys() - {END_OF_TEXT}:
         raise InputError(
-            f"{path}: adds the token {shown(min(others))}; only {END_OF_TEXT} can be added"
+            f"{path}: adds the token {shown(min(others, key=str))}; only {END_OF_TEXT} can be added"
         )
-    return vocab, pairs
+    return _checked_vocab(path, vocab), pairs
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:

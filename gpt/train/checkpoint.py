@@ -136,7 +136,7 @@ class Checkpoints:
                 return torch.load(path, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
             # gone, so that it does not count among the last two
             path.unlink()
-            earlier = [each for each, _ in states if each < step]
+            earlier = [each for each, _ in states[: states.index((step, path))]]
             back = f"going back to that of step {earlier[-1]}" if earlier else "starting anew"
             log(Message(f"the state of step {step} is damaged; {back}", level="warning"))
         return None

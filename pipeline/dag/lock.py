@@ -35,9 +35,13 @@ def read_lock(root: Path) -> dict[str, LockEntry]:
     Raises:
         InputError: a `dvc.lock` cannot be read.
     """
-    return {
-        name: _entry(raw) for file in lock_files(root) for name, raw in read_stages(file).items()
-    }
+    stages = {name: raw for file in lock_files(root) for name, raw in read_stages(file).items()}
+    try:
+        return {name: _entry(raw) for name, raw in stages.items()}
+    except (AttributeError, KeyError, TypeError):
+        raise InputError(
+            f"{LOCK_FILE}: not as DVC writes it; bring it back (`git checkout {LOCK_FILE}`)"
+        ) from None
 
 
 def parse_lock(text: str) -> dict[str, LockEntry]:

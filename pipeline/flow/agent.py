@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,6 +47,7 @@ _LOOK_SECONDS = 1.0
 _RESTART_SECONDS = 15.0
 """Delay between two starts of the worker, in case it cannot start at all."""
 _SAVE_SECONDS = 60.0
+_REPORT_SECONDS = 300.0
 _ATTEMPTS = 5
 """A flow run that was lost this many times is not rescheduled again."""
 
@@ -172,6 +173,9 @@ class _Agent:
     slots: int
     runs: int
     client: SyncPrefectClient
+    _gone: dict[tuple[int, float], float] = field(
+        default_factory=dict
+    )  # process -> when it was missed
 
     def serve(self) -> None:
         """Keep a worker running until the first SIGINT or SIGTERM."""
@@ -280,18 +284,24 @@ class _Agent:
                 return  # a worker has restarted it in the meantime
             if state is None or state.is_scheduled():  # waiting for a worker
                 again = True
-            elif note.get("worker") == worker and not state.is_final():
+            elif not state.is_final() and note.get("worker") == worker and self._waits(note):
                 return  # its worker will report its end
             elif state.is_cancelling():
                 cancelled = Cancelled(message="its process is gone")
                 self.client.set_flow_run_state(run.id, cancelled, force=True)
-            elif not state.is_final() or state.is_crashed():
+            # one that crashed before it ran would do so again, and its starts are not counted
+            elif not state.is_final() or (state.is_crashed() and run.run_count):
                 again = self._reschedule(run)
         if "refused" in note:
             say(f"flow run {run_id}: {note['refused']}")
         if not again:
             shutil.rmtree(note["workspace"], ignore_errors=True)
         run_note(self.root, run_id).unlink(missing_ok=True)
+
+    def _waits(self, note: dict[str, Any]) -> bool:
+        """Whether its worker may still report its end: the server may be away for a while."""
+        since = self._gone.setdefault((note["pid"], note["created"]), time.monotonic())
+        return time.monotonic() - since < _REPORT_SECONDS
 
     def _reschedule(self, run: FlowRun) -> bool:
         """Reschedule a lost flow run, unless it was lost too often."""

@@ -25,7 +25,6 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import AwaitingRetry, Cancelled, Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
-from prefect.tasks import exponential_backoff
 from prefect.variables import Variable
 
 from gpt.base.errors import InputError, RunError
@@ -158,13 +157,16 @@ def _share(root: Path, processes: Processes, name: str, *arguments: str) -> Stat
         return failed_state(StageError(line, kind="network"))
 
     params = load_params(root / PARAMS_FILE).flow or FlowParams()
-    state: State[Any] = task_of(
-        name,
-        share,
-        retries=min(params.retries, 50),  # Prefect's limit for the number of delays
-        retry_delay_seconds=exponential_backoff(params.wait),
-        retry_condition_fn=lambda *_: not processes.stopped_by,
-    )(return_state=True)
+
+    def tried() -> State[Any]:  # Prefect's own retries wait even when the flow run is cancelled
+        state = share()
+        for n in range(params.retries):
+            if not state.is_failed() or processes.stopping.wait(params.wait * 2**n):
+                break
+            state = share()
+        return Cancelled(message="stopped by the user") if processes.stopped_by else state
+
+    state: State[Any] = task_of(name, tried)(return_state=True)
     return state
 
 

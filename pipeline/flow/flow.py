@@ -248,9 +248,9 @@ def _promotion(run: _FlowContext, evaluated: State[Any]) -> State[Any] | None:
     return state
 
 
-def task_of(name: str, function: Callable[..., State[Any]], **options: Any) -> Any:
+def task_of(name: str, function: Callable[..., State[Any]]) -> Any:
     """A Prefect task whose run has the same name; caching is left to DVC."""
-    return task(name=name, task_run_name=name, cache_policy=NO_CACHE, **options)(function)
+    return task(name=name, task_run_name=name, cache_policy=NO_CACHE)(function)
 
 
 def _task_of_stage(run: _FlowContext, stage: Stage) -> Any:

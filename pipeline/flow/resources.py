@@ -53,13 +53,13 @@ def needs(root: Path, name: str, accelerated: bool) -> Need:
     if not accelerated:
         return Need()
     section: Mapping[str, Any] = {}
-    with contextlib.suppress(InputError, AttributeError):
+    with contextlib.suppress(InputError, AttributeError, TypeError, ValueError):
         own = read_params(root / PARAMS_FILE).get(name) or {}
-        section = own.get("train", own)
+        section = dict(own.get("train", own) or {})
     threads, devices = section.get("threads", 0), section.get("devices", 1)
     if section.get("device") == "cpu":
         devices = 0
-    elif not isinstance(devices, int):
+    elif not isinstance(devices, int) or devices < 0:
         devices = None
     return Need(threads if isinstance(threads, int) and threads > 0 else cores(), devices)
 

@@ -25,7 +25,9 @@ def set_value(section: Any, path: str, value: Any) -> None:
     """Put a value at its path in nested mappings; None removes it."""
     *owners, leaf = path.split(".")
     for each in owners:
-        section = section.setdefault(each, {})
+        if section.get(each) is None:  # an empty section holds the defaults
+            section[each] = {}
+        section = section[each]
     if value is None:
         section.pop(leaf, None)
     else:

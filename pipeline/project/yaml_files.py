@@ -79,7 +79,8 @@ def parse_yaml(content: bytes, name: str) -> Any:
         reason = f"line {mark.line + 1}, column {mark.column + 1}: {reason}"
     except RecursionError:
         reason = "nested too deeply"
-    except (YAMLError, ValueError) as error:  # a ValueError is of int(), float() or date()
+    # ruamel lets pass what int(), float(), date() and a dict say of an impossible value or key
+    except (YAMLError, ValueError, LookupError, TypeError) as error:
         reason = f"not YAML ({in_one_line(error)})"
     raise InputError(f"{name}: {shortened(in_one_line(reason), 200)}; correct the YAML there")
 
@@ -114,4 +115,6 @@ def _without_sharing(value: Any) -> Any:
         return {key: _without_sharing(each) for key, each in value.items()}
     if isinstance(value, list):
         return [_without_sharing(each) for each in value]
+    if isinstance(value, int):
+        str(value)  # a ValueError if it has too many digits to be shown
     return value

@@ -196,7 +196,7 @@ def _tell(
     if best is not None and model:
         _promote(root, model, best)
     if best is not None and apply:
-        if (root / PARAMS_FILE).read_bytes() != params:
+        if (root / PARAMS_FILE).read_bytes() != params or not is_kept(root):
             raise InputError(
                 f"--apply: {PARAMS_FILE} was edited while the sweep ran, and is left as it is; "
                 "run the same command again"

@@ -259,7 +259,7 @@ def read_sweep(root: Path, file: Path) -> Sweep:
     try:
         if not isinstance(raw, dict):
             raise InputError("must hold `stages`, `metric` and the points")
-        named = {"name": re.sub(r"[^\w.-]+", "-", file.stem), "file": file}
+        named = {"name": re.sub(r"[^\w.-]+", "-", file.stem).strip(".") or "sweep", "file": file}
         sweep = TypeAdapter(Sweep).validate_python(
             (_as_sweep(raw) if "rows" in raw else raw) | named
         )

@@ -24,7 +24,7 @@ import numpy as np
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from gpt.base.errors import InputError, in_one_line, shortened
+from gpt.base.errors import InputError, RunError, in_one_line, lacks_memory, shortened
 from gpt.base.events import Log, Message, discard
 from gpt.base.files import read_json, sha256_of, whole_file, write_json
 from gpt.model.config import NotNegative, Positive
@@ -154,7 +154,7 @@ def _one_line(tasks: str, online: bool) -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError:  # of the model itself (no memory, say)
+    except RunError:
         raise
     except InputError as error:
         raise InputError(f"{tasks}: {error}") from None
@@ -168,6 +168,8 @@ def _one_line(tasks: str, online: bool) -> Iterator[None]:
             f"{tasks}: the data cannot be read ({shortened(in_one_line(error), 200)}); {remedy}"
         ) from error
     except Exception as error:
+        if lacks_memory(error):
+            raise
         raise InputError(
             f"{tasks}: not a task that the harness can run ({type(error).__name__}: "
             f"{shortened(in_one_line(error), 200)}); see docs/lm-eval.md"

@@ -27,6 +27,7 @@ from gpt.scores.bootstrap import Comparison, compare
 from pipeline.dag.dvc_files import LOCK_FILE
 from pipeline.dag.lock import read_lock
 from pipeline.project.file_locks import stage_lock
+from pipeline.project.folders import shared_folder
 from pipeline.project.settings import PromotionParams
 from pipeline.tracking.connection import connect, named_failure
 from pipeline.tracking.registry import CANDIDATE, CHAMPION, PREVIOUS, files_of, version_of
@@ -273,7 +274,8 @@ def _choose(
     """Crown a version by hand: over the one at hand, and over another one that was rejected."""
     rejected = {over} if over is not None else set()
     with contextlib.suppress(InputError):  # nothing was evaluated: nothing is at hand
-        here = version_of(client, name, md5=_evaluated(root)[0][name])
+        md5 = _evaluated(root)[0].get(name)  # none of a model that evaluate does not ask
+        here = version_of(client, name, md5=md5) if md5 else None
         rejected |= {int(here.version)} if here is not None else set()
     record = _read_record(root)
     decision = Decision(model=name, version=version, score="", promoted=True, why=_CHOSEN)
@@ -308,9 +310,10 @@ def _registry(root: Path, what: str) -> Iterator[MlflowClient]:
     from pipeline.tracking.mlflow_classes import MlflowException
 
     client = connect(root)
-    (root / ".pipeline").mkdir(exist_ok=True)
+    place = shared_folder(root) / ".pipeline"  # an agent's flow runs have a checkout each
+    place.mkdir(exist_ok=True)
     with (
-        FileLock(root / ".pipeline" / "promotion.lock"),
+        FileLock(place / "promotion.lock"),
         stage_lock(root, "evaluate"),
         named_failure(root, f"failed in the {what}", MlflowException),
     ):

@@ -6,6 +6,7 @@ and only members that were asked for are written.
 
 from __future__ import annotations
 
+import errno
 import lzma
 import posixpath
 import stat
@@ -36,6 +37,7 @@ EXPANSION, EXPANSION_FLOOR = 200, 1 << 26
 
 MEMBERS_LIMIT = 200_000
 _HEADERS_LIMIT = 1 << 20  # bytes of the headers of one member of a tar, which are held in memory
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 _DAMAGE = (
     *(zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error),
     *(OSError, EOFError, RuntimeError, ValueError, OverflowError, LookupError),
@@ -109,6 +111,8 @@ def unpack(
             left -= size
             written.append((name, size, sha256))
     except _DAMAGE as error:
+        if getattr(error, "errno", None) in _DISK_ERRORS:  # not the archive's fault
+            raise
         reason = getattr(error, "strerror", None) or str(error).replace(f"{archive}: ", "")
         at = f" at member {name!r}" if name else ""
         raise UnavailableError(f"cannot be unpacked{at}: {in_one_line(reason)}") from None
@@ -134,7 +138,9 @@ def _members(archive: Path) -> Iterator[tuple[str, Callable[[], IO[bytes]] | Non
             fileobj=cast(Any, file), mode="r|", tarinfo=_Member, errors="surrogateescape"
         ) as tar:
             for member in tar:
-                file.allowance = member.size + _HEADERS_LIMIT
+                cast(Any, tar).members.clear()  # it keeps all, with their headers
+                # not the size it states: a link or a sparse file has fewer bytes here
+                file.allowance = tar.offset - member.offset_data + _HEADERS_LIMIT
                 if not member.isdir():
                     plain = member.isreg() and not member.issparse()
                     yield (

@@ -148,6 +148,7 @@ class SourceFetch:
             raise InputError(f"{error.filename}: cannot be read ({error.strerror}); make it so")
 
         for at, folders, names in os.walk(start, onerror=unreadable) if start.is_dir() else ():
+            folders[:] = [name for name in folders if not is_hidden(name)]
             for path in (Path(at, name) for name in (*folders, *names)):
                 relative = path.relative_to(root).as_posix()
                 if is_hidden(relative):

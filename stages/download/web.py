@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import requests
 import urllib3
@@ -32,6 +33,7 @@ ATTEMPTS, BACK_OFF_SECONDS = 4, 0.5
 RETRY_AFTER_SECONDS = 60
 """The longest pause that a server may ask for."""
 
+_PACKED = (".gz", ".tgz", ".zst", ".bz2", ".xz")  # such a file may be said to be encoded so
 _AGENT = "gpt-pipeline"
 _BUSY = (408, 425, 429)
 
@@ -103,8 +105,10 @@ class Download:
                 self.url,
                 headers=headers,
                 stream=True,
+                hooks={"response": _refuse_long_redirect},
                 timeout=(min(CONNECT_SECONDS, left), min(READ_SECONDS, left)),
             ) as response:
+                self._seconds_left()
                 if response.status_code == 304 and known:
                     return known, str(note.sha256), False
                 note = self._accept(response, note)
@@ -155,6 +159,9 @@ class Download:
                 self.cache.forget(self.url)
                 raise TransientError(f"asked for bytes from {self._size} on, it sent {said[:80]!r}")
         elif status == 200:  # it knows no ranges, or has another version
+            encoding = headers.get("Content-Encoding", "identity").strip().lower()
+            if encoding not in ("", "identity") and not urlsplit(self.url).path.endswith(_PACKED):
+                raise UnavailableError(f"sent in the encoding {encoding[:20]!r}, not asked for")
             self.cache.forget(self.url)
             self._size, self._digest = 0, hashlib.sha256()
             etag, length = headers.get("ETag", "W/"), headers.get("Content-Length", "")
@@ -210,6 +217,12 @@ class Download:
                 "needs longer"
             )
         return left
+
+
+def _refuse_long_redirect(response: requests.Response, **_: Any) -> None:
+    """Requests reads the body of a redirect to its end, into memory."""
+    if response.is_redirect and len(response.raw.read(READ_SIZE)) == READ_SIZE:
+        raise UnavailableError("redirected with a long body")
 
 
 def retry_after(headers: Mapping[str, str], at_most: float) -> float:

@@ -193,7 +193,7 @@ def _is_undamaged(path: Path) -> bool:
     try:
         with np.load(path) as block:
             return len(dict(block)["ids"]) == int(block["length"].sum())
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile):
         return False
 
 

@@ -20,6 +20,10 @@ MERGED = "a0: &a0 {x: 1}\n" + "".join(
     [
         ("a:\n  b: 2026-02-30", "not YAML (day is out of range"),
         ("a: !!int abc", "not YAML (invalid literal"),
+        ('a: !!int ""', "not YAML ("),
+        ("a: !!bool foo", "not YAML ("),
+        ("? [a, [b]]\n: 1", "not YAML ("),
+        ("a: 0x" + "f" * 4000, "not YAML (Exceeds the limit"),
         ("a: " + "9" * 5000, "not YAML (Exceeds the limit"),
         ("a: " + "[" * 5000, "line 1, column 67: more than 50,000 values or 64 levels"),
         ("? " * 50_000, "line 1, column 129: more than 50,000 values or 64 levels"),
