@@ -28,7 +28,7 @@ def extended(finished):
     insert(root / "pipeline/project/params.py", "    evaluate: EvaluateParams", field)
     insert(
         root / "pipeline/project/params.py",
-        "    from stages.download import DownloadParams",
+        "    from stages.download.sources import DownloadParams",
         "    from stages.adapt import AdaptParams\n",
     )
     insert(root / "dvc.yaml", "  evaluate:\n", lines + "\n")

@@ -64,5 +64,5 @@ def test_the_model_comes_out_the_same_from_the_published_data_on(project, source
     said = project.run(
         *("gpt-pipeline", "reproduce", "assistant/1", "--whole"), GPT_PIPELINE_MIRROR=str(mirror)
     )
-    assert re.search(r"data/raw/instructions +[0-9a-f]{32}\.dir +same", said)
+    assert re.search(r"data/raw/instructions +\| [0-9a-f]{32}\.dir +\| same", said)
     assert "models:/assistant/1: the same bytes" in said

@@ -83,7 +83,10 @@ def test_what_is_wrong_about_the_promotion_is_one_line_and_exit_code_2(project, 
         assert "Traceback" not in said
         path.write_text(before)
     for arguments, line in (
-        (["no-model"], "no-model: no such model; use one of assistant, base, classifier"),
+        (
+            ["no-model"],
+            "no-model: no candidate is registered; there are assistant, base, classifier",
+        ),
         (["--version", "1"], "--version: of which model?"),
         (["base", "--version", "7"], "base: no version 7 is registered"),
     ):

@@ -55,7 +55,7 @@ def test_each_of_the_last_versions_gives_the_registered_bytes(versions, version)
     before = _kept(versions)
     said = versions.run("gpt-pipeline", "reproduce", f"models:/assistant/{version}")
     assert f"models:/assistant/{version}: the same bytes" in said
-    assert re.search(r"models/assistant +[0-9a-f]{32}\.dir +same", said)
+    assert re.search(r"models/assistant +\| [0-9a-f]{32}\.dir +\| same", said)
     assert ("the edits that were in its tree are put in" in said) == (version == "3")
     assert "cannot be promised" not in said
     assert _kept(versions) == before
@@ -67,7 +67,7 @@ def test_each_of_the_last_versions_gives_the_registered_bytes(versions, version)
 def test_the_whole_chain_from_the_raw_data_on_gives_the_recorded_bytes(versions):
     said = versions.run("gpt-pipeline", "reproduce", "assistant/2", "--whole")
     for path in ("data/raw/corpus", "data/tokens", "models/pretrain", "models/assistant"):
-        assert re.search(rf"{path} +[0-9a-f]{{32}}\.dir +same", said)
+        assert re.search(rf"{path} +\| [0-9a-f]{{32}}\.dir +\| same", said)
 
 
 def test_where_the_cache_is_gone_what_went_in_is_made_too(versions):

@@ -245,7 +245,7 @@ def test_a_run_whose_worker_is_killed_ends_as_if_it_had_not_been(project: Path, 
     code, _, error = run(project)
     assert code == 0, error
     straight = weights(project), curve(project)
-    assert [step for step, _ in straight[1]] == list(range(1, STEPS + 1))
+    assert [step for step, _ in straight[1]] == list(range(1, STEPS + 2))
 
     process = start(project)
     wait_for_state(project)
@@ -271,7 +271,7 @@ def test_a_stopped_run_goes_on_with_one_process(project: Path) -> None:
     code, out, error = run(project)
     assert code == 0, error
     assert "continuing from step" in out
-    assert [step for step, _ in curve(project)] == list(range(1, STEPS + 1))
+    assert [step for step, _ in curve(project)] == list(range(1, STEPS + 2))
     assert not leftovers(project)
 
 
