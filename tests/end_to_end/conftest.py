@@ -116,7 +116,10 @@ def project(tmp_path_factory) -> Project:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Project:
     """A copy of the project under git after `gpt-pipeline run`, which all modules share."""
-    shared = tmp_path_factory.getbasetemp().parent / "finished-project"
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the workers of one session share its folder
+        folder = folder.parent
+    shared = folder / "finished-project"
     with FileLock(shared.with_suffix(".lock")):
         if not shared.exists():
             made = _under_git(tmp_path_factory.mktemp("finished"))
